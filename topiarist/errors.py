@@ -1,0 +1,33 @@
+"""The few typed errors. Each carries one line: the cause, then the cure. The CLI prints it and exits with code 2."""
+
+
+class TopiaristError(Exception):
+    """Base of every error a user can cause or cure."""
+
+
+class PatternError(TopiaristError, ValueError):
+    """A pattern that cannot be parsed, or that does not fit a weight's shape."""
+
+
+class CalibrationError(TopiaristError, ValueError):
+    """Calibration or evaluation text that is missing, too short, or shared between the two."""
+
+
+class NumericalError(TopiaristError, ArithmeticError):
+    """NaN or Inf in weights, activations or Grams, or a factorisation that no damping repairs."""
+
+
+class CheckpointError(TopiaristError, OSError):
+    """A model folder that cannot be read safely, or an output folder that cannot be written."""
+
+
+class UnsupportedModel(TopiaristError, NotImplementedError):
+    """A model type, or a part of one, that topiarist has no row of knowledge about."""
+
+
+class NumericalWarning(UserWarning):
+    """Numerical trouble that was repaired; the message names the value used."""
+
+
+class CalibrationWarning(UserWarning):
+    """Calibration data so thin that the result may suffer; the message gives both numbers."""

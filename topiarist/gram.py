@@ -1,0 +1,82 @@
+"""The Gram matrix H = sum over tokens of x x^T: all that one-shot solvers need to know about a layer's inputs.
+
+Sums are exact in the sense that matters: `Gram(a) + Gram(b)` equals `Gram(ab)` to fp32 rounding, so ranks and resumes
+add up. The matrix is not averaged; every solver is invariant to its scale.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from topiarist.errors import NumericalError
+
+BLOCK = 192  # rows per tile of the upper triangle: 1.6 x faster than one full product (one core, 576 to 4096 inputs)
+
+
+class Gram:
+    """Accumulates H of shape (in_features, in_features) in fp32.
+
+    Raises NumericalError from `matrix` when an input held NaN or Inf, ValueError from `add` on a width that differs.
+    """
+
+    def __init__(self, in_features: int, *, device: torch.device | str = "cpu") -> None:
+        self.in_features = in_features
+        self.tokens = 0
+        self._upper = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+
+    @classmethod
+    def from_matrix(cls, matrix: Float[Tensor, "in in"], tokens: int | None = None) -> Gram:
+        """A Gram from a ready H; `tokens` defaults to its width. Raises NumericalError if H is not finite and symmetric."""
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"a Gram is a square matrix, got shape {tuple(matrix.shape)}")
+        if not torch.isfinite(matrix).all():
+            raise NumericalError("NaN or Inf in the Gram matrix")
+        if (matrix - matrix.T).abs().max() > 1e-4 * matrix.diagonal().abs().max():
+            raise NumericalError("the Gram matrix is not symmetric: it must be the sum of x x^T over tokens")
+        gram = cls(matrix.shape[0], device=matrix.device)
+        gram._upper = matrix.to(torch.float32, copy=True)
+        gram.tokens = matrix.shape[0] if tokens is None else tokens
+        return gram
+
+    @torch.no_grad()
+    def add(self, x: Float[Tensor, "*batch in"]) -> None:
+        """Add the tokens of x, any leading shape."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"Gram of {self.in_features} inputs was given x of shape {tuple(x.shape)}")
+        x = x.reshape(-1, self.in_features).to(self._upper.device, torch.float32)
+        self.tokens += x.shape[0]
+        for start in range(0, self.in_features, BLOCK):
+            stop = start + BLOCK
+            self._upper[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+
+    def merge(self, other: Gram) -> Gram:
+        """Add another Gram of the same inputs into this one, in place."""
+        if other.in_features != self.in_features:
+            raise ValueError(f"cannot merge Grams of {self.in_features} and {other.in_features} inputs")
+        self._upper += other._upper.to(self._upper.device)
+        self.tokens += other.tokens
+        return self
+
+    def __add__(self, other: Gram) -> Gram:
+        total = Gram(self.in_features, device=self._upper.device)
+        return total.merge(self).merge(other)
+
+    @property
+    def matrix(self) -> Float[Tensor, "in in"]:
+        """H, symmetric, fp32; a new tensor."""
+        if not torch.isfinite(self._upper).all():
+            raise NumericalError("NaN or Inf in the Gram: the model's activations overflow; check weights and dtype")
+        upper = self._upper.triu()
+        return upper + upper.triu(1).T
+
+    @property
+    def diagonal(self) -> Float[Tensor, " in"]:
+        """Sum of squares of every input channel."""
+        return self._upper.diagonal().clone()
+
+    @property
+    def dead(self) -> Bool[Tensor, " in"]:
+        """Inputs that were zero for every token."""
+        return self._upper.diagonal() == 0

@@ -1,0 +1,218 @@
+"""Which zeros are allowed. A pattern is a plain value that turns scores into an exact mask (True = kept).
+
+Ties are broken by position: of two equal scores the one with the lower index is kept, so a mask depends on nothing but
+the scores. `sparsity` is the fraction of zeros; `NM(keep, of)` keeps `keep` of every `of` consecutive weights along the
+input axis of a row (Wanda's and llm-compressor's N counts the pruned ones instead).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from topiarist.errors import PatternError
+
+MAX_GROUP = 32
+
+
+class Pattern(ABC):
+    """A set of allowed masks for an (out, in) matrix."""
+
+    @abstractmethod
+    def mask(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        """The allowed mask that keeps the largest total score. Exact counts, ties by lower index."""
+
+    @abstractmethod
+    def num_kept(self, shape: tuple[int, int]) -> int:
+        """How many weights a mask of this pattern keeps in a matrix of `shape`."""
+
+    @abstractmethod
+    def holds(self, mask: Bool[Tensor, "out in"]) -> bool:
+        """Whether the zeros of `mask` are at least those the pattern asks for (more zeros are allowed)."""
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise PatternError if no mask of this pattern exists for `shape`."""
+        if len(shape) != 2 or 0 in shape:
+            raise PatternError(f"pattern {self} needs a non-empty matrix (out, in), got shape {tuple(shape)}")
+
+    def sparsity_of(self, shape: tuple[int, int]) -> float:
+        """The exact fraction of zeros that this pattern gives a matrix of `shape`."""
+        return 1.0 - self.num_kept(shape) / math.prod(shape)
+
+
+@dataclass(frozen=True)
+class Unstructured(Pattern):
+    """Zeros anywhere: the given fraction of the matrix, or of every output row."""
+
+    sparsity: float
+    per: str = "matrix"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.sparsity < 1.0:
+            raise PatternError(f"sparsity {self.sparsity} is not in [0, 1): it is the fraction of zeros, e.g. 0.7")
+        if self.per not in ("matrix", "row"):
+            raise PatternError(f"Unstructured.per is 'matrix' or 'row', got {self.per!r}")
+
+    def __str__(self) -> str:
+        return f"{self.sparsity:g}" + ("/row" if self.per == "row" else "")
+
+    def num_kept(self, shape: tuple[int, int]) -> int:
+        if self.per == "row":
+            return shape[0] * (shape[1] - _round(self.sparsity * shape[1]))
+        return math.prod(shape) - _round(self.sparsity * math.prod(shape))
+
+    def mask(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        self.check(tuple(scores.shape))
+        kept = self.num_kept(tuple(scores.shape))
+        if self.per == "matrix":
+            return keep_largest(scores, kept)
+        return keep_largest_per_row(scores, kept // scores.shape[0])
+
+    def holds(self, mask: Bool[Tensor, "out in"]) -> bool:
+        if self.per == "row":
+            return bool((mask.sum(1) <= self.num_kept(tuple(mask.shape)) // mask.shape[0]).all())
+        return int(mask.sum()) <= self.num_kept(tuple(mask.shape))
+
+
+@dataclass(frozen=True)
+class NM(Pattern):
+    """Keep `keep` of every `of` consecutive weights along the input axis: 2:4, 4:8, 1:4, 8:16, ..."""
+
+    keep: int
+    of: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep < self.of <= MAX_GROUP:
+            raise PatternError(
+                f"N:M keeps N of every M weights with 0 < N < M <= {MAX_GROUP}, got {self.keep}:{self.of}; try 2:4"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.of}"
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        super().check(shape)
+        if shape[1] % self.of:
+            raise PatternError(
+                f"pattern {self} needs an input width divisible by {self.of}, got {shape[1]} (shape {tuple(shape)}); "
+                "choose another pattern or skip this layer"
+            )
+
+    def num_kept(self, shape: tuple[int, int]) -> int:
+        return math.prod(shape) // self.of * self.keep
+
+    def mask(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        self.check(tuple(scores.shape))
+        groups = scores.unflatten(1, (-1, self.of))
+        if self.of <= 8:
+            return _rank_network(groups, self.keep).flatten(1)
+        return keep_largest_per_row(groups, self.keep).flatten(1)
+
+    def holds(self, mask: Bool[Tensor, "out in"]) -> bool:
+        self.check(tuple(mask.shape))
+        return bool((mask.unflatten(1, (-1, self.of)).sum(-1) <= self.keep).all())
+
+
+@dataclass(frozen=True)
+class Columns(Pattern):
+    """Whole input columns: the same fraction of inputs is dropped for every output row (structured pruning)."""
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.sparsity < 1.0:
+            raise PatternError(f"column sparsity {self.sparsity} is not in [0, 1)")
+
+    def __str__(self) -> str:
+        return f"{self.sparsity:g}/columns"
+
+    def num_kept(self, shape: tuple[int, int]) -> int:
+        return shape[0] * (shape[1] - _round(self.sparsity * shape[1]))
+
+    def mask(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        self.check(tuple(scores.shape))
+        column = scores.square().sum(0, keepdim=True)
+        kept = self.num_kept(tuple(scores.shape)) // scores.shape[0]
+        return keep_largest_per_row(column, kept).expand_as(scores).contiguous()
+
+    def holds(self, mask: Bool[Tensor, "out in"]) -> bool:
+        return int(mask.any(0).sum()) * mask.shape[0] <= self.num_kept(tuple(mask.shape))
+
+
+def parse_pattern(text: str | float | Pattern) -> Pattern:
+    """Read `"2:4"` (keep 2 of 4), `"0.7"` (70 % zeros), `"0.7/row"`, `"0.5/columns"`. A Pattern passes through.
+
+    Raises PatternError for anything else.
+    """
+    if isinstance(text, Pattern):
+        return text
+    spec = str(text).strip()
+    if match := re.fullmatch(r"(\d+):(\d+)", spec):
+        return NM(keep=int(match[1]), of=int(match[2]))
+    if match := re.fullmatch(r"(\d*\.?\d+(?:e-?\d+)?)(?:/(row|columns))?", spec):
+        if match[2] == "columns":
+            return Columns(float(match[1]))
+        return Unstructured(float(match[1]), per=match[2] or "matrix")
+    raise PatternError(f"cannot read pattern {spec!r}: write 2:4 (keep 2 of 4), 0.7 (70 % zeros), 0.7/row or 0.5/columns")
+
+
+def _round(x: float) -> int:
+    return math.floor(x + 0.5)
+
+
+def keep_largest(scores: Tensor, kept: int) -> Tensor:
+    """Mask of the `kept` largest entries of a matrix. A threshold (quickselect) instead of a sort; ties by index."""
+    total = scores.numel()
+    if kept == total:
+        return torch.ones_like(scores, dtype=torch.bool)
+    if kept == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    # A transposed view flattens in its own memory order: the threshold does not depend on order.
+    flat = scores.t().reshape(-1) if scores.stride(0) == 1 else scores.reshape(-1)
+    threshold = flat.kthvalue(total - kept + 1).values
+    mask = scores >= threshold
+    excess = int(mask.sum()) - kept
+    if excess:
+        ties = (scores == threshold).nonzero()
+        rows, cols = ties[len(ties) - excess :].unbind(1)
+        mask[rows, cols] = False
+    return mask
+
+
+def keep_largest_per_row(scores: Tensor, kept: int) -> Tensor:
+    """Mask of the `kept` largest along the last axis, by a stable sort."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+
+
+def keep_largest_evenly(scores: Tensor, kept: int) -> Tensor:
+    """Mask of `kept` entries in all, the largest of every row, rows differing by at most one in their count."""
+    rows = torch.arange(scores.shape[0] + 1, device=scores.device) * kept // scores.shape[0]
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    first = torch.arange(scores.shape[1], device=scores.device) < rows.diff()[:, None]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, first)
+
+
+def _rank_network(groups: Tensor, kept: int) -> Tensor:
+    """Mask of the `kept` largest in each short group, by comparing all pairs: no sort, only element-wise passes.
+
+    Element j beats an earlier i only if strictly larger. Runs along memory when given a transposed view.
+    """
+    of = groups.shape[-1]
+    columns = groups.unbind(-1)
+    beaten_by = [torch.zeros_like(columns[0], dtype=torch.int8) for _ in range(of)]
+    for i in range(of):
+        for j in range(i + 1, of):
+            later_wins = columns[j] > columns[i]
+            beaten_by[i] += later_wins
+            beaten_by[j] += ~later_wins
+    mask = torch.empty_like(groups, dtype=torch.bool)
+    for i in range(of):
+        torch.lt(beaten_by[i], kept, out=mask[..., i])
+    return mask

@@ -1,0 +1,91 @@
+"""What a solver is: a frozen value that maps (weight, gram, pattern) to a Solution. Tensors only; inputs never change."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from topiarist import linalg
+from topiarist.errors import NumericalError
+from topiarist.gram import Gram
+from topiarist.patterns import Pattern
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A pruned weight in the dtype of the given one, its mask (True = kept) and its relative reconstruction error."""
+
+    weight: Float[Tensor, "out in"]
+    mask: Bool[Tensor, "out in"]
+    error: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One weight in fp32 with its undamped Gram. Dead inputs have weight 0 and H_jj = 1, so they win no budget."""
+
+    W: Float[Tensor, "out in"]
+    H: Float[Tensor, "in in"]
+    pattern: Pattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver(ABC):
+    """Hyper-parameters are the fields; tensors are the arguments. A method overrides `solve`, or `solve_all` if
+    matrices that share one input (q/k/v, gate/up) can share its work.
+    """
+
+    refit: bool = False
+    """End with a least-squares refit of the kept weights on the chosen support."""
+    refit_damping: float = 1e-3
+    """Ridge of that refit, as a fraction of the Gram's mean diagonal."""
+
+    def __call__(self, weight: Float[Tensor, "out in"], gram: Gram, pattern: Pattern) -> Solution:
+        """Prune one weight (out, in), any float dtype and device.
+
+        Raises PatternError if the pattern does not fit the shape, NumericalError on NaN or Inf.
+        """
+        return self.together([weight], gram, [pattern])[0]
+
+    def together(self, weights: Sequence[Tensor], gram: Gram, patterns: Sequence[Pattern]) -> list[Solution]:
+        """Prune several weights that share one input, so that work on the Gram is done once."""
+        for weight, pattern in zip(weights, patterns, strict=True):
+            pattern.check(tuple(weight.shape))
+            if weight.shape[1] != gram.in_features:
+                raise ValueError(f"weight of {weight.shape[1]} inputs does not fit a Gram of {gram.in_features}")
+            if not torch.isfinite(weight).all():
+                raise NumericalError("NaN or Inf in the weight")
+        true_H = gram.matrix.to(weights[0].device)
+        H, dead = true_H.clone(), gram.dead.to(true_H.device)
+        H.diagonal()[dead] = 1.0
+        problems = [
+            Problem(weight.detach().float().masked_fill(dead, 0.0), H, pattern)
+            for weight, pattern in zip(weights, patterns, strict=True)
+        ]
+        pruned = self.solve_all(problems)
+        return [
+            self._finish(weight, problem, new, mask, true_H)
+            for weight, problem, (new, mask) in zip(weights, problems, pruned, strict=True)
+        ]
+
+    def _finish(self, weight: Tensor, problem: Problem, new: Tensor, mask: Tensor, true_H: Tensor) -> Solution:
+        if self.refit:
+            new = linalg.masked_least_squares(problem.W, problem.H, mask, start=new, damping=self.refit_damping)
+        if not torch.isfinite(new).all():
+            raise NumericalError(f"{type(self).__name__} produced NaN or Inf")
+        # masked_fill writes +0.0: a -0.0 has broken readers of sparse formats before.
+        new = new.to(weight.dtype).masked_fill(~mask, 0.0)
+        return Solution(new, mask, linalg.reconstruction_error(weight, new, true_H))
+
+    def solve_all(self, problems: Sequence[Problem]) -> list[tuple[Tensor, Tensor]]:
+        """(new weight fp32, mask) of each problem; all share one H."""
+        return [self.solve(problem) for problem in problems]
+
+    @abstractmethod
+    def solve(self, problem: Problem) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
+        """(new weight fp32, mask). The new weight may be anything where the mask is False."""

@@ -1,0 +1,20 @@
+"""Magnitude pruning: keep the largest weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from topiarist.solvers.base import Problem, Solver
+
+
+@dataclass(frozen=True, kw_only=True)
+class Magnitude(Solver):
+    """Keeps the weights of largest |w| and does not look at the data. The baseline to beat; cost: one selection.
+
+    Differs from the scripts in use in: 1. exact counts (they prune `<=` a threshold: one weight too many, and all ties).
+    """
+
+    def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        return problem.W, problem.pattern.mask(problem.W.abs())
