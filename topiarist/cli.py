@@ -191,6 +191,12 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
         raise typer.Exit
 
 
+def solver_from_text(text: str) -> Any:
+    """A solver from `name` or `name:field=value,field=value`."""
+    name, _, fields = text.partition(":")
+    return _solver(name, [field for field in fields.split(",") if field])
+
+
 def _solver(name: str, assignments: list[str]) -> Any:
     """A solver from its name and `field=value` texts."""
     from topiarist.errors import TopiaristError
