@@ -68,8 +68,13 @@ class Gram:
         """H, symmetric, fp32; a new tensor."""
         if not torch.isfinite(self._upper).all():
             raise NumericalError("NaN or Inf in the Gram: the model's activations overflow; check weights and dtype")
-        upper = self._upper.triu()
-        return upper + upper.triu(1).T
+        H = self._upper.clone()
+        for start in range(0, self.in_features, BLOCK):  # tile by tile: one copy in memory, not four
+            stop = start + BLOCK
+            tile = H[start:stop, start:stop]
+            tile.copy_(tile.triu() + tile.triu(1).T)
+            H[stop:, start:stop] = H[start:stop, stop:].T
+        return H
 
     @property
     def diagonal(self) -> Float[Tensor, " in"]:

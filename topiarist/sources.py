@@ -89,9 +89,9 @@ class StreamedModel:
                 return parts  # pyright: ignore[reportReturnType]
         raise CheckpointError(f"tensor {name} is missing in {self.checkpoint.folder}; download it again")
 
-    def _read(self, name: str, dtype: torch.dtype, checkpoint: Checkpoint) -> Tensor:
+    def _read(self, name: str, dtype: torch.dtype, checkpoint: Checkpoint, mapped: bool) -> Tensor:
         parts = self.disk_parts(name)
-        pieces = [[checkpoint.read(part) for part in row] for row in parts]
+        pieces = [[checkpoint.read(part, mapped=mapped) for part in row] for row in parts]
         self._stored_dtype.update(
             (part, piece.dtype)
             for row, read in zip(parts, pieces, strict=True)
@@ -104,11 +104,11 @@ class StreamedModel:
             raise CheckpointError(f"tensor {name} has shape {tuple(tensor.shape)}, config asks for {tuple(wanted)}")
         return tensor.to(self.device, dtype)
 
-    def _fill(self, names: Sequence[str], checkpoint: Checkpoint) -> None:
+    def _fill(self, names: Sequence[str], checkpoint: Checkpoint, *, mapped: bool = False) -> None:
         for name in names:
             path, _, parameter = name.rpartition(".")
             module = self.model.get_submodule(path)
-            tensor = self._read(name, getattr(module, parameter).dtype, checkpoint)
+            tensor = self._read(name, getattr(module, parameter).dtype, checkpoint, mapped)
             module._parameters[parameter] = nn.Parameter(tensor, requires_grad=False)
 
     def _empty(self, names: Sequence[str]) -> None:
@@ -129,7 +129,8 @@ class StreamedModel:
         return [self.model.get_parameter(name) for name in self._embedding_names()]
 
     def load_embeddings(self) -> None:
-        self._fill(self._embedding_names(), self.checkpoint)
+        # A table of embeddings may be larger than a block, and few of its rows are used.
+        self._fill(self._embedding_names(), self.checkpoint, mapped=True)
         for module in self.model.modules():  # buffers are computed, not stored
             for key, buffer in module._buffers.items():
                 if buffer is not None and buffer.device != self.device:

@@ -9,11 +9,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,10 +96,11 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, its own memory."""
+    def read(self, name: str, *, mapped: bool = False) -> Tensor:
+        """One tensor: its own memory, or (`mapped`) a read-only view of the file that costs only the pages touched."""
         with _opened(self.files[name]) as reader:
-            return reader.get_tensor(name).clone()
+            tensor = reader.get_tensor(name)
+            return tensor if mapped else tensor.clone()
 
     def grouped(self, names: Sequence[str], limit: int) -> list[list[str]]:
         """The names in order, cut into groups of at most `limit` bytes (a larger tensor stands alone)."""
@@ -117,10 +116,35 @@ class Checkpoint:
         return groups
 
     def nbytes(self, name: str) -> int:
-        with _opened(self.files[name]) as reader:
-            piece = reader.get_slice(name)
-            bits = int(re.findall(r"\d+", piece.get_dtype())[0]) if piece.get_dtype() != "BOOL" else 8
-            return math.prod(piece.get_shape()) * bits // 8
+        begin, end = self._header(self.files[name])[0][name]["data_offsets"]
+        return end - begin
+
+    def _header(self, path: Path) -> tuple[dict[str, Any], int]:
+        """A shard's header and where its data begins. The format: 8 bytes of length, JSON, data."""
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            return json.loads(stream.read(length)), 8 + length
+
+    def copy_bytes(self, names: Sequence[str], target: Path) -> None:
+        """Write a safetensors file of the named tensors as they are stored, through a small buffer."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        spans: list[tuple[Path, int, int]] = []
+        offset = 0
+        for name in names:
+            shard, data = self._header(self.files[name])
+            begin, end = shard[name]["data_offsets"]
+            header[name] = {**shard[name], "data_offsets": [offset, offset + end - begin]}
+            spans.append((self.files[name], data + begin, end - begin))
+            offset += end - begin
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # data starts aligned
+        with target.open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for path, start, size in spans:
+                with path.open("rb") as source:
+                    source.seek(start)
+                    while size:
+                        size -= out.write(source.read(min(size, 1 << 24)))
 
     def dtype(self) -> torch.dtype:
         """The dtype that the config states, else that of the first floating tensor."""
@@ -249,15 +273,26 @@ class OutputFolder:
 
     def write_shard(self, name: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
         """Write a shard (temporary file, fsync, rename), then its journal line."""
+        whole = {key: t.contiguous() for key, t in tensors.items()}
+        sizes = {key: t.numel() * t.element_size() for key, t in tensors.items()}
+        self._write_shard(name, lambda path: save_file(whole, path, metadata={"format": "pt"}), sizes, info)
+
+    def copy_shard(self, name: str, source: Checkpoint, keys: Sequence[str]) -> None:
+        """A shard of tensors that stay as they are."""
+        sizes = {key: source.nbytes(key) for key in keys}
+        self._write_shard(name, lambda path: source.copy_bytes(keys, path), sizes, {})
+
+    def _write_shard(
+        self, name: str, write: Callable[[Path], None], sizes: Mapping[str, int], info: Mapping[str, Any]
+    ) -> None:
         path = self.folder / name
         temporary = path.with_suffix(".tmp")
         with self._disk_errors(temporary):
-            save_file({key: t.contiguous() for key, t in tensors.items()}, temporary, metadata={"format": "pt"})
+            write(temporary)
             temporary.chmod(0o644)  # the library creates private files
             _fsync(temporary)
             temporary.replace(path)
             _fsync(self.folder)
-            sizes = {key: t.numel() * t.element_size() for key, t in tensors.items()}
             line = {"file": name, "sha256": file_digest(path), "tensors": sizes, **info}
             with self._journal.open("a") as journal:
                 journal.write(json.dumps(line) + "\n")

@@ -226,7 +226,7 @@ class _Run:
         for number, names in enumerate(outer):
             if output.shard_is_done(number) is None:
                 with self.pruner.timed("write"):
-                    output.write_shard(_shard_name(number, total), {n: checkpoint.read(n) for n in names}, {})
+                    output.copy_shard(_shard_name(number, total), checkpoint, names)
         stream, layers = self._start(), []
         for index in range(len(self.names)):
             number = len(outer) + index

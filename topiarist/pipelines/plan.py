@@ -15,6 +15,7 @@ from topiarist.models import Matrix
 from topiarist.patterns import Pattern, parse_pattern
 from topiarist.pipelines.block import BlockPruner
 from topiarist.pipelines.oneshot import open_source, read_windows, resolve_method, resolve_patterns
+from topiarist.pipelines.refine import Refine
 from topiarist.pipelines.stream import BlockStream, GramGroup
 from topiarist.report import resident_bytes
 from topiarist.solvers import Solver
@@ -61,6 +62,7 @@ def plan_prune(
     seed: int = 0,
     batch_size: int = 8,
     true_sequential: bool = False,
+    refine: Refine | bool = False,
     device: str | torch.device | None = None,
     spill: str | Path | None = None,
     trust_remote_code: bool = False,
@@ -90,6 +92,8 @@ def plan_prune(
         rate = (time.perf_counter() - start) / _work(smallest.matrices)
     blocks = num_blocks(source)
     passes = (2.0 if true_sequential else 1.0) * gram_seconds + advance_seconds
+    if refine:  # a step costs about three forwards, a check one
+        passes += advance_seconds * (1 + 4 * (refine.epochs if isinstance(refine, Refine) else Refine().epochs))
     return Plan(
         blocks=blocks,
         matrices=len(matrices),
