@@ -221,8 +221,9 @@ class OutputFolder:
             if lines:
                 self._compare(lines[0])
                 self.finished = lines[1:]
-            for stray in self.folder.glob("*.tmp"):
-                stray.unlink()
+            for pattern in ("*.tmp", ".tmp*"):  # ours, and those of the library while it writes
+                for stray in self.folder.glob(pattern):
+                    stray.unlink()
         elif (self.folder / REPORT).is_file():
             self._compare(json.loads((self.folder / REPORT).read_text())["fingerprint"])
             self.complete = True
