@@ -9,6 +9,8 @@ the mask again from the `Draw`. So a layer costs the memory of its input, howeve
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from topiarist.learn import native, triton_kernel
+from topiarist.learn import native
 from topiarist.learn.candidates import candidates
 from topiarist.learn.relax import Categorical, Draw, Relaxation
 
@@ -42,7 +44,9 @@ def effective(
             out = torch.empty_like(weight)
             native.forward(native_mask(relaxation, weight, logits, draw, hard=hard), out)
             return out
-        if draw is not None and not hard and triton_kernel.usable(weight, logits):
+        if draw is not None and not hard and _triton(weight, logits):
+            from topiarist.learn import triton_kernel
+
             return triton_kernel.forward(weight, logits, candidates(relaxation.pattern, weight.device), draw)
     if draw is None:
         return relaxation.effective(weight, logits, None)
@@ -68,7 +72,9 @@ def gradient(
             out = torch.empty(logits.shape, dtype=torch.float32)
             native.backward(native_mask(relaxation, weight, logits, draw), native_grad(grad_effective), out)
             return out
-        if triton_kernel.usable(weight, logits):
+        if _triton(weight, logits):
+            from topiarist.learn import triton_kernel
+
             S = candidates(relaxation.pattern, weight.device)
             return triton_kernel.backward(weight, logits, S, grad_effective, draw)
     parts = [
@@ -76,6 +82,13 @@ def gradient(
         for rows, part in _chunks(relaxation, logits, draw)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _triton(*tensors: Tensor) -> bool:
+    """Whether the Triton kernels take these tensors: contiguous, on a GPU (anywhere if interpreted), fp32 or bf16."""
+    place = tensors[0].is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    fits = all(t.dtype in (torch.float32, torch.bfloat16) and t.is_contiguous() for t in tensors)
+    return place and fits and importlib.util.find_spec("triton") is not None
 
 
 def native_mask(

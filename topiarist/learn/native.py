@@ -59,15 +59,15 @@ class Adam(ctypes.Structure):
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None, with one warning, where they cannot be compiled. TOPIARIST_NATIVE=0: never."""
+    """The compiled kernels; None, after one warning, where none can be had. Never if TOPIARIST_NATIVE=0."""
     if os.environ.get("TOPIARIST_NATIVE") == "0":
         return None
     names = filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++"))
     compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None:
         warnings.warn(
-            "no C++ compiler (g++, clang++ or c++) found: learned masks use plain torch, with the same numbers but about "
-            "ten times slower; install one, e.g. apt-get install g++",
+            "no C++ compiler (g++, clang++ or c++) found: learned masks use plain torch, with the same numbers but "
+            "about ten times slower; install one, e.g. apt-get install g++",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -157,7 +157,7 @@ def forward(mask: Mask, out: Tensor) -> float:
 
 
 def backward(mask: Mask, adam: Adam, out: Tensor | None = None, *, squares: bool = False) -> float:
-    """Gradient into `out`, and / or a step of Adam (see native.cpp). Returns the gradient's squared norm if asked for."""
+    """Gradient into `out`, and / or a step of Adam (see native.cpp). Returns its squared norm if asked for."""
     target = out.data_ptr() if out is not None else None
     return sum(_rows("topiarist_backward", mask, adam, target, squares=squares))
 

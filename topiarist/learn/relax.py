@@ -1,7 +1,7 @@
 """Relaxations: how a discrete mask becomes a smooth function of logits. One interface, three parameterisations.
 
     Categorical   MaskLLM: one logit for every legal mask of a group. N:M with at most 128 masks a group
-    TopN          RoI: one logit per weight, N draws without replacement. Any N:M; fewer logits, a little less expressive
+    TopN          RoI: one logit per weight, N draws without replacement. Any N:M; fewer logits, less expressive
     Bernoulli     LEAP: one gate per weight and a density penalty. Unstructured masks
 
 A relaxation is a frozen value; weights, logits and the `Draw` (noise key and schedules of one step) are arguments. The
@@ -222,8 +222,9 @@ class TopN(Relaxation):
     """RoI: one logit per weight; `keep` successive softmaxes, each with what was already taken removed.
 
     r = kappa pi + g;  a_1 = softmax(r / tau);  r <- r + log(1 - a_n);  M = a_1 + ... + a_keep: a soft N-hot mask whose
-    limit tau -> 0 is Gumbel-top-N (at a high tau an entry can exceed 1), a draw without replacement. 1.0 logit a weight for every N:M, where Categorical has
-    1.5 at 2:4 and 8.75 at 4:8; the default from `of` = 8 on. Slightly less expressive: it cannot prefer a pair as such.
+    limit tau -> 0 is Gumbel-top-N, a draw without replacement (at a high tau an entry can exceed 1). 1.0 logit a weight
+    for every N:M, where Categorical has 1.5 at 2:4 and 8.75 at 4:8; the default from `of` = 8 on. A little less
+    expressive: it cannot prefer a pair as such.
     """
 
     pattern: NM
