@@ -105,7 +105,9 @@ def native_mask(
 
 def native_grad(grad_effective: Tensor) -> native.Adam:
     """The C++ kernel's arguments for a backward pass without an optimiser step."""
-    return native.Adam(grad_effective=grad_effective.data_ptr(), grad_bf16=grad_effective.dtype == torch.bfloat16)
+    adam = native.Adam(grad_effective=grad_effective.data_ptr(), grad_bf16=grad_effective.dtype == torch.bfloat16)
+    adam.keep_alive = grad_effective
+    return adam
 
 
 def _chunks(relaxation: Relaxation, logits: Tensor, draw: Draw):

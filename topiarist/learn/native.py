@@ -144,11 +144,13 @@ def mask_args(
 ) -> Mask:
     """The structure for a weight (out, in), logits (out, classes, groups) and a bool table (classes, of)."""
     rows, classes, groups = logits.shape
-    return Mask(
+    arguments = Mask(
         rows, groups, table.shape[1], classes, table.data_ptr(), weight.data_ptr(), logits.data_ptr(),
         weight.dtype == torch.bfloat16, logits.dtype == torch.bfloat16, kappa, tau, lam,
         key[0] & 0xFFFFFFFF, key[1] & 0xFFFFFFFF, first_row, first_group, noise, hard,
     )  # fmt: skip
+    arguments.keep_alive = (table, weight, logits)  # the structure holds bare addresses
+    return arguments
 
 
 def forward(mask: Mask, out: Tensor) -> float:

@@ -126,6 +126,11 @@ class Relaxation(ABC):
         M = self.sampled_hard_mask(logits, draw) if draw.straight_through else self.soft_mask(logits, draw)
         return (weight.to(M.dtype) * M).to(weight.dtype)
 
+    def certainty(self, logits: Float[Tensor, "out classes groups"], draw: Draw) -> Float[Tensor, ""]:
+        """How decided the mask of this draw is: 1 if every weight is wholly kept or wholly gone."""
+        M = self.soft_mask(logits, draw).clamp(0.0, 1.0)
+        return torch.maximum(M, 1.0 - M).mean()
+
     def sampled_hard_mask(self, logits: Tensor, draw: Draw) -> Tensor:
         """The hard mask of this draw's noisy logits, as numbers 0 and 1."""
         return self.hard_mask(self.noisy(logits, draw)).to(logits.dtype)
@@ -186,6 +191,9 @@ class Categorical(Relaxation):
     def probabilities(self, logits: Tensor, draw: Draw) -> Float[Tensor, "out classes groups"]:
         """y, the soft index."""
         return (self.noisy(logits, draw) / draw.tau).softmax(1)
+
+    def certainty(self, logits: Tensor, draw: Draw) -> Tensor:
+        return self.probabilities(logits, draw).amax(1).mean()
 
     def soft_mask(self, logits: Tensor, draw: Draw) -> Tensor:
         return self._mix(self.probabilities(logits, draw))
