@@ -1,0 +1,1 @@
+"""A demonstration of topiarist on a small real model, runnable on a laptop CPU."""

@@ -1,0 +1,250 @@
+"""The command line: parse, call one function, print. Nothing else prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from topiarist.__about__ import __version__
+
+app = typer.Typer(
+    help="Prune Hugging Face causal language models, and measure what it cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+USAGE, INTERRUPTED = 2, 130
+Text = Annotated[list[Path], typer.Option(help=".txt, .jsonl, .jsonl.gz or a datasets folder; may be repeated")]
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="model folder or hub id")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the pruned checkpoint")],
+    calibration: Text,
+    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt or alps")] = "alps",
+    pattern: Annotated[str, typer.Option(help="2:4 keeps 2 of 4; 0.7 makes 70 % zeros; 0.7/row")] = "2:4",
+    option: Annotated[
+        Optional[list[str]], typer.Option("--set", help="a field of the method, e.g. refit=true; may be repeated")
+    ] = None,
+    allocation: Annotated[Optional[Path], typer.Option(help="JSON of layer name -> pattern, instead of --pattern")] = None,
+    skip: Annotated[Optional[list[str]], typer.Option(help="regular expression of layers that stay dense")] = None,
+    samples: Annotated[int, typer.Option(help="calibration windows")] = 128,
+    window: Annotated[Optional[int], typer.Option(help="tokens a window; default min(2048, the model's limit)")] = None,
+    seed: Annotated[int, typer.Option(help="chooses the calibration windows")] = 0,
+    batch_size: Annotated[int, typer.Option(help="windows a forward pass")] = 8,
+    true_sequential: Annotated[
+        bool, typer.Option(help="later matrices of a block see the already pruned earlier ones")
+    ] = False,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one")] = None,
+    spill: Annotated[Optional[Path], typer.Option(help="folder for hidden states that do not fit in memory")] = None,
+    threads: Annotated[Optional[int], typer.Option(help="CPU threads; default: torch's choice")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="run Python code that the model folder brings")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="say what the run will need, from one block, and stop")] = False,
+) -> None:
+    """Prune MODEL to OUT with a one-shot method. The same command resumes a run that was stopped."""
+    import topiarist as tp
+    from topiarist.pipelines.plan import plan_prune
+
+    _set_threads(threads)
+    options: dict[str, Any] = {
+        "calibration": tp.text_files(calibration),
+        "method": _solver(method, option or []),
+        "pattern": pattern,
+        "allocation": allocation,
+        "skip": skip or [],
+        "num_samples": samples,
+        "window": window,
+        "seed": seed,
+        "batch_size": batch_size,
+        "true_sequential": true_sequential,
+        "device": device,
+        "spill": spill,
+        "trust_remote_code": trust_remote_code,
+    }
+    if plan:
+        for name, value in plan_prune(model, **options).lines():
+            out.print(f"{name:<34} {value}", highlight=False)
+        return
+    with _progress_bar() as progress:
+        report = tp.prune(model, output, progress=progress, **options)
+    table = Table(title=f"{method} {report.pattern}: {len(report.layers)} matrices, {report.sparsity:.2%} zeros")
+    for column in ("layer kind", "matrices", "sparsity", "mean error", "worst error"):
+        table.add_column(column, justify="left" if column == "layer kind" else "right")
+    for kind, layers in report.by_kind().items():
+        errors = [layer.error for layer in layers]
+        sparsity = sum(layer.sparsity for layer in layers) / len(layers)
+        row = (kind, str(len(layers)), f"{sparsity:.4f}", f"{sum(errors) / len(errors):.5f}", f"{max(errors):.5f}")
+        table.add_row(*row)
+    out.print(table)
+    run = report.run
+    out.print(f"{run['seconds']:.0f} s, peak memory {run['peak_memory_bytes'] / 1e9:.2f} GB; written to {output}")
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="model folders; a pruned one's base is added")],
+    text: Text,
+    window: Annotated[int, typer.Option(help="tokens a window; windows do not overlap")] = 1024,
+    max_windows: Annotated[Optional[int], typer.Option(help="only the first windows of each text")] = None,
+    batch_size: Annotated[int, typer.Option(help="windows a forward pass")] = 1,
+    device: Annotated[Optional[str], typer.Option(help="default: a GPU if there is one")] = None,
+    threads: Annotated[Optional[int], typer.Option(help="CPU threads")] = None,
+    reference: Annotated[bool, typer.Option(help="add the dense base of a pruned model as first row")] = True,
+    allow_overlap: Annotated[bool, typer.Option(help="evaluate on calibration text all the same")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="run Python code that the model folder brings")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Perplexity of every MODEL on every text file, dense reference first."""
+    from topiarist.data import text_files
+    from topiarist.evaluate import compare
+
+    _set_threads(threads)
+    sources = [text_files(path) for path in text]
+    with _progress_bar() as progress:
+        rows = compare(
+            models,
+            sources,
+            window=window,
+            max_windows=max_windows,
+            batch_size=batch_size,
+            device=device,
+            reference=reference,
+            allow_overlap=allow_overlap,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        return
+    table = Table(title=f"perplexity, windows of {window} tokens without overlap, no special tokens")
+    table.add_column("model")
+    table.add_column("dtype")
+    for path, result in zip(text, rows[0].results, strict=True):
+        header = f"{path.name}\n{result.tokens:,} tokens\nsha256 {result.text_digest[:12]}"
+        table.add_column(header, justify="right")
+    for row in rows:
+        cells = [f"{r.value:.2f}" if r.value < 1e5 else f"{r.value:.3g}" for r in row.results]
+        table.add_row(row.model + (" (dense)" if row.dense else ""), row.results[0].dtype, *cells)
+    out.print(table)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="checkpoint folder")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """What is in a checkpoint: sparsity of every layer, whether its pattern holds in the files, provenance."""
+    from topiarist.evaluate import audit
+
+    provenance, audits = audit(folder)
+    if as_json:
+        plain = {"pruning_config": provenance, "matrices": [asdict(a) for a in audits]}
+        sys.stdout.write(json.dumps(plain, indent=2) + "\n")
+        return
+    table = Table(title=str(folder))
+    for column in ("layer", "shape", "sparsity", "pattern", "holds"):
+        table.add_column(column, justify="right" if column == "sparsity" else "left")
+    for a in audits:
+        holds = "" if a.holds is None else "yes" if a.holds else "[red]NO[/red]"
+        table.add_row(a.name, f"{a.shape[0]} x {a.shape[1]}", f"{a.sparsity:.4f}", a.pattern or "", holds)
+    out.print(table)
+    size = sum(a.shape[0] * a.shape[1] for a in audits)
+    zeros = sum(a.sparsity * a.shape[0] * a.shape[1] for a in audits)
+    out.print(f"{zeros / size:.2%} zeros in {len(audits)} matrices ({size:,} weights)")
+    broken = [a.name for a in audits if a.holds is False]
+    if broken:
+        out.print(f"the claimed pattern is broken in {len(broken)} matrices, first {broken[0]}")
+    if provenance:
+        calibration = provenance.get("calibration", {})
+        out.print(
+            f"pruned from {provenance.get('base_model')} with {provenance.get('method')} {provenance.get('pattern')} "
+            f"(topiarist {provenance.get('version')}), calibration {calibration.get('samples')} x "
+            f"{calibration.get('window')} tokens, sha256 {str(calibration.get('digest'))[:12]}"
+        )
+    else:
+        out.print("no pruning_config: not pruned by topiarist")
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        out.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+def _solver(name: str, assignments: list[str]) -> Any:
+    """A solver from its name and `field=value` texts."""
+    from topiarist.errors import TopiaristError
+    from topiarist.solvers import SOLVERS
+
+    if name not in SOLVERS:
+        raise TopiaristError(f"unknown method {name!r}; choose one of {', '.join(SOLVERS)}")
+    from pydantic import TypeAdapter, ValidationError
+
+    fields = dict(text.split("=", 1) if "=" in text else (text, "") for text in assignments)
+    known = TypeAdapter(SOLVERS[name])
+    if unknown := set(fields) - set(SOLVERS[name].__dataclass_fields__):
+        choices = ", ".join(SOLVERS[name].__dataclass_fields__)
+        raise TopiaristError(f"{name} has no field {sorted(unknown)[0]!r}; it has {choices}")
+    try:
+        return known.validate_python(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise TopiaristError(f"--set {first['loc'][0]}: {first['msg']}") from None
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bars:
+        task = bars.add_task("starting", total=None)
+        yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total)
+
+
+def main() -> None:
+    """Run the command line. User errors end in one line and exit code 2."""
+    from topiarist.errors import TopiaristError
+
+    warnings.showwarning = lambda message, *_, **__: err.print(f"[yellow]warning[/yellow] {message}", highlight=False)
+    try:
+        app(standalone_mode=False)
+    except TopiaristError as error:
+        err.print(f"[red]error[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(USAGE)
+    except KeyboardInterrupt:
+        err.print("interrupted: finished blocks are kept, the same command resumes", highlight=False)
+        sys.exit(INTERRUPTED)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        show = getattr(error, "show", None)  # click's own usage errors know how to print themselves
+        if show is None:
+            raise
+        show()
+        sys.exit(getattr(error, "exit_code", USAGE))
+
+
+if __name__ == "__main__":
+    main()

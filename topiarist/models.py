@@ -1,0 +1,227 @@
+"""A Hugging Face causal language model seen as blocks of prunable matrices. Families are rows of data.
+
+Nothing here forks modelling code: blocks are found by path, their keyword arguments are captured by running the real
+model over stubs, and matrices are found by type. A row says only what cannot be seen from the modules themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from topiarist.errors import UnsupportedModel
+
+
+@dataclass(frozen=True)
+class Family:
+    """What topiarist knows about one `model_type`."""
+
+    blocks: str = "model.layers"
+    """Path of the list of decoder blocks inside the causal LM."""
+    skip: tuple[str, ...] = ()
+    """Linears of a block that are never pruned (routers)."""
+    experts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    """Fused 3-D parameter (expert, out, in) of a block -> the names of one expert's matrices in checkpoints on disk,
+    concatenated along `out`; `{e}` is the expert. Checkpoints that already hold the fused name need nothing."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """(in checkpoints on disk, in the module) pieces of names."""
+
+
+_LLAMA_LIKE = Family()
+_QWEN_MOE = Family(
+    skip=("mlp.gate", "mlp.shared_expert_gate"),
+    experts={
+        "mlp.experts.gate_up_proj": ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
+        "mlp.experts.down_proj": ("mlp.experts.{e}.down_proj.weight",),
+    },
+)
+_MIXTRAL = Family(
+    skip=("mlp.gate",),
+    experts={
+        "mlp.experts.gate_up_proj": (
+            "block_sparse_moe.experts.{e}.w1.weight",
+            "block_sparse_moe.experts.{e}.w3.weight",
+        ),
+        "mlp.experts.down_proj": ("block_sparse_moe.experts.{e}.w2.weight",),
+    },
+    renames=((".block_sparse_moe.", ".mlp."),),
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA_LIKE,
+    "mistral": _LLAMA_LIKE,
+    "ministral": _LLAMA_LIKE,
+    "qwen2": _LLAMA_LIKE,
+    "qwen3": _LLAMA_LIKE,
+    "gemma": _LLAMA_LIKE,
+    "gemma2": _LLAMA_LIKE,
+    "gemma3_text": _LLAMA_LIKE,
+    "phi3": _LLAMA_LIKE,
+    "olmo2": _LLAMA_LIKE,
+    "granite": _LLAMA_LIKE,
+    "smollm3": _LLAMA_LIKE,
+    "starcoder2": _LLAMA_LIKE,
+    "cohere": _LLAMA_LIKE,
+    "stablelm": _LLAMA_LIKE,
+    "opt": Family(blocks="model.decoder.layers"),
+    "gpt2": Family(blocks="transformer.h"),
+    "gpt_neox": Family(blocks="gpt_neox.layers"),
+    "mixtral": _MIXTRAL,
+    "qwen2_moe": _QWEN_MOE,
+    "qwen3_moe": _QWEN_MOE,
+    "olmoe": _QWEN_MOE,
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The row of a model type. Raises UnsupportedModel, saying how to add one."""
+    try:
+        return FAMILIES[model_type]
+    except KeyError:
+        raise UnsupportedModel(
+            f"no row for model type {model_type!r}; add one to topiarist.models.FAMILIES (the path of its decoder blocks, "
+            f"and its routers and experts if it has any), known: {', '.join(sorted(FAMILIES))}"
+        ) from None
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """One prunable matrix: a Linear, a transposed Conv1D, or one expert's slice of a fused 3-D parameter."""
+
+    name: str
+    module: nn.Module
+    parameter: str = "weight"
+    transposed: bool = False
+    expert: int | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        """The stored tensor or its slice, as the module holds it."""
+        stored = getattr(self.module, self.parameter)
+        return stored if self.expert is None else stored[self.expert]
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """View of the weight as (out, in)."""
+        return self.tensor.t() if self.transposed else self.tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        out_features, in_features = self.weight.shape
+        return out_features, in_features
+
+    @torch.no_grad()
+    def assign(self, weight: Float[Tensor, "out in"]) -> None:
+        """Overwrite the weight in place."""
+        self.weight.copy_(weight)
+
+    @property
+    def stage(self) -> str:
+        """Matrices of one stage see their inputs at one point of the forward: all experts of a fused parameter do."""
+        return self.name.rsplit(".", 1)[0] if self.expert is not None else self.name
+
+
+def matrices_of(block: nn.Module, family: Family = _LLAMA_LIKE) -> list[Matrix]:
+    """Every prunable matrix of a block, in module order; names are relative to the block."""
+    found: list[Matrix] = []
+    for name, module in block.named_modules():
+        if name in family.skip:
+            continue
+        if isinstance(module, nn.Linear):
+            found.append(Matrix(name, module))
+        elif type(module).__name__ == "Conv1D":  # transformers' GPT-2 layer: weight is (in, out)
+            found.append(Matrix(name, module, transposed=True))
+    for fused in family.experts:
+        path, parameter = fused.rsplit(".", 1)
+        try:
+            experts = block.get_submodule(path)
+        except AttributeError:  # a dense block of a mixed model, or an older layout with one module per expert
+            continue
+        stacked = getattr(experts, parameter, None)
+        if isinstance(stacked, Tensor) and stacked.ndim == 3:
+            found += [Matrix(f"{fused}.{e}", experts, parameter, expert=e) for e in range(stacked.shape[0])]
+    return found
+
+
+def block_names(model: nn.Module, family: Family) -> list[str]:
+    """Full names of the decoder blocks, first to last."""
+    return [f"{family.blocks}.{i}" for i in range(len(model.get_submodule(family.blocks)))]  # pyright: ignore[reportArgumentType]
+
+
+class _Captured(Exception):
+    """Ends the capturing forward after the last block."""
+
+
+class _Stub(nn.Module):
+    """Stands for a block: notes its arguments, hands the hidden states on. Looks like the block otherwise."""
+
+    def __init__(self, block: nn.Module, record: list[BlockCall], returns_tuple: bool, last: bool) -> None:
+        super().__init__()
+        self.__dict__.update(_block=block, _record=record, _returns_tuple=returns_tuple, _last=last)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        self._record.append(BlockCall(hidden, tuple(args[1:]), kwargs))
+        if self._last:
+            raise _Captured
+        return (hidden,) if self._returns_tuple else hidden
+
+
+@dataclass
+class BlockCall:
+    """How the model calls one block: everything but the hidden states is replayed as it was."""
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module, hidden: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+        out = block(hidden, *self.args, **self.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+@torch.no_grad()
+def capture_calls(model: nn.Module, family: Family, tokens: Tensor, *, returns_tuple: bool = False) -> list[BlockCall]:
+    """Run the model's own forward over stubs instead of blocks and note how each block is called.
+
+    tokens: (batch, window). Only what stands before the blocks (embeddings, positions, masks) is computed.
+    """
+    blocks: nn.ModuleList = model.get_submodule(family.blocks)  # pyright: ignore[reportAssignmentType]
+    originals = list(blocks)
+    record: list[BlockCall] = []
+    try:
+        for i, block in enumerate(originals):
+            blocks[i] = _Stub(block, record, returns_tuple, last=i == len(originals) - 1)
+        base = getattr(model, getattr(model, "base_model_prefix", ""), model)
+        base(input_ids=tokens, use_cache=False)
+    except _Captured:
+        pass
+    finally:
+        for i, block in enumerate(originals):
+            blocks[i] = block
+    return record
+
+
+class ExpertTap(torch.overrides.TorchFunctionMode):
+    """Sees the input of every expert's matrix: the eager loop calls `linear` with a slice of the fused parameter."""
+
+    def __init__(self, matrices: Iterable[Matrix], on_input: Any) -> None:
+        super().__init__()
+        self._on_input = on_input
+        self._known: dict[int, Matrix] = {m.tensor.data_ptr(): m for m in matrices}
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            matrix = self._known.get(args[1].data_ptr())
+            if matrix is not None:
+                self._on_input(matrix, args[0])
+        return func(*args, **(kwargs or {}))

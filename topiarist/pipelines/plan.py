@@ -1,0 +1,121 @@
+"""What a one-shot run will need, from the shapes and a short probe of one block."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from topiarist.models import Matrix
+from topiarist.patterns import Pattern, parse_pattern
+from topiarist.pipelines.block import BlockPruner
+from topiarist.pipelines.oneshot import open_source, read_windows, resolve_method, resolve_patterns
+from topiarist.pipelines.stream import BlockStream, GramGroup
+from topiarist.report import resident_bytes
+from topiarist.solvers import Solver
+from topiarist.sources import block_matrices, eager_experts, num_blocks
+from topiarist.store import Checkpoint
+
+PROBE_WINDOWS = 2
+SOLVER_COPIES = 10
+"""fp32 copies of its weight and of its Gram that a solver may hold at once; an upper bound over the table."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Needs of a run on this machine, as measured a moment ago; seconds assume that it stays as busy as it is."""
+
+    blocks: int
+    matrices: int
+    peak_memory_bytes: int
+    disk_bytes: int
+    forward_seconds: float
+    solver_seconds: float
+
+    def lines(self) -> list[tuple[str, str]]:
+        return [
+            ("blocks x matrices", f"{self.blocks} x {self.matrices}"),
+            ("peak memory, about", f"{self.peak_memory_bytes / 1e9:.2f} GB"),
+            ("disk", f"{self.disk_bytes / 1e9:.2f} GB"),
+            ("forward passes and Grams, about", _duration(self.forward_seconds)),
+            ("solver, about", _duration(self.solver_seconds)),
+            ("in all, about", _duration(self.forward_seconds + self.solver_seconds)),
+        ]
+
+
+def plan_prune(
+    model: str | Path,
+    *,
+    calibration: Any,
+    method: str | Solver = "alps",
+    pattern: str | float | Pattern = "2:4",
+    allocation: str | Path | Mapping[str, str | None] | None = None,
+    skip: Sequence[str] = (),
+    num_samples: int = 128,
+    window: int | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    true_sequential: bool = False,
+    device: str | torch.device | None = None,
+    spill: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Probe the first block with two windows and extrapolate. Takes what `prune` takes; writes nothing."""
+    solver = resolve_method(method)
+    source, checkpoint, _ = open_source(model, None, device, trust_remote_code, planning=True)
+    assert isinstance(checkpoint, Checkpoint)
+    patterns, _ = resolve_patterns(source, parse_pattern(pattern), allocation, skip)
+    windows = read_windows(source, checkpoint, calibration, None, num_samples, window, seed)
+    with eager_experts(source.model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a probe of two windows is thin by design
+        probe = windows.tokens[:PROBE_WINDOWS]
+        stream = BlockStream(source, probe, batch_size=len(probe), device=source.device)
+        block = source.load(0)
+        path = f"{source.family.blocks}.0"
+        matrices = [m for m in block_matrices(source, 0) if patterns[f"{path}.{m.name}"] is not None]
+        start = time.perf_counter()
+        groups = stream.grams(0, block, matrices)
+        gram_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        stream.advance(0, block)
+        advance_seconds = time.perf_counter() - start
+        smallest = min(groups, key=lambda g: _work(g.matrices))
+        start = time.perf_counter()
+        BlockPruner(solver, patterns).solve([smallest], smallest.matrices, path)
+        rate = (time.perf_counter() - start) / _work(smallest.matrices)
+    blocks = num_blocks(source)
+    passes = (2.0 if true_sequential else 1.0) * gram_seconds + advance_seconds
+    return Plan(
+        blocks=blocks,
+        matrices=len(matrices),
+        peak_memory_bytes=resident_bytes() + _working_set(source, stream, groups, len(windows.tokens), spill is not None),
+        disk_bytes=checkpoint.weight_bytes(),
+        forward_seconds=blocks * passes * len(windows.tokens) / len(probe),
+        solver_seconds=blocks * rate * sum(_work(g.matrices) for g in groups),
+    )
+
+
+def _work(matrices: Sequence[Matrix]) -> float:
+    """Flops of a Gram solver up to a constant: a factorisation, and products with every weight."""
+    width = matrices[0].shape[1]
+    return width**3 + 30.0 * width**2 * sum(m.shape[0] for m in matrices)
+
+
+def _working_set(source: Any, stream: BlockStream, groups: Sequence[GramGroup], samples: int, spilled: bool) -> int:
+    """Bytes that come on top of the process as it is: hidden states, Grams, the solver's copies, the embeddings."""
+    hidden = 0 if spilled else stream.hidden[0].numel() * stream.hidden.element_size() * samples
+    grams = sum(4 * g.gram.in_features**2 for g in groups)
+    largest = max(4 * (g.gram.in_features**2 + sum(m.weight.numel() for m in g.matrices)) for g in groups)
+    embeddings = sum(p.numel() * p.element_size() for p in source.embedding_parameters())
+    return max(hidden + grams + SOLVER_COPIES * largest, hidden + embeddings)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,197 @@
+"""One block at a time: the hidden states between blocks, the Grams inside them.
+
+Peak memory = one block + its Grams + the hidden states (which may lie in a file), whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topiarist.gram import Gram
+from topiarist.models import BlockCall, ExpertTap, Matrix, capture_calls
+from topiarist.sources import Source
+
+
+@dataclass
+class GramGroup:
+    """Matrices that read one input, and its Gram."""
+
+    matrices: list[Matrix]
+    gram: Gram
+
+
+class _StopForward(Exception):
+    """Ends a forward early: everything that was asked for has been seen."""
+
+
+@dataclass
+class GramCollector:
+    """Accumulates one Gram for every distinct input of `matrices` while a block runs."""
+
+    matrices: Sequence[Matrix]
+    groups: list[GramGroup] = field(default_factory=list)
+    _group_of: dict[Matrix, GramGroup] = field(default_factory=dict)
+    _inputs: list[tuple[Tensor, GramGroup]] = field(default_factory=list)
+
+    def on_input(self, matrix: Matrix, x: Tensor) -> None:
+        """Note that `matrix` reads x; the first matrix of a group brings its tokens."""
+        group = self._group_of.get(matrix)
+        if group is None:
+            group = next((g for seen, g in self._inputs if seen is x), None)
+            if group is None:
+                group = GramGroup([], Gram(matrix.shape[1], device=x.device))
+                self.groups.append(group)
+            group.matrices.append(matrix)
+            self._group_of[matrix] = group
+            self._inputs.append((x, group))
+        if group.matrices[0] is matrix:
+            group.gram.add(x)
+
+    def end_of_forward(self) -> None:
+        """Inputs of one forward are compared by identity, so they are held until it ends and dropped here."""
+        self._inputs.clear()
+
+
+@contextmanager
+def watch_inputs(matrices: Sequence[Matrix], on_input: Callable[[Matrix, Tensor], None]) -> Iterator[None]:
+    """Call `on_input(matrix, x)` whenever a matrix is about to be applied to x."""
+    with ExitStack() as stack:
+        for matrix in matrices:
+            if matrix.expert is None:
+                hook = matrix.module.register_forward_pre_hook(lambda _, args, m=matrix: on_input(m, args[0]))
+                stack.callback(hook.remove)
+        if experts := [m for m in matrices if m.expert is not None]:
+            stack.enter_context(ExpertTap(experts, on_input))
+        yield
+
+
+class HiddenStates:
+    """(num, window, width) hidden states between two blocks, in the model's dtype, in memory or in a file."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, spill: Path | None) -> None:
+        self._file = None
+        if spill is None:
+            self.values = torch.empty(shape, dtype=dtype)
+        else:
+            spill.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.NamedTemporaryFile(dir=spill, prefix="hidden-", suffix=".bin")  # noqa: SIM115
+            count = shape[0] * shape[1] * shape[2]
+            self.values = torch.from_file(self._file.name, shared=True, size=count, dtype=dtype).view(shape)
+
+
+class BlockStream:
+    """Hidden states on their way through the blocks, in batches that are called as the model itself would."""
+
+    def __init__(
+        self, source: Source, tokens: Tensor, *, batch_size: int, device: torch.device, spill: Path | None = None
+    ) -> None:
+        self.source, self.device = source, device
+        self._batches = [slice(s, min(s + batch_size, len(tokens))) for s in range(0, len(tokens), batch_size)]
+        self._calls: list[list[BlockCall]] = []
+        self._hidden: HiddenStates | None = None
+        source.load_embeddings()
+        returns_tuple = self._first_block_returns_tuple(tokens[:1])
+        for rows in self._batches:
+            calls = capture_calls(source.model, source.family, tokens[rows].to(device), returns_tuple=returns_tuple)
+            hidden = calls[0].hidden
+            if self._hidden is None:
+                shape = (len(tokens), hidden.shape[1], hidden.shape[2])
+                self._hidden = HiddenStates(shape, hidden.dtype, spill)
+            self._hidden.values[rows] = hidden.cpu()
+            self._calls.append([self._shared(i, call) for i, call in enumerate(calls)])
+        source.release_embeddings()
+
+    def _first_block_returns_tuple(self, tokens: Tensor) -> bool:
+        """Families differ in what a block returns, so one real block is asked."""
+        call = capture_calls(self.source.model, self.source.family, tokens.to(self.device))[0]
+        block = self.source.load(0)
+        with torch.no_grad():
+            return isinstance(block(call.hidden, *call.args, **call.kwargs), tuple)
+
+    def _shared(self, index: int, call: BlockCall) -> BlockCall:
+        """Masks and positions are the same for every full batch: keep one copy."""
+        empty = torch.empty(0)
+        for other in self._calls[:1]:
+            if _equal((other[index].args, other[index].kwargs), (call.args, call.kwargs)):
+                return other[index]
+        return BlockCall(empty, call.args, call.kwargs)
+
+    @property
+    def hidden(self) -> Tensor:
+        assert self._hidden is not None
+        return self._hidden.values
+
+    @torch.no_grad()
+    def outputs(self, index: int, block: nn.Module) -> Iterator[tuple[slice, Tensor]]:
+        """Rows and the block's output for them, batch by batch; the hidden states stay as they are."""
+        for rows, calls in zip(self._batches, self._calls, strict=True):
+            yield rows, calls[index].run(block, self.hidden[rows].to(self.device))
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Replace the hidden states by the block's output."""
+        for rows, out in self.outputs(index, block):
+            self.hidden[rows] = out.cpu()
+
+    @torch.no_grad()
+    def grams(
+        self,
+        index: int,
+        block: nn.Module,
+        matrices: Sequence[Matrix],
+        *,
+        stop_early: bool = False,
+        windows: int | None = None,
+    ) -> list[GramGroup]:
+        """Run the block over the hidden states and return a Gram for every distinct input of `matrices`.
+
+        Groups come in the order in which the forward reaches them. `stop_early` ends each forward once every matrix
+        has been seen; `windows` looks at the first few windows only.
+        """
+        collector = GramCollector(matrices)
+        remaining: set[Matrix] = set()
+
+        def on_input(matrix: Matrix, x: Tensor) -> None:
+            collector.on_input(matrix, x)
+            remaining.discard(matrix)
+            if stop_early and not remaining:
+                raise _StopForward
+
+        with watch_inputs(matrices, on_input):
+            for rows, calls in zip(self._batches, self._calls, strict=True):
+                remaining.update(matrices)
+                with suppress(_StopForward):
+                    calls[index].run(block, self.hidden[rows][:windows].to(self.device))
+                collector.end_of_forward()
+                if windows is not None:
+                    break
+        return collector.groups
+
+    def stages(self, index: int, block: nn.Module, matrices: Sequence[Matrix]) -> list[list[Matrix]]:
+        """The matrices in the order in which a forward reaches them; those that read one input stay together."""
+        stages: dict[str, list[Matrix]] = {}
+        for group in self.grams(index, block, matrices, windows=1):
+            stages.setdefault(group.matrices[0].stage, []).extend(group.matrices)
+        # One window may miss some experts; they belong to the stage of their siblings.
+        seen = {matrix for stage in stages.values() for matrix in stage}
+        for matrix in matrices:
+            if matrix not in seen:
+                stages.setdefault(matrix.stage, []).append(matrix)
+        return list(stages.values())
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a is b or (type(a) is type(b) and a == b)

@@ -1,0 +1,150 @@
+"""What a run did: numbers per layer, and the model card they are printed on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One pruned matrix."""
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    sparsity: float
+    error: float
+    """Relative reconstruction error on the calibration inputs."""
+    tokens: int
+    """Calibration tokens that reached it."""
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> LayerReport:
+        return cls(**{**plain, "shape": tuple(plain["shape"])})
+
+
+@dataclass
+class Report:
+    """The result of `prune`. `to_dict` holds only what repeats; seconds and memory stay in `run`."""
+
+    method: str
+    settings: Mapping[str, Any]
+    pattern: str
+    model: str
+    calibration: Mapping[str, Any]
+    layers: list[LayerReport] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    run: dict[str, Any] = field(default_factory=dict)
+    """Seconds by activity, peak memory, machine: differs from run to run."""
+    output: str | None = None
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Report:
+        """The report of a finished output folder."""
+        plain = json.loads((folder / "pruning_report.json").read_text(encoding="utf-8"))
+        run = folder / "pruning_run.json"
+        return cls(
+            method=plain["method"],
+            settings=plain["settings"],
+            pattern=plain["pattern"],
+            model=plain["model"],
+            calibration=plain["calibration"],
+            layers=[LayerReport.from_dict(layer) for layer in plain["layers"]],
+            warnings=plain["warnings"],
+            run=json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {},
+            output=str(folder),
+        )
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over all pruned matrices."""
+        total = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+        zeros = sum(layer.sparsity * layer.shape[0] * layer.shape[1] for layer in self.layers)
+        return zeros / total if total else 0.0
+
+    @property
+    def mean_error(self) -> float:
+        return sum(layer.error for layer in self.layers) / len(self.layers) if self.layers else 0.0
+
+    def by_kind(self) -> dict[str, list[LayerReport]]:
+        """Layers by what they are in a block: names without their numbers."""
+        kinds: dict[str, list[LayerReport]] = {}
+        for layer in self.layers:
+            parts = [part for part in layer.name.split(".") if not part.isdigit()]
+            kinds.setdefault(".".join(parts[-2:]), []).append(layer)
+        return kinds
+
+    def to_dict(self) -> dict[str, Any]:
+        plain = asdict(self)
+        plain.pop("run")
+        plain.pop("output")
+        return {"sparsity": self.sparsity, "mean_error": self.mean_error, **plain}
+
+    def pruning_config(self, version: str) -> dict[str, Any]:
+        """Provenance for config.json: small, and no key that any loader interprets."""
+        return {
+            "version": version,
+            "method": self.method,
+            "settings": dict(self.settings),
+            "pattern": self.pattern,
+            "sparsity": self.sparsity,
+            "base_model": self.model,
+            "calibration": dict(self.calibration),
+            "modules": {layer.name: round(layer.sparsity, 6) for layer in self.layers},
+            **({"patterns": {layer.name: layer.pattern for layer in self.layers}} if self.pattern == "mixed" else {}),
+        }
+
+
+def model_card(report: Report, version: str) -> str:
+    """README.md of a pruned checkpoint."""
+    calibration = report.calibration
+    worst = sorted(report.layers, key=lambda layer: -layer.error)[:5]
+    rows = "\n".join(f"| `{w.name}` | {w.shape[0]} x {w.shape[1]} | {w.sparsity:.3f} | {w.error:.4f} |" for w in worst)
+    return f"""---
+library_name: transformers
+base_model: {report.model}
+tags: [pruned, sparse, "{report.pattern}", {report.method}]
+---
+# {report.model.rstrip("/").rsplit("/", 1)[-1]}, pruned {report.pattern} with {report.method}
+
+{report.sparsity:.1%} of the weights of {len(report.layers)} matrices are zero. The files are ordinary dense tensors: any
+loader opens them, and they are neither smaller nor faster by themselves.
+
+| | |
+|---|---|
+| method | {report.method} {dict(report.settings)} |
+| pattern | {report.pattern} |
+| calibration | {calibration["samples"]} windows of {calibration["window"]} tokens, sha256 {calibration["digest"][:16]} |
+| mean relative reconstruction error | {report.mean_error:.4f} |
+
+Layers with the largest error:
+
+| layer | shape | sparsity | error |
+|---|---|---|---|
+{rows}
+
+Made by topiarist {version}; `topiarist inspect` shows every layer. Measure the price before use: `topiarist eval`.
+"""
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far, plus the GPU's own peak if one was used."""
+    import resource
+
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return host + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+def resident_bytes() -> int:
+    """Resident size of this process now."""
+    pages = Path("/proc/self/statm")
+    if not pages.exists():
+        return peak_memory_bytes()
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
