@@ -22,7 +22,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 WORD = (1 << 64) - 1
 
 # What a key is for. Noise of different use never shares a stream, even at the same step.
-GUMBEL, GUMBEL_B, INIT_A, INIT_B, ROUNDING = 0, 1, 2, 3, 4
+GUMBEL, INIT_A, INIT_B, ROUNDING = 0, 1, 2, 3
 
 Key = tuple[int, int]
 """Two signed 32-bit words."""

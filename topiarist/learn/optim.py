@@ -151,11 +151,11 @@ class MaskAdamW(torch.optim.Optimizer):
         """The factor that brings the gradient's norm down to max_norm."""
         if self.max_norm is None:
             return 1.0
-        squares = sum(self._squared_norm(position) for position in range(len(self.layers)))
-        self.grad_norm = squares**0.5
-        if isinstance(self.grad_norm, Tensor):
-            return (self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
-        return min(1.0, self.max_norm / (self.grad_norm + 1e-6))
+        squares: float | Tensor = sum(self._squared_norm(position) for position in range(len(self.layers)))
+        norm = self.grad_norm = squares**0.5
+        if isinstance(norm, Tensor):
+            return (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return min(1.0, self.max_norm / (norm + 1e-6))
 
     def _squared_norm(self, position: int) -> float | Tensor:
         layer = self.layers[position]

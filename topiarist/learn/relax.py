@@ -103,8 +103,9 @@ class Relaxation(ABC):
         preference = self.preference(mask)
         if prior.gap is not None:
             return preference * prior.gap
-        keys = (noise.noise_key(seed, layer, 0, use=use) for use in (noise.INIT_A, noise.INIT_B))
-        normal = noise.normal(*keys, shape, first_row=first_row, device=mask.device)
+        key_a = noise.noise_key(seed, layer, 0, use=noise.INIT_A)
+        key_b = noise.noise_key(seed, layer, 0, use=noise.INIT_B)
+        normal = noise.normal(key_a, key_b, shape, first_row=first_row, device=mask.device)
         return prior.std * (normal + prior.alpha * preference)
 
     def _check_prior(self, mask: Tensor) -> None:
