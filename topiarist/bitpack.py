@@ -51,7 +51,7 @@ def packed_size(shape: tuple[int, ...], pattern: Pattern, encoding: str) -> int:
 
 
 def pack(mask: Bool[Tensor, "..."], pattern: Pattern) -> tuple[UInt8[Tensor, " bytes"], str]:
-    """Bytes and the encoding's name. Groups run along the last axis. Raises PatternError for a mask of another pattern."""
+    """Bytes and the encoding's name. Groups run along the last axis. PatternError for a mask of another pattern."""
     encoding = encoding_for(pattern)
     flat = mask.detach().cpu().contiguous()
     if encoding == BITMAP:

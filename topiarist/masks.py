@@ -44,7 +44,7 @@ SHARD_BYTES = 1 << 30
 def weight_digest(weight: Tensor) -> str:
     """sha256 of a tensor's bytes in row order, little-endian."""
     raw = weight.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(raw.numpy())).hexdigest()
+    return hashlib.sha256(raw.numpy().data).hexdigest()
 
 
 @dataclass(frozen=True)
