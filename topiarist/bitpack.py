@@ -71,6 +71,10 @@ def unpack(
     packed: UInt8[Tensor, " bytes"], shape: tuple[int, ...], pattern: Pattern, encoding: str
 ) -> Bool[Tensor, "..."]:
     """The mask. Raises CheckpointError for a wrong number of bytes, or a candidate that does not exist."""
+    if encoding != BITMAP and (
+        encoding not in (INDEX8, INDEX64) or not isinstance(pattern, NM) or shape[-1] % pattern.of
+    ):
+        raise CheckpointError(f"no {pattern} mask of shape {shape} is packed as {encoding}")
     if len(packed) != packed_size(shape, pattern, encoding):
         raise CheckpointError(f"{len(packed)} bytes do not hold a {pattern} mask of shape {shape} ({encoding})")
     raw = packed.numpy()

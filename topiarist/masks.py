@@ -37,7 +37,7 @@ from topiarist.store import Checkpoint, OutputFolder, locate
 
 __all__ = ["Hold", "MaskFile", "apply", "hold", "read_npz", "save_masks", "swap", "weight_digest", "write_npz"]
 
-FORMAT = "topiarist-masks"
+FORMAT = "topiarist_masks"
 SHARD_BYTES = 1 << 30
 
 
@@ -95,18 +95,18 @@ def save_masks(
         entries[name] = vars(
             Entry(str(kind), tuple(mask.shape), axis, encoding, dtype, weight_digest(weight), weight_digest(packed))
         )
+    # One value, because safetensors writes several in no fixed order: the same masks must be the same bytes.
     metadata = {
         **(info or {}),
-        "format": FORMAT,
-        "version": "1",
+        "version": 1,
         "tool": f"topiarist {__version__}",
         "order": ORDER,
         "base_model": base_model,
-        "masks": json.dumps(entries, sort_keys=True),
+        "masks": entries,
     }
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file(tensors, temporary, metadata=metadata)
+        save_file(tensors, temporary, metadata={FORMAT: json.dumps(metadata, sort_keys=True)})
         temporary.chmod(0o644)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
@@ -122,26 +122,25 @@ class MaskFile(Mapping[str, Tensor]):
         if not self.path.is_file():
             raise CheckpointError(f"mask file {path} does not exist")
         with self._opened() as reader:
-            self.metadata: dict[str, str] = reader.metadata() or {}
-            names = set(reader.keys())
-        if self.metadata.get("format") != FORMAT:
+            stated, names = (reader.metadata() or {}).get(FORMAT), set(reader.keys())
+        if stated is None:
             raise CheckpointError(f"{path} is not a topiarist mask file (a published .npz is read by read_npz)")
-        if self.metadata.get("version") != "1" or self.metadata.get("order") != ORDER:
-            raise CheckpointError(
-                f"{path} has version {self.metadata.get('version')}, order {self.metadata.get('order')}; this topiarist "
-                f"reads version 1, order {ORDER}: update topiarist"
-            )
         try:
-            stated = json.loads(self.metadata["masks"])
-            self.entries = {name: Entry(**{**e, "shape": tuple(e["shape"])}) for name, e in stated.items()}
+            self.metadata: dict[str, Any] = json.loads(stated)
+            version, order, self.base_model = (str(self.metadata[key]) for key in ("version", "order", "base_model"))
+            if (version, order) != ("1", ORDER):
+                raise CheckpointError(
+                    f"{path} has version {version} and row order {order}; this topiarist reads version 1, {ORDER}: update it"
+                )
+            entries: dict[str, dict[str, Any]] = self.metadata["masks"]
+            self.entries = {name: Entry(**{**e, "shape": tuple(e["shape"])}) for name, e in entries.items()}
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} has damaged metadata ({error})") from error
+            raise CheckpointError(f"{path} has damaged metadata ({error!r})") from error
         if names != set(self.entries):
             raise CheckpointError(f"{path} describes other masks than it holds: it is damaged")
-
-    @property
-    def base_model(self) -> str:
-        return self.metadata["base_model"]
+        for name, entry in self.entries.items():
+            if not isinstance(getattr(torch, entry.dtype, None), torch.dtype) or entry.axis not in (-1, -2):
+                raise CheckpointError(f"{path} has damaged metadata ({name}: {entry})")
 
     def _opened(self):
         try:
@@ -207,7 +206,10 @@ def apply(base: str | Path, masks: str | Path | MaskFile, out: str | Path) -> Pa
                 f"{file.path} was made for another base model ({file.base_model}): {checkpoint.folder} has no {name}"
             )
         file.check(name, checkpoint.read(name))
-    fingerprint = {"apply": hashlib.sha256(file.metadata["masks"].encode()).hexdigest(), "base": checkpoint.digest()}
+    fingerprint = {
+        "apply": hashlib.sha256(json.dumps(file.metadata, sort_keys=True).encode()).hexdigest(),
+        "base": checkpoint.digest(),
+    }
     output = OutputFolder(out, fingerprint)
     if output.complete:
         return output.folder
@@ -280,7 +282,7 @@ def read_npz(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     """
     masks: dict[str, Tensor] = {}
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             for key in archive.files:
                 name = key.removesuffix(".mask")
                 name = name if name in shapes else f"{name}.weight"

@@ -1,4 +1,4 @@
-"""MaskLLM written out literally, group by group, in fp64: equations 4 to 8 of the paper. Slow; the oracle of the tests."""
+"""MaskLLM written out literally, group by group, in fp64: equations 4 to 8 of the paper (slow)."""
 
 from __future__ import annotations
 
