@@ -24,7 +24,9 @@ def given(shapes: Mapping[str, tuple[int, int]], chosen: Mapping[str, str | None
     if unknown := sorted(set(chosen) - set(shapes)):
         raise PatternError(f"allocation names {unknown[0]!r} ({len(unknown)} such), which is no layer of this model")
     if missing := sorted(set(shapes) - set(chosen)):
-        raise PatternError(f"allocation misses {missing[0]!r} ({len(missing)} such); give every layer a pattern or null")
+        raise PatternError(
+            f"allocation misses {missing[0]!r} ({len(missing)} such); give every layer a pattern or null"
+        )
     patterns = {name: None if chosen[name] is None else parse_pattern(str(chosen[name])) for name in shapes}
     return _checked(shapes, patterns)
 

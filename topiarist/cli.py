@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -39,20 +39,20 @@ def prune(
     method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt or alps")] = "alps",
     pattern: Annotated[str, typer.Option(help="2:4 keeps 2 of 4; 0.7 makes 70 % zeros; 0.7/row")] = "2:4",
     option: Annotated[
-        Optional[list[str]], typer.Option("--set", help="a field of the method, e.g. refit=true; may be repeated")
+        list[str] | None, typer.Option("--set", help="a field of the method, e.g. refit=true; may be repeated")
     ] = None,
-    allocation: Annotated[Optional[Path], typer.Option(help="JSON of layer name -> pattern, instead of --pattern")] = None,
-    skip: Annotated[Optional[list[str]], typer.Option(help="regular expression of layers that stay dense")] = None,
+    allocation: Annotated[Path | None, typer.Option(help="JSON of layer name -> pattern, instead of --pattern")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="regular expression of layers that stay dense")] = None,
     samples: Annotated[int, typer.Option(help="calibration windows")] = 128,
-    window: Annotated[Optional[int], typer.Option(help="tokens a window; default min(2048, the model's limit)")] = None,
+    window: Annotated[int | None, typer.Option(help="tokens a window; default min(2048, the model's limit)")] = None,
     seed: Annotated[int, typer.Option(help="chooses the calibration windows")] = 0,
     batch_size: Annotated[int, typer.Option(help="windows a forward pass")] = 8,
     true_sequential: Annotated[
         bool, typer.Option(help="later matrices of a block see the already pruned earlier ones")
     ] = False,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one")] = None,
-    spill: Annotated[Optional[Path], typer.Option(help="folder for hidden states that do not fit in memory")] = None,
-    threads: Annotated[Optional[int], typer.Option(help="CPU threads; default: torch's choice")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one")] = None,
+    spill: Annotated[Path | None, typer.Option(help="folder for hidden states that do not fit in memory")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="run Python code that the model folder brings")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="say what the run will need, from one block, and stop")] = False,
 ) -> None:
@@ -61,6 +61,7 @@ def prune(
     from topiarist.pipelines.plan import plan_prune
 
     _set_threads(threads)
+    _quiet()
     options: dict[str, Any] = {
         "calibration": tp.text_files(calibration),
         "method": _solver(method, option or []),
@@ -97,13 +98,15 @@ def prune(
 
 @app.command("eval")
 def evaluate(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="model folders; a pruned one's base is added")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="model folders; a pruned one's base is added")
+    ],
     text: Text,
     window: Annotated[int, typer.Option(help="tokens a window; windows do not overlap")] = 1024,
-    max_windows: Annotated[Optional[int], typer.Option(help="only the first windows of each text")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="only the first windows of each text")] = None,
     batch_size: Annotated[int, typer.Option(help="windows a forward pass")] = 1,
-    device: Annotated[Optional[str], typer.Option(help="default: a GPU if there is one")] = None,
-    threads: Annotated[Optional[int], typer.Option(help="CPU threads")] = None,
+    device: Annotated[str | None, typer.Option(help="default: a GPU if there is one")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads")] = None,
     reference: Annotated[bool, typer.Option(help="add the dense base of a pruned model as first row")] = True,
     allow_overlap: Annotated[bool, typer.Option(help="evaluate on calibration text all the same")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="run Python code that the model folder brings")] = False,
@@ -114,6 +117,7 @@ def evaluate(
     from topiarist.evaluate import compare
 
     _set_threads(threads)
+    _quiet()
     sources = [text_files(path) for path in text]
     with _progress_bar() as progress:
         rows = compare(
@@ -187,6 +191,12 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
         raise typer.Exit
 
 
+def solver_from_text(text: str) -> Any:
+    """A solver from `name` or `name:field=value,field=value`."""
+    name, _, fields = text.partition(":")
+    return _solver(name, [field for field in fields.split(",") if field])
+
+
 def _solver(name: str, assignments: list[str]) -> Any:
     """A solver from its name and `field=value` texts."""
     from topiarist.errors import TopiaristError
@@ -196,7 +206,7 @@ def _solver(name: str, assignments: list[str]) -> Any:
         raise TopiaristError(f"unknown method {name!r}; choose one of {', '.join(SOLVERS)}")
     from pydantic import TypeAdapter, ValidationError
 
-    fields = dict(text.split("=", 1) if "=" in text else (text, "") for text in assignments)
+    fields = {name: value for name, _, value in (text.partition("=") for text in assignments)}
     known = TypeAdapter(SOLVERS[name])
     if unknown := set(fields) - set(SOLVERS[name].__dataclass_fields__):
         choices = ", ".join(SOLVERS[name].__dataclass_fields__)
@@ -215,6 +225,14 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def _quiet() -> None:
+    """One progress bar is enough: ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 @contextmanager
 def _progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -229,21 +247,21 @@ def main() -> None:
 
     warnings.showwarning = lambda message, *_, **__: err.print(f"[yellow]warning[/yellow] {message}", highlight=False)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False) or 0
     except TopiaristError as error:
         err.print(f"[red]error[/red] {error}", highlight=False, soft_wrap=True)
-        sys.exit(USAGE)
-    except KeyboardInterrupt:
-        err.print("interrupted: finished blocks are kept, the same command resumes", highlight=False)
-        sys.exit(INTERRUPTED)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = USAGE
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
     except Exception as error:
-        show = getattr(error, "show", None)  # click's own usage errors know how to print themselves
+        show = getattr(error, "show", None)  # usage errors of the parser know how to print themselves
         if show is None:
             raise
         show()
-        sys.exit(getattr(error, "exit_code", USAGE))
+        code = getattr(error, "exit_code", USAGE)
+    if code == INTERRUPTED:
+        err.print("interrupted: finished blocks are kept, the same command resumes", highlight=False)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

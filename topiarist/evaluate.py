@@ -70,7 +70,7 @@ def load_model(folder: str | Path, *, device: str | torch.device = "cpu", trust_
     path = locate(folder)
     Checkpoint(path)  # the same checks, with messages a user can act on
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
     return model.to(device).eval()
@@ -118,7 +118,9 @@ def audit(folder: str | Path) -> tuple[dict[str, Any], list[MatrixAudit]]:
     checkpoint = Checkpoint(locate(folder))
     source = StreamedModel(checkpoint, device=torch.device("cpu"))
     provenance = checkpoint.config.get("pruning_config", {})
-    claims = {name: provenance.get("patterns", {}).get(name, provenance["pattern"]) for name in provenance.get("modules", {})}
+    claims = {
+        name: provenance.get("patterns", {}).get(name, provenance["pattern"]) for name in provenance.get("modules", {})
+    }
     audits = []
     for index, path in enumerate(block_names(source.model, source.family)):
         source.load(index)

@@ -102,8 +102,8 @@ class Matrix:
 
     @property
     def tensor(self) -> Tensor:
-        """The stored tensor or its slice, as the module holds it."""
-        stored = getattr(self.module, self.parameter)
+        """The stored tensor or its slice, as the module holds it, outside autograd."""
+        stored = getattr(self.module, self.parameter).detach()
         return stored if self.expert is None else stored[self.expert]
 
     @property

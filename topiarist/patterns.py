@@ -29,7 +29,7 @@ class Pattern(ABC):
         """The allowed mask that keeps the largest total score. Exact counts, ties by lower index."""
 
     @abstractmethod
-    def num_kept(self, shape: tuple[int, int]) -> int:
+    def num_kept(self, shape: tuple[int, ...]) -> int:
         """How many weights a mask of this pattern keeps in a matrix of `shape`."""
 
     @abstractmethod
@@ -41,7 +41,7 @@ class Pattern(ABC):
         if len(shape) != 2 or 0 in shape:
             raise PatternError(f"pattern {self} needs a non-empty matrix (out, in), got shape {tuple(shape)}")
 
-    def sparsity_of(self, shape: tuple[int, int]) -> float:
+    def sparsity_of(self, shape: tuple[int, ...]) -> float:
         """The exact fraction of zeros that this pattern gives a matrix of `shape`."""
         return 1.0 - self.num_kept(shape) / math.prod(shape)
 
@@ -62,7 +62,7 @@ class Unstructured(Pattern):
     def __str__(self) -> str:
         return f"{self.sparsity:g}" + ("/row" if self.per == "row" else "")
 
-    def num_kept(self, shape: tuple[int, int]) -> int:
+    def num_kept(self, shape: tuple[int, ...]) -> int:
         if self.per == "row":
             return shape[0] * (shape[1] - _round(self.sparsity * shape[1]))
         return math.prod(shape) - _round(self.sparsity * math.prod(shape))
@@ -104,7 +104,7 @@ class NM(Pattern):
                 "choose another pattern or skip this layer"
             )
 
-    def num_kept(self, shape: tuple[int, int]) -> int:
+    def num_kept(self, shape: tuple[int, ...]) -> int:
         return math.prod(shape) // self.of * self.keep
 
     def mask(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
@@ -132,7 +132,7 @@ class Columns(Pattern):
     def __str__(self) -> str:
         return f"{self.sparsity:g}/columns"
 
-    def num_kept(self, shape: tuple[int, int]) -> int:
+    def num_kept(self, shape: tuple[int, ...]) -> int:
         return shape[0] * (shape[1] - _round(self.sparsity * shape[1]))
 
     def mask(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
@@ -159,7 +159,9 @@ def parse_pattern(text: str | float | Pattern) -> Pattern:
         if match[2] == "columns":
             return Columns(float(match[1]))
         return Unstructured(float(match[1]), per=match[2] or "matrix")
-    raise PatternError(f"cannot read pattern {spec!r}: write 2:4 (keep 2 of 4), 0.7 (70 % zeros), 0.7/row or 0.5/columns")
+    raise PatternError(
+        f"cannot read pattern {spec!r}: write 2:4 (keep 2 of 4), 0.7 (70 % zeros), 0.7/row or 0.5/columns"
+    )
 
 
 def _round(x: float) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,11 +135,24 @@ Made by topiarist {version}; `topiarist inspect` shows every layer. Measure the 
 """
 
 
-def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far, plus the GPU's own peak if one was used."""
-    import resource
+def reset_peak_memory() -> None:
+    """Forget the peak so far, where the system can (Linux); `peak_memory_bytes` then speaks of what follows."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process, plus the GPU's own peak if one was used."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        host = int(line.split()[1]) * 1024
+    else:
+        import resource
+
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return host + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
 
 

@@ -4,36 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from topiarist.errors import CheckpointError, UnsupportedModel
-from topiarist.models import Family, Matrix, family_of, matrices_of
+from topiarist.models import Matrix, family_of, matrices_of
 from topiarist.store import Checkpoint
-
-
-class Source(Protocol):
-    """Where the stream gets its blocks."""
-
-    model: nn.Module
-    family: Family
-    device: torch.device
-
-    def load_embeddings(self) -> None: ...
-    def release_embeddings(self) -> None: ...
-    def load(self, index: int) -> nn.Module: ...
-    def release(self, index: int) -> None: ...
-
-
-def num_blocks(source: Source) -> int:
-    return len(source.model.get_submodule(source.family.blocks))  # pyright: ignore[reportArgumentType]
-
-
-def block_matrices(source: Source, index: int) -> list[Matrix]:
-    """The prunable matrices of one block, named relative to it."""
-    return matrices_of(source.model.get_submodule(f"{source.family.blocks}.{index}"), source.family)
 
 
 @contextmanager
@@ -115,7 +93,9 @@ class StreamedModel:
         parts = self.disk_parts(name)
         pieces = [[checkpoint.read(part) for part in row] for row in parts]
         self._stored_dtype.update(
-            (part, piece.dtype) for row, read in zip(parts, pieces, strict=True) for part, piece in zip(row, read, strict=True)
+            (part, piece.dtype)
+            for row, read in zip(parts, pieces, strict=True)
+            for part, piece in zip(row, read, strict=True)
         )
         whole = len(parts) == 1 and len(parts[0]) == 1
         tensor = pieces[0][0] if whole else torch.stack([torch.cat(row) for row in pieces])
@@ -198,3 +178,16 @@ class StreamedModel:
         """The checkpoint's names of everything that belongs to a block."""
         stems = tuple(stem for i in range(num_blocks(self)) for stem in self._stems(i))
         return {key for key in self.checkpoint.files if key.startswith(stems)}
+
+
+Source = LoadedModel | StreamedModel
+"""Where a pipeline gets its blocks: load, use, release, one at a time."""
+
+
+def num_blocks(source: Source) -> int:
+    return len(source.model.get_submodule(source.family.blocks))  # pyright: ignore[reportArgumentType]
+
+
+def block_matrices(source: Source, index: int) -> list[Matrix]:
+    """The prunable matrices of one block, named relative to it."""
+    return matrices_of(source.model.get_submodule(f"{source.family.blocks}.{index}"), source.family)

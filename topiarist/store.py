@@ -169,7 +169,9 @@ def locate(model: str | Path) -> Path:
         return Path(snapshot_download(text, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf"]))
     except Exception as error:  # the hub client raises many types: no network, no such repository, no rights
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{model} is neither a folder nor a model the hub gives us ({reason})") from error
+        raise CheckpointError(
+            f"model folder {model} does not exist, and the hub gives no model of that name ({reason})"
+        ) from error
 
 
 class OutputFolder:

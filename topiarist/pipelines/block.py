@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ class BlockPruner:
     solver: Solver
     patterns: Mapping[str, Pattern | None]
     warned: list[str] = field(default_factory=list)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def warn(self, message: str, category: type[Warning]) -> None:
         self.warned.append(message)
@@ -40,10 +39,17 @@ class BlockPruner:
         try:
             yield
         finally:
-            self.seconds[activity] += time.perf_counter() - start
+            self.seconds[activity] = self.seconds.get(activity, 0.0) + time.perf_counter() - start
 
     def prune(
-        self, stream: BlockStream, index: int, block: nn.Module, matrices: Sequence[Matrix], path: str, *, sequential: bool
+        self,
+        stream: BlockStream,
+        index: int,
+        block: nn.Module,
+        matrices: Sequence[Matrix],
+        path: str,
+        *,
+        sequential: bool,
     ) -> list[LayerReport]:
         """Prune the matrices of block `index` in place. `path` is the block's full name."""
         check_finite(block, path)
@@ -100,8 +106,7 @@ class BlockPruner:
             except TopiaristError as error:
                 raise type(error)(f"{context}: {error}") from error
         for warning in caught:
-            category = warning.category if issubclass(warning.category, Warning) else UserWarning
-            self.warn(f"{context}: {warning.message}", category)
+            self.warn(f"{context}: {warning.message}", warning.category)
 
     def _warn_of_thin(self, groups: Sequence[GramGroup], matrices: Sequence[Matrix], path: str) -> None:
         thin = {m: g.gram.tokens for g in groups for m in g.matrices if g.gram.tokens < g.gram.in_features}

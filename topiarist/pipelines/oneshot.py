@@ -20,7 +20,7 @@ from topiarist.models import block_names, matrices_of
 from topiarist.patterns import Pattern, parse_pattern
 from topiarist.pipelines.block import BlockPruner, check_finite
 from topiarist.pipelines.stream import BlockStream, GramCollector, watch_inputs
-from topiarist.report import LayerReport, Report, model_card, peak_memory_bytes
+from topiarist.report import LayerReport, Report, model_card, peak_memory_bytes, reset_peak_memory
 from topiarist.solvers import SOLVERS, Solver
 from topiarist.sources import LoadedModel, StreamedModel, block_matrices, eager_experts
 from topiarist.store import Checkpoint, OutputFolder, locate
@@ -63,6 +63,7 @@ def prune(
     Raises a TopiaristError for everything a user can mend.
     """
     started = time.perf_counter()
+    reset_peak_memory()
     solver, base_pattern = resolve_method(method), parse_pattern(pattern)
     source, checkpoint, name = open_source(model, out, device, trust_remote_code)
     patterns, unmatched = resolve_patterns(source, base_pattern, allocation, skip)

@@ -93,7 +93,8 @@ def plan_prune(
     return Plan(
         blocks=blocks,
         matrices=len(matrices),
-        peak_memory_bytes=resident_bytes() + _working_set(source, stream, groups, len(windows.tokens), spill is not None),
+        peak_memory_bytes=resident_bytes()
+        + _working_set(source, stream, groups, len(windows.tokens), spill is not None),
         disk_bytes=checkpoint.weight_bytes(),
         forward_seconds=blocks * passes * len(windows.tokens) / len(probe),
         solver_seconds=blocks * rate * sum(_work(g.matrices) for g in groups),

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,15 @@ def watch_inputs(matrices: Sequence[Matrix], on_input: Callable[[Matrix, Tensor]
     with ExitStack() as stack:
         for matrix in matrices:
             if matrix.expert is None:
-                hook = matrix.module.register_forward_pre_hook(lambda _, args, m=matrix: on_input(m, args[0]))
+                hook = matrix.module.register_forward_pre_hook(partial(_first_argument, on_input, matrix))
                 stack.callback(hook.remove)
         if experts := [m for m in matrices if m.expert is not None]:
             stack.enter_context(ExpertTap(experts, on_input))
         yield
+
+
+def _first_argument(on_input: Callable[[Matrix, Tensor], None], matrix: Matrix, _: nn.Module, args: Any) -> None:
+    on_input(matrix, args[0])
 
 
 class HiddenStates:

@@ -40,7 +40,7 @@ class ALPS(Solver):
         W = problem.W * scale
         G = W @ Hs
         kept = problem.pattern.num_kept(tuple(W.shape))
-        rho, grown = self.rho, False
+        rho = self.rho
         M = linalg.inverse(Hs + rho * torch.eye(len(Hs)))
         U = torch.zeros_like(W)
         mask = problem.pattern.mask(W.abs())

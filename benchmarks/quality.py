@@ -1,0 +1,155 @@
+"""Perplexity of the demo model after pruning: method x pattern, on text that chose nothing.
+
+    python -m benchmarks.quality --protocol openwebtext
+    python -m benchmarks.quality --protocol standard --data DIR --patterns 2:4 0.7 --methods wanda sparsegpt alps
+
+A method is a name of the solver table with fields after it: `sparsegpt`, `wanda:refit=true`, `alps:preset=best`.
+`openwebtext` is the protocol of the originals' published-here numbers (128 x 512 tokens of the demo's calibration text,
+the first 16 windows of 1024 of its held-out C4 text). `standard` takes DIR with train/c4.jsonl.gz, train/wikipedia.jsonl.gz
+and eval/wikitext2.test.raw: every tenth document of a training file is held out, the others calibrate.
+
+Finished cells are kept in a JSON-lines file and not run again, so a long table can be made in pieces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import topiarist as tp
+from demo.assets import assets_dir, model_dir, text_dir
+from topiarist.cli import solver_from_text
+from topiarist.data import Windows, evaluation_windows, load_tokenizer, read_documents
+from topiarist.evaluate import load_model
+
+DEFAULT_METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
+
+
+def documents(path: Path, *, held_out: bool) -> list[str]:
+    """Documents of a training file: index % 10 == 9 is held out."""
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    return [text for i, text in enumerate(texts) if (i % 10 == 9) == held_out]
+
+
+def load_texts(options: argparse.Namespace, tokenizer: Any) -> tuple[list[str], dict[str, Windows]]:
+    """Calibration documents and the evaluation windows by name."""
+    if options.protocol == "openwebtext":
+        calibration = list(read_documents(tp.text_files(text_dir() / "calibration.jsonl")))
+        sources = {name: tp.text_files(text_dir() / f"heldout_{name}.jsonl") for name in ("c4", "wikipedia")}
+    else:
+        if options.data is None:
+            raise SystemExit("--protocol standard needs --data DIR")
+        train = options.data / "train"
+        calibration = documents(train / "c4.jsonl.gz", held_out=False)
+        sources = {
+            "wikitext2": tp.text_files(options.data / "eval" / "wikitext2.test.raw"),
+            "c4": documents(train / "c4.jsonl.gz", held_out=True),
+            "wikipedia": documents(train / "wikipedia.jsonl.gz", held_out=True),
+        }
+    windows = {
+        name: evaluation_windows(source, tokenizer, window=1024, max_windows=options.eval_windows)
+        for name, source in sources.items()
+    }
+    return calibration, windows
+
+
+def measure(folder: Path, windows: dict[str, Windows]) -> dict[str, float]:
+    model = load_model(folder)
+    return {name: tp.perplexity(model, w).value for name, w in windows.items()}
+
+
+def run_cell(options: argparse.Namespace, method: str, pattern: str, calibration: list[str], windows: Any) -> dict[str, Any]:
+    """Prune with one method and pattern, measure, throw the checkpoint away."""
+    if method == "dense":
+        return {"perplexity": measure(model_dir(), windows)}
+    out = assets_dir() / "quality" / f"{method}-{pattern}".replace(":", "_").replace("=", "_").replace(",", "_")
+    cpu = time.process_time()
+    report = tp.prune(
+        model_dir(),
+        out,
+        method=solver_from_text(method),
+        pattern=pattern,
+        calibration=calibration,
+        num_samples=options.samples,
+        window=options.window,
+        batch_size=4,
+        true_sequential=options.true_sequential,
+    )
+    cell = {
+        "cpu_seconds": time.process_time() - cpu,
+        "seconds": report.run["seconds"],
+        "by_activity": report.run["seconds_by_activity"],
+        "peak_gb": report.run["peak_memory_bytes"] / 1e9,
+        "mean_error": report.mean_error,
+        "perplexity": measure(out, windows),
+    }
+    shutil.rmtree(out)
+    return cell
+
+
+def table(rows: dict[str, dict[str, Any]], options: argparse.Namespace, windows: dict[str, Windows]) -> str:
+    names = list(windows)
+    head = ["method", "pattern", *names, "prune CPU s", "solver s", "peak GB"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for key, cell in rows.items():
+        method, pattern = key.split(" ")
+        numbers = [f"{cell['perplexity'][name]:.2f}" for name in names]
+        costs = ["", "", ""]
+        if "cpu_seconds" in cell:
+            costs = [f"{cell['cpu_seconds']:.0f}", f"{cell['by_activity']['solver']:.0f}", f"{cell['peak_gb']:.2f}"]
+        lines.append(f"| {' | '.join([method, pattern.replace('-', ''), *numbers, *costs])} |")
+    tokens = ", ".join(f"{name} {w.tokens.numel():,} tokens (sha256 {w.digest[:8]})" for name, w in windows.items())
+    note = (
+        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {options.threads} thread(s), torch {torch.__version__}; "
+        f"calibration {options.samples} x {options.window}; windows of 1024 without overlap: {tokens}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--protocol", choices=("openwebtext", "standard"), default="openwebtext")
+    parser.add_argument("--data", type=Path, help="folder with train/ and eval/ for --protocol standard")
+    parser.add_argument("--methods", nargs="+", default=list(DEFAULT_METHODS))
+    parser.add_argument("--patterns", nargs="+", default=["2:4", "0.5", "0.7"])
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--eval-windows", type=int, default=16, help="windows of each text; 0 for all")
+    parser.add_argument("--true-sequential", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=Path("docs/quality.jsonl"), help="finished cells; the table is beside")
+    options = parser.parse_args()
+    options.eval_windows = options.eval_windows or None
+    torch.set_num_threads(options.threads)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    calibration, windows = load_texts(options, load_tokenizer(model_dir()))
+    settings = [options.protocol, options.samples, options.window, options.eval_windows, options.true_sequential]
+    stored = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
+    rows = {line["cell"]: line for line in stored if line["settings"] == settings}
+    wanted = [("dense", "-")] + [(method, pattern) for pattern in options.patterns for method in options.methods]
+    for method, pattern in wanted:
+        key = f"{method} {pattern}"
+        if key not in rows:
+            rows[key] = run_cell(options, method, pattern, calibration, windows)
+            line = {"cell": key, "settings": settings, **rows[key]}
+            with options.results.open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+        print(key, {k: round(v, 2) for k, v in rows[key]["perplexity"].items()}, flush=True)
+    text = table({key: rows[key] for key in (f"{m} {p}" for m, p in wanted)}, options, windows)
+    options.results.with_name(f"{options.results.stem}-{options.protocol}.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

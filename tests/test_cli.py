@@ -1,0 +1,319 @@
+"""The command line, called as a person would: results on success; on bad input one line, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from topiarist import cli
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny.tiny_checkpoint(tmp_path / "model")
+    tiny.tiny_text(tmp_path, "calibration.txt")
+    tiny.tiny_text(tmp_path, "other.txt", seed=1)
+    return tmp_path
+
+
+@pytest.fixture
+def call(folder: Path, monkeypatch, capsys):
+    """Run a command line in `folder`; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["topiarist", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+PRUNE = ("prune", "model", "out", "--calibration", "calibration.txt", "--samples", "8", "--window", "32")
+
+
+def test_prune_eval_inspect(call, folder: Path):
+    code, printed, _ = call(*PRUNE, "--method", "sparsegpt", "--pattern", "2:4")
+    assert code == 0 and "14 matrices, 50.00% zeros" in printed
+    code, printed, _ = call("inspect", "out")
+    assert code == 0 and "50.00% zeros in 14 matrices" in printed and "sparsegpt 2:4" in printed
+    code, printed, _ = call("inspect", "out", "--json")
+    assert all(matrix["holds"] for matrix in json.loads(printed)["matrices"])
+    code, printed, _ = call("eval", "out", "--text", "other.txt", "--window", "32", "--json")
+    rows = json.loads(printed)
+    assert [row["dense"] for row in rows] == [True, False], "the dense base joins, first"
+    assert rows[0]["results"][0]["window"] == 32 and rows[0]["results"][0]["value"] > 1
+    code, printed, _ = call("eval", "out", "model", "--text", "other.txt", "--window", "32")
+    assert code == 0 and printed.index("(dense)") < printed.index(" out ")
+
+
+def test_unstructured_with_options(call, folder: Path):
+    code, printed, _ = call(
+        *PRUNE, "--method", "wanda", "--pattern", "0.7", "--set", "refit=true", "--skip", "down_proj"
+    )
+    assert code == 0 and "12 matrices" in printed
+    config = json.loads((folder / "out" / "config.json").read_text())
+    assert config["pruning_config"]["settings"]["refit"] is True
+    assert "quantization_config" not in config
+    assert abs(config["pruning_config"]["sparsity"] - 0.7) < 1e-3
+
+
+def test_allocation_file(call, folder: Path):
+    from topiarist.evaluate import audit
+
+    _, matrices = audit("model")
+    chosen = {m.name: ("4:8" if "mlp" in m.name else None) for m in matrices}
+    (folder / "allocation.json").write_text(json.dumps(chosen))
+    code, _, _ = call(*PRUNE, "--method", "magnitude", "--allocation", "allocation.json")
+    assert code == 0
+    _, matrices = audit("out")
+    assert {m.name for m in matrices if m.holds} == {name for name, pattern in chosen.items() if pattern}
+    chosen["no.such.layer"] = "2:4"
+    (folder / "allocation.json").write_text(json.dumps(chosen))
+    code, _, error = call(*PRUNE, "--allocation", "allocation.json")
+    assert code == 2 and "no.such.layer" in error
+
+
+def test_plan_writes_nothing(call, folder: Path):
+    code, printed, _ = call(*PRUNE, "--plan")
+    assert code == 0 and "peak memory" in printed and "disk" in printed and not (folder / "out").exists()
+
+
+def test_module_and_version_in_a_process_of_its_own():
+    done = subprocess.run([sys.executable, "-m", "topiarist", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0.1.0"
+
+
+def damage(name: str):
+    """Ways to spoil the inputs; each takes the folder."""
+
+    def truncate(folder: Path) -> None:
+        path = folder / "model" / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+
+    def flip_header(folder: Path) -> None:
+        path = folder / "model" / "model.safetensors"
+        raw = bytearray(path.read_bytes())
+        raw[20] ^= 0xFF
+        path.write_bytes(raw)
+
+    def nan_weight(folder: Path) -> None:
+        path = folder / "model" / "model.safetensors"
+        tensors = load_file(path)
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    def huge_activations(folder: Path) -> None:
+        path = folder / "model" / "model.safetensors"
+        tensors = load_file(path)
+        tensors["model.layers.0.mlp.up_proj.weight"] *= 1e30
+        tensors["model.layers.0.mlp.gate_proj.weight"] *= 1e30
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    def missing_tensor(folder: Path) -> None:
+        path = folder / "model" / "model.safetensors"
+        tensors = load_file(path)
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    def wrong_shape(folder: Path) -> None:
+        path = folder / "model" / "model.safetensors"
+        tensors = load_file(path)
+        tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(8, 8)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    def outside_shard(folder: Path) -> None:
+        shutil.move(folder / "model" / "model.safetensors", folder / "stolen.safetensors")
+        index = {"weight_map": {"model.embed_tokens.weight": "../stolen.safetensors"}}
+        (folder / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    def pickled(folder: Path) -> None:
+        (folder / "model" / "model.safetensors").rename(folder / "model" / "pytorch_model.bin")
+
+    def empty(folder: Path) -> None:
+        shutil.rmtree(folder / "model")
+        (folder / "model").mkdir()
+
+    def no_weights(folder: Path) -> None:
+        (folder / "model" / "model.safetensors").unlink()
+
+    def missing(folder: Path) -> None:
+        shutil.rmtree(folder / "model")
+
+    def broken_config(folder: Path) -> None:
+        (folder / "model" / "config.json").write_text("{")
+
+    def unknown_type(folder: Path) -> None:
+        path = folder / "model" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "brand_new"}))
+
+    def quantised(folder: Path) -> None:
+        path = folder / "model" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"bits": 4}}))
+
+    def empty_text(folder: Path) -> None:
+        (folder / "calibration.txt").write_text("")
+
+    def short_text(folder: Path) -> None:
+        (folder / "calibration.txt").write_text("too short")
+
+    def no_text(folder: Path) -> None:
+        (folder / "calibration.txt").unlink()
+
+    def binary_text(folder: Path) -> None:
+        (folder / "calibration.txt").write_bytes(b"\xff\xfe\x00\x80" * 50)
+
+    def output_is_a_file(folder: Path) -> None:
+        (folder / "out").write_text("mine")
+
+    def output_is_something_else(folder: Path) -> None:
+        (folder / "out").mkdir()
+        (folder / "out" / "thesis.txt").write_text("mine")
+
+    return locals()[name]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        ("missing", "does not exist"),
+        ("empty", "no config.json"),
+        ("no_weights", "no weights to prune"),
+        ("broken_config", "not valid JSON"),
+        ("truncate", "truncated or damaged"),
+        ("flip_header", "truncated or damaged"),
+        ("missing_tensor", "model.layers.1.mlp.up_proj.weight is missing"),
+        ("wrong_shape", "config asks for"),
+        ("outside_shard", "only .safetensors files inside the folder"),
+        ("pickled", "unpickling can run any code"),
+        ("nan_weight", "NaN or Inf in model.layers.1.mlp.up_proj.weight"),
+        ("huge_activations", "NaN or Inf in the Gram"),
+        ("unknown_type", "FAMILIES"),
+        ("quantised", "quantised"),
+        ("empty_text", "add text"),
+        ("short_text", "add text"),
+        ("no_text", "does not exist"),
+        ("binary_text", "cannot read text"),
+        ("output_is_a_file", "not a folder"),
+        ("output_is_something_else", "not a topiarist run"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(call, folder: Path, spoil: str, said: str):
+    damage(spoil)(folder)
+    before = sorted(str(p) for p in folder.rglob("*"))
+    code, _, error = call(*PRUNE, "--method", "wanda")
+    message = " ".join(error.split())
+    assert code == 2 and said in message and "Traceback" not in message, message
+    assert error.count("error ") == 1
+    finished = (folder / "out" / "config.json").exists()
+    assert not finished
+    if spoil not in ("nan_weight", "huge_activations", "missing_tensor", "wrong_shape"):  # found in the middle of a run
+        assert sorted(str(p) for p in folder.rglob("*")) == before, "something was written"
+
+
+@pytest.mark.parametrize("pattern", ["4:2", "0:4", "1.5", "2:", "nonsense", "-0.5", "2:64"])
+def test_nonsense_patterns(call, folder: Path, pattern: str):
+    code, _, error = call(*PRUNE, "--pattern", pattern)
+    assert code == 2 and not (folder / "out").exists()
+    assert pattern.strip("-") in error or "not in [0, 1)" in error
+
+
+def test_pattern_that_does_not_fit_names_the_layer(call, folder: Path):
+    code, _, error = call(*PRUNE, "--pattern", "3:7")
+    assert code == 2 and "layer model.layers.0.self_attn.q_proj" in error and "divisible by 7" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--method", "nonsense"], "unknown method"),
+        (["--set", "nonsense=1"], "has no field"),
+        (["--set", "damping=much"], "--set damping"),
+        (["--window", "4096"], "longer than the model's limit"),
+        (["--nonsense"], "No such option"),
+        (["--skip", "("], "regular expressions"),
+    ],
+)
+def test_bad_options(call, folder: Path, arguments, said: str):
+    code, _, error = call(*PRUNE, *arguments)
+    assert code == 2 and said in error and not (folder / "out").exists()
+
+
+def test_evaluating_on_the_calibration_text_is_refused(call, folder: Path):
+    assert call(*PRUNE, "--method", "magnitude")[0] == 0
+    code, _, error = call("eval", "out", "--text", "calibration.txt", "--window", "32")
+    assert code == 2 and "is calibration text" in error
+    # Also when it stands inside a larger file of another format.
+    rows = [{"text": (folder / name).read_text()} for name in ("other.txt", "calibration.txt")]
+    with gzip.open(folder / "both.jsonl.gz", "wt") as stream:
+        stream.write("\n".join(map(json.dumps, rows)))
+    assert call("eval", "out", "--text", "both.jsonl.gz", "--window", "32")[0] == 2
+    assert call("eval", "out", "--text", "calibration.txt", "--window", "32", "--allow-overlap")[0] == 0
+
+
+def test_a_full_disk_keeps_what_is_done(call, folder: Path, monkeypatch):
+    import errno
+
+    import topiarist.store
+
+    real, written = topiarist.store.save_file, []
+
+    def fails_on_the_third(tensors, path, **options):
+        if len(written) == 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(path)
+        real(tensors, path, **options)
+
+    monkeypatch.setattr(topiarist.store, "save_file", fails_on_the_third)
+    code, _, error = call(*PRUNE, "--method", "wanda")
+    assert code == 2 and "the disk is full" in error and "same command" in error
+    assert len(list((folder / "out").glob("*.safetensors"))) == 2 and not list((folder / "out").glob("*.tmp"))
+    monkeypatch.setattr(topiarist.store, "save_file", real)
+    assert call(*PRUNE, "--method", "wanda")[0] == 0
+
+
+def test_too_little_room_is_seen_before_work(call, folder: Path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 100))
+    code, _, error = call(*PRUNE, "--method", "wanda")
+    assert code == 2 and "are free" in error and not (folder / "out").exists()
+
+
+def test_interrupted_says_how_to_go_on(call, folder: Path, monkeypatch):
+    import topiarist.pipelines.block as block
+
+    real, blocks = block.BlockPruner.prune, []
+
+    def interrupted(self, *args, **kwargs):
+        blocks.append(1)
+        if len(blocks) == 2:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(block.BlockPruner, "prune", interrupted)
+    code, _, error = call(*PRUNE, "--method", "wanda")
+    assert code == 130 and "same command resumes" in error
+    monkeypatch.setattr(block.BlockPruner, "prune", real)
+    assert call(*PRUNE, "--method", "wanda")[0] == 0
+
+
+def test_a_huge_header_is_refused(call, folder: Path):
+    (folder / "model" / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    code, _, error = call(*PRUNE)
+    assert code == 2 and "truncated or damaged" in error

@@ -1,0 +1,72 @@
+"""The import direction: a module imports only from floors below its own, or from those above it in its own list."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "topiarist"
+FLOORS = [
+    ["__about__", "errors"],
+    ["patterns", "gram", "linalg", "models", "data", "store", "sources"],
+    ["solvers", "allocate", "learn", "structured", "masks", "runtime", "report", "evaluate"],
+    ["pipelines"],
+    ["cli", "__main__", "__init__"],
+]
+MAY_USE = {"evaluate": {"report"}}
+NEEDS_NO_MODEL = {"solvers", "learn"}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules (dotted, below topiarist) and foreign packages that a file imports, inside functions too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.update(f"{node.module}.{a.name}" if node.module == "topiarist" else node.module for a in node.names)
+    return names
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def floor_of(room: str) -> int:
+    return next(i for i, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def test_every_module_has_a_floor():
+    rooms = {room_of(path) for path in PACKAGE.rglob("*.py")}
+    assert rooms <= {room for floor in FLOORS for room in floor}
+
+
+def test_imports_only_go_down():
+    for path in PACKAGE.rglob("*.py"):
+        room = room_of(path)
+        for name in imports_of(path):
+            if not name.startswith("topiarist."):
+                continue
+            other = name.split(".")[1]
+            if other == room or room in ("__init__", "cli", "__main__"):
+                continue
+            earlier = floor_of(other) == floor_of(room) == 1 and FLOORS[1].index(other) < FLOORS[1].index(room)
+            allowed = floor_of(other) < floor_of(room) or earlier or other in MAY_USE.get(room, set())
+            assert allowed, f"{path.relative_to(PACKAGE)} imports {name}"
+
+
+def test_methods_know_no_models():
+    for path in PACKAGE.rglob("*.py"):
+        if room_of(path) in NEEDS_NO_MODEL:
+            foreign = {name.split(".")[0] for name in imports_of(path)}
+            used = {name.split(".")[1] for name in imports_of(path) if name.startswith("topiarist.")}
+            assert "transformers" not in foreign, path
+            assert not used & ({"models"} | (NEEDS_NO_MODEL - {room_of(path)})), path
+
+
+def test_only_the_command_line_prints():
+    for path in PACKAGE.rglob("*.py"):
+        if room_of(path) != "cli":
+            calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+            names = {node.func.id for node in calls if isinstance(node.func, ast.Name)}
+            assert "print" not in names, path
