@@ -12,6 +12,7 @@ import torch
 from topiarist.learn import kernels, native, noise
 from topiarist.learn.candidates import candidates
 from topiarist.learn.relax import Bernoulli, Categorical, Draw, Prior, TopN
+from topiarist.patterns import NM, Unstructured, parse_pattern
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
 RECORDED = [0.9921393, 0.9534005, 0.0481385, 0.0063218, 0.5083727, 0.7201622, 0.5805369, 0.1909281]
@@ -21,9 +22,9 @@ CASES = [("2:4", (40, 1200)), ("2:4", (17, 20)), ("1:4", (8, 576)), ("4:8", (4, 
 
 def problem(pattern, shape, weight_dtype=torch.float32, logits_dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    relaxation = Categorical(pattern)
+    relaxation = Categorical(parse_pattern(pattern))
     W, G = (torch.randn(shape, generator=generator).to(weight_dtype) for _ in range(2))
-    pi = relaxation.init_logits(relaxation.pattern.mask(W.float().abs()), Prior(gap=None, alpha=2), seed=0, layer=0)
+    pi = relaxation.init_logits(relaxation.pattern.mask(W.float().abs()), Prior(gap=None, alpha=2.0), seed=0, layer=0)
     return relaxation, W, G, pi.to(logits_dtype)
 
 
@@ -96,7 +97,9 @@ def test_nothing_depends_on_threads_chunks_or_shards(threads, plain, monkeypatch
     assert torch.equal(plain(kernels.effective, relaxation, W, pi, DRAW), at_once)
 
 
-@pytest.mark.parametrize("relaxation", [Categorical("2:4"), TopN("2:4"), Bernoulli("0.5")], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "relaxation", [Categorical(NM(2, 4)), TopN(NM(2, 4)), Bernoulli(Unstructured(0.5))], ids=lambda r: r.name
+)
 @pytest.mark.parametrize("split", [1, 4])
 def test_masked_linear_is_a_linear_with_the_effective_weight(relaxation, split):
     """Forward, the inputs' gradient and the logits' gradient; however the batch is split, the mask is one."""
@@ -127,7 +130,7 @@ def test_nothing_of_the_mask_is_saved_for_backward():
 
 def test_recorded_numbers_of_the_plain_path():
     """Pinned for the paths that cannot run on every machine (Triton): W = 1, deterministic prior 1100."""
-    relaxation = Categorical("2:4")
+    relaxation = Categorical(NM(2, 4))
     prior = torch.tensor([[1, 1, 0, 0, 1, 1, 0, 0]], dtype=torch.bool)
     pi = relaxation.init_logits(prior, Prior(gap=0.02), seed=0, layer=0)
     M = relaxation.soft_mask(pi, Draw(noise.noise_key(7, 0, 0), kappa=100.0, tau=1.0))
@@ -138,8 +141,9 @@ TRITON_SCRIPT = """
 import torch
 from topiarist.learn import triton_kernel, noise
 from topiarist.learn.relax import Categorical, Draw, Prior, candidates
+from topiarist.patterns import parse_pattern
 for pattern, shape in (("2:4", (3, 600)), ("1:4", (2, 64)), ("4:8", (2, 96))):
-    relaxation = Categorical(pattern)
+    relaxation = Categorical(parse_pattern(pattern))
     W, G = torch.randn(shape), torch.randn(shape)
     pi = relaxation.init_logits(relaxation.pattern.mask(W.abs()), Prior(gap=None), seed=0, layer=0)
     draw = Draw(noise.noise_key(3, 1, 4), kappa=150.0, tau=0.7, lam=1e-2, first_row=3, first_group=2)
@@ -175,4 +179,4 @@ def test_without_a_compiler_there_is_one_warning_and_the_same_answer(compiler, m
 
 def test_candidates_table_is_bytes():
     """The C++ kernel reads it as such."""
-    assert candidates(Categorical("2:4").pattern).element_size() == 1
+    assert candidates(Categorical(NM(2, 4)).pattern).element_size() == 1

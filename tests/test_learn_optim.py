@@ -22,7 +22,7 @@ def layers(count=2, dtype=torch.float32, weight=torch.float32, shape=(32, 64), r
     for index in range(count):
         W = torch.randn(shape, generator=generator).to(weight)
         mask = PATTERN.mask(W.float().abs())
-        made.append(MaskedLinear(W, None, relaxation or Categorical("2:4"), mask, index=index, dtype=dtype))
+        made.append(MaskedLinear(W, None, relaxation or Categorical(NM(2, 4)), mask, index=index, dtype=dtype))
     return made
 
 
@@ -164,7 +164,7 @@ def test_resident_bytes_per_masked_weight(options, dtype, bound):
     optimizer.zero_grad()
     step_counters = 8 / (256 * 64)
     assert resident_bytes(chain, optimizer) <= bound + step_counters
-    topn = layers(dtype=dtype, weight=torch.bfloat16, shape=(256, 64), relaxation=TopN("2:4"))
+    topn = layers(dtype=dtype, weight=torch.bfloat16, shape=(256, 64), relaxation=TopN(NM(2, 4)))
     assert resident_bytes(topn, MaskAdamW(topn, **options)) < bound
 
 

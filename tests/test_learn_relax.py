@@ -10,7 +10,14 @@ from topiarist.learn.candidates import candidates, index_of, mask_of, num_classe
 from topiarist.learn.relax import Bernoulli, Categorical, Draw, Prior, TopN, relaxation_for
 from topiarist.patterns import NM, Columns, Unstructured
 
-KINDS = [Categorical("2:4"), Categorical("1:4"), Categorical("4:8"), TopN("2:4"), TopN("8:16"), Bernoulli("0.5")]
+KINDS = [
+    Categorical(NM(2, 4)),
+    Categorical(NM(1, 4)),
+    Categorical(NM(4, 8)),
+    TopN(NM(2, 4)),
+    TopN(NM(8, 16)),
+    Bernoulli(Unstructured(0.5)),
+]
 DRAW = Draw(noise.noise_key(0, 1, 2), kappa=120.0, tau=0.8, lam=3e-2)
 
 
@@ -51,7 +58,7 @@ def test_index_without_a_table():
 
 
 def test_soft_mask_is_the_literal_formula():
-    relaxation = Categorical("2:4")
+    relaxation = Categorical(NM(2, 4))
     _, _, pi = problem(relaxation)
     g = noise.gumbel(noise.bits(DRAW.key, *pi.shape)).double()
     flat = [t.transpose(1, 2).flatten(0, 1) for t in (pi, g)]
@@ -109,10 +116,10 @@ def test_deterministic_prior_is_its_own_hard_mask(relaxation):
         assert torch.allclose(best[:, 0] - best[:, 1], torch.tensor(0.03))
 
 
-@pytest.mark.parametrize("alpha, share", [(1, 0.49), (2, 0.79), (3, 0.945), (5, 0.999)])
+@pytest.mark.parametrize("alpha, share", [(1.0, 0.49), (2.0, 0.79), (3.0, 0.945), (5.0, 0.999)])
 def test_random_prior_is_kept_as_often_as_predicted(alpha, share):
     """With noise of deviation s and offsets of alpha s, argmax is the prior in this share of groups (calculated)."""
-    relaxation = Categorical("2:4")
+    relaxation = Categorical(NM(2, 4))
     mask = relaxation.pattern.mask(torch.rand(128, 1024, generator=torch.Generator().manual_seed(0)))
     logits = relaxation.init_logits(mask, Prior(gap=None, alpha=alpha, std=0.01), seed=0, layer=0)
     kept = (relaxation.hard_mask(logits) == mask).unflatten(1, (-1, 4)).all(2).float().mean()
@@ -124,7 +131,7 @@ def test_random_prior_is_kept_as_often_as_predicted(alpha, share):
 
 
 def test_random_prior_does_not_depend_on_sharding():
-    relaxation = Categorical("2:4")
+    relaxation = Categorical(NM(2, 4))
     mask = relaxation.pattern.mask(torch.rand(16, 64))
     whole = relaxation.init_logits(mask, Prior(gap=None), seed=1, layer=2)
     part = relaxation.init_logits(mask[4:9], Prior(gap=None), seed=1, layer=2, first_row=4)
@@ -141,7 +148,7 @@ def test_random_prior_does_not_depend_on_sharding():
 ])  # fmt: skip
 def test_a_prior_that_does_not_fit_is_an_error(prior, message):
     with pytest.raises(PatternError, match=message):
-        Categorical("2:4").init_logits(prior, Prior(), seed=0, layer=0)
+        Categorical(NM(2, 4)).init_logits(prior, Prior(), seed=0, layer=0)
 
 
 def test_relaxation_for():

@@ -57,7 +57,7 @@ class LearnedMask(nn.Module):
     def __init__(
         self,
         relaxation: Relaxation,
-        mask: Bool[Tensor, "rows in"] | None,
+        mask: Tensor | None,
         *,
         index: int,
         prior: Prior | None = None,

@@ -47,7 +47,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (32 - bits)) - 1)
 
 
-def mix(x: Int[Tensor, "*any"], k1: Int[Tensor, "*any"] | int) -> Int[Tensor, "*any"]:
+def mix(x: Int[Tensor, "*words"], k1: Tensor | int) -> Int[Tensor, "*words"]:
     """The hash of one 32-bit word under the second key word; a bijection of x for every k1."""
     x = x ^ _shift(x, 16)
     x = x * M1
@@ -81,17 +81,17 @@ def bits(
     return mix(counter ^ k0[:, None, None], k1[:, None, None])
 
 
-def uniform(words: Int[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+def uniform(words: Int[Tensor, "*words"]) -> Float[Tensor, "*words"]:
     """fp32 in the open interval (0, 1): the middles of 2^23 equal cells, every one exact in fp32."""
     return (_shift(words, 9).float() + 0.5) * 2.0**-23
 
 
-def gumbel(words: Int[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+def gumbel(words: Int[Tensor, "*words"]) -> Float[Tensor, "*words"]:
     """Standard Gumbel noise -log(-log u), fp32, from -2.8 to 16.6."""
     return uniform(words).log_().neg_().log_().neg_()
 
 
-def logistic(words: Int[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+def logistic(words: Int[Tensor, "*words"]) -> Float[Tensor, "*words"]:
     """Standard logistic noise log u - log(1 - u): the difference of two Gumbel variables."""
     u = uniform(words)
     return u.log() - (1.0 - u).log()

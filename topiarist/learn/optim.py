@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -64,7 +63,7 @@ class MaskAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         max_norm: float | None = None,
-        second_moment: Literal["logit", "group", "row"] = "logit",
+        second_moment: str = "logit",
         moments: torch.dtype = torch.bfloat16,
         seed: int = 0,
     ) -> None:

@@ -65,6 +65,7 @@ class Relaxation(ABC):
 
     pattern: Pattern
     name: ClassVar[str]
+    takes: ClassVar[type[Pattern]] = NM
     by_row: ClassVar[bool] = True  # whether rows can be computed apart
 
     @abstractmethod
@@ -93,7 +94,7 @@ class Relaxation(ABC):
         return grad
 
     def init_logits(
-        self, mask: Bool[Tensor, "out in"] | None, prior: Prior, *, seed: int, layer: int, first_row: int = 0
+        self, mask: Tensor | None, prior: Prior, *, seed: int, layer: int, first_row: int = 0
     ) -> Float[Tensor, "out classes groups"]:
         """The first logits, fp32, from a prior mask. Raises PatternError if there is none or not of the pattern."""
         if mask is None:
@@ -161,13 +162,6 @@ class Relaxation(ABC):
         return self.soft_mask_backward(logits, draw, dM)
 
 
-def _pattern_nm(pattern: Pattern | str, name: str) -> NM:
-    pattern = parse_pattern(pattern)
-    if not isinstance(pattern, NM):
-        raise PatternError(f"the relaxation {name} learns N:M masks, got pattern {pattern}; use Bernoulli")
-    return pattern
-
-
 @dataclass(frozen=True)
 class Categorical(Relaxation):
     """MaskLLM: a categorical distribution over the C(of, keep) legal masks of every group.
@@ -182,8 +176,7 @@ class Categorical(Relaxation):
     name: ClassVar[str] = "categorical"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pattern", _pattern_nm(self.pattern, self.name))
-        candidates(self.pattern)
+        candidates(self.pattern)  # raises for patterns with too many
 
     def logits_shape(self, shape: tuple[int, int]) -> tuple[int, int, int]:
         self.pattern.check(shape)
@@ -239,9 +232,6 @@ class TopN(Relaxation):
     pattern: NM
     name: ClassVar[str] = "topn"
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "pattern", _pattern_nm(self.pattern, self.name))
-
     def logits_shape(self, shape: tuple[int, int]) -> tuple[int, int, int]:
         self.pattern.check(shape)
         return shape[0], self.pattern.of, shape[1] // self.pattern.of
@@ -276,13 +266,8 @@ class Bernoulli(Relaxation):
     pattern: Unstructured
     density_weight: float = 1.0
     name: ClassVar[str] = "bernoulli"
+    takes: ClassVar[type[Pattern]] = Unstructured
     by_row: ClassVar[bool] = False  # the density penalty looks at the whole matrix
-
-    def __post_init__(self) -> None:
-        pattern = parse_pattern(self.pattern)
-        if not isinstance(pattern, Unstructured):
-            raise PatternError(f"the relaxation bernoulli learns unstructured masks, got pattern {pattern}")
-        object.__setattr__(self, "pattern", pattern)
 
     def logits_shape(self, shape: tuple[int, int]) -> tuple[int, int, int]:
         self.pattern.check(shape)
@@ -320,6 +305,10 @@ def relaxation_for(pattern: Pattern | str, name: str | None = None) -> Relaxatio
             name = "categorical" if pattern.of < 8 else "topn"
         elif isinstance(pattern, Unstructured):
             name = "bernoulli"
-    if name not in RELAXATIONS:
-        raise PatternError(f"no relaxation for pattern {pattern}: choose one of {', '.join(RELAXATIONS)}, got {name}")
-    return RELAXATIONS[name](pattern)
+    kind = RELAXATIONS.get(name or "")
+    if kind is None or not isinstance(pattern, kind.takes):
+        raise PatternError(
+            f"no relaxation {name or ''} for pattern {pattern}: categorical and topn learn N:M masks, bernoulli "
+            "unstructured ones"
+        )
+    return kind(pattern)

@@ -16,7 +16,8 @@ class Schedule:
 
     start: float
     end: float
-    kind: Literal["linear", "exponential", "cosine"] = "linear"
+    kind: str = "linear"
+    """linear, exponential or cosine."""
     until: float = 1.0
     """Fraction of the steps after which `end` is reached (RoI anneals over the first 3/4)."""
 

@@ -1,13 +1,7 @@
-"""Masks as files: one frozen base, many masks of two thirds of a bit per weight (2:4).
+"""The mask file itself: writing, reading, and putting masks on a folder or a loaded model.
 
-    save_masks("masks.safetensors", masks, weights=state, pattern="2:4", base_model="...")
-    file = MaskFile("masks.safetensors"); file["model.layers.0.mlp.up_proj.weight"]   # a bool tensor, True = kept
-    apply("base-folder", "masks.safetensors", "out-folder")       # refuses another base
-    swap(model, "masks.safetensors")                              # on a loaded model, again and again
-    read_npz / write_npz                                          # the published packbits format
-
-A mask file states for every tensor its pattern, shape, the axis that groups run along, how it is packed, and the sha256
-of the weight it belongs to; and for the whole file the row order, the base model's name and the tool's version.
+It states for every tensor its pattern, shape, the axis that groups run along, how it is packed, and the sha256 of the
+weight it belongs to; and for the whole file the row order, the base model's name and the tool's version.
 """
 
 from __future__ import annotations
@@ -15,27 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from topiarist.__about__ import __version__
-from topiarist.bitpack import pack, unpack
 from topiarist.errors import CheckpointError, PatternError
-from topiarist.hold import Hold, hold
 from topiarist.learn.candidates import ORDER
+from topiarist.masks.bitpack import pack, unpack
 from topiarist.patterns import Pattern, parse_pattern
 from topiarist.store import Checkpoint, OutputFolder, locate
-
-__all__ = ["Hold", "MaskFile", "apply", "hold", "read_npz", "save_masks", "swap", "weight_digest", "write_npz"]
 
 FORMAT = "topiarist_masks"
 SHARD_BYTES = 1 << 30
@@ -273,37 +262,3 @@ def swap(
             parameter.copy_(masked(dense[name], file[name]))
         elif name in kept:  # masked by the last file, not by this one
             parameter.copy_(kept[name])
-
-
-def read_npz(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Masks in the published format: an .npz of np.packbits(mask), key = parameter name + ".mask", no shapes.
-
-    shapes: those of the model's parameters; masks of parameters it lacks are an error. Raises CheckpointError.
-    """
-    masks: dict[str, Tensor] = {}
-    try:
-        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            for key in archive.files:
-                name = key.removesuffix(".mask")
-                name = name if name in shapes else f"{name}.weight"
-                if name not in shapes:
-                    raise CheckpointError(f"{path} has {key}, and the model no such parameter: it is for another model")
-                packed, total = archive[key], int(np.prod(shapes[name]))
-                if packed.dtype != np.uint8 or packed.ndim != 1 or len(packed) != -(-total // 8):
-                    raise CheckpointError(
-                        f"{path}: {key} holds {packed.size:,} x {packed.dtype}, a mask of shape {shapes[name]} needs "
-                        f"{-(-total // 8):,} bytes"
-                    )
-                masks[name] = torch.from_numpy(np.unpackbits(packed, count=total)).bool().view(shapes[name])
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is not a readable .npz of masks ({error})") from error
-    return masks
-
-
-def write_npz(path: str | Path, masks: Mapping[str, Tensor]) -> None:
-    """Write the published format. It knows no shapes, pattern or base model: prefer `save_masks`."""
-    packed = {f"{name}.mask": np.packbits(mask.cpu().numpy()) for name, mask in masks.items()}
-    with Path(path).open("wb") as stream:  # a path without .npz would be given the suffix
-        np.savez_compressed(stream, **packed)  # pyright: ignore[reportArgumentType]
