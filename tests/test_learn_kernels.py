@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from topiarist.learn import kernels, native, noise
 from topiarist.learn.candidates import candidates
@@ -180,3 +181,14 @@ def test_without_a_compiler_there_is_one_warning_and_the_same_answer(compiler, m
 def test_candidates_table_is_bytes():
     """The C++ kernel reads it as such."""
     assert candidates(Categorical(NM(2, 4)).pattern).element_size() == 1
+
+
+def test_activation_checkpointing_draws_the_same_mask():
+    relaxation, W, _, pi = problem("2:4", (32, 48))
+    x, dy = torch.randn(8, 48, requires_grad=True), torch.randn(8, 32)
+    grads = []
+    for wrap in (lambda f, *a: f(*a), lambda f, *a: checkpoint(f, *a, use_reentrant=False)):
+        leaf = pi.clone().requires_grad_()
+        out = wrap(lambda x, leaf: kernels.masked_linear(x, W, leaf, None, relaxation, DRAW).relu(), x, leaf)
+        grads.append(torch.autograd.grad(out, (x, leaf), dy))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

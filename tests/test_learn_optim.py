@@ -9,7 +9,7 @@ from torch import nn
 from topiarist.learn import native, noise
 from topiarist.learn.layer import Annealing, MaskedLinear, set_draws
 from topiarist.learn.optim import MaskAdamW, Step, _write, adamw_, resident_bytes
-from topiarist.learn.relax import Categorical, TopN
+from topiarist.learn.relax import Categorical, Prior, TopN
 from topiarist.learn.schedule import Schedule
 from topiarist.patterns import NM
 
@@ -179,3 +179,33 @@ def test_schedulers_and_wrong_options():
         with pytest.raises(ValueError):
             MaskAdamW(chain, **bad)
     assert Schedule(1.0, 0.0, "cosine")(1, 3) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("share", ["logit", "group", "row"])
+@pytest.mark.parametrize("native_path", [True, False])
+def test_two_shards_learn_what_the_whole_learns(share, native_path, monkeypatch):
+    """Rows split over two layers that know where they begin: logits and lean states equal bit by bit."""
+    if not native_path:
+        monkeypatch.setattr(native, "library", lambda: None)
+    W, mask = torch.randn(32, 64), PATTERN.mask(torch.rand(32, 64))
+    parts = [slice(0, 12), slice(12, 32)]
+    prior = Prior(gap=None)
+    whole = MaskedLinear(W, None, Categorical(PATTERN), mask, index=3, prior=prior, dtype=torch.bfloat16)
+    shards = [
+        MaskedLinear(
+            W[p].contiguous(), None, Categorical(PATTERN), mask[p], index=3, prior=prior, dtype=torch.bfloat16,
+            first_row=p.start,
+        )
+        for p in parts
+    ]  # fmt: skip
+    optimizers = [MaskAdamW([whole], second_moment=share), MaskAdamW(shards, second_moment=share)]
+    for step in range(3):
+        set_draws([whole, *shards], Annealing(), step, 3)
+        x = torch.randn(8, 64)
+        whole(x).square().sum().backward()
+        for shard in shards:
+            shard(x).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    together = torch.cat([shard.logits for shard in shards])
+    assert torch.equal(together, whole.logits)

@@ -51,6 +51,7 @@ class LearnedMask(nn.Module):
     index       the layer's number in the model: part of its noise key
     draw        the current sample, or None for the hard mask; plain numbers, set by whoever runs the loop
     sink        if set, takes d loss / d(W * M) in place of logits.grad (see optim.py)
+    first_row, first_group   where a sharded weight begins in the whole one, so that its noise is the same
     lam_scale   multiplies the regulariser: 1 for the paper's raw sum, 1 / ||W||^2 to free it of scale and size
     """
 
@@ -63,10 +64,14 @@ class LearnedMask(nn.Module):
         prior: Prior | None = None,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
+        first_row: int = 0,
+        first_group: int = 0,
     ) -> None:
         super().__init__()
         self.relaxation, self.index = relaxation, index
-        logits = relaxation.init_logits(mask, prior or Prior(), seed=seed, layer=index)
+        self.first_row, self.first_group = first_row, first_group
+        where = {"first_row": first_row, "first_group": first_group}
+        logits = relaxation.init_logits(mask, prior or Prior(), seed=seed, layer=index, **where)
         self.logits = nn.Parameter(logits.to(dtype).contiguous())
         self.draw: Draw | None = None
         self.sink: kernels.Sink | None = None
@@ -82,7 +87,8 @@ class LearnedMask(nn.Module):
         """The draw that the next forward uses: None in evaluation mode, where the hard mask counts."""
         if self.draw is None or not self.training:
             return None
-        return self.draw if self.lam_scale == 1.0 else replace(self.draw, lam=self.draw.lam * self.lam_scale)
+        lam = self.draw.lam * self.lam_scale
+        return replace(self.draw, lam=lam, first_row=self.first_row, first_group=self.first_group)
 
     @torch.no_grad()
     def hard_mask(self) -> Bool[Tensor, "rows in"]:

@@ -180,7 +180,7 @@ class MaskAdamW(torch.optim.Optimizer):
             grad = kernels.gradient(layer.relaxation, layer.matrix, logits, grad, draw)
         else:
             grad = logits.grad.float()  # pyright: ignore[reportOptionalMemberAccess]
-        adamw_(logits, grad.mul_(scale), m, v, step)
+        adamw_(logits, grad.mul_(scale), m, v, step, first_row=layer.first_row, first_group=layer.first_group)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Bit for bit: torch's own would cast the moments to the dtype of the logits."""
@@ -210,9 +210,12 @@ def _native_adam(step: Step, scale: float | Tensor, m: Tensor, v: Tensor, grad_e
     return adam
 
 
-def adamw_(logits: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Step, *, first_row: int = 0) -> None:
+def adamw_(
+    logits: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Step, *, first_row: int = 0, first_group: int = 0
+) -> None:
     """One AdamW step in place, in plain torch: the oracle of the C++ kernel. Shapes as in `MaskAdamW`; grad fp32."""
-    words = noise.bits(step.moment_key, *logits.shape, first_row=first_row, device=logits.device)
+    where = {"first_row": first_row, "first_group": first_group, "device": logits.device}
+    words = noise.bits(step.moment_key, *logits.shape, **where)
     m_new = step.beta1 * m.float() + (1.0 - step.beta1) * grad
     squares = grad.square()
     if step.share:
@@ -225,8 +228,7 @@ def adamw_(logits: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Step, *, fi
     new = logits.float() * (1.0 - step.lr * step.weight_decay) - step.lr * update
     _write(m, m_new, words)
     _write(v, v_new, words >> 16)
-    logit_words = noise.bits(step.logit_key, *logits.shape, first_row=first_row, device=logits.device)
-    _write(logits, new, logit_words)
+    _write(logits, new, noise.bits(step.logit_key, *logits.shape, **where))
 
 
 def _write(target: Tensor, value: Tensor, words: Tensor) -> None:

@@ -94,7 +94,7 @@ class Relaxation(ABC):
         return grad
 
     def init_logits(
-        self, mask: Tensor | None, prior: Prior, *, seed: int, layer: int, first_row: int = 0
+        self, mask: Tensor | None, prior: Prior, *, seed: int, layer: int, first_row: int = 0, first_group: int = 0
     ) -> Float[Tensor, "out classes groups"]:
         """The first logits, fp32, from a prior mask. Raises PatternError if there is none or not of the pattern."""
         if mask is None:
@@ -106,7 +106,7 @@ class Relaxation(ABC):
             return preference * prior.gap
         key_a = noise.noise_key(seed, layer, 0, use=noise.INIT_A)
         key_b = noise.noise_key(seed, layer, 0, use=noise.INIT_B)
-        normal = noise.normal(key_a, key_b, shape, first_row=first_row, device=mask.device)
+        normal = noise.normal(key_a, key_b, shape, first_row=first_row, first_group=first_group, device=mask.device)
         return prior.std * (normal + prior.alpha * preference)
 
     def _check_prior(self, mask: Tensor) -> None:
