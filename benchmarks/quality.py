@@ -3,7 +3,8 @@
     python -m benchmarks.quality --protocol openwebtext
     python -m benchmarks.quality --protocol standard --data DIR --patterns 2:4 0.7 --methods wanda sparsegpt alps
 
-A method is a name of the solver table with fields after it: `sparsegpt`, `wanda:refit=true`, `alps:preset=best`.
+A method is a name of the solver table with fields after it: `sparsegpt`, `wanda:refit=true`, `alps:preset=best`;
+`+refine` or `+refine:epochs=4` adds block refinement.
 `openwebtext` is the protocol of the originals' published-here numbers (128 x 512 tokens of the demo's calibration text,
 the first 16 windows of 1024 of its held-out C4 text). `standard` takes DIR with train/c4.jsonl.gz, train/wikipedia.jsonl.gz
 and eval/wikitext2.test.raw: every tenth document of a training file is held out, the others calibrate.
@@ -26,7 +27,7 @@ import torch
 
 import topiarist as tp
 from demo.assets import assets_dir, model_dir, text_dir
-from topiarist.cli import solver_from_text
+from topiarist.cli import method_from_text
 from topiarist.data import Windows, evaluation_windows, load_tokenizer, read_documents
 from topiarist.evaluate import load_model
 
@@ -67,16 +68,20 @@ def measure(folder: Path, windows: dict[str, Windows]) -> dict[str, float]:
     return {name: tp.perplexity(model, w).value for name, w in windows.items()}
 
 
-def run_cell(options: argparse.Namespace, method: str, pattern: str, calibration: list[str], windows: Any) -> dict[str, Any]:
+def run_cell(
+    options: argparse.Namespace, method: str, pattern: str, calibration: list[str], windows: Any
+) -> dict[str, Any]:
     """Prune with one method and pattern, measure, throw the checkpoint away."""
     if method == "dense":
         return {"perplexity": measure(model_dir(), windows)}
     out = assets_dir() / "quality" / f"{method}-{pattern}".replace(":", "_").replace("=", "_").replace(",", "_")
     cpu = time.process_time()
+    solver, refine = method_from_text(method)
     report = tp.prune(
         model_dir(),
         out,
-        method=solver_from_text(method),
+        method=solver,
+        refine=refine,
         pattern=pattern,
         calibration=calibration,
         num_samples=options.samples,
@@ -126,7 +131,9 @@ def main() -> None:
     parser.add_argument("--eval-windows", type=int, default=16, help="windows of each text; 0 for all")
     parser.add_argument("--true-sequential", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=Path("docs/quality.jsonl"), help="finished cells; the table is beside")
+    parser.add_argument(
+        "--results", type=Path, default=Path("docs/quality.jsonl"), help="finished cells; the table is beside"
+    )
     options = parser.parse_args()
     options.eval_windows = options.eval_windows or None
     torch.set_num_threads(options.threads)

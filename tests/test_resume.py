@@ -138,7 +138,9 @@ def interrupted(out: Path) -> None:
         layers = [layer for layer in report["layers"] if layer["name"].split(".")[2] in block]
         digest = hashlib.sha256((out / shard).read_bytes()).hexdigest()
         sizes = {name: size_of(out / shard, name) for name in names}
-        lines.append({"file": shard, "sha256": digest, "tensors": sizes, "layers": layers, "warnings": []})
+        lines.append(
+            {"file": shard, "sha256": digest, "tensors": sizes, "layers": layers, "warnings": [], "refined": []}
+        )
     for path in out.iterdir():
         if path.name not in shards[:-1]:
             path.unlink()

@@ -50,6 +50,12 @@ def prune(
     true_sequential: Annotated[
         bool, typer.Option(help="later matrices of a block see the already pruned earlier ones")
     ] = False,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="after each block, train its kept weights towards the dense block's output")
+    ] = False,
+    refine_option: Annotated[
+        list[str] | None, typer.Option("--refine-set", help="a field of the refinement, e.g. epochs=4; may be repeated")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one")] = None,
     spill: Annotated[Path | None, typer.Option(help="folder for hidden states that do not fit in memory")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice")] = None,
@@ -59,12 +65,14 @@ def prune(
     """Prune MODEL to OUT with a one-shot method. The same command resumes a run that was stopped."""
     import topiarist as tp
     from topiarist.pipelines.plan import plan_prune
+    from topiarist.pipelines.refine import Refine
 
     _set_threads(threads)
     _quiet()
     options: dict[str, Any] = {
         "calibration": tp.text_files(calibration),
         "method": _solver(method, option or []),
+        "refine": _filled(Refine, "--refine-set", refine_option or []) if refine or refine_option else False,
         "pattern": pattern,
         "allocation": allocation,
         "skip": skip or [],
@@ -191,10 +199,15 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
         raise typer.Exit
 
 
-def solver_from_text(text: str) -> Any:
-    """A solver from `name` or `name:field=value,field=value`."""
-    name, _, fields = text.partition(":")
-    return _solver(name, [field for field in fields.split(",") if field])
+def method_from_text(text: str) -> tuple[Any, Any]:
+    """(solver, refinement) from `name:field=value,...` and, after a plus, `refine:field=value,...`."""
+    from topiarist.pipelines.refine import Refine
+
+    solver, _, refine = text.partition("+refine")
+    name, _, fields = solver.partition(":")
+    settings = [field for field in refine.lstrip(":").split(",") if field]
+    wanted = _filled(Refine, "+refine", settings) if "+refine" in text else False
+    return _solver(name, [field for field in fields.split(",") if field]), wanted
 
 
 def _solver(name: str, assignments: list[str]) -> Any:
@@ -204,18 +217,24 @@ def _solver(name: str, assignments: list[str]) -> Any:
 
     if name not in SOLVERS:
         raise TopiaristError(f"unknown method {name!r}; choose one of {', '.join(SOLVERS)}")
+    return _filled(SOLVERS[name], "--set", assignments)
+
+
+def _filled(cls: type, option: str, assignments: list[str]) -> Any:
+    """A frozen dataclass of settings from `field=value` texts, checked against its field types."""
     from pydantic import TypeAdapter, ValidationError
 
+    from topiarist.errors import TopiaristError
+
     fields = {name: value for name, _, value in (text.partition("=") for text in assignments)}
-    known = TypeAdapter(SOLVERS[name])
-    if unknown := set(fields) - set(SOLVERS[name].__dataclass_fields__):
-        choices = ", ".join(SOLVERS[name].__dataclass_fields__)
-        raise TopiaristError(f"{name} has no field {sorted(unknown)[0]!r}; it has {choices}")
+    known = ", ".join(cls.__dataclass_fields__)
+    if unknown := sorted(set(fields) - set(cls.__dataclass_fields__)):
+        raise TopiaristError(f"{option}: {cls.__name__} has no field {unknown[0]!r}; it has {known}")
     try:
-        return known.validate_python(fields)
+        return TypeAdapter(cls).validate_python(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        raise TopiaristError(f"--set {first['loc'][0]}: {first['msg']}") from None
+        raise TopiaristError(f"{option} {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def _set_threads(threads: int | None) -> None:

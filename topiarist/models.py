@@ -6,7 +6,7 @@ model over stubs, and matrices are found by type. A row says only what cannot be
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -184,7 +184,9 @@ class BlockCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def run(self, block: nn.Module, hidden: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+    def run(
+        self, block: Callable[..., Any], hidden: Float[Tensor, "batch tokens width"]
+    ) -> Float[Tensor, "batch tokens width"]:
         out = block(hidden, *self.args, **self.kwargs)
         return out[0] if isinstance(out, tuple) else out
 

@@ -31,6 +31,17 @@ class LayerReport:
         return cls(**{**plain, "shape": tuple(plain["shape"])})
 
 
+@dataclass(frozen=True)
+class BlockRefinement:
+    """Relative squared error of a block's output on the held-out windows, before and after."""
+
+    name: str
+    before: float
+    after: float
+    best_epoch: int
+    """0 if no epoch was better than the unrefined block, which is then kept."""
+
+
 @dataclass
 class Report:
     """The result of `prune`. `to_dict` holds only what repeats; seconds and memory stay in `run`."""
@@ -41,6 +52,8 @@ class Report:
     model: str
     calibration: Mapping[str, Any]
     layers: list[LayerReport] = field(default_factory=list)
+    refined: list[BlockRefinement] = field(default_factory=list)
+    """A BlockRefinement of every block, if refinement was asked for."""
     warnings: list[str] = field(default_factory=list)
     run: dict[str, Any] = field(default_factory=dict)
     """Seconds by activity, peak memory, machine: differs from run to run."""
@@ -58,6 +71,7 @@ class Report:
             model=plain["model"],
             calibration=plain["calibration"],
             layers=[LayerReport.from_dict(layer) for layer in plain["layers"]],
+            refined=[BlockRefinement(**block) for block in plain["refined"]],
             warnings=plain["warnings"],
             run=json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {},
             output=str(folder),

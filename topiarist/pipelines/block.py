@@ -15,8 +15,9 @@ from topiarist.errors import CalibrationWarning, NumericalError, NumericalWarnin
 from topiarist.gram import Gram
 from topiarist.models import Matrix
 from topiarist.patterns import Pattern
+from topiarist.pipelines.refine import Refine, refine_block
 from topiarist.pipelines.stream import BlockStream, GramGroup
-from topiarist.report import LayerReport
+from topiarist.report import BlockRefinement, LayerReport
 from topiarist.solvers import Solver
 
 
@@ -26,6 +27,8 @@ class BlockPruner:
 
     solver: Solver
     patterns: Mapping[str, Pattern | None]
+    refine: Refine | None = None
+    refined: list[BlockRefinement] = field(default_factory=list)
     warned: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -60,12 +63,19 @@ class BlockPruner:
         if sequential:
             with self.timed("forward"):
                 stages = stream.stages(index, block, wanted)
+        targets = None
+        if self.refine is not None:
+            with self.timed("refine"):
+                targets = stream.outputs(index, block)
         layers: list[LayerReport] = []
         for stage in stages:
             with self.timed("forward"):
                 early = all(m.expert is None for m in stage)
                 groups = stream.grams(index, block, stage, stop_early=early)
             layers += self.solve(groups, stage, path)
+        if self.refine is not None and targets is not None:
+            with self.timed("refine"):
+                self.refined.append(refine_block(self.refine, stream, index, block, wanted, targets, path))
         return layers
 
     def solve(self, groups: Sequence[GramGroup], matrices: Sequence[Matrix], path: str) -> list[LayerReport]:

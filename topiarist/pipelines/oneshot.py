@@ -19,8 +19,9 @@ from topiarist.errors import CalibrationError, CheckpointError, TopiaristError
 from topiarist.models import block_names, matrices_of
 from topiarist.patterns import Pattern, parse_pattern
 from topiarist.pipelines.block import BlockPruner, check_finite
+from topiarist.pipelines.refine import Refine
 from topiarist.pipelines.stream import BlockStream, GramCollector, watch_inputs
-from topiarist.report import LayerReport, Report, model_card, peak_memory_bytes, reset_peak_memory
+from topiarist.report import BlockRefinement, LayerReport, Report, model_card, peak_memory_bytes, reset_peak_memory
 from topiarist.solvers import SOLVERS, Solver
 from topiarist.sources import LoadedModel, StreamedModel, block_matrices, eager_experts
 from topiarist.store import Checkpoint, OutputFolder, locate
@@ -45,6 +46,7 @@ def prune(
     seed: int = 0,
     batch_size: int = 8,
     true_sequential: bool = False,
+    refine: Refine | bool = False,
     device: str | torch.device | None = None,
     spill: str | Path | None = None,
     tokenizer: Any = None,
@@ -57,6 +59,7 @@ def prune(
     written to `out` if given). calibration: text files, a list of documents, or token windows (num, window).
     allocation: {layer: pattern} or its JSON file, instead of `pattern` everywhere. skip: regular expressions of layer
     names that stay dense. true_sequential: later matrices of a block see the already pruned earlier ones.
+    refine: after a block is pruned, train its kept weights towards the dense block's output (True: the defaults).
     spill: folder for hidden states that do not fit in memory. batch_size: windows a forward.
 
     The same call on the same `out` resumes a run that was killed, and returns the report of one that is finished.
@@ -82,7 +85,9 @@ def prune(
             "true_sequential": true_sequential,
         },
     )
-    pruner = BlockPruner(solver, patterns)
+    pruner = BlockPruner(
+        solver, patterns, (refine or None) if not isinstance(refine, bool) else Refine() if refine else None
+    )
     for expression in unmatched:
         pruner.warn(f"--skip {expression!r} matches no layer", UserWarning)
     run = _Run(source, pruner, windows.tokens, batch_size, true_sequential, spill, progress or (lambda *_: None))
@@ -95,12 +100,13 @@ def prune(
                 "method": {"name": report.method, **report.settings},
                 "patterns": {k: None if p is None else str(p) for k, p in patterns.items()},
                 "calibration": report.calibration,
+                "refine": None if pruner.refine is None else asdict(pruner.refine),
             }
             output = OutputFolder(Path(str(out)), fingerprint)
             if output.complete:
                 return Report.from_folder(output.folder)
             report.layers = run.streamed(checkpoint, output)
-    report.warnings = pruner.warned
+    report.warnings, report.refined = pruner.warned, pruner.refined
     report.output = None if out is None else str(out)
     report.run = {
         "seconds": time.perf_counter() - started,
@@ -230,11 +236,16 @@ class _Run:
                     self.source.load(index, Checkpoint.of_shard(output.folder / line["file"]))
                 layers += [LayerReport.from_dict(layer) for layer in line["layers"]]
                 self.pruner.warned += line["warnings"]
+                self.pruner.refined += [BlockRefinement(**refined) for refined in line["refined"]]
             else:
-                already_warned = len(self.pruner.warned)
+                warned, refined = len(self.pruner.warned), len(self.pruner.refined)
                 new = self._prune_block(stream, index)
                 layers += new
-                info = {"layers": [asdict(layer) for layer in new], "warnings": self.pruner.warned[already_warned:]}
+                info = {
+                    "layers": [asdict(layer) for layer in new],
+                    "warnings": self.pruner.warned[warned:],
+                    "refined": [asdict(done) for done in self.pruner.refined[refined:]],
+                }
                 with self.pruner.timed("write"):
                     output.write_shard(_shard_name(number, total), self.source.block_on_disk(index), info)
             self._advance(stream, index)

@@ -134,16 +134,31 @@ class BlockStream:
         assert self._hidden is not None
         return self._hidden.values
 
-    @torch.no_grad()
-    def outputs(self, index: int, block: nn.Module) -> Iterator[tuple[slice, Tensor]]:
-        """Rows and the block's output for them, batch by batch; the hidden states stay as they are."""
-        for rows, calls in zip(self._batches, self._calls, strict=True):
-            yield rows, calls[index].run(block, self.hidden[rows].to(self.device))
+    @property
+    def num_batches(self) -> int:
+        return len(self._batches)
 
+    def run_batch(self, index: int, block: Callable[..., Any], batch: int) -> tuple[slice, Tensor, Tensor]:
+        """(rows, hidden states entering, output) of one batch; the stored hidden states stay as they are."""
+        rows = self._batches[batch]
+        hidden = self.hidden[rows].to(self.device)
+        return rows, hidden, self._calls[batch][index].run(block, hidden)
+
+    @torch.no_grad()
     def advance(self, index: int, block: nn.Module) -> None:
         """Replace the hidden states by the block's output."""
-        for rows, out in self.outputs(index, block):
+        for batch in range(self.num_batches):
+            rows, _, out = self.run_batch(index, block, batch)
             self.hidden[rows] = out.cpu()
+
+    @torch.no_grad()
+    def outputs(self, index: int, block: nn.Module) -> Tensor:
+        """The block's output for all windows, (num, window, width); the hidden states stay as they are."""
+        targets = torch.empty_like(self.hidden)
+        for batch in range(self.num_batches):
+            rows, _, out = self.run_batch(index, block, batch)
+            targets[rows] = out.cpu()
+        return targets
 
     @torch.no_grad()
     def grams(
