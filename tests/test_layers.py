@@ -13,7 +13,7 @@ FLOORS = [
     ["pipelines"],
     ["cli", "__main__", "__init__"],
 ]
-MAY_USE = {"evaluate": {"report"}}
+MAY_USE = {"evaluate": {"report"}, "masks": {"learn"}}
 NEEDS_NO_MODEL = {"solvers", "learn"}
 
 

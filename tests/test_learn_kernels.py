@@ -1,0 +1,194 @@
+"""All paths give the same numbers, and nothing depends on how the work is split."""
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from topiarist.learn import kernels, native, noise
+from topiarist.learn.candidates import candidates
+from topiarist.learn.relax import Bernoulli, Categorical, Draw, Prior, TopN
+from topiarist.patterns import NM, Unstructured, parse_pattern
+
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+RECORDED = [0.9921393, 0.9534005, 0.0481385, 0.0063218, 0.5083727, 0.7201622, 0.5805369, 0.1909281]
+DRAW = Draw(noise.noise_key(3, 1, 4), kappa=150.0, tau=0.7, lam=1e-2, first_row=3, first_group=2)
+CASES = [("2:4", (40, 1200)), ("2:4", (17, 20)), ("1:4", (8, 576)), ("4:8", (4, 96)), ("3:6", (5, 30))]
+
+
+def problem(pattern, shape, weight_dtype=torch.float32, logits_dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    relaxation = Categorical(parse_pattern(pattern))
+    W, G = (torch.randn(shape, generator=generator).to(weight_dtype) for _ in range(2))
+    pi = relaxation.init_logits(relaxation.pattern.mask(W.float().abs()), Prior(gap=None, alpha=2.0), seed=0, layer=0)
+    return relaxation, W, G, pi.to(logits_dtype)
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Calls a function with the C++ path switched off."""
+
+    def call(function, *args):
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "library", lambda: None)
+            return function(*args)
+
+    return call
+
+
+@needs_compiler
+@pytest.mark.parametrize("pattern, shape", CASES)
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("logits", [torch.float32, torch.bfloat16])
+def test_cpp_equals_plain(pattern, shape, weight, logits, plain):
+    relaxation, W, G, pi = problem(pattern, shape, weight, logits)
+    assert native.usable(W, pi)
+    ours, oracle = kernels.effective(relaxation, W, pi, DRAW), plain(kernels.effective, relaxation, W, pi, DRAW)
+    bound = 2e-6 if weight == torch.float32 else 2**-8
+    assert ((ours.float() - oracle.float()).abs() <= bound * W.float().abs() + 1e-30).all()
+    if weight == torch.bfloat16:
+        assert (ours != oracle).float().mean() < 0.01  # rounding to bf16 hides nearly all of it
+    ours, oracle = kernels.gradient(relaxation, W, pi, G, DRAW), plain(kernels.gradient, relaxation, W, pi, G, DRAW)
+    assert (ours - oracle).abs().max() < 5e-6 * oracle.abs().max()
+    hard = dataclasses.replace(DRAW, straight_through=True)
+    for draw in (None, hard):
+        assert torch.equal(
+            kernels.effective(relaxation, W, pi, draw), plain(kernels.effective, relaxation, W, pi, draw)
+        )
+
+
+@needs_compiler
+def test_cpp_takes_extreme_and_broken_numbers(plain):
+    relaxation, W, _, pi = problem("2:4", (4, 16))
+    for tau, kappa in ((1e-3, 1e4), (1e3, 1.0)):
+        draw = dataclasses.replace(DRAW, tau=tau, kappa=kappa)
+        ours, oracle = kernels.effective(relaxation, W, pi, draw), plain(kernels.effective, relaxation, W, pi, draw)
+        assert torch.allclose(ours, oracle, atol=1e-5)
+    pi[1] = float("nan")
+    broken = kernels.effective(relaxation, W, pi, DRAW)
+    assert broken[1].isnan().all() and not broken[0].isnan().any()  # a diverged run must be seen
+    assert kernels.effective(relaxation, torch.full_like(W, float("nan")), pi, DRAW).isnan().all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_nothing_depends_on_threads_chunks_or_shards(threads, plain, monkeypatch):
+    relaxation, W, G, pi = problem("2:4", (64, 96))
+    whole, grad = kernels.effective(relaxation, W, pi, DRAW), kernels.gradient(relaxation, W, pi, G, DRAW)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(kernels.effective(relaxation, W, pi, DRAW), whole)
+        rows = slice(20, 50)
+        part = dataclasses.replace(DRAW, first_row=DRAW.first_row + 20)
+        assert torch.equal(kernels.effective(relaxation, W[rows], pi[rows], part), whole[rows])
+        assert torch.equal(kernels.gradient(relaxation, W[rows], pi[rows], G[rows], part), grad[rows])
+        # A shard along the inputs: groups 8 .. 20 of every row.
+        part = dataclasses.replace(DRAW, first_group=DRAW.first_group + 8)
+        columns = kernels.effective(relaxation, W[:, 32:80].contiguous(), pi[:, :, 8:20].contiguous(), part)
+        assert torch.allclose(columns, whole[:, 32:80], atol=1e-6)
+    finally:
+        torch.set_num_threads(before)
+    at_once = plain(kernels.effective, relaxation, W, pi, DRAW)
+    monkeypatch.setattr(kernels, "CHUNK", 500)
+    assert torch.equal(plain(kernels.effective, relaxation, W, pi, DRAW), at_once)
+
+
+@pytest.mark.parametrize(
+    "relaxation", [Categorical(NM(2, 4)), TopN(NM(2, 4)), Bernoulli(Unstructured(0.5))], ids=lambda r: r.name
+)
+@pytest.mark.parametrize("split", [1, 4])
+def test_masked_linear_is_a_linear_with_the_effective_weight(relaxation, split):
+    """Forward, the inputs' gradient and the logits' gradient; however the batch is split, the mask is one."""
+    generator = torch.Generator().manual_seed(0)
+    W, x = torch.randn(16, 48, generator=generator), torch.randn(8, 3, 48, generator=generator)
+    bias, dy = torch.randn(16, generator=generator), torch.randn(8, 3, 16, generator=generator)
+    pi = relaxation.init_logits(relaxation.pattern.mask(W.abs()), Prior(), seed=0, layer=0).requires_grad_()
+    x.requires_grad_()
+    out = torch.cat([kernels.masked_linear(part, W, pi, bias, relaxation, DRAW) for part in x.chunk(split)])
+    out.backward(dy)
+    effective = relaxation.effective(W, pi.detach(), DRAW)
+    assert torch.allclose(out, x @ effective.T + bias, atol=1e-5)
+    assert torch.allclose(x.grad, dy @ effective, atol=1e-5)
+    G = dy.flatten(0, 1).T @ x.detach().flatten(0, 1)
+    if split == 1 or DRAW.lam == 0:
+        expected = relaxation.gradient(W, pi.detach(), G, DRAW)
+        assert torch.allclose(pi.grad, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_nothing_of_the_mask_is_saved_for_backward():
+    relaxation, W, _, pi = problem("2:4", (256, 256))
+    x = torch.randn(4, 256, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        kernels.masked_linear(x, W, pi.requires_grad_(), None, relaxation, DRAW)
+    assert set(saved) <= {t.data_ptr() for t in (x, W, pi)}
+
+
+def test_recorded_numbers_of_the_plain_path():
+    """Pinned for the paths that cannot run on every machine (Triton): W = 1, deterministic prior 1100."""
+    relaxation = Categorical(NM(2, 4))
+    prior = torch.tensor([[1, 1, 0, 0, 1, 1, 0, 0]], dtype=torch.bool)
+    pi = relaxation.init_logits(prior, Prior(gap=0.02), seed=0, layer=0)
+    M = relaxation.soft_mask(pi, Draw(noise.noise_key(7, 0, 0), kappa=100.0, tau=1.0))
+    assert torch.allclose(M, torch.tensor([RECORDED]), atol=1e-6)
+
+
+TRITON_SCRIPT = """
+import torch
+from topiarist.learn import triton_kernel, noise
+from topiarist.learn.relax import Categorical, Draw, Prior, candidates
+from topiarist.patterns import parse_pattern
+for pattern, shape in (("2:4", (3, 600)), ("1:4", (2, 64)), ("4:8", (2, 96))):
+    relaxation = Categorical(parse_pattern(pattern))
+    W, G = torch.randn(shape), torch.randn(shape)
+    pi = relaxation.init_logits(relaxation.pattern.mask(W.abs()), Prior(gap=None), seed=0, layer=0)
+    draw = Draw(noise.noise_key(3, 1, 4), kappa=150.0, tau=0.7, lam=1e-2, first_row=3, first_group=2)
+    S = candidates(relaxation.pattern)
+    ours, oracle = triton_kernel.forward(W, pi, S, draw), relaxation.effective(W, pi, draw)
+    assert (ours - oracle).abs().max() < 1e-5, pattern
+    ours, oracle = triton_kernel.backward(W, pi, S, G, draw), relaxation.gradient(W, pi, G, draw)
+    assert (ours - oracle).abs().max() < 1e-5 * oracle.abs().max(), pattern
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_triton_equals_plain_in_the_interpreter():
+    """In a process of its own: the interpreter is chosen when triton is first imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", TRITON_SCRIPT], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("compiler", ["", "false"])
+def test_without_a_compiler_there_is_one_warning_and_the_same_answer(compiler, monkeypatch, tmp_path):
+    relaxation, W, _, pi = problem("2:4", (8, 64))
+    oracle = relaxation.effective(W, pi, DRAW)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native.shutil, "which", lambda name: f"/bin/{compiler}" if compiler else None)
+    native.library.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="plain torch"):
+            assert torch.equal(kernels.effective(relaxation, W, pi, DRAW), oracle)
+    finally:
+        native.library.cache_clear()
+
+
+def test_candidates_table_is_bytes():
+    """The C++ kernel reads it as such."""
+    assert candidates(Categorical(NM(2, 4)).pattern).element_size() == 1
+
+
+def test_activation_checkpointing_draws_the_same_mask():
+    relaxation, W, _, pi = problem("2:4", (32, 48))
+    x, dy = torch.randn(8, 48, requires_grad=True), torch.randn(8, 32)
+    grads = []
+    for wrap in (lambda f, *a: f(*a), lambda f, *a: checkpoint(f, *a, use_reentrant=False)):
+        leaf = pi.clone().requires_grad_()
+        out = wrap(lambda x, leaf: kernels.masked_linear(x, W, leaf, None, relaxation, DRAW).relu(), x, leaf)
+        grads.append(torch.autograd.grad(out, (x, leaf), dy))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

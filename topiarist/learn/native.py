@@ -1,0 +1,184 @@
+"""The C++ path of the mask arithmetic: compiled at first use with the system's compiler, called through ctypes.
+
+About ten times faster than plain torch on a CPU. Without a compiler everything works, slowly: one warning says so.
+Threads are plain Python ones (ctypes releases the GIL and rows are independent), so no second OpenMP runtime is loaded
+beside torch's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from topiarist.learn.noise import Key
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+# No -ffast-math: NaN must stay NaN so that a diverged run is noticed, and sums must not be reordered between machines.
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-shared", "-fPIC")
+MIN_ROWS = 16  # per thread
+
+
+class Mask(ctypes.Structure):
+    """Kept in step with `struct Mask` in native.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "groups", "of", "classes")),
+        *((name, ctypes.c_void_p) for name in ("table", "weight", "logits")),
+        *((name, ctypes.c_int32) for name in ("weight_bf16", "logits_bf16")),
+        *((name, ctypes.c_float) for name in ("kappa", "tau", "lam")),
+        *((name, ctypes.c_uint32) for name in ("key0", "key1")),
+        *((name, ctypes.c_int32) for name in ("first_row", "first_group", "noise", "hard")),
+    ]
+
+
+class Adam(ctypes.Structure):
+    """Kept in step with `struct Adam` in native.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("grad_effective", "grad_logits", "m", "v")),
+        *((name, ctypes.c_int32) for name in ("grad_bf16", "moments_bf16", "share")),
+        *(
+            (name, ctypes.c_float)
+            for name in ("lr", "beta1", "beta2", "eps", "decay", "correction1", "correction2", "scale")
+        ),
+        *((name, ctypes.c_uint32) for name in ("key0", "key1", "key2", "key3")),
+    ]
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None, after one warning, where none can be had. Never if TOPIARIST_NATIVE=0."""
+    if os.environ.get("TOPIARIST_NATIVE") == "0":
+        return None
+    names = filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++"))
+    compiler = next(filter(None, map(shutil.which, names)), None)
+    if compiler is None:
+        warnings.warn(
+            "no C++ compiler (g++, clang++ or c++) found: learned masks use plain torch, with the same numbers but "
+            "about ten times slower; install one, e.g. apt-get install g++",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    try:
+        return _load(_compile(compiler))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = error.stderr.strip()[-300:] if isinstance(error, subprocess.CalledProcessError) else error
+        warnings.warn(
+            f"{compiler} cannot compile {SOURCE.name}: learned masks use plain torch (same numbers, slower): {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _compile(compiler: str) -> Path:
+    """Path of the shared library, from the cache if this source was compiled on this kind of machine before."""
+    what = "\n".join([SOURCE.read_text(), *FLAGS, compiler, _cpu()])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "topiarist"
+    target = cache / f"masks-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            built = Path(folder) / target.name
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            os.replace(built, target)  # atomic: several processes may build at once
+    return target
+
+
+def _cpu() -> str:
+    """What -march=native depends on: a cache on a shared home must not serve another machine's instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return platform.machine() + next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.machine() + platform.processor()
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
+    loaded.topiarist_abi.restype = ctypes.c_int64
+    if loaded.topiarist_abi() != ctypes.sizeof(Mask) * 1000 + ctypes.sizeof(Adam):
+        raise OSError(f"{path} does not match native.py; delete it")
+    rows = [ctypes.c_int64, ctypes.c_int64]
+    mask, adam, pointer = ctypes.POINTER(Mask), ctypes.POINTER(Adam), ctypes.c_void_p
+    loaded.topiarist_forward.argtypes = [mask, pointer, pointer, *rows]
+    loaded.topiarist_backward.argtypes = [mask, adam, pointer, pointer, *rows]
+    loaded.topiarist_forward.restype = loaded.topiarist_backward.restype = None
+    return loaded
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors: contiguous, on the CPU, fp32 or bf16; and a compiler was found."""
+    dtypes = (torch.float32, torch.bfloat16)
+    fits = all(t.device.type == "cpu" and t.dtype in dtypes and t.is_contiguous() for t in tensors)
+    return fits and library() is not None
+
+
+def mask_args(
+    weight: Tensor,
+    logits: Tensor,
+    table: Tensor,
+    *,
+    kappa: float,
+    tau: float,
+    lam: float,
+    key: Key,
+    first_row: int,
+    first_group: int,
+    noise: bool,
+    hard: bool,
+) -> Mask:
+    """The structure for a weight (out, in), logits (out, classes, groups) and a bool table (classes, of)."""
+    rows, classes, groups = logits.shape
+    arguments = Mask(
+        rows, groups, table.shape[1], classes, table.data_ptr(), weight.data_ptr(), logits.data_ptr(),
+        weight.dtype == torch.bfloat16, logits.dtype == torch.bfloat16, kappa, tau, lam,
+        key[0] & 0xFFFFFFFF, key[1] & 0xFFFFFFFF, first_row, first_group, noise, hard,
+    )  # fmt: skip
+    arguments.keep_alive = (table, weight, logits)  # the structure holds bare addresses
+    return arguments
+
+
+def forward(mask: Mask, out: Tensor) -> float:
+    """Fill `out` with W * M; the mean largest probability of a group."""
+    return sum(_rows("topiarist_forward", mask, out.data_ptr())) / (mask.rows * mask.groups)
+
+
+def backward(mask: Mask, adam: Adam, out: Tensor | None = None, *, squares: bool = False) -> float:
+    """Gradient into `out`, and / or a step of Adam (see native.cpp). Returns its squared norm if asked for."""
+    target = out.data_ptr() if out is not None else None
+    return sum(_rows("topiarist_backward", mask, adam, target, squares=squares))
+
+
+@lru_cache(maxsize=4)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="topiarist-masks")
+
+
+def _rows(name: str, mask: Mask, *args, squares: bool = True) -> list[float]:
+    """Call a kernel on all rows, split over torch's number of threads; one double comes back from each thread."""
+    function = getattr(library(), name)
+    structures = [ctypes.byref(arg) if isinstance(arg, ctypes.Structure) else arg for arg in (mask, *args)]
+    threads = max(1, min(torch.get_num_threads(), mask.rows // MIN_ROWS))
+    bounds = [mask.rows * i // threads for i in range(threads + 1)]
+
+    def part(i: int) -> float:
+        result = ctypes.c_double(0.0)
+        function(*structures, ctypes.addressof(result) if squares else None, bounds[i], bounds[i + 1])
+        return result.value
+
+    return [part(0)] if threads == 1 else list(_pool(threads).map(part, range(threads)))

@@ -1,0 +1,258 @@
+"""AdamW on logits, with the mask's backward pass folded into the step, and lean states.
+
+Layers hand over d loss / d(W * M), one value per weight, in place of the logits' gradient; the step turns it into dpi
+and applies it at once, so a gradient of the logits (1.5 values per weight at 2:4) exists for one row at a time only.
+
+Resident bytes per weight at 2:4 over a bf16 weight (2 bytes), 1.5 logits a weight:
+    default   logits fp32 6, moments bf16 3 + 3                                            14
+    lean      logits bf16 3, first moment bf16 3, one fp32 second moment a group 1          9
+Everything in bf16 is written with stochastic rounding, so small updates count in expectation; plain rounding would lose
+them (at |pi| = 0.25 one bf16 step is 1e-3 to 2e-3, an update less).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from topiarist.learn import kernels, native, noise
+from topiarist.learn.layer import LearnedMask
+from topiarist.learn.relax import Categorical, Draw
+
+SHARE = {"logit": 0, "group": 1, "row": 2}
+
+
+@dataclass(frozen=True)
+class Step:
+    """The numbers of one AdamW step on one layer."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    count: int
+    """Which step this is, from 1: corrects the moments for their start at zero."""
+    moment_key: noise.Key
+    logit_key: noise.Key
+    share: int = 0
+    """Second moment per logit (0), per group (1) or per row (2)."""
+
+
+class MaskAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter 2019) on the logits of `layers`: betas (0.9, 0.95), decay 0.1 (paper, section 1.6).
+
+    second_moment  "logit": Adam itself. "group", "row": one second moment (the mean square) for all logits of a group
+                   or of a weight row. Adam moves every logit by about lr whatever its gradient; with a shared moment a
+                   logit that matters less to the loss moves less, and the state is smaller.
+    moments        torch.bfloat16 with stochastic rounding, or torch.float32.
+    max_norm       clip the gradient's norm over all layers; costs one more pass over the masks.
+
+    Works with any learning-rate scheduler. If gradients sit in `logits.grad` (set by other code), it steps on those.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[LearnedMask],
+        lr: float = 5e-4,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        max_norm: float | None = None,
+        second_moment: str = "logit",
+        moments: torch.dtype = torch.bfloat16,
+        seed: int = 0,
+    ) -> None:
+        if second_moment not in SHARE:
+            raise ValueError(f"second_moment is one of {', '.join(SHARE)}, got {second_moment!r}")
+        if moments not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"moments are kept in bfloat16 or float32, got {moments}")
+        self.layers = list(layers)
+        self.share, self.moments, self.max_norm, self.seed = SHARE[second_moment], moments, max_norm, seed
+        self.grad_norm: float | Tensor | None = None
+        """Norm of the last step's gradient before clipping; None while max_norm is None."""
+        super().__init__(
+            [layer.logits for layer in self.layers],
+            dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay),
+        )
+        self._pending: dict[int, tuple[Tensor, Draw]] = {}
+        for position, layer in enumerate(self.layers):
+            layer.sink = lambda grad, draw, position=position: self._take(position, grad, draw)
+            self.state[layer.logits] = self._new_state(layer)
+
+    def _new_state(self, layer: LearnedMask) -> dict[str, Tensor]:
+        logits = layer.logits
+        out, _, groups = logits.shape
+        shape = [logits.shape, (out, groups), (out,)][self.share]
+        dtype = torch.float32 if self.share else self.moments
+        return {
+            "step": torch.zeros((), dtype=torch.int64),
+            "m": torch.zeros(logits.shape, dtype=self.moments, device=logits.device),
+            "v": torch.zeros(shape, dtype=dtype, device=logits.device),
+        }
+
+    def _take(self, position: int, grad: Tensor, draw: Draw) -> None:
+        """The sink of one layer: micro-batches of one draw add up; a new draw turns the old one into logits.grad."""
+        grad = grad.detach()
+        if position in self._pending:
+            held, held_draw = self._pending[position]
+            if held_draw == draw:
+                grad = held.float().add_(grad)
+            else:
+                self._flush(position)
+        self._pending[position] = grad, draw
+
+    def _flush(self, position: int) -> None:
+        grad, draw = self._pending.pop(position)
+        layer = self.layers[position]
+        dpi = kernels.gradient(layer.relaxation, layer.matrix, layer.logits.detach(), grad, draw)
+        held = layer.logits.grad
+        layer.logits.grad = dpi.to(layer.logits.dtype) if held is None else held.add_(dpi)
+
+    def pending(self) -> list[Tensor]:
+        """What the layers handed over since the last step, in layer order: reduce these over processes, in place."""
+        return [self._pending[position][0] for position in sorted(self._pending)]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._pending.clear()
+        super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step on every layer that has a gradient, then drop the gradients handed over by layers."""
+        if closure is not None:
+            raise ValueError("MaskAdamW takes no closure")
+        for position in list(self._pending):
+            if self.layers[position].logits.grad is not None:  # some of this step's draws are there already
+                self._flush(position)
+        scale = self._clip()
+        group = self.param_groups[0]
+        for position, layer in enumerate(self.layers):
+            if position not in self._pending and layer.logits.grad is None:
+                continue
+            state = self.state[layer.logits]
+            state["step"] += 1
+            count = int(state["step"])  # a CPU tensor: no wait for a device
+            step = Step(
+                lr=float(group["lr"]), beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+                weight_decay=group["weight_decay"], count=count, share=self.share,
+                moment_key=noise.noise_key(self.seed, layer.index, count, 0, noise.ROUNDING),
+                logit_key=noise.noise_key(self.seed, layer.index, count, 1, noise.ROUNDING),
+            )  # fmt: skip
+            self._update(position, state, step, scale)
+        self._pending.clear()
+
+    def _clip(self) -> float | Tensor:
+        """The factor that brings the gradient's norm down to max_norm."""
+        if self.max_norm is None:
+            return 1.0
+        squares: float | Tensor = sum(self._squared_norm(position) for position in range(len(self.layers)))
+        norm = self.grad_norm = squares**0.5
+        if isinstance(norm, Tensor):
+            return (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return min(1.0, self.max_norm / (norm + 1e-6))
+
+    def _squared_norm(self, position: int) -> float | Tensor:
+        layer = self.layers[position]
+        if position not in self._pending:
+            grad = layer.logits.grad
+            return 0.0 if grad is None else grad.float().square().sum()
+        grad, draw = self._pending[position]
+        if native_step_fits(layer, grad):
+            mask = kernels.native_mask(layer.relaxation, layer.matrix, layer.logits, draw)  # pyright: ignore
+            return native.backward(mask, kernels.native_grad(grad), squares=True)
+        return kernels.gradient(layer.relaxation, layer.matrix, layer.logits, grad, draw).square().sum()
+
+    def _update(self, position: int, state: dict[str, Tensor], step: Step, scale: float | Tensor) -> None:
+        layer = self.layers[position]
+        logits, m, v = layer.logits, state["m"], state["v"]
+        if position in self._pending:
+            grad, draw = self._pending[position]
+            grad = grad.contiguous()
+            if native_step_fits(layer, grad):
+                mask = kernels.native_mask(layer.relaxation, layer.matrix, logits, draw)  # pyright: ignore
+                native.backward(mask, _native_adam(step, scale, m, v, grad_effective=grad))
+                return
+            grad = kernels.gradient(layer.relaxation, layer.matrix, logits, grad, draw)
+        else:
+            grad = logits.grad.float()  # pyright: ignore[reportOptionalMemberAccess]
+        adamw_(logits, grad.mul_(scale), m, v, step, first_row=layer.first_row, first_group=layer.first_group)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Bit for bit: torch's own would cast the moments to the dtype of the logits."""
+        super().load_state_dict(state_dict)
+        for position, layer in enumerate(self.layers):
+            fresh = self.state[layer.logits]
+            for name, saved in state_dict["state"][position].items():
+                device = "cpu" if name == "step" else layer.logits.device
+                fresh[name] = saved.detach().to(device=device, copy=True)
+
+
+def native_step_fits(layer: LearnedMask, grad: Tensor) -> bool:
+    """Whether the C++ kernel can do this layer's backward pass and step."""
+    return isinstance(layer.relaxation, Categorical) and native.usable(layer.matrix, layer.logits, grad)
+
+
+def _native_adam(step: Step, scale: float | Tensor, m: Tensor, v: Tensor, grad_effective: Tensor) -> native.Adam:
+    adam = native.Adam(
+        grad_effective=grad_effective.data_ptr(), grad_bf16=grad_effective.dtype == torch.bfloat16,
+        m=m.data_ptr(), v=v.data_ptr(), moments_bf16=m.dtype == torch.bfloat16, share=step.share,
+        lr=step.lr, beta1=step.beta1, beta2=step.beta2, eps=step.eps, decay=step.weight_decay,
+        correction1=1.0 - step.beta1**step.count, correction2=1.0 - step.beta2**step.count, scale=float(scale),
+        key0=step.moment_key[0] & 0xFFFFFFFF, key1=step.moment_key[1] & 0xFFFFFFFF,
+        key2=step.logit_key[0] & 0xFFFFFFFF, key3=step.logit_key[1] & 0xFFFFFFFF,
+    )  # fmt: skip
+    adam.keep_alive = (grad_effective, m, v)
+    return adam
+
+
+def adamw_(
+    logits: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Step, *, first_row: int = 0, first_group: int = 0
+) -> None:
+    """One AdamW step in place, in plain torch: the oracle of the C++ kernel. Shapes as in `MaskAdamW`; grad fp32."""
+    where = {"first_row": first_row, "first_group": first_group, "device": logits.device}
+    words = noise.bits(step.moment_key, *logits.shape, **where)
+    m_new = step.beta1 * m.float() + (1.0 - step.beta1) * grad
+    squares = grad.square()
+    if step.share:
+        squares = squares.mean(1) if step.share == 1 else squares.mean((1, 2))
+    v_new = step.beta2 * v.float() + (1.0 - step.beta2) * squares
+    denominator = (v_new / (1.0 - step.beta2**step.count)).sqrt_().add_(step.eps)
+    if step.share:
+        denominator = denominator[:, None, :] if step.share == 1 else denominator[:, None, None]
+    update = m_new / (1.0 - step.beta1**step.count) / denominator
+    new = logits.float() * (1.0 - step.lr * step.weight_decay) - step.lr * update
+    _write(m, m_new, words)
+    _write(v, v_new, words >> 16)
+    _write(logits, new, noise.bits(step.logit_key, *logits.shape, **where))
+
+
+def _write(target: Tensor, value: Tensor, words: Tensor) -> None:
+    """Store fp32 as it is, or in bf16 rounded stochastically: 16 random bits added below the last bit that is kept."""
+    if target.dtype == torch.float32:
+        target.copy_(value)
+        return
+    bits = value.contiguous().view(torch.int32)
+    rounded = (bits + (words & 0xFFFF)) & -0x10000
+    target.copy_(torch.where(value.isnan(), value, rounded.view(torch.float32)))
+
+
+def resident_bytes(layers: Iterable[LearnedMask], optimizer: torch.optim.Optimizer | None = None) -> float:
+    """Bytes per masked weight that live between steps: weight, logits, optimiser state, and gradients still held."""
+    total, weights, seen = 0, 0, set()
+    for layer in layers:
+        tensors = [layer.matrix, layer.logits, layer.logits.grad]
+        if optimizer is not None:
+            tensors += [t for t in optimizer.state.get(layer.logits, {}).values() if isinstance(t, Tensor)]
+        weights += layer.matrix.numel()
+        for tensor in tensors:
+            if tensor is not None and tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                total += tensor.numel() * tensor.element_size()
+    if isinstance(optimizer, MaskAdamW):
+        total += sum(t.numel() * t.element_size() for t in optimizer.pending())
+    return total / weights

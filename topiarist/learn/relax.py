@@ -1,0 +1,314 @@
+"""Relaxations: how a discrete mask becomes a smooth function of logits. One interface, three parameterisations.
+
+    Categorical   MaskLLM: one logit for every legal mask of a group. N:M with at most 128 masks a group
+    TopN          RoI: one logit per weight, N draws without replacement. Any N:M; fewer logits, less expressive
+    Bernoulli     LEAP: one gate per weight and a density penalty. Unstructured masks
+
+A relaxation is a frozen value; weights, logits and the `Draw` (noise key and schedules of one step) are arguments. The
+functions here are the plain and readable ones, and the oracle of the fused kernels (`kernels.py`).
+
+W   weight (out, in)                     pi  logits (out, classes, groups), contiguous: each class is a vector
+S   candidates (classes, of)             g   noise           y  class probabilities     M  soft mask
+kappa  scale of the logits               tau temperature     lam  weight of the regulariser  G  d loss / d(W * M)
+
+Logits keep the weight's rows as their first axis, so both shard alike along it and no group straddles a shard.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from topiarist.errors import PatternError
+from topiarist.learn import noise
+from topiarist.learn.candidates import candidates, num_classes, similarity
+from topiarist.patterns import NM, Pattern, Unstructured, parse_pattern
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One sample of one layer's mask: its noise and the values of the schedules. Plain numbers, no tensors."""
+
+    key: noise.Key
+    kappa: float
+    tau: float
+    lam: float = 0.0
+    """lambda_t of L = loss - lambda_t * ||W * M||^2 (equation 8); zero in the last step of the paper's code."""
+    straight_through: bool = False
+    """Forward with the sampled hard mask, backward through the soft one. Off in the paper: soft masks learn better."""
+    first_row: int = 0
+    """Global index of the weight's first row, if it is a shard."""
+    first_group: int = 0
+    """Global index of the first group of a row, if the weight is sharded along its inputs."""
+
+
+@dataclass(frozen=True)
+class Prior:
+    """How a given mask becomes the first logits."""
+
+    gap: float | None = 0.03
+    """Deterministic: pi = gap * similarity. None: the paper's random form, pi = std * (normal + alpha * similarity)."""
+    alpha: float = 3.0
+    std: float = 0.01
+    # Differs from the authors' code in: 1. std is this constant, not the empirical deviation of the layer's noise, so
+    # that shards agree (the two differ by 1 / sqrt(2 * logits)). 2. The similarity subtracts the true mean.
+
+
+@dataclass(frozen=True)
+class Relaxation(ABC):
+    """A soft mask from logits. `effective` is the forward pass and `gradient` its closed backward, without autograd."""
+
+    pattern: Pattern
+    name: ClassVar[str]
+    takes: ClassVar[type[Pattern]] = NM
+    by_row: ClassVar[bool] = True  # whether rows can be computed apart
+
+    @abstractmethod
+    def logits_shape(self, shape: tuple[int, int]) -> tuple[int, int, int]:
+        """(out, classes, groups) for a weight of `shape`. Raises PatternError if the pattern does not fit."""
+
+    @abstractmethod
+    def soft_mask(self, logits: Float[Tensor, "out classes groups"], draw: Draw) -> Float[Tensor, "out in"]:
+        """M, in the logits' precision."""
+
+    @abstractmethod
+    def preference(self, mask: Bool[Tensor, "out in"]) -> Float[Tensor, "out classes groups"]:
+        """What a prior mask says about each logit: higher is more alike, mean zero over a group."""
+
+    @abstractmethod
+    def hard_mask(self, logits: Float[Tensor, "out classes groups"]) -> Bool[Tensor, "out in"]:
+        """The most likely mask, without noise. Exactly of the pattern; ties go to the lower index."""
+
+    def soft_mask_backward(
+        self, logits: Float[Tensor, "out classes groups"], draw: Draw, dM: Float[Tensor, "out in"]
+    ) -> Float[Tensor, "out classes groups"]:
+        """dpi for a gradient dM on the soft mask; by autograd on a second forward unless a subclass knows better."""
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(self.soft_mask(leaf, draw), leaf, dM)
+        return grad
+
+    def init_logits(
+        self, mask: Tensor | None, prior: Prior, *, seed: int, layer: int, first_row: int = 0, first_group: int = 0
+    ) -> Float[Tensor, "out classes groups"]:
+        """The first logits, fp32, from a prior mask. Raises PatternError if there is none or not of the pattern."""
+        if mask is None:
+            raise PatternError(f"learning a {self.pattern} mask needs a prior mask; compute one with a one-shot method")
+        shape = self.logits_shape((mask.shape[0], mask.shape[1]))
+        self._check_prior(mask)
+        preference = self.preference(mask)
+        if prior.gap is not None:
+            return preference * prior.gap
+        key_a = noise.noise_key(seed, layer, 0, use=noise.INIT_A)
+        key_b = noise.noise_key(seed, layer, 0, use=noise.INIT_B)
+        normal = noise.normal(key_a, key_b, shape, first_row=first_row, first_group=first_group, device=mask.device)
+        return prior.std * (normal + prior.alpha * preference)
+
+    def _check_prior(self, mask: Tensor) -> None:
+        if mask.dtype != torch.bool:
+            raise PatternError(f"a prior mask is boolean (True = kept), got {mask.dtype}")
+        kept, wanted = int(mask.sum()), self.pattern.num_kept((mask.shape[0], mask.shape[1]))
+        if kept != wanted or not self.pattern.holds(mask):
+            raise PatternError(
+                f"the prior is not a {self.pattern} mask: it keeps {kept:,} of {mask.numel():,} weights, where "
+                f"{wanted:,} are due"
+            )
+
+    def effective(
+        self, weight: Float[Tensor, "out in"], logits: Float[Tensor, "out classes groups"], draw: Draw | None
+    ) -> Float[Tensor, "out in"]:
+        """W * M in the weight's dtype; the hard mask if `draw` is None (evaluation). For autograd see kernels.py."""
+        if draw is None:
+            return weight.masked_fill(~self.hard_mask(logits), 0.0)
+        M = self.sampled_hard_mask(logits, draw) if draw.straight_through else self.soft_mask(logits, draw)
+        return (weight.to(M.dtype) * M).to(weight.dtype)
+
+    def certainty(self, logits: Float[Tensor, "out classes groups"], draw: Draw) -> Float[Tensor, ""]:
+        """How decided the mask of this draw is: 1 if every weight is wholly kept or wholly gone."""
+        M = self.soft_mask(logits, draw).clamp(0.0, 1.0)
+        return torch.maximum(M, 1.0 - M).mean()
+
+    def sampled_hard_mask(self, logits: Tensor, draw: Draw) -> Tensor:
+        """The hard mask of this draw's noisy logits, as numbers 0 and 1."""
+        return self.hard_mask(self.noisy(logits, draw)).to(logits.dtype)
+
+    def noisy(self, logits: Tensor, draw: Draw) -> Tensor:
+        """kappa * pi + g, not yet divided by tau."""
+        words = noise.bits(
+            draw.key, *logits.shape, first_row=draw.first_row, first_group=draw.first_group, device=logits.device
+        )
+        return draw.kappa * logits + self.noise_of(words).to(logits.dtype)
+
+    def noise_of(self, words: Tensor) -> Tensor:
+        return noise.gumbel(words)
+
+    def gradient(
+        self,
+        weight: Float[Tensor, "out in"],
+        logits: Float[Tensor, "out classes groups"],
+        grad_effective: Float[Tensor, "out in"],
+        draw: Draw,
+    ) -> Float[Tensor, "out classes groups"]:
+        """dpi of loss - lam * ||W * M||^2, given G = d loss / d(W * M): dM = G W - 2 lam W^2 M, then back to pi."""
+        W = weight.to(logits.dtype)
+        dM = grad_effective.to(logits.dtype) * W
+        if draw.lam:
+            dM = dM - 2.0 * draw.lam * W.square() * self.soft_mask(logits, draw)
+        return self.soft_mask_backward(logits, draw, dM)
+
+
+@dataclass(frozen=True)
+class Categorical(Relaxation):
+    """MaskLLM: a categorical distribution over the C(of, keep) legal masks of every group.
+
+    y = softmax((kappa pi + g) / tau),  M = y S,  dpi = kappa / tau * y * (dM S^T - <y, dM S^T>).
+
+    The reference choice at 2:4 and 1:4; 4:8 needs 8.75 logits a weight. Fang et al. 2024 (arXiv 2409.17481), equations
+    4 to 6.
+    """
+
+    pattern: NM
+    name: ClassVar[str] = "categorical"
+
+    def __post_init__(self) -> None:
+        candidates(self.pattern)  # raises for patterns with too many
+
+    def logits_shape(self, shape: tuple[int, int]) -> tuple[int, int, int]:
+        self.pattern.check(shape)
+        return shape[0], num_classes(self.pattern), shape[1] // self.pattern.of
+
+    def probabilities(self, logits: Tensor, draw: Draw) -> Float[Tensor, "out classes groups"]:
+        """y, the soft index."""
+        return (self.noisy(logits, draw) / draw.tau).softmax(1)
+
+    def certainty(self, logits: Tensor, draw: Draw) -> Tensor:
+        return self.probabilities(logits, draw).amax(1).mean()
+
+    def soft_mask(self, logits: Tensor, draw: Draw) -> Tensor:
+        return self._mix(self.probabilities(logits, draw))
+
+    def _mix(self, y: Tensor) -> Tensor:
+        S = candidates(self.pattern, y.device).to(y.dtype)
+        return torch.einsum("ocg,cm->ogm", y, S).flatten(1)
+
+    def soft_mask_backward(self, logits: Tensor, draw: Draw, dM: Tensor) -> Tensor:
+        return self._backward(self.probabilities(logits, draw), draw, dM)
+
+    def _backward(self, y: Tensor, draw: Draw, dM: Tensor) -> Tensor:
+        S = candidates(self.pattern, y.device).to(y.dtype)
+        dy = torch.einsum("ogm,cm->ocg", dM.unflatten(1, (-1, self.pattern.of)), S)
+        return (draw.kappa / draw.tau) * y * (dy - (y * dy).sum(1, keepdim=True))
+
+    def gradient(self, weight: Tensor, logits: Tensor, grad_effective: Tensor, draw: Draw) -> Tensor:
+        W = weight.to(logits.dtype)
+        y = self.probabilities(logits, draw)
+        dM = grad_effective.to(logits.dtype) * W
+        if draw.lam:
+            dM = dM - 2.0 * draw.lam * W.square() * self._mix(y)
+        return self._backward(y, draw, dM)
+
+    def preference(self, mask: Tensor) -> Tensor:
+        return similarity(mask.unflatten(1, (-1, self.pattern.of)), self.pattern).transpose(1, 2).contiguous()
+
+    def hard_mask(self, logits: Tensor) -> Tensor:
+        return candidates(self.pattern, logits.device)[logits.argmax(1)].flatten(1)
+
+
+@dataclass(frozen=True)
+class TopN(Relaxation):
+    """RoI: one logit per weight; `keep` successive softmaxes, each with what was already taken removed.
+
+    r = kappa pi + g;  a_1 = softmax(r / tau);  r <- r + log(1 - a_n);  M = a_1 + ... + a_keep: a soft N-hot mask whose
+    limit tau -> 0 is Gumbel-top-N, a draw without replacement (at a high tau an entry can exceed 1). 1.0 logit a weight
+    for every N:M, where Categorical has 1.5 at 2:4 and 8.75 at 4:8; the default from `of` = 8 on. A little less
+    expressive: it cannot prefer a pair as such.
+    """
+
+    pattern: NM
+    name: ClassVar[str] = "topn"
+
+    def logits_shape(self, shape: tuple[int, int]) -> tuple[int, int, int]:
+        self.pattern.check(shape)
+        return shape[0], self.pattern.of, shape[1] // self.pattern.of
+
+    def soft_mask(self, logits: Tensor, draw: Draw) -> Tensor:
+        r = self.noisy(logits, draw)
+        M = torch.zeros_like(r)
+        for _ in range(self.pattern.keep):
+            a = (r / draw.tau).softmax(1)
+            M = M + a
+            # log1p(-1) is -inf and its gradient NaN: a probability within fp32 rounding of one counts as 1 - 1e-6.
+            r = r + torch.log1p(-a.clamp_max(1.0 - 1e-6))
+        return M.transpose(1, 2).flatten(1)
+
+    def preference(self, mask: Tensor) -> Tensor:
+        groups = mask.unflatten(1, (-1, self.pattern.of)).transpose(1, 2).float()
+        return (groups - self.pattern.keep / self.pattern.of).contiguous()
+
+    def hard_mask(self, logits: Tensor) -> Tensor:
+        return self.pattern.mask(logits.transpose(1, 2).flatten(1))
+
+
+@dataclass(frozen=True)
+class Bernoulli(Relaxation):
+    """LEAP: an independent gate per weight, M = sigmoid((kappa pi + l) / tau) with logistic noise l.
+
+    For unstructured masks. The density is held by a penalty density_weight * out * in * (mean M - target)^2, folded
+    into the backward pass; the hard mask keeps exactly the target number of largest logits. Only the abstract of the
+    paper (arXiv 2605.17289) was at hand: the penalty is ours.
+    """
+
+    pattern: Unstructured
+    density_weight: float = 1.0
+    name: ClassVar[str] = "bernoulli"
+    takes: ClassVar[type[Pattern]] = Unstructured
+    by_row: ClassVar[bool] = False  # the density penalty looks at the whole matrix
+
+    def logits_shape(self, shape: tuple[int, int]) -> tuple[int, int, int]:
+        self.pattern.check(shape)
+        return shape[0], 1, shape[1]
+
+    def noise_of(self, words: Tensor) -> Tensor:
+        return noise.logistic(words)
+
+    def soft_mask(self, logits: Tensor, draw: Draw) -> Tensor:
+        return (self.noisy(logits, draw) / draw.tau).sigmoid().squeeze(1)
+
+    def soft_mask_backward(self, logits: Tensor, draw: Draw, dM: Tensor) -> Tensor:
+        M = self.soft_mask(logits, draw)
+        excess = M.mean() - (1.0 - self.pattern.sparsity)
+        dM = dM + 2.0 * self.density_weight * excess
+        return ((draw.kappa / draw.tau) * M * (1.0 - M) * dM).unsqueeze(1)
+
+    def preference(self, mask: Tensor) -> Tensor:
+        return mask.float().sub_(0.5).unsqueeze(1)
+
+    def hard_mask(self, logits: Tensor) -> Tensor:
+        return self.pattern.mask(logits.squeeze(1))
+
+
+RELAXATIONS: dict[str, type[Relaxation]] = {kind.name: kind for kind in (Categorical, TopN, Bernoulli)}
+
+
+def relaxation_for(pattern: Pattern | str, name: str | None = None) -> Relaxation:
+    """The relaxation of that name for a pattern; by default Categorical below `of` = 8, TopN above, Bernoulli for
+    unstructured masks. Raises PatternError for a name or pattern that has none.
+    """
+    pattern = parse_pattern(pattern)
+    if name is None:
+        if isinstance(pattern, NM):
+            name = "categorical" if pattern.of < 8 else "topn"
+        elif isinstance(pattern, Unstructured):
+            name = "bernoulli"
+    kind = RELAXATIONS.get(name or "")
+    if kind is None or not isinstance(pattern, kind.takes):
+        raise PatternError(
+            f"no relaxation {name or ''} for pattern {pattern}: categorical and topn learn N:M masks, bernoulli "
+            "unstructured ones"
+        )
+    return kind(pattern)

@@ -1,0 +1,264 @@
+"""The mask file itself: writing, reading, and putting masks on a folder or a loaded model.
+
+It states for every tensor its pattern, shape, the axis that groups run along, how it is packed, and the sha256 of the
+weight it belongs to; and for the whole file the row order, the base model's name and the tool's version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from topiarist.__about__ import __version__
+from topiarist.errors import CheckpointError, PatternError
+from topiarist.learn.candidates import ORDER
+from topiarist.masks.bitpack import pack, unpack
+from topiarist.patterns import Pattern, parse_pattern
+from topiarist.store import Checkpoint, OutputFolder, locate
+
+FORMAT = "topiarist_masks"
+SHARD_BYTES = 1 << 30
+
+
+def weight_digest(weight: Tensor) -> str:
+    """sha256 of a tensor's bytes in row order, little-endian."""
+    raw = weight.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(raw.numpy().data).hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a file says about one mask."""
+
+    pattern: str
+    shape: tuple[int, ...]
+    axis: int
+    """The axis that groups run along: -1, or -2 where the weight is stored (in, out)."""
+    encoding: str
+    dtype: str
+    sha256: str
+    """Of the dense weight that the mask belongs to, in `dtype`."""
+    packed_sha256: str
+
+
+def save_masks(
+    path: str | Path,
+    masks: Mapping[str, Tensor],
+    *,
+    weights: Mapping[str, Tensor],
+    pattern: str | Pattern | Mapping[str, str | Pattern],
+    base_model: str,
+    transposed: frozenset[str] | set[str] = frozenset(),
+    info: Mapping[str, str] | None = None,
+) -> None:
+    """Write masks by parameter name, each with the dense weight it belongs to. Atomic.
+
+    pattern: one for all, or by name. transposed: names of weights stored (in, out). info: more metadata, text only.
+    Raises PatternError if a mask is not of its pattern, CheckpointError if the file cannot be written.
+    """
+    path = Path(path)
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    for name, mask in masks.items():
+        kind = parse_pattern(pattern[name] if isinstance(pattern, Mapping) else pattern)
+        weight = weights[name]
+        if mask.shape != weight.shape:
+            raise PatternError(f"{name}: mask of shape {tuple(mask.shape)} for a weight of {tuple(weight.shape)}")
+        axis = -2 if name in transposed else -1
+        try:
+            packed, encoding = pack(mask.transpose(-1, axis), kind)
+        except PatternError as error:
+            raise PatternError(f"{name}: {error}") from None
+        tensors[name] = packed
+        dtype = str(weight.dtype).removeprefix("torch.")
+        entries[name] = vars(
+            Entry(str(kind), tuple(mask.shape), axis, encoding, dtype, weight_digest(weight), weight_digest(packed))
+        )
+    # One value, because safetensors writes several in no fixed order: the same masks must be the same bytes.
+    metadata = {
+        **(info or {}),
+        "version": 1,
+        "tool": f"topiarist {__version__}",
+        "order": ORDER,
+        "base_model": base_model,
+        "masks": entries,
+    }
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file(tensors, temporary, metadata={FORMAT: json.dumps(metadata, sort_keys=True)})
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error}") from error
+
+
+class MaskFile(Mapping[str, Tensor]):
+    """A mask file, read mask by mask. Raises CheckpointError for everything truncated, damaged or foreign."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise CheckpointError(f"mask file {path} does not exist")
+        with self._opened() as reader:
+            stated, names = (reader.metadata() or {}).get(FORMAT), set(reader.keys())
+        if stated is None:
+            raise CheckpointError(f"{path} is not a topiarist mask file (a published .npz is read by read_npz)")
+        try:
+            self.metadata: dict[str, Any] = json.loads(stated)
+            version, order, self.base_model = (str(self.metadata[key]) for key in ("version", "order", "base_model"))
+            if (version, order) != ("1", ORDER):
+                raise CheckpointError(
+                    f"{path} has version {version} and row order {order}; this topiarist reads version 1, {ORDER}: update it"
+                )
+            entries: dict[str, dict[str, Any]] = self.metadata["masks"]
+            self.entries = {name: Entry(**{**e, "shape": tuple(e["shape"])}) for name, e in entries.items()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} has damaged metadata ({error!r})") from error
+        if names != set(self.entries):
+            raise CheckpointError(f"{path} describes other masks than it holds: it is damaged")
+        for name, entry in self.entries.items():
+            if not isinstance(getattr(torch, entry.dtype, None), torch.dtype) or entry.axis not in (-1, -2):
+                raise CheckpointError(f"{path} has damaged metadata ({name}: {entry})")
+
+    def _opened(self):
+        try:
+            return safe_open(self.path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path} is truncated or damaged ({error})") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def pattern(self, name: str) -> Pattern:
+        return parse_pattern(self.entries[name].pattern)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The mask in the shape of the weight as it is stored, bool, True = kept."""
+        entry = self.entries[name]
+        with self._opened() as reader:
+            packed = reader.get_tensor(name)
+        if weight_digest(packed) != entry.packed_sha256:
+            raise CheckpointError(f"{self.path}: the mask of {name} is damaged (checksum differs)")
+        shape = list(entry.shape)
+        shape[-1], shape[entry.axis] = shape[entry.axis], shape[-1]
+        try:
+            mask = unpack(packed, tuple(shape), self.pattern(name), entry.encoding)
+        except (CheckpointError, PatternError) as error:
+            raise CheckpointError(f"{self.path}: {name}: {error}") from None
+        return mask.transpose(-1, entry.axis).contiguous()
+
+    def check(self, name: str, weight: Tensor) -> None:
+        """Raise CheckpointError unless `weight` is the dense weight this mask was made for (a wider dtype is fine)."""
+        entry = self.entries[name]
+        if tuple(weight.shape) != entry.shape:
+            raise CheckpointError(
+                f"{self.path} was made for another base model ({self.base_model}): {name} has shape "
+                f"{tuple(weight.shape)}, the mask {entry.shape}"
+            )
+        if weight_digest(weight.to(getattr(torch, entry.dtype))) != entry.sha256:
+            raise CheckpointError(
+                f"{self.path} was made for another base model ({self.base_model}): the first tensor that differs is "
+                f"{name}"
+            )
+
+
+def masked(weight: Tensor, mask: Tensor) -> Tensor:
+    """The weight with +0.0 where the mask is False."""
+    return weight.masked_fill(~mask.to(weight.device), 0.0)
+
+
+def apply(base: str | Path, masks: str | Path | MaskFile, out: str | Path) -> Path:
+    """Write the base folder with its masks applied to `out`: ordinary dense tensors with zeros, any loader opens them.
+
+    Every weight is checked against the file before anything is written. Raises CheckpointError for another base, naming
+    the first tensor that differs, and for an output that holds something else. A stopped run resumes.
+    """
+    file = masks if isinstance(masks, MaskFile) else MaskFile(masks)
+    checkpoint = Checkpoint(locate(base))
+    for name in file:
+        if name not in checkpoint:
+            raise CheckpointError(
+                f"{file.path} was made for another base model ({file.base_model}): {checkpoint.folder} has no {name}"
+            )
+        file.check(name, checkpoint.read(name))
+    fingerprint = {
+        "apply": hashlib.sha256(json.dumps(file.metadata, sort_keys=True).encode()).hexdigest(),
+        "base": checkpoint.digest(),
+    }
+    output = OutputFolder(out, fingerprint)
+    if output.complete:
+        return output.folder
+    output.begin(checkpoint.weight_bytes())
+    groups = checkpoint.grouped(sorted(checkpoint.files), SHARD_BYTES)
+    for index, names in enumerate(groups):
+        if output.shard_is_done(index) is None:
+            tensors = {n: masked(checkpoint.read(n), file[n]) if n in file else checkpoint.read(n) for n in names}
+            output.write_shard(f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors", tensors, {})
+    patterns = sorted({entry.pattern for entry in file.entries.values()})
+    provenance = {
+        "version": __version__,
+        "method": "masks",
+        "pattern": patterns[0] if len(patterns) == 1 else "mixed",
+        "base_model": file.base_model,
+        "masks": file.path.name,
+        "modules": {name.removesuffix(".weight"): {"pattern": entry.pattern} for name, entry in file.entries.items()},
+    }
+    output.finish(
+        checkpoint.folder, {**checkpoint.config, "pruning_config": provenance}, {"pruning_config": provenance}
+    )
+    return output.folder
+
+
+@torch.no_grad()
+def swap(
+    model: nn.Module, masks: str | Path | MaskFile, *, base: str | Path | Mapping[str, Tensor] | None = None
+) -> None:
+    """Put another mask on a loaded model, in place.
+
+    The dense weights must come from somewhere: the model itself the first time (they are then kept on the CPU, as
+    `model.dense_weights`, for the next swap), or `base`: a folder or a state dict. Everything is checked before a weight
+    changes. Raises CheckpointError for another base, naming the first tensor that differs.
+    """
+    file = masks if isinstance(masks, MaskFile) else MaskFile(masks)
+    parameters = dict(model.named_parameters())
+    kept: dict[str, Tensor] = model.__dict__.setdefault("dense_weights", {})
+    folder = Checkpoint(locate(base)) if isinstance(base, str | Path) else None
+    dense: dict[str, Tensor] = {}
+    for name in file:
+        if name not in parameters:
+            raise CheckpointError(f"{file.path} has a mask for {name}, which the model lacks: it is for another model")
+        if folder is not None and name in folder:
+            source = folder.read(name)
+        elif isinstance(base, Mapping) and name in base:
+            source = base[name]
+        else:
+            source = kept.get(name, parameters[name])
+        try:
+            file.check(name, source)
+        except CheckpointError as error:
+            pruned = base is None and name not in kept and bool((source == 0).any())
+            raise CheckpointError(
+                f"{error}" + ("; the model is pruned already: pass base=" if pruned else "")
+            ) from None
+        dense[name] = source
+    for name, parameter in parameters.items():
+        if name in dense:
+            if base is None and name not in kept:
+                kept[name] = parameter.detach().to("cpu", copy=True)
+            parameter.copy_(masked(dense[name], file[name]))
+        elif name in kept:  # masked by the last file, not by this one
+            parameter.copy_(kept[name])

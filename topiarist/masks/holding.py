@@ -1,0 +1,100 @@
+"""Keeping a pruned model's zeros through anyone's training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from topiarist.errors import PatternError
+
+
+class Hold:
+    """Zeros held in place until `release()`, or the end of a `with` block."""
+
+    def __init__(self, masks: dict[nn.Parameter, Tensor]) -> None:
+        self._masks = masks
+        self._handles = [
+            parameter.register_hook(lambda grad, parameter=parameter: self._cut(parameter, grad))
+            for parameter in masks
+            if parameter.requires_grad
+        ]
+        self._handles.append(register_optimizer_step_post_hook(self._after_step))
+        self.apply()
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in the held parameters."""
+        kept = sum(int(mask.sum()) for mask in self._masks.values())
+        return 1.0 - kept / sum(mask.numel() for mask in self._masks.values())
+
+    def _mask(self, parameter: nn.Parameter) -> Tensor:
+        """The mask on the parameter's device: a model may have been moved since."""
+        mask = self._masks[parameter]
+        if mask.device != parameter.device:
+            mask = self._masks[parameter] = mask.to(parameter.device)
+        return mask
+
+    def _cut(self, parameter: nn.Parameter, grad: Tensor) -> Tensor:
+        return grad.masked_fill(~self._mask(parameter), 0.0)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter in self._masks:
+                    parameter.masked_fill_(~self._mask(parameter), 0.0)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set the zeros again now, for code that writes to weights without an optimiser (averaging, merging)."""
+        for parameter in self._masks:
+            parameter.masked_fill_(~self._mask(parameter), 0.0)
+
+    def release(self) -> None:
+        """Let go: weights may grow back from here on."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+
+def hold(model: nn.Module, masks: Mapping[str, Tensor] | None = None, *, least: float = 0.01) -> Hold:
+    """Keep the zeros of a pruned model through any training loop that uses torch optimisers.
+
+    masks: parameter name -> bool mask (True = kept). By default the zeros that stand in the weights now: every
+    parameter of two or more axes in which at least a fraction `least` is zero, embeddings excepted.
+
+    Two guards: a gradient hook cuts gradients at the zeros, so no optimiser state builds up there; and a hook after
+    every optimiser step writes the zeros again, whatever the optimiser added. So it holds under Trainer and TRL (full
+    fine-tuning), Accelerate, gradient accumulation, clipping, weight decay and moved models. It does not see parameters
+    that a wrapper replaces by its own (FSDP's flat parameters, DeepSpeed): hold after wrapping, or call `apply()`.
+    LoRA adapters leave the weights alone; merging them fills the zeros, so call `apply()` after a merge.
+
+    Raises PatternError if there is nothing to hold, or a mask fits no parameter.
+    """
+    parameters = dict(model.named_parameters())
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    if masks is None:
+        chosen = {
+            p: (p != 0).detach()
+            for p in parameters.values()
+            if p.ndim >= 2 and id(p) not in embeddings and float((p == 0).float().mean()) >= least
+        }
+    else:
+        chosen = {}
+        for name, mask in masks.items():
+            if name not in parameters or parameters[name].shape != mask.shape:
+                found = tuple(parameters[name].shape) if name in parameters else "no such parameter"
+                raise PatternError(f"cannot hold {name}: mask of shape {tuple(mask.shape)}, model has {found}")
+            chosen[parameters[name]] = mask.to(parameters[name].device)
+    if not chosen:
+        raise PatternError("nothing to hold: no weight of the model has zeros; prune it first, or pass masks")
+    return Hold(chosen)
