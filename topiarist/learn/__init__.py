@@ -1,12 +1,12 @@
 """Learned masks (MaskLLM and relatives): tensors and nn.Module only, usable in anyone's training loop.
 
-    schedule.py       how kappa, tau, lambda and the learning rate move; presets
-    candidates.py     the legal masks of a group
-    noise.py          random numbers as a pure function of (seed, layer, step, row, group)
-    relax.py          Categorical, TopN, Bernoulli: soft masks from logits, in plain torch
-    native.py, .cpp   the fused CPU kernels          triton_kernel.py  the same on a GPU
-    kernels.py        picks the fastest path; autograd functions
-    layer.py          MaskedLinear, experts          optim.py  AdamW with the mask's backward pass folded in
+schedule.py       how kappa, tau, lambda and the learning rate move; presets
+candidates.py     the legal masks of a group
+noise.py          random numbers as a pure function of (seed, layer, step, row, group)
+relax.py          Categorical, TopN, Bernoulli: soft masks from logits, in plain torch
+native.py, .cpp   the fused CPU kernels          triton_kernel.py  the same on a GPU
+kernels.py        picks the fastest path; autograd functions
+layer.py          MaskedLinear, experts          optim.py  AdamW with the mask's backward pass folded in
 """
 
 from topiarist.learn.layer import Annealing, LearnedMask, MaskedLinear, learned_masks, mask_parameter, set_draws
