@@ -11,7 +11,7 @@ import torch
 import topiarist as tp
 from topiarist.pipelines.refine import Refine
 
-QUICK = Refine(epochs=4, learning_rate=2e-3)
+QUICK = Refine(epochs=4, learning_rate=0.01)
 
 
 def logits_error(model, dense, tokens) -> float:
@@ -52,7 +52,7 @@ def test_a_harmful_refinement_is_not_kept():
 
 def test_norms_are_trained_when_asked_for():
     model, dense = tiny.tiny_model(), tiny.tiny_model()
-    refine = Refine(epochs=4, learning_rate=2e-3, norms=True)
+    refine = Refine(epochs=4, norms=True)
     tp.prune(model, method="wanda", calibration=tiny.tiny_tokens(16, 32), refine=refine)
     assert not torch.equal(model.model.layers[0].input_layernorm.weight, dense.model.layers[0].input_layernorm.weight)
     assert torch.equal(model.model.norm.weight, dense.model.norm.weight)
@@ -62,7 +62,7 @@ def test_bf16_weights_learn_through_fp32_masters():
     tokens = tiny.tiny_tokens(32, 32)
     model = tiny.tiny_model(dtype=torch.bfloat16)
     report = tp.prune(
-        model, method="wanda", calibration=tokens, batch_size=4, refine=Refine(epochs=4, learning_rate=5e-4)
+        model, method="wanda", calibration=tokens, batch_size=4, refine=Refine(epochs=4, learning_rate=0.003)
     )
     assert all(block.after < block.before for block in report.refined)
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16

@@ -26,7 +26,9 @@ class Refine:
     """How long and how fast. A step is one batch of the stream."""
 
     epochs: int = 8
-    learning_rate: float = 2e-4
+    learning_rate: float = 0.01
+    """Of Adam, as a fraction of the root mean square of the parameter's kept weights, so that one value fits models of
+    any size."""
     final_learning_rate: float = 0.2
     """Fraction of the learning rate that the cosine ends at."""
     norms: bool = False
@@ -72,14 +74,16 @@ def refine_block(
     training, checking = list(range(num_batches - held)), list(range(num_batches - held, num_batches)) or [0]
     before = best = error(checking)
     best_epoch, best_weights = 0, None
-    optimizer = torch.optim.Adam(masters.values(), lr=settings.learning_rate)
+    scales = {key: float(master.norm() / max(int(master.count_nonzero()), 1) ** 0.5) for key, master in masters.items()}
+    optimizer = torch.optim.Adam([{"params": [master], "lr": 0.0} for master in masters.values()])
     total = settings.epochs * len(training)
     for step in range(total):
         progress = 0.5 * (1 + math.cos(math.pi * step / total))
         rate = settings.final_learning_rate + (1 - settings.final_learning_rate) * progress
-        optimizer.param_groups[0]["lr"] = settings.learning_rate * rate
-        squared, scale = _squared_error(stream, index, block, current(), targets, training[step % len(training)])
-        loss = squared / scale.clamp_min(1e-30)
+        for group, scale in zip(optimizer.param_groups, scales.values(), strict=True):
+            group["lr"] = settings.learning_rate * scale * rate
+        squared, change = _squared_error(stream, index, block, current(), targets, training[step % len(training)])
+        loss = squared / change.clamp_min(1e-30)
         if not torch.isfinite(loss):
             raise NumericalError(f"{name}: the loss of the refinement is not finite; lower its learning rate")
         optimizer.zero_grad()
