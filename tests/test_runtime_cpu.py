@@ -4,6 +4,7 @@ swaps, keeps and says. No time is ever asserted."""
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import subprocess
 import sys
@@ -255,7 +256,7 @@ def test_what_is_swapped_and_why_not():
 def test_the_measured_threshold(monkeypatch, packed_ms, expected, keep_dense):
     """Dense takes 2 ms at any batch. A layer that loses at batch 4 stays dense, unless both forms are kept."""
     times = iter([[2.0, float(packed_ms[batch])] for batch in (1, 2, 4, 8, 16, 32)])
-    monkeypatch.setattr(cpu, "race", lambda rivals, cold: next(times))
+    monkeypatch.setattr(cpu, "race", lambda *_: next(times))
     model = nn.Sequential(sparse_linear(64, 64, 0.7))
     (layer,) = cpu.accelerate(model, keep_dense=keep_dense).layers
     assert layer.max_batch == expected[keep_dense]
@@ -266,7 +267,7 @@ def test_the_measured_threshold(monkeypatch, packed_ms, expected, keep_dense):
 
 @needs_kernels
 def test_measuring_for_real(monkeypatch):
-    monkeypatch.setattr(cpu, "SECONDS", 0.0)
+    monkeypatch.setattr(cpu, "race", functools.partial(cpu.race, seconds=0.0))
     monkeypatch.setattr(cpu, "COLD_BYTES", 1 << 12)
     model = nn.Sequential(sparse_linear(64, 96, 0.7), sparse_linear(64, 64, 0.7), sparse_linear(64, 64, 0.72))
     expected = copy.deepcopy(model)

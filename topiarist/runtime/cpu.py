@@ -192,13 +192,15 @@ def judge(dense: Sequence[nn.Module], packed: Sequence[PackedLinear], *, keep_de
     return Verdict(True, "faster than dense", most, *(first or (None, None)))
 
 
-def race(rivals: Sequence[Sequence[Callable[[], object]]], cold: Tensor | None = None) -> list[float]:
+def race(
+    rivals: Sequence[Sequence[Callable[[], object]]], cold: Tensor | None = None, *, seconds: float = SECONDS
+) -> list[float]:
     """Median milliseconds of each column of `rivals`: rows in turn, and columns in turn within each row.
 
     Noise of the machine then falls on all alike. `cold` is read before each call to empty the caches.
     """
     times: list[list[float]] = [[] for _ in rivals[0]]
-    end = time.perf_counter() + SECONDS
+    end = time.perf_counter() + seconds
     while len(times[0]) < 3 or time.perf_counter() < end:
         for row in rivals:
             for column, call in enumerate(row):

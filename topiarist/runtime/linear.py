@@ -82,7 +82,7 @@ class PackedLinear(nn.Module):
             tiles = range(first, min(first + step, num_tiles))
             rows = slice(first * TILE_ROWS, tiles.stop * TILE_ROWS)
             parts.append(F.linear(x, self._rows(tiles), None if self.bias is None else self.bias[rows]))
-        return torch.cat(parts, dim=-1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _rows(self, tiles: range) -> Tensor:
         stop = min(tiles.stop * TILE_ROWS, self.out_features)
