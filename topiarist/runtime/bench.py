@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import platform
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from topiarist.errors import CheckpointError
-from topiarist.runtime.cpu import MARGIN, Acceleration, accelerate
+from topiarist.runtime.cpu import MARGIN, Acceleration, accelerate, clock
 from topiarist.runtime.packed import MANIFEST, from_packed
 
 ROUNDS = 3
@@ -128,13 +127,13 @@ def machine() -> str:
 
 
 def _generate(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float]:
-    """Seconds of the prompt, and of `tokens` greedy steps after it."""
-    start = time.perf_counter()
+    """Seconds of the prompt, and of `tokens` greedy steps after it; see `clock`."""
+    start = clock()
     out = model(ids, use_cache=True)
-    filled = time.perf_counter()
+    filled = clock()
     for _ in range(tokens):
         out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
-    return filled - start, time.perf_counter() - filled
+    return filled - start, clock() - filled
 
 
 def _exchange(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
