@@ -48,8 +48,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     now = datetime.datetime.now(datetime.UTC)
     sections = cuda_sections(args) if args.device == "cuda" else cpu_sections(args)
-    where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}" if args.device == "cuda" else cpu_name(args)
-    text = f"## {now:%Y-%m-%d %H:%M} UTC, {where}\n\n" + "\n".join(sections)
+    where = machine("cuda") if args.device == "cuda" else f"{machine()}, kernels {LEVELS[load_kernels().level]}"
+    load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    text = f"## {now:%Y-%m-%d %H:%M} UTC, {where}, {load}\n\n" + "\n".join(sections)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with args.out.open("a") as file:
@@ -149,12 +150,6 @@ def decode_section(args: argparse.Namespace, pattern: str) -> str:
     note = f"\n{report.verdict} {report.dense_bytes / 1e6:.0f} MB dense, {report.sparse_bytes / 1e6:.0f} MB packed.\n"
     print(note)
     return table(title, ["phase", "batch", "dense tok/s", "packed tok/s", "gain"], rows) + note
-
-
-def cpu_name(args: argparse.Namespace) -> str:
-    return (
-        f"{machine()}, kernels {LEVELS[load_kernels().level]}, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
-    )
 
 
 # --------------------------------------------------------------------------------------------------------- CUDA

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ import torch
 from torch import nn
 
 from topiarist.errors import CheckpointError
-from topiarist.runtime.cpu import MARGIN, Acceleration, accelerate, clock
+from topiarist.runtime import cpu, cuda
+from topiarist.runtime.cpu import MARGIN, Acceleration
 from topiarist.runtime.packed import MANIFEST, from_packed
 
 ROUNDS = 3
 PROMPT = 64
+PHASES = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class BenchReport:
         saved = 1 - self.sparse_bytes / self.dense_bytes
         memory = f"Weights take {saved:.0%} less memory." if saved > 0.01 else "Weights take no less memory."
         if not self.acceleration.num_packed:
-            return f"No gain on this machine: no layer runs sparse. {memory}"
+            reasons = sorted({layer.reason for layer in self.acceleration.layers if layer.sparsity >= cpu.MIN_SPARSITY})
+            return f"No gain on this machine: no layer runs sparse ({'; '.join(reasons)}). {memory}"
         if not gains:
             return f"No gain on this machine: decoding is as fast dense. {memory}"
         best = max(gains, key=lambda speed: speed.gain)
@@ -65,8 +69,13 @@ class BenchReport:
         return f"Decoding is up to {best.gain:.2f} x as fast (batch {best.batch}).{slower} {memory}"
 
 
-def bench(
-    folder: Path | str, *, tokens: int = 32, batches: Sequence[int] = (1, 4, 8, 32), prompt: int = PROMPT
+def bench_folder(
+    folder: Path | str,
+    *,
+    tokens: int = 32,
+    batches: Sequence[int] = (1, 4, 8, 32),
+    prompt: int = PROMPT,
+    device: str = "cpu",
 ) -> BenchReport:
     """Load a pruned model folder, ordinary or packed, and measure it.
 
@@ -76,11 +85,13 @@ def bench(
 
     try:
         packed = (Path(folder) / MANIFEST).exists()
-        model = from_packed(folder) if packed else AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        model: Any = from_packed(folder) if packed else AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    except CheckpointError:
+        raise
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot load a model from {folder}: {error}") from error
     try:
-        return bench_model(model, tokens=tokens, batches=batches, prompt=prompt)
+        return bench_model(model.to(device), tokens=tokens, batches=batches, prompt=prompt)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
 
@@ -89,34 +100,40 @@ def bench(
 def bench_model(
     model: Any, *, tokens: int = 32, batches: Sequence[int] = (1, 4, 8, 32), prompt: int = PROMPT
 ) -> BenchReport:
-    """As `bench`, for a causal LM in memory, which comes back as it was. Needs room for dense and packed weights."""
+    """As `bench_folder`, for a causal LM in memory, which comes back as it was. Needs room for dense and packed weights."""
     dense = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    dense_bytes = _weight_bytes(model)
-    acceleration = accelerate(model)
-    if not any(layer.packed_bytes for layer in acceleration.layers):
-        raise CheckpointError(f"this model is not pruned, so there is nothing to measure: {_why(acceleration)}")
+    dense_bytes = sum(weight.nbytes for weight in model.parameters())
+    if model.device.type == "cuda":
+        acceleration = cuda.accelerate(model, tokens=[*batches, max(batches) * prompt])
+    else:
+        acceleration = cpu.accelerate(model)
     sparse = {layer.name: model.get_submodule(layer.name) for layer in acceleration.layers}
-    sparse_bytes = _weight_bytes(model)
     speeds = []
     try:
+        if all(layer.sparsity < cpu.MIN_SPARSITY for layer in acceleration.layers):
+            raise CheckpointError("no linear has zeros to skip, so there is nothing to measure; prune the model first")
         for batch in batches:
             times: dict[tuple[str, str], list[float]] = {}
             ids = torch.randint(model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
             for _ in range(ROUNDS):
                 for variant, linears in (("dense", dense), ("sparse", sparse)):
                     _exchange(model, linears)
-                    for phase, seconds in zip(("prefill", "decode"), _generate(model, ids, tokens), strict=True):
-                        times.setdefault((phase, variant), []).append(seconds)
-            for phase, count in (("prefill", prompt), ("decode", tokens)):
+                    seconds = _generate(model, ids.to(model.device), tokens)
+                    for phase in PHASES:
+                        times.setdefault((phase, variant), []).append(seconds[phase])
+            for phase, count in zip(PHASES, (prompt, tokens), strict=True):
                 rates = (batch * count / statistics.median(times[phase, variant]) for variant in ("dense", "sparse"))
                 speeds.append(Speed(phase, batch, *rates))
     finally:
         _exchange(model, dense)
-    return BenchReport(tuple(speeds), acceleration, dense_bytes, sparse_bytes, machine())
+    sparse_bytes = dense_bytes - acceleration.bytes_before + acceleration.bytes_after
+    return BenchReport(tuple(speeds), acceleration, dense_bytes, sparse_bytes, machine(model.device.type))
 
 
-def machine() -> str:
+def machine(device: str = "cpu") -> str:
     """Processor, threads and torch, for the head of every table."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -126,26 +143,23 @@ def machine() -> str:
     return f"{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
 
 
-def _generate(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float]:
-    """Seconds of the prompt, and of `tokens` greedy steps after it; see `clock`."""
-    start = clock()
+def _generate(model: Any, ids: torch.Tensor, tokens: int) -> dict[str, float]:
+    """Seconds of the prompt, and of `tokens` greedy steps after it."""
+    start = _now(model)
     out = model(ids, use_cache=True)
-    filled = clock()
+    filled = _now(model)
     for _ in range(tokens):
         out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
-    return filled - start, clock() - filled
+    return dict(zip(PHASES, (filled - start, _now(model) - filled), strict=True))
+
+
+def _now(model: Any) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+        return time.perf_counter()
+    return cpu.clock()
 
 
 def _exchange(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
     for name, module in linears.items():
         model.set_submodule(name, module)
-
-
-def _weight_bytes(model: nn.Module) -> int:
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
-
-
-def _why(acceleration: Acceleration) -> str:
-    reasons = sorted({layer.reason for layer in acceleration.layers})
-    return "; ".join(reasons) or "it has no nn.Linear"

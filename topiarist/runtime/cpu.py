@@ -36,11 +36,16 @@ SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear: what it runs as, and why. Bytes are of the weight in memory, milliseconds of one token."""
+    """One linear: what it runs as, and why. Bytes are of the weight in memory; milliseconds of the smallest batch timed.
+
+    `sparsity` is the fraction of zeros, `packed` whether it runs sparse, `max_batch` the most tokens that its kernel
+    takes before another way is faster.
+    """
 
     name: str
     shape: tuple[int, int]
     pattern: str
+    sparsity: float
     packed: bool
     reason: str
     dense_bytes: int
@@ -101,7 +106,7 @@ def accelerate(model: nn.Module, *, keep_dense: bool = False, measure: bool = Tr
             sparsity = 1 - float(mask.float().mean())
             obstacle = missing or _obstacle(module, sparsity, shared=uses[id(module.weight)] > 1)
             shape = (module.out_features, module.in_features)
-            layers[name] = Layer(name, shape, describe(mask), not obstacle, obstacle, module.weight.nbytes)
+            layers[name] = Layer(name, shape, describe(mask), sparsity, not obstacle, obstacle, module.weight.nbytes)
             if not obstacle:
                 alike.setdefault((shape, module.weight.dtype, round(sparsity, 1)), []).append(name)
     for names in alike.values():  # only one group's weights are in memory twice

@@ -91,7 +91,9 @@ def accelerate(
             shared = uses[id(module.weight)] > 1
             reason = obstacle or linear_obstacle(name, module, layers=layers, backend=backend(), shared=shared)
             shape = (module.out_features, module.in_features)
-            found[name] = Layer(name, shape, describe(module.weight != 0), not reason, reason, module.weight.nbytes)
+            mask = module.weight != 0
+            sparsity = 1 - float(mask.float().mean())
+            found[name] = Layer(name, shape, describe(mask), sparsity, not reason, reason, module.weight.nbytes)
             if not reason:
                 alike.setdefault((shape, module.weight.dtype, module.bias is None), []).append(name)
     for names in alike.values():
