@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import pickle
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from topiarist.patterns import NM
-from topiarist.runtime import build, cpu, linear
+from topiarist.runtime import build, cpu
 from topiarist.runtime.build import LEVELS, NoKernels, load_kernels
 from topiarist.runtime.linear import PackedLinear
 
@@ -165,12 +166,54 @@ def test_threads_do_not_change_the_result():
         torch.set_num_threads(before)
 
 
+def packed_literally(weight: torch.Tensor) -> tuple[list[int], list[float], list[int]]:
+    """Masks, values and starts as the head of kernels.cpp describes them."""
+    rows, cols = weight.shape
+    masks, values, starts = [], [], []
+    for tile in range(0, rows, 4):
+        starts.append(len(values))
+        for block, row in itertools.product(range(0, cols, 32), range(tile, tile + 4)):
+            bits = 0
+            for j, value in enumerate(weight[row, block : block + 32].tolist() if row < rows else ()):
+                if value != 0:
+                    bits |= 1 << j
+                    values.append(value)
+            masks.append(bits)
+    return masks, values, starts
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (4, 32), (5, 33), (11, 100)])
+def test_the_packed_order(dtype, shape):
+    layer = sparse_linear(*shape, 0.5, dtype)
+    layer.weight[0, 0] = -0.0
+    packed = PackedLinear(layer)
+    masks, values, starts = packed_literally(layer.weight)
+    assert [mask & 0xFFFFFFFF for mask in packed.masks.tolist()] == masks
+    assert packed.values[: len(values)].view(dtype).tolist() == values
+    assert packed.values.numel() == len(values) + build.SLACK
+    assert packed.starts.tolist() == starts
+
+
+@needs_kernels
+def test_a_model_that_is_moved_or_converted_does_not_compute_nonsense():
+    packed = PackedLinear(sparse_linear(16, 64, 0.5))
+    x = torch.ones(1, 64)
+    with pytest.raises(RuntimeError):
+        copy.deepcopy(packed).float()(x)
+    with pytest.raises(RuntimeError):
+        copy.deepcopy(packed).float()(x.bfloat16())
+    with pytest.raises(RuntimeError, match="call restore"):
+        copy.deepcopy(packed).to("meta")(x.bfloat16())
+
+
 @needs_kernels
 def test_negative_zeros_are_zeros():
     layer = sparse_linear(16, 64, 0.0)
     layer.weight.mul_(NM(1, 4).mask(layer.weight.abs().float()))  # negative weights become -0.0
     packed = PackedLinear(layer)
-    assert packed.values.numel() == 16 * 64 // 4 + linear.SLACK
+    assert packed.values.numel() == 16 * 64 // 4 + build.SLACK
     assert torch.equal(packed.weight, layer.weight)
 
 

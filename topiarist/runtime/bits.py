@@ -113,7 +113,10 @@ def describe(mask: Tensor) -> str:
     kept = int(mask.sum())
     for of in (4, 8, 16, 32):
         if mask.ndim and mask.shape[-1] % of == 0 and 0 < kept < mask.numel():
-            keep = int(mask.unflatten(-1, (-1, of)).sum(-1).max())
+            groups = mask.unflatten(-1, (-1, of))
+            if bool(groups[:16].all(-1).any()):  # a full group among the first: not this pattern, and no need to count
+                continue
+            keep = int(groups.sum(-1, dtype=torch.int8).max())
             if keep < of and kept * of >= 0.95 * keep * mask.numel():
                 return f"{keep}:{of}"
     return f"{1 - kept / max(mask.numel(), 1):.4g}"

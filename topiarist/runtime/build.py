@@ -22,11 +22,15 @@ import torch
 from torch import Tensor
 
 from topiarist.errors import TopiaristError
+from topiarist.runtime.bits import RAW
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 LEVELS = ("plain C++", "AVX2", "AVX-512 VBMI2", "AVX-512 VBMI2 + BF16")
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """Codes shared with `Level` and `Type` in kernels.cpp."""
+TILE_ROWS, BLOCK_COLS = 4, 32
+SLACK = 64
+"""Elements after the last value that the kernels may read."""
 
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-c")
 _TIMEOUT = 300  # seconds for one compilation, which takes about five
@@ -43,6 +47,25 @@ class Kernels:
     library: ctypes.CDLL
     level: int
     threaded: bool
+
+    def pack(self, type_code: int, weight: Tensor, threads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(masks int32, values as raw integers, starts int64) of a dense contiguous weight; order as in kernels.cpp.
+
+        Values are integers so that `.to(dtype)` of a model leaves them alone.
+        """
+        rows, cols = weight.shape
+        tiles, blocks = -(-rows // TILE_ROWS), -(-cols // BLOCK_COLS)
+        masks = torch.empty(tiles * blocks * TILE_ROWS, dtype=torch.int32)
+        counts = torch.empty(tiles, dtype=torch.int64)
+        dense, library = weight.data_ptr(), self.library
+        library.topiarist_find_masks(type_code, rows, cols, dense, masks.data_ptr(), counts.data_ptr(), threads)
+        ends = counts.cumsum(0)
+        starts = ends - counts
+        values = torch.zeros(int(ends[-1]) + SLACK, dtype=RAW[weight.element_size()])
+        library.topiarist_gather_values(
+            type_code, rows, cols, dense, masks.data_ptr(), starts.data_ptr(), values.data_ptr(), threads
+        )
+        return masks, values, starts
 
     def multiply(
         self, type_code: int, rows: int, cols: int, masks: Tensor, values: Tensor, starts: Tensor,
@@ -143,6 +166,10 @@ def _declare(library: ctypes.CDLL) -> None:
     whole, long, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     matrix = [whole, whole, long, long, pointer, pointer, pointer]
     library.topiarist_level.restype = whole
+    library.topiarist_find_masks.argtypes = [whole, long, long, pointer, pointer, pointer, whole]
+    library.topiarist_find_masks.restype = None
+    library.topiarist_gather_values.argtypes = [whole, long, long, pointer, pointer, pointer, pointer, whole]
+    library.topiarist_gather_values.restype = None
     library.topiarist_multiply.argtypes = [*matrix, pointer, long, pointer, pointer, whole]
     library.topiarist_multiply.restype = None
     library.topiarist_expand.argtypes = [*matrix, long, long, pointer, whole]

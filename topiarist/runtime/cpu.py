@@ -132,6 +132,8 @@ def _instruction_set() -> tuple[str, str]:
 
 def _obstacle(linear: nn.Linear, sparsity: float, *, shared: bool) -> str:
     """Why a linear cannot run packed; empty if it can."""
+    if not linear.weight.numel():
+        return "empty"
     if linear.weight.device.type != "cpu":
         return f"its weight is on {linear.weight.device}"
     if linear.weight.dtype not in TYPES:

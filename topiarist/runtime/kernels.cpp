@@ -346,6 +346,35 @@ void expand_tile(const Matrix& m, int64_t tile, Element* out, Level level) {
         }
 }
 
+// A -0.0 counts as a zero, unlike in a packed file: `weight * mask` makes half of all pruned weights -0.0.
+template <class Element>
+int64_t find_masks(const Element* weight, const Matrix& m, int64_t tile, uint32_t* masks) {
+    int64_t count = 0;
+    masks += tile * m.blocks * R;
+    for (int64_t block = 0; block < m.blocks; block++)
+        for (int r = 0; r < R; r++) {
+            uint32_t bits = 0;
+            if (tile * R + r < m.rows) {
+                const Element* from = weight + (tile * R + r) * m.cols + block * 32;
+                int width = int(std::min<int64_t>(32, m.cols - block * 32));
+                for (int j = 0; j < width; j++) bits |= uint32_t(Element(from[j] << 1) != 0) << j;
+            }
+            *masks++ = bits;
+            count += __builtin_popcount(bits);
+        }
+    return count;
+}
+
+template <class Element>
+void gather_values(const Element* weight, const Matrix& m, int64_t tile, Element* values) {
+    const uint32_t* masks = m.masks + tile * m.blocks * R;
+    values += m.starts[tile];
+    for (int64_t block = 0; block < m.blocks; block++)
+        for (int r = 0; r < R; r++)
+            for (uint32_t bits = *masks++; bits; bits &= bits - 1)
+                *values++ = weight[(tile * R + r) * m.cols + block * 32 + __builtin_ctz(bits)];
+}
+
 }  // namespace
 
 // --------------------------------------------------------------------------------------------------- C interface
@@ -363,6 +392,26 @@ int topiarist_level() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return LEVEL_AVX2;
 #endif
     return PLAIN;
+}
+
+// First step of packing: the masks of a dense weight, and how many values each tile has.
+void topiarist_find_masks(int type, int64_t rows, int64_t cols, const void* weight, uint32_t* masks, int64_t* counts,
+                          int threads) {
+    Matrix m(rows, cols, nullptr, nullptr, nullptr);
+    parallel_tiles(m.tiles, threads, [&](int64_t tile) {
+        counts[tile] = type == F32 ? find_masks(static_cast<const uint32_t*>(weight), m, tile, masks)
+                                   : find_masks(static_cast<const uint16_t*>(weight), m, tile, masks);
+    });
+}
+
+// Second step: the values, in the order of the masks.
+void topiarist_gather_values(int type, int64_t rows, int64_t cols, const void* weight, const uint32_t* masks,
+                             const int64_t* starts, void* values, int threads) {
+    Matrix m(rows, cols, masks, nullptr, starts);
+    parallel_tiles(m.tiles, threads, [&](int64_t tile) {
+        if (type == F32) gather_values(static_cast<const uint32_t*>(weight), m, tile, static_cast<uint32_t*>(values));
+        else gather_values(static_cast<const uint16_t*>(weight), m, tile, static_cast<uint16_t*>(values));
+    });
 }
 
 // y [batch][rows] = x [batch][cols] W^T + bias

@@ -9,11 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from topiarist.runtime.bits import RAW, pack_bits
-from topiarist.runtime.build import TYPES, load_kernels
+from topiarist.runtime.build import TILE_ROWS, TYPES, load_kernels
 
-TILE_ROWS, BLOCK_COLS = 4, 32  # as in kernels.cpp
-SLACK = 64  # elements after the last value that the kernels may read
+CPU = torch.device("cpu")
 BYTES_PER_THREAD = 1 << 17  # waking another thread costs about as much as reading this
 PANEL_BYTES = 1 << 21  # of dense weight that a large batch works on at a time: stays in L2 or L3
 
@@ -36,12 +34,13 @@ class PackedLinear(nn.Module):
         self.dtype = weight.dtype
         self.max_batch = max_batch
         self.training = False
-        for name, part in zip(("masks", "values", "starts"), pack_tiles(weight), strict=True):
+        self._type = TYPES[weight.dtype]
+        parts = load_kernels().pack(self._type, weight.contiguous(), torch.get_num_threads())
+        for name, part in zip(("masks", "values", "starts"), parts, strict=True):
             # Not in the state dict, which shows the dense weight instead: a saved model must load without us.
             self.register_buffer(name, part, persistent=False)
         self.bias = linear.bias
         self.dense = weight if keep_dense else None
-        self._type = TYPES[weight.dtype]
         self._most_threads = -(-self.packed_bytes // BYTES_PER_THREAD)
 
     @property
@@ -55,7 +54,8 @@ class PackedLinear(nn.Module):
         return self._rows(range(-(-self.out_features // TILE_ROWS))) if self.dense is None else self.dense
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        usable = x.dtype == self.dtype and x.device.type == "cpu" and x.shape[-1] == self.in_features
+        usable = x.dtype == self.dtype and x.device == self.masks.device == CPU and x.shape[-1] == self.in_features
+        usable = usable and (self.bias is None or self.bias.dtype == self.dtype)
         if not usable or (x.requires_grad and torch.is_grad_enabled()):
             return F.linear(x, self.weight, self.bias)  # torch's own errors, and its gradients
         tokens = x.numel() // self.in_features
@@ -85,6 +85,10 @@ class PackedLinear(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _rows(self, tiles: range) -> Tensor:
+        if self.masks.device != CPU:
+            raise RuntimeError(
+                f"a packed linear was moved to {self.masks.device}; call restore(model) before moving it"
+            )
         stop = min(tiles.stop * TILE_ROWS, self.out_features)
         out = torch.empty(stop - tiles.start * TILE_ROWS, self.in_features, dtype=self.dtype)
         load_kernels().expand(
@@ -106,20 +110,3 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
-def pack_tiles(weight: Float[Tensor, "out in"]) -> tuple[Tensor, Tensor, Tensor]:
-    """(masks int32, values as raw integers, starts int64) in the order that kernels.cpp reads; see there.
-
-    A -0.0 counts as a zero, unlike in a packed file: `weight * mask` makes half of all pruned weights -0.0. Values are
-    kept as integers so that `.to(dtype)` of a model leaves them alone.
-    """
-    rows, cols = weight.shape
-    weight = weight.detach().contiguous()
-    bits = weight.view(RAW[weight.element_size()]).masked_fill(weight == 0, 0)
-    bits = F.pad(bits, (0, -cols % BLOCK_COLS, 0, -rows % TILE_ROWS))
-    tiles = bits.unflatten(0, (-1, TILE_ROWS)).unflatten(2, (-1, BLOCK_COLS)).transpose(1, 2).contiguous()
-    mask = tiles != 0
-    counts = mask.flatten(1).sum(1)
-    values = F.pad(tiles[mask], (0, SLACK))
-    return pack_bits(mask.flatten()).view(torch.int32), values, counts.cumsum(0) - counts
