@@ -1,0 +1,118 @@
+"""`bench_folder`: both variants are the same model, it comes back as it was, and the verdict is plain. No time is asserted."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from topiarist import runtime
+from topiarist.errors import CheckpointError
+from topiarist.patterns import NM
+from topiarist.runtime import bench, cpu
+from topiarist.runtime.bench import BenchReport, Speed, bench_model
+from topiarist.runtime.build import NoKernels, load_kernels
+
+
+def tiny_llama(*, pruned: bool = True) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, dtype="float32",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for module in model.model.layers.modules() if pruned else ():
+        if type(module) is nn.Linear:
+            module.weight.data.masked_fill_(~NM(2, 4).mask(module.weight.data.abs()), 0)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(cpu, "race", functools.partial(cpu.race, seconds=0.0))
+    monkeypatch.setattr(cpu, "COLD_BYTES", 1 << 12)
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+
+
+def test_a_model_in_memory_comes_back_as_it_was():
+    model = tiny_llama()
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    report = bench_model(model, tokens=2, batches=(1, 3), prompt=4)
+    assert {name: module for name, module in model.named_modules() if type(module) is nn.Linear} == linears
+    assert [(speed.phase, speed.batch) for speed in report.speeds] == [
+        ("prefill", 1), ("decode", 1), ("prefill", 3), ("decode", 3),
+    ]  # fmt: skip
+    assert all(speed.dense > 0 and speed.sparse > 0 for speed in report.speeds)
+    assert report.verdict and "torch" in report.machine
+    assert {layer.name: layer.reason for layer in report.acceleration.layers}["lm_head"] == "not pruned"
+
+
+def test_folders_ordinary_and_packed(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "plain")
+    runtime.pack_folder(tmp_path / "plain", tmp_path / "packed")
+    for name in ("plain", "packed"):
+        report = runtime.bench_folder(tmp_path / name, tokens=1, batches=(1,), prompt=2)
+        assert len(report.acceleration.layers) == 15
+
+
+def test_refusals(tmp_path):
+    tiny_llama(pruned=False).save_pretrained(tmp_path / "dense")
+    with pytest.raises(CheckpointError, match=r"dense: no linear has zeros to skip.*prune the model first"):
+        runtime.bench_folder(tmp_path / "dense")
+    with pytest.raises(CheckpointError, match="cannot load a model"):
+        runtime.bench_folder(tmp_path / "nothing")
+
+
+def test_without_kernels_it_says_so(monkeypatch):
+    def none():
+        raise NoKernels("no C++ compiler found")
+
+    monkeypatch.setattr(cpu, "load_kernels", none)
+    with pytest.warns(UserWarning, match="run as dense ones"):
+        report = bench_model(tiny_llama(), tokens=1, batches=(1,), prompt=2)
+    assert "no layer runs sparse (no C++ compiler found)" in report.verdict
+
+
+def test_accelerated_logits_and_saved_weights(tmp_path):
+    try:
+        load_kernels()
+    except NoKernels:
+        pytest.skip("no C++ compiler")
+    model, tokens = tiny_llama(), torch.arange(6)[None]
+    expected = model(tokens).logits
+    report = runtime.accelerate(model, measure=False)
+    assert report.num_packed == 14 and report.bytes_after < report.bytes_before
+    torch.testing.assert_close(model(tokens).logits, expected)
+    model.save_pretrained(tmp_path / "saved")
+    again = type(model).from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(again(tokens).logits, expected)
+    runtime.restore(model)
+    assert torch.equal(model(tokens).logits, expected)
+
+
+def report_of(*speeds: Speed, packed: int = 1) -> BenchReport:
+    layer = cpu.Layer("a", (4, 4), "2:4", 0.5, bool(packed), "lost", 100, 60)
+    return BenchReport(speeds, cpu.Acceleration((layer,), "AVX2", 1), 1000, 960 if packed else 1000, "here")
+
+
+@pytest.mark.parametrize(
+    ("report", "verdict"),
+    [
+        (
+            report_of(Speed("prefill", 1, 10, 9), Speed("decode", 1, 10, 15), Speed("decode", 4, 10, 12)),
+            "Decoding is up to 1.50 x as fast (batch 1). Slower: prefill at batch 1. Weights take 4% less memory.",
+        ),
+        (
+            report_of(Speed("decode", 1, 10, 10.2)),
+            "No gain on this machine: decoding is as fast dense. Weights take 4%",
+        ),
+        (report_of(Speed("decode", 1, 10, 10), packed=0), "no layer runs sparse (lost). Weights take no less memory."),
+    ],
+    ids=["gain", "none", "dense"],
+)
+def test_verdicts(report, verdict):
+    assert verdict in report.verdict

@@ -1,0 +1,165 @@
+"""What a pruned model gains on this machine: prefill and decode, dense against accelerated, in one process, in turns.
+
+Both variants are the same model with the same weights; only its linears are exchanged between timings, so noise of the
+machine falls on both alike and nothing else differs. Plain data comes out; the caller prints it.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from topiarist.errors import CheckpointError
+from topiarist.runtime import cpu, cuda
+from topiarist.runtime.cpu import MARGIN, Acceleration
+from topiarist.runtime.packed import MANIFEST, from_packed
+
+ROUNDS = 3
+PROMPT = 64
+PHASES = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Median tokens per second of the whole batch, both variants doing the same work."""
+
+    phase: str
+    batch: int
+    dense: float
+    sparse: float
+
+    @property
+    def gain(self) -> float:
+        return self.sparse / self.dense
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Speeds, what each layer ran as, and the weights' bytes in memory (all parameters, not only linears)."""
+
+    speeds: tuple[Speed, ...]
+    acceleration: Acceleration
+    dense_bytes: int
+    sparse_bytes: int
+    machine: str
+
+    @property
+    def verdict(self) -> str:
+        """One plain sentence. A gain within the noise is called none."""
+        decode = [speed for speed in self.speeds if speed.phase == "decode"]
+        gains = [speed for speed in decode if speed.gain > MARGIN]
+        saved = 1 - self.sparse_bytes / self.dense_bytes
+        memory = f"Weights take {saved:.0%} less memory." if saved > 0.01 else "Weights take no less memory."
+        if not self.acceleration.num_packed:
+            reasons = sorted({layer.reason for layer in self.acceleration.layers if layer.sparsity >= cpu.MIN_SPARSITY})
+            return f"No gain on this machine: no layer runs sparse ({'; '.join(reasons)}). {memory}"
+        if not gains:
+            return f"No gain on this machine: decoding is as fast dense. {memory}"
+        best = max(gains, key=lambda speed: speed.gain)
+        lost = [f"{speed.phase} at batch {speed.batch}" for speed in self.speeds if speed.gain < 1 / MARGIN]
+        slower = f" Slower: {', '.join(lost)}." if lost else ""
+        return f"Decoding is up to {best.gain:.2f} x as fast (batch {best.batch}).{slower} {memory}"
+
+
+def bench_folder(
+    folder: Path | str,
+    *,
+    tokens: int = 32,
+    batches: Sequence[int] = (1, 4, 8, 32),
+    prompt: int = PROMPT,
+    device: str = "cpu",
+) -> BenchReport:
+    """Load a pruned model folder, ordinary or packed, and measure it.
+
+    Raises CheckpointError if the folder cannot be read, or if the model in it has no sparse linear.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        packed = (Path(folder) / MANIFEST).exists()
+        model: Any = from_packed(folder) if packed else AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot load a model from {folder}: {error}") from error
+    try:
+        return bench_model(model.to(device), tokens=tokens, batches=batches, prompt=prompt)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+
+
+@torch.inference_mode()
+def bench_model(
+    model: Any, *, tokens: int = 32, batches: Sequence[int] = (1, 4, 8, 32), prompt: int = PROMPT
+) -> BenchReport:
+    """As `bench_folder`, for a causal LM in memory, which comes back as it was. Needs room for dense and packed weights."""
+    dense = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    dense_bytes = sum(weight.nbytes for weight in model.parameters())
+    if model.device.type == "cuda":
+        acceleration = cuda.accelerate(model, tokens=[*batches, max(batches) * prompt])
+    else:
+        acceleration = cpu.accelerate(model)
+    sparse = {layer.name: model.get_submodule(layer.name) for layer in acceleration.layers}
+    speeds = []
+    try:
+        if all(layer.sparsity < cpu.MIN_SPARSITY for layer in acceleration.layers):
+            raise CheckpointError("no linear has zeros to skip, so there is nothing to measure; prune the model first")
+        for batch in batches:
+            times: dict[tuple[str, str], list[float]] = {}
+            ids = torch.randint(model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
+            for _ in range(ROUNDS):
+                for variant, linears in (("dense", dense), ("sparse", sparse)):
+                    _exchange(model, linears)
+                    seconds = _generate(model, ids.to(model.device), tokens)
+                    for phase in PHASES:
+                        times.setdefault((phase, variant), []).append(seconds[phase])
+            for phase, count in zip(PHASES, (prompt, tokens), strict=True):
+                rates = (batch * count / statistics.median(times[phase, variant]) for variant in ("dense", "sparse"))
+                speeds.append(Speed(phase, batch, *rates))
+    finally:
+        _exchange(model, dense)
+    sparse_bytes = dense_bytes - acceleration.bytes_before + acceleration.bytes_after
+    return BenchReport(tuple(speeds), acceleration, dense_bytes, sparse_bytes, machine(model.device.type))
+
+
+def machine(device: str = "cpu") -> str:
+    """Processor, threads and torch, for the head of every table."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+
+
+def _generate(model: Any, ids: torch.Tensor, tokens: int) -> dict[str, float]:
+    """Seconds of the prompt, and of `tokens` greedy steps after it."""
+    start = _now(model)
+    out = model(ids, use_cache=True)
+    filled = _now(model)
+    for _ in range(tokens):
+        out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+    return dict(zip(PHASES, (filled - start, _now(model) - filled), strict=True))
+
+
+def _now(model: Any) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+        return time.perf_counter()
+    return cpu.clock()
+
+
+def _exchange(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
+    for name, module in linears.items():
+        model.set_submodule(name, module)

@@ -1,0 +1,283 @@
+"""Packed checkpoints: a model folder whose sparse tensors are stored without their zeros, and the way back.
+
+    packed-00001.safetensors ...   `NAME:values` and `NAME:index` of sparse tensors (see bits.py), dense ones unchanged
+    packed.json                    format version, the shards and their tensors, sizes
+    config.json, tokenizer ...     copied as they are
+
+Every tensor has a SHA-256 over its stored bytes, name, form, dtype and shape, verified before it is given out. The
+files are named so that a loader which knows nothing of them finds no weights, instead of wrong ones. Memory: one shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from topiarist.errors import CheckpointError, UnsupportedModel
+from topiarist.runtime.bits import PackedTensor, describe, nonzero_mask, pack, raw_bits, unpack
+
+VERSION = 1
+MANIFEST = "packed.json"
+SHARD_BYTES = 2 << 30
+_KEY = "topiarist_packed"
+_WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a shard's header says of one tensor. `pattern` is for people; the rest is needed to read it back."""
+
+    form: str
+    dtype: str
+    shape: list[int]
+    pattern: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """Bytes before and after: of the whole model, and of those tensors that have a packed form."""
+
+    num_tensors: int
+    num_packed: int
+    dense_bytes: int
+    packed_bytes: int
+    sparse_dense_bytes: int
+    sparse_packed_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Packed over dense size of the sparse tensors; 1 if there are none."""
+        return self.sparse_packed_bytes / self.sparse_dense_bytes if self.num_packed else 1.0
+
+
+def pack_folder(src: Path | str, out: Path | str, *, shard_bytes: int = SHARD_BYTES) -> PackReport:
+    """Write a packed copy of the model folder `src` to `out`, which must not exist.
+
+    Raises CheckpointError if `src` has no readable safetensors or is packed already, or if `out` exists.
+    """
+    src = Path(src)
+    if (src / MANIFEST).exists():
+        raise CheckpointError(f"{src} is packed already; unpack it first")
+    sizes: list[tuple[str, int, int]] = []
+    with new_folder(out) as partial:
+        shards = _ShardWriter(partial, "packed-{:05d}.safetensors", shard_bytes)
+        for name, tensor in read_dense(src):
+            stored, entry = _pack_one(name, tensor)
+            sizes.append((entry.form, tensor.nbytes, sum(part.nbytes for part in stored.values())))
+            shards.add(name, stored, asdict(entry))
+        shards.flush()
+        copy_other_files(src, partial)
+        sparse = [size for size in sizes if size[0] != "dense"]
+        report = PackReport(
+            num_tensors=len(sizes),
+            num_packed=len(sparse),
+            dense_bytes=sum(dense for _, dense, _ in sizes),
+            packed_bytes=sum(packed for _, _, packed in sizes),
+            sparse_dense_bytes=sum(dense for _, dense, _ in sparse),
+            sparse_packed_bytes=sum(packed for _, _, packed in sparse),
+        )
+        manifest = {"format": _KEY, "version": VERSION, "shards": shards.names, **asdict(report)}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    return report
+
+
+def unpack_folder(src: Path | str, out: Path | str, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the ordinary model folder that the packed folder `src` was made from: the same tensors, bit for bit.
+
+    Raises CheckpointError if a shard is missing, truncated, altered or of another version, or if `out` exists.
+    """
+    src = Path(src)
+    with new_folder(out) as partial:
+        write_dense(read_packed(src), partial, shard_bytes=shard_bytes)
+        copy_other_files(src, partial)
+
+
+def from_packed(folder: Path | str, **kwargs: Any) -> Any:
+    """A transformers causal LM with the weights of a packed folder; `kwargs` go to `from_pretrained`."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    state = dict(read_packed(folder))
+    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(folder)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModel(f"transformers has no causal LM for model type {config.model_type!r} in {folder}")
+    # The Auto class itself wants a folder to look into even if it is given all weights.
+    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return cls.from_pretrained(None, config=config, state_dict=state, **{"dtype": "auto", **kwargs})
+
+
+def read_packed(folder: Path | str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a packed folder, dense and verified, one at a time. Raises CheckpointError as `unpack_folder`."""
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        kind, version, shards = manifest["format"], manifest["version"], dict(manifest["shards"])
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is not a packed model: it has no {MANIFEST}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read ({error!r}); copy the folder again") from None
+    if kind != _KEY or version != VERSION:
+        raise CheckpointError(
+            f"{folder} is of packed format {kind!r} version {version}, this topiarist reads version {VERSION}; "
+            "unpack it with the topiarist that wrote it"
+        )
+    for shard, names in shards.items():
+        if not (folder / shard).is_file():
+            raise CheckpointError(f"{folder} lacks {shard}; copy the folder again")
+        yield from _read_shard(folder / shard, names)
+
+
+def read_dense(folder: Path | str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder of safetensors, file by file in name order."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} has no .safetensors file; save the model with save_pretrained first")
+    for file in files:
+        with _open(file) as handle:
+            for name in handle.keys():  # noqa: SIM118 (a safe_open is no dict)
+                yield name, handle.get_tensor(name)
+
+
+def write_dense(tensors: Iterator[tuple[str, Tensor]], folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write tensors as `model*.safetensors`, with the index that transformers wants if there are several files."""
+    shards = _ShardWriter(folder, "model-{:05d}.safetensors", shard_bytes)
+    for name, tensor in tensors:
+        shards.add(name, {name: tensor})
+    shards.flush()
+    weight_map = {}
+    for number, (file, names) in enumerate(shards.names.items(), 1):
+        final = f"model-{number:05d}-of-{len(shards.names):05d}.safetensors"
+        if len(shards.names) == 1:
+            final = "model.safetensors"
+        (folder / file).rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    if len(shards.names) > 1:
+        index = {"metadata": {"total_size": shards.total_bytes}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def copy_other_files(src: Path, out: Path) -> None:
+    """Copy config, tokenizer and the like: every top-level file that holds no weights."""
+    for file in sorted(src.iterdir()):
+        if file.is_file() and file.name != MANIFEST and not file.name.endswith(_WEIGHT_FILES):
+            shutil.copy(file, out / file.name)
+
+
+@contextmanager
+def new_folder(out: Path | str) -> Iterator[Path]:
+    """A folder that becomes `out` if the block succeeds, and leaves nothing behind if it does not."""
+    out = Path(out)
+    if out.exists():
+        raise CheckpointError(f"{out} exists; choose a folder that does not")
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(out)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, CheckpointError):
+            raise CheckpointError(f"cannot write {out}: {error.strerror or error}") from error
+        raise
+
+
+class _ShardWriter:
+    """Gathers tensors and saves a file whenever `shard_bytes` would be passed."""
+
+    def __init__(self, folder: Path, template: str, shard_bytes: int) -> None:
+        self.folder, self.template, self.shard_bytes = folder, template, shard_bytes
+        self.names: dict[str, list[str]] = {}
+        self.total_bytes = 0
+        self._start()
+
+    def _start(self) -> None:
+        self._stored: dict[str, Tensor] = {}
+        self._entries: dict[str, Any] = {}
+        self._bytes = 0
+
+    def add(self, name: str, stored: dict[str, Tensor], entry: dict[str, Any] | None = None) -> None:
+        size = sum(part.nbytes for part in stored.values())
+        if self._entries and self._bytes + size > self.shard_bytes:
+            self.flush()
+        self._stored |= {key: part.contiguous() for key, part in stored.items()}
+        self._entries[name] = entry
+        self._bytes += size
+        self.total_bytes += size
+
+    def flush(self) -> None:
+        file = self.template.format(len(self.names) + 1)
+        header = {"format": "pt"}
+        if any(self._entries.values()):
+            header[_KEY] = json.dumps({"version": VERSION, "tensors": self._entries})
+        save_file(self._stored, self.folder / file, metadata=header)
+        self.names[file] = list(self._entries)
+        self._start()
+
+
+def _pack_one(name: str, tensor: Tensor) -> tuple[dict[str, Tensor], Entry]:
+    packed = pack(tensor)
+    if packed is None:
+        stored, form, pattern = {name: tensor}, "dense", "dense"
+    else:
+        stored, form = {f"{name}:values": packed.values, f"{name}:index": packed.index}, packed.form
+        pattern = describe(nonzero_mask(tensor))
+    dtype, shape = str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
+    return stored, Entry(form, dtype, shape, pattern, _digest(name, form, dtype, shape, list(stored.values())))
+
+
+def _read_shard(file: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    with _open(file) as handle:
+        try:
+            header = json.loads(handle.metadata()[_KEY])
+            version = header["version"]
+            entries = {name: Entry(**entry) for name, entry in header["tensors"].items()} if version == VERSION else {}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"the header of {file} is damaged ({error!r}); copy the file again") from None
+        if version != VERSION:
+            raise CheckpointError(f"{file} is of packed version {version}, this topiarist reads version {VERSION}")
+        if set(entries) != set(names):
+            raise CheckpointError(f"{file} does not hold the tensors that {MANIFEST} lists; copy the folder again")
+        for name, entry in entries.items():
+            try:
+                yield name, _read_one(handle, name, entry)
+            except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
+                raise CheckpointError(f"{name} in {file} is damaged ({error}); copy the file again") from None
+
+
+def _read_one(handle: Any, name: str, entry: Entry) -> Tensor:
+    keys = [name] if entry.form == "dense" else [f"{name}:values", f"{name}:index"]
+    stored = [handle.get_tensor(key) for key in keys]
+    if _digest(name, entry.form, entry.dtype, entry.shape, stored) != entry.sha256:
+        raise ValueError("its checksum does not match")
+    if entry.form == "dense":
+        return stored[0]
+    return unpack(PackedTensor(entry.form, tuple(entry.shape), values=stored[0], index=stored[1]))
+
+
+def _digest(name: str, form: str, dtype: str, shape: list[int], stored: Sequence[Tensor]) -> str:
+    """SHA-256 over everything that decides what tensor is read back. The actual dtypes and shapes are in it as well."""
+    actual = [[str(part.dtype), list(part.shape)] for part in stored]
+    digest = hashlib.sha256(json.dumps([VERSION, name, form, dtype, shape, actual]).encode())
+    for part in stored:
+        digest.update(raw_bits(part).reshape(-1).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is truncated or damaged ({error}); copy the file again") from None
