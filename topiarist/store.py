@@ -256,8 +256,7 @@ class OutputFolder:
                 f"{self.folder} needs {expected_bytes / 1e9:.2f} GB, only {free / 1e9:.2f} GB are free: make room and run "
                 "the same command again"
             )
-        if not self._journal.exists() or not _complete_lines(self._journal):
-            self._write_text(self._journal, json.dumps(self.fingerprint) + "\n")
+        self._write_journal()  # anew, for a kill may have left half a line at its end
 
     def shard_is_done(self, index: int) -> dict[str, Any] | None:
         """The journal line of shard `index` if its file is there and unchanged. Later lines are then trusted no more."""
@@ -268,9 +267,12 @@ class OutputFolder:
         if path.is_file() and file_digest(path) == line["sha256"]:
             return line
         self.finished = self.finished[:index]
-        lines = [self.fingerprint, *self.finished]
-        self._write_text(self._journal, "".join(json.dumps(entry) + "\n" for entry in lines))
+        self._write_journal()
         return None
+
+    def _write_journal(self) -> None:
+        lines = [self.fingerprint, *self.finished]
+        self._write_text(self._journal, "".join(json.dumps(line) + "\n" for line in lines))
 
     def write_shard(self, name: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
         """Write a shard (temporary file, fsync, rename), then its journal line."""
