@@ -67,6 +67,14 @@ def test_tensors_are_grouped_by_size(tmp_path: Path):
     assert Checkpoint(tmp_path / "model").grouped(["d", "c", "b", "a"], 80) == [["a", "b"], ["c"], ["d"]]
 
 
+def test_a_kill_at_the_very_first_line_leaves_a_folder_that_can_be_used(tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "pruning_journal.jsonl.tmp").write_text("{")
+    output = OutputFolder(tmp_path / "out", {"recipe": 1})
+    output.begin(0)
+    assert OutputFolder(tmp_path / "out", {"recipe": 1}).finished == []
+
+
 def test_a_journal_line_cut_off_by_a_kill_does_not_count(tmp_path: Path):
     output = OutputFolder(tmp_path / "out", {"recipe": 1})
     output.begin(0)

@@ -227,7 +227,7 @@ class OutputFolder:
         elif (self.folder / REPORT).is_file():
             self._compare(json.loads((self.folder / REPORT).read_text())["fingerprint"])
             self.complete = True
-        elif any(self.folder.iterdir()):
+        elif any(path.name != f"{JOURNAL}.tmp" for path in self.folder.iterdir()):  # killed at its very first line
             raise CheckpointError(f"{self.folder} exists and is not a topiarist run; choose another output or empty it")
 
     def _compare(self, found: Mapping[str, Any]) -> None:
