@@ -66,10 +66,16 @@ class Gram:
     @property
     def matrix(self) -> Float[Tensor, "in in"]:
         """H, symmetric, fp32; a new tensor."""
-        if not torch.isfinite(self._upper).all():
+        # A finite sum proves every term finite, several times faster than testing each.
+        if not torch.isfinite(self._upper.sum()) and not torch.isfinite(self._upper).all():
             raise NumericalError("NaN or Inf in the Gram: the model's activations overflow; check weights and dtype")
-        upper = self._upper.triu()
-        return upper + upper.triu(1).T
+        H = self._upper.clone()
+        for start in range(0, self.in_features, BLOCK):
+            stop = start + BLOCK
+            H[stop:, start:stop] = H[start:stop, stop:].T
+            tile = H[start:stop, start:stop]
+            tile.copy_(tile.triu() + tile.triu(1).T)
+        return H
 
     @property
     def diagonal(self) -> Float[Tensor, " in"]:

@@ -27,7 +27,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class Problem:
-    """One weight in fp32 with its undamped Gram. Dead inputs have weight 0 and H_jj = 1, so they win no budget."""
+    """One weight in fp32 with its undamped Gram. Dead inputs have weight 0 and a mean H_jj."""
 
     W: Float[Tensor, "out in"]
     H: Float[Tensor, "in in"]
@@ -62,7 +62,9 @@ class Solver(ABC):
                 raise NumericalError("NaN or Inf in the weight")
         true_H = gram.matrix.to(weights[0].device)
         H, dead = true_H.clone(), gram.dead.to(true_H.device)
-        H.diagonal()[dead] = 1.0
+        # A dead input gets an ordinary variance, whatever the Gram's scale, and a weight of zero: it wins no budget.
+        live = H.diagonal()[~dead]
+        H.diagonal()[dead] = live.mean() if len(live) else 1.0
         problems = [
             Problem(weight.detach().float().masked_fill(dead, 0.0), H, pattern)
             for weight, pattern in zip(weights, patterns, strict=True)
