@@ -71,18 +71,18 @@ def masked_least_squares(
     steps: int = 20,
     tolerance: float = 1e-5,
 ) -> Float[Tensor, "out in"]:
-    """Minimise tr((X - W) (H + damping * mean(diag H) I) (X - W)^T) over X with support `mask`.
+    """Minimise tr((X - W) (H + damping * diag H) (X - W)^T) over X with support `mask`.
 
     All rows at once by conjugate gradients, preconditioned by the diagonal (ALPS, section 3.3); one product with H a
     step. Starts from `start` (default W) cut to the mask. Stops when every row's residual fell below `tolerance`
     times its start, or after `steps`. Cost: (steps + 2) * 2 * out * in^2 flops.
     """
-    if damping:
-        H = damped(H, damping)
     # Unit diagonal by scaling; a dead input has an empty row and column and stays at zero.
     scale = H.diagonal().clamp_min(0).sqrt()
-    scale = torch.where(scale > 0, scale, 1.0)
-    Hs = H / scale / scale[:, None]
+    live = scale > 0
+    scale = torch.where(live, scale, 1.0)
+    Hs = H / (scale * (1 + damping)) / scale[:, None]
+    Hs.diagonal().copy_(live)
     keep = mask.to(W.dtype)
     X = (W if start is None else start) * scale * keep
     R = ((W * scale - X) @ Hs).mul_(keep)

@@ -21,21 +21,48 @@ from topiarist.patterns import Pattern
 from topiarist.solvers.base import Problem, Solver
 
 PRESETS: dict[str, dict[str, float]] = {
-    "fast": {"damping": 0.01, "rho_start": 0.15, "rho_end": 0.6, "iterations": 12, "relaxation": 1.8, "refit_steps": 6},
-    "best": {"damping": 0.01, "rho_start": 0.1, "rho_end": 0.7, "iterations": 60, "relaxation": 1.6, "refit_steps": 20},
+    "fast": {"ridge": 0.02, "rho_start": 0.1, "rho_end": 0.45, "iterations": 9, "relaxation": 1.8, "refit_steps": 4},
+    "best": {"ridge": 0.01, "rho_start": 0.05, "rho_end": 0.45, "iterations": 60, "relaxation": 1.6, "refit_steps": 20},
 }
+REFIT_TOLERANCE = 1e-5
+UNSETTLED = 0.1
+"""Fraction of the support on which dense iterate and projection may still disagree at the end without a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ALPS(Solver):
+    """Minimises tr((W - W') (H + ridge * diag H) (W - W')^T) over support and weights together (eq. 3): ADMM finds the support
+    (eq. 4-6, over-relaxed), conjugate gradients the weights on it (section 3.3). The best one-shot solver here: choose
+    `fast` by default, `best` when minutes do not matter.
+
+    Cost: one Cholesky inverse and one half product of (in, in), shared by all weights of an input; then iterations +
+    refit_steps + 1 products of 2 * out * in^2 flops, in bf16 where the machine is fast at it. Memory: three (in, in)
+    and about six (out, in) matrices.
+
+    Differs from the authors' code in: 1. the ridge is relative to every channel's own energy, not to the mean, which
+    outlier channels dominate (error 3-9 % lower, and scaling an input changes nothing). 2. No eigendecomposition: the
+    resolvents of all rho are interpolated from one Cholesky inverse. 3. A fixed geometric schedule of rho with
+    over-relaxation instead of 30-36 iterations steered by support changes: no state, same work for every layer.
+    4. Residual form, so that products tolerate bf16. 5. Thresholds by selection; one product per refit step.
+    6. Dead inputs take no part.
+    """
+
     preset: str = "fast"
-    damping: float | None = None
+    """`fast` or `best`: gives every field below that is None its value."""
+    ridge: float | None = None
+    """Added to the diagonal of H, as a fraction of itself; keeps few tokens from being fitted too closely."""
     rho_start: float | None = None
+    """First penalty. Lower explores more supports."""
     rho_end: float | None = None
+    """Last penalty, and the one whose resolvent is exact. Higher freezes the support sooner."""
     iterations: int | None = None
+    """ADMM steps, rounded down to whole levels of rho."""
     rho_every: int = 3
+    """Steps at each level of rho."""
     relaxation: float | None = None
+    """Over-relaxation of the dense iterate, between 1 (none) and 2."""
     refit_steps: int | None = None
+    """Conjugate gradient steps on the final support."""
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -50,15 +77,12 @@ class ALPS(Solver):
     def solve_all(self, problems: Sequence[Problem]) -> list[tuple[Tensor, Tensor]]:
         H = problems[0].H
         search = linalg.search_dtype(H.device)
-        mean = H.diagonal().mean()
-        scale = (H.diagonal() + self.damping * mean).sqrt()
-        Hs = H / scale
+        scale = H.diagonal().sqrt()
+        Hs = H / (scale * (1 + self.ridge))
         Hs.div_(scale[:, None])
         Hs.diagonal().fill_(1.0)
         K = Resolvent(Hs, self.rho_end, search)
         Hs = Hs.to(search)
-        # The refit's own, lighter ridge: its matrix is Hs minus this diagonal.
-        lighter = (self.damping - self.refit_damping) * mean / scale.square()
         pruned = []
         for problem in problems:
             W = problem.W * scale
@@ -66,18 +90,16 @@ class ALPS(Solver):
             X = B * mask
             # (W - X) Hs = (W - B) Hs + (B - X) Hs: the first is known, the second is small enough for low precision.
             R += ((B - X).to(search) @ Hs).float()
-            R -= (W - X) * lighter
-            keep = mask.to(W.dtype)
+            keep = mask.float()
             X = linalg.conjugate_gradients(
-                lambda P: (P.to(search) @ Hs).float().addcmul_(P, lighter, value=-1),
+                lambda P: (P.to(search) @ Hs).float(),
                 X,
                 R.mul_(keep),
                 keep,
                 steps=self.refit_steps,
-                tolerance=1e-5,
-                diagonal=1 - lighter,
+                tolerance=REFIT_TOLERANCE,
             )
-            pruned.append((X / scale, mask))
+            pruned.append((X.div_(scale), mask))
         return pruned
 
     def _search(self, W: Tensor, K: Resolvent, pattern: Pattern) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,7 +43,7 @@ class Solver(ABC):
     refit: bool = False
     """End with a least-squares refit of the kept weights on the chosen support."""
     refit_damping: float = 1e-3
-    """Ridge of that refit, as a fraction of the Gram's mean diagonal."""
+    """Ridge of that refit, as a fraction of every input's own energy."""
 
     def __call__(self, weight: Float[Tensor, "out in"], gram: Gram, pattern: Pattern) -> Solution:
         """Prune one weight (out, in), any float dtype and device.
