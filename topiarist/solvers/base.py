@@ -27,7 +27,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class Problem:
-    """One weight in fp32 with its undamped Gram. Dead inputs have weight 0 and H_jj = 1, so they win no budget."""
+    """One weight in fp32 with its undamped Gram. Dead inputs have weight 0 and a mean H_jj."""
 
     W: Float[Tensor, "out in"]
     H: Float[Tensor, "in in"]
@@ -43,7 +43,7 @@ class Solver(ABC):
     refit: bool = False
     """End with a least-squares refit of the kept weights on the chosen support."""
     refit_damping: float = 1e-3
-    """Ridge of that refit, as a fraction of the Gram's mean diagonal."""
+    """Ridge of that refit, as a fraction of every input's own energy."""
 
     def __call__(self, weight: Float[Tensor, "out in"], gram: Gram, pattern: Pattern) -> Solution:
         """Prune one weight (out, in), any float dtype and device.
@@ -61,8 +61,12 @@ class Solver(ABC):
             if not torch.isfinite(weight).all():
                 raise NumericalError("NaN or Inf in the weight")
         true_H = gram.matrix.to(weights[0].device)
-        H, dead = true_H.clone(), gram.dead.to(true_H.device)
-        H.diagonal()[dead] = 1.0
+        H, dead = true_H, gram.dead.to(true_H.device)
+        if bool(dead.any()):
+            # A dead input gets an ordinary variance, whatever the Gram's scale, and a weight of zero: it wins no budget.
+            H = true_H.clone()
+            live = H.diagonal()[~dead]
+            H.diagonal()[dead] = live.mean() if len(live) else 1.0
         problems = [
             Problem(weight.detach().float().masked_fill(dead, 0.0), H, pattern)
             for weight, pattern in zip(weights, patterns, strict=True)
