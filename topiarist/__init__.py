@@ -3,7 +3,7 @@
 from topiarist import solvers
 from topiarist.gram import Gram
 from topiarist.linalg import reconstruction_error
-from topiarist.patterns import NM, Columns, Pattern, Unstructured, parse_pattern
+from topiarist.patterns import NM, Columns, Pattern, TransposableNM, Unstructured, parse_pattern
 from topiarist.solvers import Solution
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Gram",
     "Pattern",
     "Solution",
+    "TransposableNM",
     "Unstructured",
     "parse_pattern",
     "reconstruction_error",

@@ -21,8 +21,8 @@ from topiarist.patterns import Pattern
 from topiarist.solvers.base import Problem, Solver
 
 PRESETS: dict[str, dict[str, float]] = {
-    "fast": {"ridge": 0.02, "rho_start": 0.1, "rho_end": 0.45, "iterations": 9, "relaxation": 1.8, "refit_steps": 4},
-    "best": {"ridge": 0.01, "rho_start": 0.05, "rho_end": 0.45, "iterations": 60, "relaxation": 1.6, "refit_steps": 20},
+    "fast": {"ridge": 0.02, "rho_start": 0.15, "rho_end": 0.45, "iterations": 12, "relaxation": 1.8, "refit_steps": 3},
+    "best": {"ridge": 0.01, "rho_start": 0.05, "rho_end": 0.45, "iterations": 99, "relaxation": 1.3, "refit_steps": 12},
 }
 REFIT_TOLERANCE = 1e-5
 UNSETTLED = 0.1
@@ -120,7 +120,16 @@ class ALPS(Solver):
                 T = torch.lerp(D, B, self.relaxation).add_(U)
                 D = T * pattern.mask(T.abs())
                 U = T.sub_(D)
-        return B, Y.sub_(Z).mul_(rho), pattern.mask(B.abs())
+        mask = pattern.mask(B.abs())
+        moving = int((mask & (D == 0)).count_nonzero()) / max(pattern.num_kept((W.shape[0], W.shape[1])), 1)
+        if moving > UNSETTLED:
+            warnings.warn(
+                f"ALPS stopped after {levels * self.rho_every} iterations with {moving:.0%} of the support still moving: "
+                "raise iterations or rho_end",
+                NumericalWarning,
+                stacklevel=2,
+            )
+        return B, Y.sub_(Z).mul_(rho), mask
 
 
 class Resolvent:

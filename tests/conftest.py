@@ -1,0 +1,17 @@
+"""Shapes in the annotations are checked while the tests run, and only then."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+install_import_hook("topiarist", "beartype.beartype").__enter__()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The same arithmetic on every machine, and no fight over cores between workers."""
+    torch.set_num_threads(1)
