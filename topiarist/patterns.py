@@ -26,7 +26,10 @@ class Pattern(ABC):
 
     @abstractmethod
     def mask(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
-        """The allowed mask that keeps the largest total score. Exact counts, ties by lower index."""
+        """The support of the nearest allowed matrix: keeps the largest sum of squares of these magnitudes (>= 0).
+
+        Exact counts, ties by lower index.
+        """
 
     @abstractmethod
     def num_kept(self, shape: tuple[int, int]) -> int:
@@ -124,7 +127,7 @@ class TransposableNM(Pattern):
     """N:M along both axes: every `of` x `of` block keeps `keep` in each row and each column, so W and its transpose are N:M.
 
     The mask is found by entropic optimal transport and rounding (TSENOR, NeurIPS 2025): within a few percent of the best
-    total score, not always the best. Cost: about `STEPS` passes over the scores, then of^2 steps of greedy rounding
+    sum, not always the best. Cost: about `STEPS` passes over the scores, then of^2 steps of greedy rounding
     and a local search.
     """
 
@@ -153,7 +156,7 @@ class TransposableNM(Pattern):
         down, across = scores.shape[0] // self.of, scores.shape[1] // self.of
         blocks = scores.reshape(down, self.of, across, self.of).transpose(1, 2).reshape(-1, self.of, self.of)
         chunk = max(1, 2**20 // self.of**3)  # the local search takes of^3 numbers a block; this many stay in cache
-        mask = torch.cat([_transposable_mask(part, self.keep) for part in blocks.float().split(chunk)])
+        mask = torch.cat([_transposable_mask(part, self.keep) for part in blocks.float().square().split(chunk)])
         return mask.view(down, across, self.of, self.of).transpose(1, 2).reshape(scores.shape)
 
     def holds(self, mask: Bool[Tensor, "out in"]) -> bool:
