@@ -14,7 +14,7 @@ from topiarist.errors import (
 from topiarist.evaluate import audit, perplexity
 from topiarist.gram import Gram
 from topiarist.linalg import reconstruction_error
-from topiarist.patterns import NM, Columns, Pattern, Unstructured, parse_pattern
+from topiarist.patterns import NM, Columns, Pattern, TransposableNM, Unstructured, parse_pattern
 from topiarist.pipelines.oneshot import prune, prune_module
 from topiarist.report import Report
 from topiarist.solvers import Solution
@@ -31,6 +31,7 @@ __all__ = [
     "Report",
     "Solution",
     "TopiaristError",
+    "TransposableNM",
     "Unstructured",
     "UnsupportedModel",
     "__version__",

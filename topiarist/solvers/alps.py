@@ -21,10 +21,12 @@ from topiarist.patterns import Pattern
 from topiarist.solvers.base import Problem, Solver
 
 PRESETS: dict[str, dict[str, float]] = {
-    "fast": {"ridge": 0.02, "rho_start": 0.1, "rho_end": 0.45, "iterations": 9, "relaxation": 1.8, "refit_steps": 4},
-    "best": {"ridge": 0.01, "rho_start": 0.05, "rho_end": 0.45, "iterations": 60, "relaxation": 1.6, "refit_steps": 20},
+    "fast": {"ridge": 0.02, "rho_start": 0.15, "rho_end": 0.45, "iterations": 12, "relaxation": 1.8, "refit_steps": 3},
+    "best": {"ridge": 0.01, "rho_start": 0.07, "rho_end": 0.45, "iterations": 99, "relaxation": 1.1, "refit_steps": 12},
 }
 REFIT_TOLERANCE = 1e-5
+LIFT = 1.9
+"""rho_end is at least this many typical eigenvalues of Hs; below, the support cycles where inputs hardly correlate."""
 UNSETTLED = 0.1
 """Fraction of the support on which dense iterate and projection may still disagree at the end without a warning."""
 
@@ -82,6 +84,9 @@ class ALPS(Solver):
         Hs.div_(scale[:, None])
         Hs.diagonal().fill_(1.0)
         K = Resolvent(Hs, self.rho_end, search)
+        lift = max(1.0, LIFT * K.typical_eigenvalue / self.rho_end)
+        if lift > 1.0:
+            K = Resolvent(Hs, self.rho_end * lift, search)
         Hs = Hs.to(search)
         pruned = []
         for problem in problems:
@@ -106,10 +111,11 @@ class ALPS(Solver):
         """(B, (W - B) Hs, mask of B) after the ADMM iterations."""
         D = W * pattern.mask(W.abs())
         U = torch.zeros_like(W)
-        rho = self.rho_start
+        rho = K.node
         levels = self.iterations // self.rho_every
+        ratio = self.rho_start / self.rho_end
         for level in range(levels):
-            rho_next = self.rho_start * (self.rho_end / self.rho_start) ** (level / max(levels - 1, 1))
+            rho_next = K.node * ratio ** (1 - level / max(levels - 1, 1))
             U *= rho / rho_next
             rho = rho_next
             K_rho = K.at(rho)
@@ -120,7 +126,16 @@ class ALPS(Solver):
                 T = torch.lerp(D, B, self.relaxation).add_(U)
                 D = T * pattern.mask(T.abs())
                 U = T.sub_(D)
-        return B, Y.sub_(Z).mul_(rho), pattern.mask(B.abs())
+        mask = pattern.mask(B.abs())
+        moving = int((mask & (D == 0)).count_nonzero()) / max(pattern.num_kept((W.shape[0], W.shape[1])), 1)
+        if moving > UNSETTLED:
+            warnings.warn(
+                f"ALPS stopped after {levels * self.rho_every} iterations with {moving:.0%} of the support still moving: "
+                "raise iterations or rho_end",
+                NumericalWarning,
+                stacklevel=2,
+            )
+        return B, Y.sub_(Z).mul_(rho), mask
 
 
 class Resolvent:
@@ -134,7 +149,9 @@ class Resolvent:
         shifted = Hs.clone()
         shifted.diagonal().add_(node)
         self.node = node
-        self.K = linalg.inverse(shifted).mul_(node).to(dtype)
+        K = linalg.inverse(shifted).mul_(node)
+        self.typical_eigenvalue = node * (float(1 / K.diagonal().mean()) - 1)
+        self.K = K.to(dtype)
         self.K2 = torch.empty_like(self.K)
         block = max(128, -(-len(Hs) // 8))
         for start in range(0, len(Hs), block):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from topiarist import linalg
-from topiarist.errors import NumericalError
+from topiarist.errors import CalibrationWarning, NumericalError
 from topiarist.gram import Gram
 from topiarist.patterns import Pattern
 
@@ -48,7 +49,8 @@ class Solver(ABC):
     def __call__(self, weight: Float[Tensor, "out in"], gram: Gram, pattern: Pattern) -> Solution:
         """Prune one weight (out, in), any float dtype and device.
 
-        Raises PatternError if the pattern does not fit the shape, NumericalError on NaN or Inf.
+        Raises PatternError if the pattern does not fit the shape, NumericalError on NaN or Inf. Warns
+        (CalibrationWarning) if the Gram saw fewer tokens than it has inputs.
         """
         return self.together([weight], gram, [pattern])[0]
 
@@ -60,6 +62,12 @@ class Solver(ABC):
                 raise ValueError(f"weight of {weight.shape[1]} inputs does not fit a Gram of {gram.in_features}")
             if not torch.isfinite(weight).all():
                 raise NumericalError("NaN or Inf in the weight")
+        if gram.tokens < gram.in_features:
+            warnings.warn(
+                f"{gram.tokens} calibration tokens for {gram.in_features} inputs: use more, the result may not generalise",
+                CalibrationWarning,
+                stacklevel=3,
+            )
         true_H = gram.matrix.to(weights[0].device)
         H, dead = true_H, gram.dead.to(true_H.device)
         if bool(dead.any()):
