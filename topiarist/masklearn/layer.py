@@ -98,6 +98,10 @@ class LearnedMask(nn.Module):
         """The most likely mask, exactly of the pattern."""
         return self.relaxation.hard_mask(self.logits)
 
+    def finalize(self) -> Bool[Tensor, "..."]:
+        """The hard mask in the shape of the weight as its module stores it."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def statistics(self, prior: Bool[Tensor, "rows in"] | None = None) -> dict[str, Tensor]:
         """What to watch, as 0-dim tensors on the layer's device: reading them later is the only wait.

@@ -238,10 +238,10 @@ def write_masked(
         weight = checkpoint.read(part)
         if part not in place:
             return weight
-        name, *where = place[part]
+        name, expert, index, of = place[part]
         if replaced is not None and name in replaced:
-            weight = piece(replaced[name].cpu(), *where, weight.shape).to(weight.dtype)
-        return masked(weight, piece(file[name], *where, weight.shape))
+            weight = piece(replaced[name].cpu(), expert, index, of, weight.shape).to(weight.dtype)
+        return masked(weight, piece(file[name], expert, index, of, weight.shape))
 
     groups = checkpoint.grouped(sorted(checkpoint.files), SHARD_BYTES)
     for number, parts in enumerate(groups):

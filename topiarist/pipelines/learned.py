@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 import warnings
@@ -34,6 +35,7 @@ from topiarist.evaluate import load_model
 from topiarist.masklearn import PRESETS, Preset, Prior
 from topiarist.masks import MaskFile, save_masks, weight_digest
 from topiarist.masks.files import write_masked
+from topiarist.models import block_names
 from topiarist.patterns import Pattern, parse_pattern
 from topiarist.pipelines.learn_report import LearnedLayer, LearnReport, learned_card
 from topiarist.pipelines.masking import MaskedModel, Target, targets
@@ -91,8 +93,8 @@ def learn(
     skip: regular expressions of layers that stay dense. last_block_dense: the most sensitive block stays as it is.
     distill: share of the loss that is the divergence from the dense model's predictions (0.0: none). recover: train the
     kept weights afterwards, under the final mask. batch_size: sequences a forward. held_out: sequences of the training
-    text that are only looked at, every `evaluate_every` steps (default: a fifth of them, at most 25); the state is saved then too.
-    stop: end early once the masks are decided and no longer move. lean: 9 bytes a masked weight instead of 14.
+    text that are only looked at, every `evaluate_every` steps (default: a fifth of them, at most 25), when the state is
+    saved too. stop: end early once the masks are decided and no longer move. lean: 9 bytes a masked weight instead of 14.
 
     The same call on the same `out` goes on where a killed run saved its state, to the same bits, and returns the report
     of a finished one. Under `torchrun` the sequences of a step are divided among the processes.
@@ -101,20 +103,17 @@ def learn(
     started = time.perf_counter()
     reset_peak_memory()
     processes = Processes.join()
-    recipe = _recipe(preset, steps, lean)
     identity = prior_identity(prior)
-    source, checkpoint, name = _open(model, out, device, trust_remote_code)
-    last = f"^{source.family.blocks}\\.{len(source.model.get_submodule(source.family.blocks)) - 1}\\."  # pyright: ignore
-    dense = [*skip, last] if last_block_dense else list(skip)
-    patterns, unmatched = resolve_patterns(source, parse_pattern(pattern), None, dense)
-    blocks = targets(source, patterns)
-    wanted = [target for block in blocks for target in block]
-    if not wanted:
-        raise TopiaristError("every layer is skipped: nothing to learn")
-    notes = [f"--skip {expression!r} matches no layer" for expression in unmatched]
-    windows, recipe = _windows(source, checkpoint, data, tokenizer, recipe, notes)
-    training, watching = _split(windows.tokens, held_out)
-    batch_size = _batch_size(batch_size, recipe.sequences, processes.size)
+    source, checkpoint, name = open_model(model, out, device, trust_remote_code)
+    job = prepare(
+        source, checkpoint, data=data, pattern=parse_pattern(pattern), preset=preset, steps=steps, lean=lean, skip=skip,
+        last_block_dense=last_block_dense, batch_size=batch_size, held_out=held_out, processes=processes.size,
+        tokenizer=tokenizer,
+    )  # fmt: skip
+    recipe, wanted, notes = job.recipe, job.targets, job.notes
+    given: dict[str, Tensor] = {}
+    if not (isinstance(prior, str) and prior in SOLVERS):  # refused, if at all, before anything is written
+        processes.once(lambda: given.update(given_masks(prior, wanted)))  # pyright: ignore[reportArgumentType]
     every = evaluate_every or max(1, min(25, recipe.steps // 5))
     recovery = (recover or None) if not isinstance(recover, bool) else Recover() if recover else None
     settings = {
@@ -125,17 +124,17 @@ def learn(
         "last_block_dense": last_block_dense,
         "distill": distill,
         "recover": None if recovery is None else asdict(recovery),
-        "batch_size": batch_size,
+        "batch_size": job.batch_size,
         "evaluate_every": every,
         "stop": stop,
         "lean": lean,
     }
     calibration = {
-        "samples": len(training),
-        "window": windows.window,
+        "samples": len(job.training),
+        "window": job.windows.window,
         "seed": seed,
-        "digest": windows.digest,
-        "held_out": len(watching),
+        "digest": job.windows.digest,
+        "held_out": len(job.watching),
     }
     report = LearnReport(str(parse_pattern(pattern)), name, settings, calibration, warnings=notes)
     output = None
@@ -145,7 +144,7 @@ def learn(
         fingerprint = {
             "model": checkpoint.digest() if checkpoint else _digest(source.model),
             "method": "learn",
-            "patterns": {k: None if p is None else str(p) for k, p in patterns.items()},
+            "patterns": {k: None if p is None else str(p) for k, p in job.patterns.items()},
             "data": calibration,
             **settings,
         }
@@ -155,16 +154,17 @@ def learn(
         output = opened
     state = _read_state(output.folder / STATE) if output is not None and processes.first else None
     tell = progress or (lambda *_: None)
-    run = _Run(source, blocks, patterns, processes, tell, notes)
-    masks = run.prior_masks(prior, state, training, recipe, seed)
+    run = _Run(source, job, processes, tell)
+    masks = run.prior_masks(given or prior, state, seed)
+    given.clear()
     options = Prior(gap=recipe.gap, alpha=recipe.alpha, std=recipe.std)
     dtype = torch.bfloat16 if lean else torch.float32
     masked = MaskedModel(source, wanted, masks, relaxation=relaxation, prior=options, seed=seed, dtype=dtype)
     del masks
     try:
         trainer = MaskTrainer(
-            masked, training, watching, recipe,
-            batch_size=batch_size, seed=seed, distill=distill, processes=processes,
+            masked, job.training, job.watching, recipe,
+            batch_size=job.batch_size, seed=seed, distill=distill, processes=processes,
         )  # fmt: skip
         if state is not None:
             trainer.load(*state)
@@ -183,7 +183,7 @@ def learn(
         )
     replaced = None
     if recovery is not None:
-        replaced = recover_weights(source.model, final, training, recovery, batch_size, seed, processes, tell)
+        replaced = recover_weights(source.model, final, job.training, recovery, job.batch_size, seed, processes, tell)
     report.run = {
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -195,11 +195,65 @@ def learn(
     if output is not None:
         report.output = str(out)
         if processes.first:
-            _write(output, checkpoint, source, tokenizer, wanted, final, replaced, report, windows)
+            _write(output, checkpoint, source, tokenizer, wanted, final, replaced, report, job.windows)
         processes.once(lambda: None)  # nobody returns before the folder is whole
     if isinstance(model, nn.Module):
         _mask_in_place(wanted, final, replaced)
     return report
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be learned and from what, checked before any work is done."""
+
+    recipe: Preset
+    patterns: Mapping[str, Pattern | None]
+    blocks: list[list[Target]]
+    windows: Windows
+    training: Tensor
+    watching: Tensor
+    batch_size: int
+    notes: list[str]
+
+    @property
+    def targets(self) -> list[Target]:
+        return [target for block in self.blocks for target in block]
+
+
+def prepare(
+    source: LoadedModel,
+    checkpoint: Checkpoint | None,
+    *,
+    data: TextFiles | Tensor | Sequence[str],
+    pattern: Pattern,
+    preset: str | Preset,
+    steps: int | None,
+    lean: bool,
+    skip: Sequence[str],
+    last_block_dense: bool,
+    batch_size: int | None,
+    held_out: int,
+    processes: int,
+    tokenizer: Any,
+) -> Job:
+    """Resolve the arguments of `learn`. Raises a TopiaristError for every one that does not fit."""
+    recipe = _recipe(preset, steps, lean)
+    names = block_names(source.model, source.family)
+    dense = [*skip, f"^{re.escape(names[-1])}\\."] if last_block_dense else list(skip)
+    patterns, unmatched = resolve_patterns(source, pattern, None, dense)
+    blocks = targets(source, patterns)
+    if not any(blocks):
+        raise TopiaristError("every layer is skipped: nothing to learn")
+    notes = [f"--skip {expression!r} matches no layer" for expression in unmatched]
+    windows, recipe = _windows(source, checkpoint, data, tokenizer, recipe, notes)
+    training, watching = _split(windows.tokens, held_out)
+    size = _batch_size(batch_size, recipe.sequences, processes)
+    if len(training) < recipe.sequences:
+        raise CalibrationError(
+            f"training text holds {len(training)} sequences of {windows.window} tokens beside the {len(watching)} that "
+            f"are held out, a step takes {recipe.sequences}: add text"
+        )
+    return Job(recipe, patterns, blocks, windows, training, watching, size, notes)
 
 
 def _recipe(preset: str | Preset, steps: int | None, lean: bool) -> Preset:
@@ -212,17 +266,22 @@ def _recipe(preset: str | Preset, steps: int | None, lean: bool) -> Preset:
     return replace(recipe, second_moment="group") if lean else recipe
 
 
-def _open(
-    model: str | Path | nn.Module, out: str | Path | None, device: str | torch.device | None, trust_remote_code: bool
+def open_model(
+    model: str | Path | nn.Module,
+    out: str | Path | None,
+    device: str | torch.device | None,
+    trust_remote_code: bool,
+    *,
+    planning: bool = False,
 ) -> tuple[LoadedModel, Checkpoint | None, str]:
     """The whole model in memory, its checkpoint if it is on disk, its name."""
     if isinstance(model, nn.Module):
         name = str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
         return LoadedModel(model), None, name
-    if out is None:
+    if out is None and not planning:
         raise CheckpointError("learning the masks of a checkpoint needs an output folder")
     checkpoint = Checkpoint(locate(model))
-    if Path(out).resolve() == checkpoint.folder.resolve():
+    if out is not None and Path(out).resolve() == checkpoint.folder.resolve():
         raise CheckpointError(f"{out} is the model itself; choose another output folder")
     if "quantization_config" in checkpoint.config:
         raise UnsupportedModel(f"{checkpoint.folder} is quantised; learn on the original weights, then quantise")
@@ -352,42 +411,38 @@ class _Run:
     """What the stages of one run share."""
 
     source: LoadedModel
-    blocks: list[list[Target]]
-    patterns: Mapping[str, Pattern | None]
+    job: Job
     processes: Processes
     progress: Progress
-    notes: list[str]
 
     def note(self, message: str) -> None:
-        self.notes.append(message)
+        self.job.notes.append(message)
         warnings.warn(message, UserWarning, stacklevel=3)
 
-    def prior_masks(
-        self, prior: Any, state: tuple[dict[str, Tensor], Any] | None, tokens: Tensor, recipe: Preset, seed: int
-    ) -> dict[str, Tensor]:
-        """The prior's masks: from a saved state, a file, or a one-shot method on the first training sequences.
+    def prior_masks(self, prior: Any, state: tuple[dict[str, Tensor], Any] | None, seed: int) -> dict[str, Tensor]:
+        """The prior's masks: from a saved state, a file, or a one-shot method on some training sequences.
 
         The first process finds them and tells the others.
         """
-        wanted = [target for block in self.blocks for target in block]
+        job, wanted = self.job, self.job.targets
         masks: dict[str, Tensor] = {}
 
         def find() -> list[str]:
             if state is not None:
                 masks.update({t.name: t.unpacked(state[0][f"{t.name} prior"]) for t in wanted})
-            elif isinstance(prior, str) and prior in SOLVERS:
-                order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
-                sample = tokens[order[: recipe.prior_samples]]
+            elif isinstance(prior, dict):
+                masks.update(prior)
+            else:
+                order = torch.randperm(len(job.training), generator=torch.Generator().manual_seed(seed))
+                sample = job.training[order[: job.recipe.prior_samples]]
                 found, warned = one_shot_masks(
-                    self.source, self.blocks, self.patterns, sample, resolve_method(prior), progress=self.progress
+                    self.source, job.blocks, job.patterns, sample, resolve_method(prior), progress=self.progress
                 )
                 masks.update(found)
                 return warned
-            else:
-                masks.update(given_masks(prior, wanted))
             return []
 
-        self.notes += self.processes.once(find)
+        self.job.notes.extend(self.processes.once(find))
         if self.processes.size > 1:
             for target in wanted:
                 mask = masks.get(target.name, torch.zeros(target.parameter.shape, dtype=torch.bool))

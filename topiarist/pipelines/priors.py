@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from topiarist.errors import CheckpointError, PatternError, TopiaristError
+from topiarist.errors import CheckpointError, PatternError
 from topiarist.masks import MaskFile, read_npz, weight_digest
 from topiarist.models import block_names
 from topiarist.patterns import Pattern
@@ -101,7 +101,7 @@ def prior_identity(prior: str | Path | Mapping[str, Tensor] | None) -> str:
 def given_masks(prior: str | Path | Mapping[str, Tensor], wanted: Sequence[Target]) -> dict[str, Tensor]:
     """The prior's masks of all targets, from a mask file (checked against the weights), an .npz, or a mapping.
 
-    Raises CheckpointError for another base, PatternError for a missing mask.
+    Raises CheckpointError for another base, PatternError for a mask that is missing or of another shape or pattern.
     """
     shapes = {target.name: tuple(target.parameter.shape) for target in wanted}
     if isinstance(prior, Mapping):
@@ -118,8 +118,18 @@ def given_masks(prior: str | Path | Mapping[str, Tensor], wanted: Sequence[Targe
     for target in wanted:
         if isinstance(masks, MaskFile):
             masks.check(target.name, target.parameter)
-    chosen = {target.name: masks[target.name] for target in wanted}
-    for name, mask in chosen.items():
-        if tuple(mask.shape) != shapes[name]:
-            raise TopiaristError(f"{origin}: mask of {name} has shape {tuple(mask.shape)}, the weight {shapes[name]}")
+    chosen: dict[str, Tensor] = {}
+    for target in wanted:
+        mask = chosen[target.name] = masks[target.name]
+        if tuple(mask.shape) != shapes[target.name]:
+            raise PatternError(
+                f"{origin}: mask of {target.name} has shape {tuple(mask.shape)}, the weight {shapes[target.name]}"
+            )
+        rows = mask.T if target.transposed else mask.flatten(0, -2)
+        due = target.pattern.num_kept((rows.shape[0], rows.shape[1]))
+        if mask.dtype != torch.bool or int(mask.sum()) != due or not target.pattern.holds(rows):
+            raise PatternError(
+                f"layer {target.label}: {origin} is not a {target.pattern} mask: it keeps {int(mask.sum()):,} of "
+                f"{mask.numel():,} weights, where {due:,} are due"
+            )
     return chosen

@@ -164,13 +164,13 @@ class MaskTrainer:
 
     @property
     def settled(self) -> bool:
-        """The stop rule: past half of the steps the masks are decided and, twice in a row, have not moved.
+        """The stop rule: in the last quarter of the steps the masks are decided and, twice in a row, have not moved.
 
-        Not before: at first no logit has come far enough to change a mask.
+        Not before: at first no logit has come far enough to change a mask, and a steep tau decides early.
         """
         last = self.history[-2:]
         still = len(last) == 2 and all(entry["moved"] < STILL for entry in last)
-        return still and 2 * self.step >= self.preset.steps and (last[-1]["certainty"] or 0.0) > CERTAIN
+        return still and 4 * self.step >= 3 * self.preset.steps and (last[-1]["certainty"] or 0.0) > CERTAIN
 
     def flips_by_layer(self) -> list[float]:
         return [
