@@ -23,8 +23,8 @@ from topiarist.pipelines.learned import MASKS, STATE
 from topiarist.pipelines.trainer import Batches
 
 FAST = Preset(
-    steps=24, sequences=4, length=32, lr=Schedule(6e-3, 0.0, "cosine"), tau=Schedule(1.0, 0.05, "exponential"),
-    lam=Schedule(0.0, 0.0), max_norm=None, gap=0.02, prior_samples=8,
+    steps=24, sequences=4, length=32, lr=Schedule(1e-2, 0.0, "cosine"), tau=Schedule(1.0, 0.05, "exponential"),
+    lam=Schedule(0.0, 0.0), max_norm=None, gap=0.04, prior_samples=8,
 )  # fmt: skip
 
 
@@ -210,7 +210,7 @@ def test_a_resume_does_not_compute_the_prior_again(base: Path, learned: Path, tm
 def test_another_recipe_is_refused_and_the_difference_named(base: Path, tmp_path: Path, change, named: str):
     stopped(base, tmp_path / "out", 0)
     before = contents(tmp_path / "out")
-    with pytest.raises(tp.CheckpointError, match=f"holds another run: .*{named}"):
+    with pytest.raises(tp.CheckpointError, match=rf"holds another run: .*{named}"):
         learn(base, tmp_path / "out", **change)
     assert contents(tmp_path / "out") == before
 
@@ -295,7 +295,7 @@ def test_user_errors(base: Path, learned: Path, tmp_path: Path):
     cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (tp.PatternError, "needs a prior", {"prior": None}),
         (tp.CheckpointError, "neither a method", {"prior": "wandering"}),
-        (tp.PatternError, "layer .*layers.0.*not a 1:4 mask", {"prior": learned / MASKS, "pattern": "1:4"}),
+        (tp.PatternError, r"layer .*layers.0.*not a 1:4 mask", {"prior": learned / MASKS, "pattern": "1:4"}),
         (tp.PatternError, "no mask for", {"prior": {}}),
         (tp.TopiaristError, "unknown preset", {"preset": "instant"}),
         (tp.TopiaristError, "at least one step", {"steps": 0}),
@@ -311,7 +311,7 @@ def test_user_errors(base: Path, learned: Path, tmp_path: Path):
         with pytest.raises(kind, match=message):
             learn(base, out, **options)
     other = tiny.tiny_checkpoint(tmp_path / "other", seed=4)
-    with pytest.raises(tp.CheckpointError, match="made for another base model .* first tensor that differs"):
+    with pytest.raises(tp.CheckpointError, match=r"made for another base model .* first tensor that differs"):
         learn(other, tmp_path / "out2", prior=learned / MASKS)
     with pytest.raises(tp.CheckpointError, match="needs an output"):
         learn(base, None)
