@@ -45,7 +45,7 @@ def two(base: Path, out: Path, recipe: Preset, stop_at: int | None = None) -> No
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = mp.get_context("spawn")
+    context = mp.get_context("fork")  # torch and transformers are there already
     workers = [context.Process(target=one_of_two, args=(r, port, base, out, recipe, stop_at)) for r in range(2)]
     for worker in workers:
         worker.start()

@@ -53,8 +53,12 @@ class Target:
         experts = [m.expert for m in self.matrices]
         return [self.label] if experts == [None] else [f"{self.label}.{e}" for e in experts]
 
+    def packed(self, mask: Tensor) -> np.ndarray:
+        """One bit a weight, in the order of the (rows, in) form that groups run along."""
+        return np.packbits((mask.T if self.transposed else mask).cpu().numpy())
+
     def unpacked(self, bits: Tensor) -> Tensor:
-        """A mask in the parameter's shape, from the packed bits of its (rows, in) form."""
+        """The inverse of `packed`: a mask in the parameter's shape."""
         shape = self.parameter.shape
         rows = (shape[1], shape[0]) if self.transposed else shape
         mask = torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel())).bool().view(rows)
@@ -107,6 +111,7 @@ class MaskedModel:
         self.model: Any = source.model.requires_grad_(False).eval()
         self.source, self.targets = source, list(wanted)
         self.layers: list[LearnedMask] = []
+        self.prior_bits = [target.packed(masks[target.name]) for target in self.targets]
         self._originals: dict[str, nn.Module] = {}
         for index, target in enumerate(self.targets):
             options = {"index": index, "prior": prior, "seed": seed, "dtype": dtype}

@@ -86,8 +86,7 @@ class MaskTrainer:
         """Steps done."""
         self.history: list[dict[str, Any]] = []
         """One entry an evaluation: step, tokens, soft loss since the last one, hard loss, flips, moved, certainty."""
-        self.prior_bits = self._bits()
-        self._last_bits = self.prior_bits
+        self._last_bits = self._bits()
         self._losses: list[tuple[int, Tensor]] = []
 
     def run_step(self) -> Tensor:
@@ -155,7 +154,7 @@ class MaskTrainer:
             "tokens": self.step * self.preset.sequences * self.tokens.shape[1],
             "loss": sum(soft) / len(soft) if soft else None,
             "hard_loss": self.hard_loss(),
-            "flips": self._changed(bits, self.prior_bits),
+            "flips": self._changed(bits, self.masked.prior_bits),
             "moved": self._changed(bits, last),
             "certainty": self._certainty(),
         }
@@ -175,7 +174,7 @@ class MaskTrainer:
     def flips_by_layer(self) -> list[float]:
         return [
             _differing(now, then) / layer.matrix.numel()
-            for now, then, layer in zip(self._bits(), self.prior_bits, self.masked.layers, strict=True)
+            for now, then, layer in zip(self._bits(), self.masked.prior_bits, self.masked.layers, strict=True)
         ]
 
     def _bits(self) -> list[np.ndarray]:
@@ -199,16 +198,15 @@ class MaskTrainer:
         tensors = {}
         for index, (key, tensor) in self._tensors():
             tensors[f"{self.masked.targets[index].name} {key}"] = tensor.detach()
-        for target, bits in zip(self.masked.targets, self.prior_bits, strict=True):
+        for target, bits in zip(self.masked.targets, self.masked.prior_bits, strict=True):
             tensors[f"{target.name} prior"] = torch.from_numpy(bits)
         return tensors, {"step": str(self.step), "history": json.dumps(self.history)}
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        """Go on from a state. The prior's bits come with it, so the prior is not computed again."""
+        """Go on from a state of the same recipe."""
         for index, (key, tensor) in self._tensors():
             tensor.copy_(tensors[f"{self.masked.targets[index].name} {key}"])
-        self.prior_bits = [tensors[f"{target.name} prior"].numpy() for target in self.masked.targets]
         self._last_bits = self._bits()
         self.step, self.history = int(metadata["step"]), json.loads(metadata["history"])
 
@@ -217,6 +215,8 @@ class MaskTrainer:
         if self.processes.size > 1:
             for _, (_, tensor) in self._tensors():
                 self.processes.same(tensor.data)
+            self.step, self.history = self.processes.once(lambda: (self.step, self.history))
+            self._last_bits = self._bits()
 
     def _tensors(self) -> Iterator[tuple[int, tuple[str, Tensor]]]:
         for index, layer in enumerate(self.masked.layers):
