@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from topiarist import cli_masks, cli_runtime
 from topiarist.__about__ import __version__
+from topiarist.cli_tools import Text, err, filled, out, progress_bar, quiet, set_threads
 
 app = typer.Typer(
     help="Prune Hugging Face causal language models, and measure what it cost.",
@@ -24,11 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True)
-
 USAGE, INTERRUPTED = 2, 130
-Text = Annotated[list[Path], typer.Option(help=".txt, .jsonl, .jsonl.gz or a datasets folder; may be repeated")]
 
 
 @app.command()
@@ -67,12 +61,12 @@ def prune(
     from topiarist.pipelines.plan import plan_prune
     from topiarist.pipelines.refine import Refine
 
-    _set_threads(threads)
-    _quiet()
+    set_threads(threads)
+    quiet()
     options: dict[str, Any] = {
         "calibration": tp.text_files(calibration),
         "method": _solver(method, option or []),
-        "refine": _filled(Refine, "--refine-set", refine_option or []) if refine or refine_option else False,
+        "refine": filled(Refine, "--refine-set", refine_option or []) if refine or refine_option else False,
         "pattern": pattern,
         "allocation": allocation,
         "skip": skip or [],
@@ -89,7 +83,7 @@ def prune(
         for name, value in plan_prune(model, **options).lines():
             out.print(f"{name:<34} {value}", highlight=False)
         return
-    with _progress_bar() as progress:
+    with progress_bar() as progress:
         report = tp.prune(model, output, progress=progress, **options)
     table = Table(title=f"{method} {report.pattern}: {len(report.layers)} matrices, {report.sparsity:.2%} zeros")
     for column in ("layer kind", "matrices", "sparsity", "mean error", "worst error"):
@@ -124,10 +118,10 @@ def evaluate(
     from topiarist.data import text_files
     from topiarist.evaluate import compare
 
-    _set_threads(threads)
-    _quiet()
+    set_threads(threads)
+    quiet()
     sources = [text_files(path) for path in text]
-    with _progress_bar() as progress:
+    with progress_bar() as progress:
         rows = compare(
             models,
             sources,
@@ -192,6 +186,13 @@ def inspect(
         out.print("no pruning_config: not pruned by topiarist")
 
 
+app.command()(cli_masks.learn)
+app.command()(cli_masks.apply)
+app.command()(cli_runtime.pack)
+app.command()(cli_runtime.unpack)
+app.command()(cli_runtime.bench)
+
+
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
     if version:
@@ -206,7 +207,7 @@ def method_from_text(text: str) -> tuple[Any, Any]:
     solver, _, refine = text.partition("+refine")
     name, _, fields = solver.partition(":")
     settings = [field for field in refine.lstrip(":").split(",") if field]
-    wanted = _filled(Refine, "+refine", settings) if "+refine" in text else False
+    wanted = filled(Refine, "+refine", settings) if "+refine" in text else False
     return _solver(name, [field for field in fields.split(",") if field]), wanted
 
 
@@ -217,47 +218,7 @@ def _solver(name: str, assignments: list[str]) -> Any:
 
     if name not in SOLVERS:
         raise TopiaristError(f"unknown method {name!r}; choose one of {', '.join(SOLVERS)}")
-    return _filled(SOLVERS[name], "--set", assignments)
-
-
-def _filled(cls: type, option: str, assignments: list[str]) -> Any:
-    """A frozen dataclass of settings from `field=value` texts, checked against its field types."""
-    from pydantic import TypeAdapter, ValidationError
-
-    from topiarist.errors import TopiaristError
-
-    fields = {name: value for name, _, value in (text.partition("=") for text in assignments)}
-    known = ", ".join(cls.__dataclass_fields__)
-    if unknown := sorted(set(fields) - set(cls.__dataclass_fields__)):
-        raise TopiaristError(f"{option}: {cls.__name__} has no field {unknown[0]!r}; it has {known}")
-    try:
-        return TypeAdapter(cls).validate_python(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise TopiaristError(f"{option} {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-def _quiet() -> None:
-    """One progress bar is enough: ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bars:
-        task = bars.add_task("starting", total=None)
-        yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total)
+    return filled(SOLVERS[name], "--set", assignments)
 
 
 def main() -> None:

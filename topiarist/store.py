@@ -288,6 +288,21 @@ class OutputFolder:
     def _write_shard(
         self, name: str, write: Callable[[Path], None], sizes: Mapping[str, int], info: Mapping[str, Any]
     ) -> None:
+        path = self._write_file(name, write)
+        with self._disk_errors():
+            line = {"file": name, "sha256": file_digest(path), "tensors": sizes, **info}
+            with self._journal.open("a") as journal:
+                journal.write(json.dumps(line) + "\n")
+                journal.flush()
+                os.fsync(journal.fileno())
+        self.finished.append(json.loads(json.dumps(line)))
+
+    def write_state(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Replace a file of tensors that is no part of the model: what a long run needs to go on."""
+        self._write_file(name, lambda path: save_file(dict(tensors), path, metadata=dict(metadata)))
+
+    def _write_file(self, name: str, write: Callable[[Path], None]) -> Path:
+        """Temporary file, fsync, rename: the old file or the new one, whenever the power fails."""
         path = self.folder / name
         temporary = path.with_suffix(".tmp")
         with self._disk_errors(temporary):
@@ -296,12 +311,7 @@ class OutputFolder:
             _fsync(temporary)
             temporary.replace(path)
             _fsync(self.folder)
-            line = {"file": name, "sha256": file_digest(path), "tensors": sizes, **info}
-            with self._journal.open("a") as journal:
-                journal.write(json.dumps(line) + "\n")
-                journal.flush()
-                os.fsync(journal.fileno())
-        self.finished.append(json.loads(json.dumps(line)))
+        return path
 
     def finish(self, source: Path, config: Mapping[str, Any], report: Mapping[str, Any]) -> None:
         """Write everything that makes the folder a model: index, side files, report, and config last."""
