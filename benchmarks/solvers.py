@@ -54,9 +54,7 @@ def original(pattern: str) -> dict:
 
 
 METHODS: dict[str, Method] = {
-    "alps original": lambda p, s: original_alps.alps(
-        p.weight, p.gram.matrix, **original(s), with_diagnostics=True
-    )[0],
+    "alps original": lambda p, s: original_alps.alps(p.weight, p.gram.matrix, **original(s), with_diagnostics=True)[0],
     "sparsegpt original": lambda p, s: baselines.sparsegpt(p.weight, p.gram.matrix, **original(s))[0],
     "magnitude": ours(tp.solvers.Magnitude()),
     "wanda": ours(tp.solvers.Wanda()),
@@ -120,11 +118,15 @@ def summarise(cells: list[dict], methods: list[str]) -> list[str]:
 def machine(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name()
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ] if Path("/proc/cpuinfo").exists() else []
+    names = (
+        [
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
     low = tp.linalg.search_dtype(torch.device("cpu"))
     return f"{names[0] if names else platform.processor()} ({os.cpu_count()} cores, support search in {low})"
 
@@ -171,7 +173,7 @@ def main() -> None:
             emit(
                 f"### {shape[0]}x{shape[1]}, {pattern}{memory}",
                 "",
-                "| method | error | held-out | seconds | error / original ALPS | held-out / | seconds / | seconds / SparseGPT |",
+                "| method | error | held-out | seconds | error / ALPS original | held-out / | time / | time / SparseGPT |",
                 "|---|---|---|---|---|---|---|---|",
                 *summarise(cells, args.methods),
                 "",
@@ -180,7 +182,10 @@ def main() -> None:
                 spent = statistics.median(cell[name][2] for cell in cells)
                 seconds_of.setdefault(shape, {})[name] = spent
     if args.llama8b:
-        emit(f"### Llama-3-8B, projected from the cells above (pattern {args.patterns[-1]}, no Gram shared, solver only)", "")
+        emit(
+            f"### Llama-3-8B, projected from the cells above (pattern {args.patterns[-1]}, no Gram shared, solver only)",
+            "",
+        )
         for name in args.methods:
             total = LLAMA_8B_BLOCKS * sum(count * seconds_of[shape][name] for shape, count in LLAMA_8B.items())
             emit(f"* {name}: {total / 60:.1f} minutes")

@@ -23,14 +23,18 @@ def nm(draw: st.DrawFn) -> NM:
 
 
 @settings(deadline=None, max_examples=60)
-@given(pattern=nm(), rows=st.integers(1, 5), groups=st.integers(1, 4), levels=st.integers(1, 5), seed=st.integers(0, 99))
+@given(
+    pattern=nm(), rows=st.integers(1, 5), groups=st.integers(1, 4), levels=st.integers(1, 5), seed=st.integers(0, 99)
+)
 def test_nm_keeps_exactly_n_of_every_m(pattern, rows, groups, levels, seed):
     scores = tied_scores(rows, groups * pattern.of, levels, seed)
     mask = pattern.mask(scores)
     kept = mask.unflatten(1, (-1, pattern.of))
     assert (kept.sum(-1) == pattern.keep).all()
     assert pattern.holds(mask) and int(mask.sum()) == pattern.num_kept(tuple(scores.shape))
-    order = scores.unflatten(1, (-1, pattern.of)).sort(dim=-1, descending=True, stable=True).indices[..., : pattern.keep]
+    order = (
+        scores.unflatten(1, (-1, pattern.of)).sort(dim=-1, descending=True, stable=True).indices[..., : pattern.keep]
+    )
     assert kept.gather(-1, order).all(), "ties go to the lower index"
 
 
@@ -104,7 +108,9 @@ def test_text_round_trip(text):
     assert parse_pattern(parse_pattern(text)) == parse_pattern(text)
 
 
-@pytest.mark.parametrize("text", ["4:2", "0:4", "1.5", "2:", ":4", "2:64", "-0.5", "1.0", "", "nan", "0.5/cols", "2:4/t"])
+@pytest.mark.parametrize(
+    "text", ["4:2", "0:4", "1.5", "2:", ":4", "2:64", "-0.5", "1.0", "", "nan", "0.5/cols", "2:4/t"]
+)
 def test_nonsense_is_refused(text):
     with pytest.raises(PatternError):
         parse_pattern(text)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 
+import problems
 import pytest
 import torch
 from reference import alps as reference_alps
 from reference import baselines, brute
 from torch import Tensor
 
-import problems
 from topiarist import Gram, linalg, parse_pattern
 from topiarist.errors import CalibrationWarning, NumericalError, NumericalWarning, PatternError
 from topiarist.solvers import ALPS, SOLVERS, Magnitude, SparseGPT, Wanda
@@ -117,7 +117,10 @@ def test_scaling_an_input_changes_nothing(method, text):
 @pytest.mark.parametrize("method", METHODS)
 def test_any_float_dtype(method, dtype):
     W, gram = weight().to(dtype), gram_of("well-conditioned")
-    solution, exact = METHODS[method](W, gram, parse_pattern("2:4")), METHODS[method](W.float(), gram, parse_pattern("2:4"))
+    solution, exact = (
+        METHODS[method](W, gram, parse_pattern("2:4")),
+        METHODS[method](W.float(), gram, parse_pattern("2:4")),
+    )
     assert solution.weight.dtype == dtype
     assert torch.equal(solution.mask, exact.mask)
     assert torch.equal(solution.weight, exact.weight.to(dtype))

@@ -32,7 +32,7 @@ class Pattern(ABC):
         """
 
     @abstractmethod
-    def num_kept(self, shape: tuple[int, int]) -> int:
+    def num_kept(self, shape: tuple[int, ...]) -> int:
         """How many weights a mask of this pattern keeps in a matrix of `shape`."""
 
     @abstractmethod
@@ -44,7 +44,7 @@ class Pattern(ABC):
         if len(shape) != 2 or 0 in shape:
             raise PatternError(f"pattern {self} needs a non-empty matrix (out, in), got shape {tuple(shape)}")
 
-    def sparsity_of(self, shape: tuple[int, int]) -> float:
+    def sparsity_of(self, shape: tuple[int, ...]) -> float:
         """The exact fraction of zeros that this pattern gives a matrix of `shape`."""
         return 1.0 - self.num_kept(shape) / math.prod(shape)
 
@@ -65,7 +65,7 @@ class Unstructured(Pattern):
     def __str__(self) -> str:
         return f"{self.sparsity:g}" + ("/row" if self.per == "row" else "")
 
-    def num_kept(self, shape: tuple[int, int]) -> int:
+    def num_kept(self, shape: tuple[int, ...]) -> int:
         if self.per == "row":
             return shape[0] * (shape[1] - _round(self.sparsity * shape[1]))
         return math.prod(shape) - _round(self.sparsity * math.prod(shape))
@@ -107,7 +107,7 @@ class NM(Pattern):
                 "choose another pattern or skip this layer"
             )
 
-    def num_kept(self, shape: tuple[int, int]) -> int:
+    def num_kept(self, shape: tuple[int, ...]) -> int:
         return math.prod(shape) // self.of * self.keep
 
     def mask(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
@@ -148,7 +148,7 @@ class TransposableNM(Pattern):
                 f"{self.keep}:{self.of} needs it of the inputs only"
             )
 
-    def num_kept(self, shape: tuple[int, int]) -> int:
+    def num_kept(self, shape: tuple[int, ...]) -> int:
         return math.prod(shape) // self.of * self.keep
 
     def mask(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
@@ -178,7 +178,7 @@ class Columns(Pattern):
     def __str__(self) -> str:
         return f"{self.sparsity:g}/columns"
 
-    def num_kept(self, shape: tuple[int, int]) -> int:
+    def num_kept(self, shape: tuple[int, ...]) -> int:
         return shape[0] * (shape[1] - _round(self.sparsity * shape[1]))
 
     def mask(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:

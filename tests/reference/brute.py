@@ -28,7 +28,7 @@ def best_row(w: Tensor, H: Tensor, masks: list[Tensor]) -> tuple[float, Tensor]:
     """The smallest (w - x) H (w - x)^T over the given masks of one row, and that mask."""
     costs = []
     for mask in masks:
-        delta = (w.double() - least_squares(w[None], H, mask[None])[0])
+        delta = w.double() - least_squares(w[None], H, mask[None])[0]
         costs.append(float(delta @ H.double() @ delta))
     best = min(range(len(masks)), key=costs.__getitem__)
     return costs[best], masks[best]
