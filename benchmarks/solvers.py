@@ -173,7 +173,7 @@ def main() -> None:
             emit(
                 f"### {shape[0]}x{shape[1]}, {pattern}{memory}",
                 "",
-                "| method | error | held-out | seconds | error / original ALPS | held-out / | seconds / | seconds / SparseGPT |",
+                "| method | error | held-out | seconds | error / ALPS original | held-out / | time / | time / SparseGPT |",
                 "|---|---|---|---|---|---|---|---|",
                 *summarise(cells, args.methods),
                 "",

@@ -148,7 +148,7 @@ class TransposableNM(Pattern):
                 f"{self.keep}:{self.of} needs it of the inputs only"
             )
 
-    def num_kept(self, shape: tuple[int, int]) -> int:
+    def num_kept(self, shape: tuple[int, ...]) -> int:
         return math.prod(shape) // self.of * self.keep
 
     def mask(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +25,11 @@ PRESETS: dict[str, dict[str, float]] = {
     "fast": {"ridge": 0.02, "rho_start": 0.15, "rho_end": 0.45, "iterations": 12, "relaxation": 1.8, "refit_steps": 3},
     "best": {"ridge": 0.01, "rho_start": 0.07, "rho_end": 0.45, "iterations": 99, "relaxation": 1.1, "refit_steps": 12},
 }
+FROM_PRESET: Any = None
 REFIT_TOLERANCE = 1e-5
 LIFT = 1.9
 """rho_end is at least this many typical eigenvalues of Hs; below, the support cycles where inputs hardly correlate."""
-UNSETTLED = 0.1
+UNSETTLED = 0.2
 """Fraction of the support on which dense iterate and projection may still disagree at the end without a warning."""
 
 
@@ -50,20 +52,20 @@ class ALPS(Solver):
     """
 
     preset: str = "fast"
-    """`fast` or `best`: gives every field below that is None its value."""
-    ridge: float | None = None
+    """`fast` or `best`: gives every field below that is not set its value."""
+    ridge: float = FROM_PRESET
     """Added to the diagonal of H, as a fraction of itself; keeps few tokens from being fitted too closely."""
-    rho_start: float | None = None
+    rho_start: float = FROM_PRESET
     """First penalty. Lower explores more supports."""
-    rho_end: float | None = None
+    rho_end: float = FROM_PRESET
     """Last penalty, and the one whose resolvent is exact. Higher freezes the support sooner."""
-    iterations: int | None = None
+    iterations: int = FROM_PRESET
     """ADMM steps, rounded down to whole levels of rho."""
     rho_every: int = 3
     """Steps at each level of rho."""
-    relaxation: float | None = None
+    relaxation: float = FROM_PRESET
     """Over-relaxation of the dense iterate, between 1 (none) and 2."""
-    refit_steps: int | None = None
+    refit_steps: int = FROM_PRESET
     """Conjugate gradient steps on the final support."""
 
     def __post_init__(self) -> None:
@@ -84,6 +86,7 @@ class ALPS(Solver):
         Hs.div_(scale[:, None])
         Hs.diagonal().fill_(1.0)
         K = Resolvent(Hs, self.rho_end, search)
+        # Where inputs hardly correlate, a penalty below the typical curvature makes the support cycle: lift all of them.
         lift = max(1.0, LIFT * K.typical_eigenvalue / self.rho_end)
         if lift > 1.0:
             K = Resolvent(Hs, self.rho_end * lift, search)
@@ -112,7 +115,8 @@ class ALPS(Solver):
         D = W * pattern.mask(W.abs())
         U = torch.zeros_like(W)
         rho = K.node
-        levels = self.iterations // self.rho_every
+        B = Y = Z = W
+        levels = max(1, self.iterations // self.rho_every)
         ratio = self.rho_start / self.rho_end
         for level in range(levels):
             rho_next = K.node * ratio ** (1 - level / max(levels - 1, 1))

@@ -17,7 +17,8 @@ class Wanda(Solver):
     Choose it when seconds matter, and add `refit=True`: its mask with a refit beats SparseGPT's weights on most layers.
 
     Differs from the authors' code in: 1. an exact count for the matrix, rows within one of each other (theirs rounds
-    each row's down). 2. `per_row=False` compares over the whole matrix. Like theirs, an unstructured pattern is applied row by row unless told otherwise.
+    each row's down). 2. `per_row=False` compares over the whole matrix. Like theirs, an
+    unstructured pattern is applied row by row unless told otherwise.
     """
 
     per_row: bool = True
