@@ -1,0 +1,56 @@
+"""What the commands share: consoles, the progress bar, settings from text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+out = Console()
+err = Console(stderr=True)
+Text = Annotated[list[Path], typer.Option(help=".txt, .jsonl, .jsonl.gz or a datasets folder; may be repeated")]
+
+
+def filled(cls: type, option: str, assignments: list[str]) -> Any:
+    """A frozen dataclass of settings from `field=value` texts, checked against its field types."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from topiarist.errors import TopiaristError
+
+    fields = {name: value for name, _, value in (text.partition("=") for text in assignments)}
+    known = ", ".join(cls.__dataclass_fields__)
+    if unknown := sorted(set(fields) - set(cls.__dataclass_fields__)):
+        raise TopiaristError(f"{option}: {cls.__name__} has no field {unknown[0]!r}; it has {known}")
+    try:
+        return TypeAdapter(cls).validate_python(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise TopiaristError(f"{option} {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def quiet() -> None:
+    """One progress bar is enough: ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bars:
+        task = bars.add_task("starting", total=None)
+        yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total)
