@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from topiarist import cli_report, cli_runtime
 from topiarist.__about__ import __version__
+from topiarist.cli_tools import Text, err, filled, out, progress_bar, quiet, set_threads
 
 app = typer.Typer(
     help="Prune Hugging Face causal language models, and measure what it cost.",
@@ -24,11 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True)
-
 USAGE, INTERRUPTED = 2, 130
-Text = Annotated[list[Path], typer.Option(help=".txt, .jsonl, .jsonl.gz or a datasets folder; may be repeated")]
 
 
 @app.command()
@@ -67,12 +59,12 @@ def prune(
     from topiarist.pipelines.plan import plan_prune
     from topiarist.pipelines.refine import Refine
 
-    _set_threads(threads)
-    _quiet()
+    set_threads(threads)
+    quiet()
     options: dict[str, Any] = {
         "calibration": tp.text_files(calibration),
         "method": _solver(method, option or []),
-        "refine": _filled(Refine, "--refine-set", refine_option or []) if refine or refine_option else False,
+        "refine": filled(Refine, "--refine-set", refine_option or []) if refine or refine_option else False,
         "pattern": pattern,
         "allocation": allocation,
         "skip": skip or [],
@@ -89,7 +81,7 @@ def prune(
         for name, value in plan_prune(model, **options).lines():
             out.print(f"{name:<34} {value}", highlight=False)
         return
-    with _progress_bar() as progress:
+    with progress_bar() as progress:
         report = tp.prune(model, output, progress=progress, **options)
     table = Table(title=f"{method} {report.pattern}: {len(report.layers)} matrices, {report.sparsity:.2%} zeros")
     for column in ("layer kind", "matrices", "sparsity", "mean error", "worst error"):
@@ -104,92 +96,8 @@ def prune(
     out.print(f"{run['seconds']:.0f} s, peak memory {run['peak_memory_bytes'] / 1e9:.2f} GB; written to {output}")
 
 
-@app.command("eval")
-def evaluate(
-    models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="model folders; a pruned one's base is added")
-    ],
-    text: Text,
-    window: Annotated[int, typer.Option(help="tokens a window; windows do not overlap")] = 1024,
-    max_windows: Annotated[int | None, typer.Option(help="only the first windows of each text")] = None,
-    batch_size: Annotated[int, typer.Option(help="windows a forward pass")] = 1,
-    device: Annotated[str | None, typer.Option(help="default: a GPU if there is one")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads")] = None,
-    reference: Annotated[bool, typer.Option(help="add the dense base of a pruned model as first row")] = True,
-    allow_overlap: Annotated[bool, typer.Option(help="evaluate on calibration text all the same")] = False,
-    trust_remote_code: Annotated[bool, typer.Option(help="run Python code that the model folder brings")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-) -> None:
-    """Perplexity of every MODEL on every text file, dense reference first."""
-    from topiarist.data import text_files
-    from topiarist.evaluate import compare
-
-    _set_threads(threads)
-    _quiet()
-    sources = [text_files(path) for path in text]
-    with _progress_bar() as progress:
-        rows = compare(
-            models,
-            sources,
-            window=window,
-            max_windows=max_windows,
-            batch_size=batch_size,
-            device=device,
-            reference=reference,
-            allow_overlap=allow_overlap,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-    if as_json:
-        sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-        return
-    table = Table(title=f"perplexity, windows of {window} tokens without overlap, no special tokens")
-    table.add_column("model")
-    table.add_column("dtype")
-    for path, result in zip(text, rows[0].results, strict=True):
-        header = f"{path.name}\n{result.tokens:,} tokens\nsha256 {result.text_digest[:12]}"
-        table.add_column(header, justify="right")
-    for row in rows:
-        cells = [f"{r.value:.2f}" if r.value < 1e5 else f"{r.value:.3g}" for r in row.results]
-        table.add_row(row.model + (" (dense)" if row.dense else ""), row.results[0].dtype, *cells)
-    out.print(table)
-
-
-@app.command()
-def inspect(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="checkpoint folder")],
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-) -> None:
-    """What is in a checkpoint: sparsity of every layer, whether its pattern holds in the files, provenance."""
-    from topiarist.evaluate import audit
-
-    provenance, audits = audit(folder)
-    if as_json:
-        plain = {"pruning_config": provenance, "matrices": [asdict(a) for a in audits]}
-        sys.stdout.write(json.dumps(plain, indent=2) + "\n")
-        return
-    table = Table(title=str(folder))
-    for column in ("layer", "shape", "sparsity", "pattern", "holds"):
-        table.add_column(column, justify="right" if column == "sparsity" else "left")
-    for a in audits:
-        holds = "" if a.holds is None else "yes" if a.holds else "[red]NO[/red]"
-        table.add_row(a.name, f"{a.shape[0]} x {a.shape[1]}", f"{a.sparsity:.4f}", a.pattern or "", holds)
-    out.print(table)
-    size = sum(a.shape[0] * a.shape[1] for a in audits)
-    zeros = sum(a.sparsity * a.shape[0] * a.shape[1] for a in audits)
-    out.print(f"{zeros / size:.2%} zeros in {len(audits)} matrices ({size:,} weights)")
-    broken = [a.name for a in audits if a.holds is False]
-    if broken:
-        out.print(f"the claimed pattern is broken in {len(broken)} matrices, first {broken[0]}")
-    if provenance:
-        calibration = provenance.get("calibration", {})
-        out.print(
-            f"pruned from {provenance.get('base_model')} with {provenance.get('method')} {provenance.get('pattern')} "
-            f"(topiarist {provenance.get('version')}), calibration {calibration.get('samples')} x "
-            f"{calibration.get('window')} tokens, sha256 {str(calibration.get('digest'))[:12]}"
-        )
-    else:
-        out.print("no pruning_config: not pruned by topiarist")
+for name, command in {**cli_runtime.COMMANDS, **cli_report.COMMANDS}.items():
+    app.command(name)(command)
 
 
 @app.callback(invoke_without_command=True)
@@ -206,7 +114,7 @@ def method_from_text(text: str) -> tuple[Any, Any]:
     solver, _, refine = text.partition("+refine")
     name, _, fields = solver.partition(":")
     settings = [field for field in refine.lstrip(":").split(",") if field]
-    wanted = _filled(Refine, "+refine", settings) if "+refine" in text else False
+    wanted = filled(Refine, "+refine", settings) if "+refine" in text else False
     return _solver(name, [field for field in fields.split(",") if field]), wanted
 
 
@@ -217,47 +125,7 @@ def _solver(name: str, assignments: list[str]) -> Any:
 
     if name not in SOLVERS:
         raise TopiaristError(f"unknown method {name!r}; choose one of {', '.join(SOLVERS)}")
-    return _filled(SOLVERS[name], "--set", assignments)
-
-
-def _filled(cls: type, option: str, assignments: list[str]) -> Any:
-    """A frozen dataclass of settings from `field=value` texts, checked against its field types."""
-    from pydantic import TypeAdapter, ValidationError
-
-    from topiarist.errors import TopiaristError
-
-    fields = {name: value for name, _, value in (text.partition("=") for text in assignments)}
-    known = ", ".join(cls.__dataclass_fields__)
-    if unknown := sorted(set(fields) - set(cls.__dataclass_fields__)):
-        raise TopiaristError(f"{option}: {cls.__name__} has no field {unknown[0]!r}; it has {known}")
-    try:
-        return TypeAdapter(cls).validate_python(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise TopiaristError(f"{option} {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-def _quiet() -> None:
-    """One progress bar is enough: ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bars:
-        task = bars.add_task("starting", total=None)
-        yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total)
+    return filled(SOLVERS[name], "--set", assignments)
 
 
 def main() -> None:

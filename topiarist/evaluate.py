@@ -118,9 +118,7 @@ def audit(folder: str | Path) -> tuple[dict[str, Any], list[MatrixAudit]]:
     checkpoint = Checkpoint(locate(folder))
     source = StreamedModel(checkpoint, device=torch.device("cpu"))
     provenance = checkpoint.config.get("pruning_config", {})
-    claims = {
-        name: provenance.get("patterns", {}).get(name, provenance["pattern"]) for name in provenance.get("modules", {})
-    }
+    claims = checkpoint.claims()
     audits = []
     for index, path in enumerate(block_names(source.model, source.family)):
         source.load(index)
@@ -199,6 +197,25 @@ def compare(
         rows.append(Row(name, bases[name] is None, results))
         del model
     return rows
+
+
+def entries(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """What is stored beside every pruned model of a comparison: its figures, each with that of the dense model.
+
+    names: of the texts. A dense figure counts only if it was measured on the very same tokens.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in (row for row in rows if not row.dense):
+        for index, (name, result) in enumerate(zip(names, row.results, strict=True)):
+            same = (
+                {"model": other.model, "value": other.results[index].value}
+                for other in rows
+                if other.dense and other.results[index].text_digest == result.text_digest
+            )
+            entry = {"text": name, "digest": result.text_digest, "window": result.window, "tokens": result.tokens}
+            entry |= {"dtype": result.dtype, "value": result.value, "dense": next(same, None)}
+            found.setdefault(row.model, []).append(entry)
+    return found
 
 
 def _base_of(model: str | Path) -> str | None:

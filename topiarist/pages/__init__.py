@@ -6,6 +6,15 @@ compare_page([Result.from_folder(d) for d in folders])   # quality against size 
 
 from topiarist.pages.card import model_card
 from topiarist.pages.render import compare_page, report_page
-from topiarist.pages.result import PAGE, Result, save_benchmark, save_evaluation
+from topiarist.pages.result import PAGE, Result, save_benchmark, save_evaluation, write_atomically
 
-__all__ = ["PAGE", "Result", "compare_page", "model_card", "report_page", "save_benchmark", "save_evaluation"]
+__all__ = [
+    "PAGE",
+    "Result",
+    "compare_page",
+    "model_card",
+    "report_page",
+    "save_benchmark",
+    "save_evaluation",
+    "write_atomically",
+]

@@ -54,8 +54,11 @@ class Result:
             folder,
         )
 
-    def refresh(self) -> None:
-        """Write the page again, and the measured part of the model card; the rest of the card stays as it is."""
+    def refresh(self) -> Path:
+        """Write the page again, and the measured part of the model card; the rest of the card stays as it is.
+
+        Returns the page's path.
+        """
         from topiarist.pages.card import with_measurements
         from topiarist.pages.render import report_page
 
@@ -64,6 +67,7 @@ class Result:
         card = self.folder / CARD
         if card.is_file():
             write_atomically(card, with_measurements(card.read_text(encoding="utf-8"), self))
+        return self.folder / PAGE
 
     @property
     def name(self) -> str:
