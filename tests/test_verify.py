@@ -37,7 +37,9 @@ def edit(folder: Path, name: str, change) -> None:
 def write_masks(folder: Path) -> Path:
     """masks.safetensors of a pruned folder, as learning would have left it."""
     weights = {name: t for p in folder.glob("model-*.safetensors") for name, t in load_file(p).items()}
-    wanted = {f"{name}.weight" for name in json.loads((folder / "config.json").read_text())["pruning_config"]["modules"]}
+    wanted = {
+        f"{name}.weight" for name in json.loads((folder / "config.json").read_text())["pruning_config"]["modules"]
+    }
     masks = {name: t != 0 for name, t in weights.items() if name in wanted}
     save_masks(folder / "masks.safetensors", masks, weights=weights, pattern="2:4", base_model="base")
     return folder / "masks.safetensors"
@@ -87,7 +89,9 @@ def test_a_moved_mask_breaks_though_the_pattern_holds(pruned: Path):
     assert {breach.against for breach in found.breaches} == {"its mask"} and not found.holds
 
 
-@pytest.mark.parametrize(("pattern", "says"), [("0.7", "weights are not zero"), ("0.7/row", "1 of 64 rows, first in row 3")])
+@pytest.mark.parametrize(
+    ("pattern", "says"), [("0.7", "weights are not zero"), ("0.7/row", "1 of 64 rows, first in row 3")]
+)
 def test_unstructured_patterns(tmp_path: Path, pattern: str, says: str):
     tiny.tiny_checkpoint(tmp_path / "base")
     out = tmp_path / "out"
@@ -110,7 +114,9 @@ def quantise(folder: Path, dtype: torch.dtype, extra: dict[str, torch.Tensor] | 
     config["quantization_config"] = {"quant_method": "compressed-tensors"}
     (folder / "config.json").write_text(json.dumps(config))
     for name in config["pruning_config"]["modules"]:
-        edit(folder, f"{name}.weight", lambda weight: (weight * 100).to(dtype) if dtype != torch.int8 else _int8(weight))
+        edit(
+            folder, f"{name}.weight", lambda weight: (weight * 100).to(dtype) if dtype != torch.int8 else _int8(weight)
+        )
     if extra:
         save_file(extra, folder / "model-extra.safetensors")
         index = folder / "model.safetensors.index.json"

@@ -178,8 +178,8 @@ def _widened(low: float, high: float) -> tuple[float, float]:
 def nice_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
     """Round numbers between the limits, about as many as wanted."""
     raw = (high - low) / wanted
-    unit = 10 ** math.floor(math.log10(raw))
-    step = next(unit * f for f in (1, 2, 5, 10) if unit * f >= raw)
+    unit = 10.0 ** math.floor(math.log10(raw))
+    step = next(unit * f for f in (1, 2, 2.5, 5, 10) if unit * f >= raw)
     return [round(i * step, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 

@@ -26,7 +26,7 @@ def report_page(result: Result) -> str:
     score = "error" if any("error" in layer for layer in layers) else "flips"
     ranked = sorted((x for x in layers if score in x), key=lambda x: -_number(x[score]))
     evaluations = result.report.get("history", [])
-    history = [(e["step"], math.exp(min(e["hard_loss"], 700.0))) for e in evaluations]
+    history = [(float(e["step"]), math.exp(min(e["hard_loss"], 700.0))) for e in evaluations]
     return (
         _environment()
         .get_template("report.html")
