@@ -9,11 +9,11 @@ PACKAGE = Path(__file__).parent.parent / "topiarist"
 FLOORS = [
     ["__about__", "errors"],
     ["patterns", "gram", "linalg", "models", "data", "store", "sources"],
-    ["solvers", "allocate", "learn", "structured", "masks", "runtime", "report", "evaluate", "pages"],
+    ["solvers", "allocate", "learn", "structured", "masks", "runtime", "report", "evaluate", "tasks", "pages"],
     ["pipelines"],
     ["cli_tools", "cli_runtime", "cli_report", "cli", "__main__", "__init__"],
 ]
-MAY_USE = {"evaluate": {"report"}, "masks": {"learn"}}
+MAY_USE = {"evaluate": {"report"}, "tasks": {"evaluate"}, "masks": {"learn"}}
 NEEDS_NO_MODEL = {"solvers", "learn"}
 
 

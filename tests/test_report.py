@@ -32,7 +32,7 @@ BENCH = {
 class Page(HTMLParser):
     """Checks that tags are balanced and nothing is loaded from elsewhere, and gathers the text."""
 
-    VOID = frozenset({"meta", "br", "rect", "circle", "polyline"})
+    VOID = frozenset({"meta", "wbr", "br", "rect", "circle", "polyline"})
 
     def __init__(self, html: str) -> None:
         super().__init__()

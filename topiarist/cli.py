@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from topiarist import cli_report, cli_runtime
@@ -132,11 +133,13 @@ def main() -> None:
     """Run the command line. User errors end in one line and exit code 2."""
     from topiarist.errors import TopiaristError
 
-    warnings.showwarning = lambda message, *_, **__: err.print(f"[yellow]warning[/yellow] {message}", highlight=False)
+    warnings.showwarning = lambda message, *_, **__: err.print(
+        f"[yellow]warning[/yellow] {escape(str(message))}", highlight=False
+    )
     try:
         code = app(standalone_mode=False) or 0
     except TopiaristError as error:
-        err.print(f"[red]error[/red] {error}", highlight=False, soft_wrap=True)
+        err.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         code = USAGE
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED

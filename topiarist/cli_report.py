@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from topiarist.cli_tools import out, progress_bar, quiet, set_threads
@@ -24,6 +25,13 @@ def evaluate(
     text: Annotated[
         list[Path] | None, typer.Option(help=".txt, .jsonl, .jsonl.gz or a datasets folder; may be repeated")
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="zero-shot tasks, e.g. piqa,arc_easy, through lm-evaluation-harness")
+    ] = None,
+    task_files: Annotated[
+        Path | None, typer.Option(help="folder with the tasks' items, e.g. piqa_valid.jsonl; needs no network")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="only the first items of each task")] = None,
     window: Annotated[int, typer.Option(help="tokens a window; windows do not overlap")] = 1024,
     max_windows: Annotated[int | None, typer.Option(help="only the first windows of each text")] = None,
     batch_size: Annotated[int, typer.Option(help="windows, or task requests, a forward pass")] = 1,
@@ -37,34 +45,50 @@ def evaluate(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Perplexity of every MODEL on every text file, dense reference first."""
+    """Perplexity of every MODEL on every text file, and its score in every task, dense reference first."""
     from topiarist.data import text_files
     from topiarist.errors import TopiaristError
-    from topiarist.evaluate import compare
+    from topiarist.evaluate import compare, entries
+    from topiarist.pages import save_evaluation
+    from topiarist.tasks import compare_tasks
+    from topiarist.tasks import entries as task_entries
 
     set_threads(threads)
     quiet()
-    if not text:
-        raise TopiaristError("nothing to evaluate on: name --text")
-    sources = [text_files(path) for path in text]
+    if not text and not tasks:
+        raise TopiaristError("nothing to evaluate on: name --text heldout.txt or --tasks piqa,arc_easy")
+    paths, wanted = text or [], [task.strip() for task in (tasks or "").split(",") if task.strip()]
+    sources = [text_files(path) for path in paths]
+    common: dict[str, Any] = {
+        "batch_size": batch_size,
+        "device": device,
+        "reference": reference,
+        "trust_remote_code": trust_remote_code,
+    }
     with progress_bar() as progress:
-        rows = compare(
-            models,
-            sources,
-            window=window,
-            max_windows=max_windows,
-            batch_size=batch_size,
-            device=device,
-            reference=reference,
-            allow_overlap=allow_overlap,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
+        scores = (
+            compare_tasks(models, wanted, files=task_files, limit=limit, progress=progress, **common) if wanted else []
         )
+        options = {"window": window, "max_windows": max_windows, "allow_overlap": allow_overlap, **common}
+        rows = compare(models, sources, progress=progress, **options) if sources else []
     if save:
-        _save(rows, [path.name for path in text])
+        texts, items = entries(rows, [path.name for path in paths]), task_entries(scores)
+        for folder in dict.fromkeys([*texts, *items]):
+            save_evaluation(folder, {"perplexity": texts.get(folder, []), "tasks": items.get(folder, [])})
     if as_json:
-        sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        tables = {"perplexity": [asdict(row) for row in rows], "tasks": [asdict(row) for row in scores]}
+        # One kind of measurement is a plain list, as it always was.
+        sys.stdout.write(
+            json.dumps(tables if rows and scores else tables["tasks" if scores else "perplexity"], indent=2) + "\n"
+        )
         return
+    if rows:
+        _print_perplexities(rows, paths, window)
+    if scores:
+        _print_scores(scores)
+
+
+def _print_perplexities(rows: Sequence[Any], text: Sequence[Path], window: int) -> None:
     table = Table(title=f"perplexity, windows of {window} tokens without overlap, no special tokens")
     table.add_column("model")
     table.add_column("dtype")
@@ -77,12 +101,17 @@ def evaluate(
     out.print(table)
 
 
-def _save(rows: Sequence[Any], names: Sequence[str]) -> None:
-    from topiarist.evaluate import entries
-    from topiarist.pages import save_evaluation
-
-    for folder, found in entries(rows, names).items():
-        save_evaluation(folder, {"perplexity": found})
+def _print_scores(results: Sequence[Any]) -> None:
+    table = Table(title=f"zero-shot, {results[0].harness}; ± one standard error")
+    for column in ("task", "metric"):
+        table.add_column(column)
+    for column in ("items", *(result.model + (" (dense)" if result.dense else "") for result in results)):
+        table.add_column(column, justify="right")
+    for same in zip(*(result.scores for result in results), strict=True):
+        errors = ["" if score.stderr is None else f" ± {score.stderr:.4f}" for score in same]
+        cells = [f"{score.value:.4f}{error}" for score, error in zip(same, errors, strict=True)]
+        table.add_row(same[0].task, same[0].metric, f"{same[0].num_items:,}", *cells)
+    out.print(table)
 
 
 def inspect(
@@ -138,7 +167,7 @@ def _verify(folder: str, masks: Path | None, as_json: bool) -> None:
         sys.stdout.write(json.dumps(asdict(found) | {"holds": found.holds}, indent=2) + "\n")
     else:
         for breach in found.breaches:
-            out.print(f"[red]broken[/red] {breach}", highlight=False, soft_wrap=True)
+            out.print(f"[red]broken[/red] {escape(str(breach))}", highlight=False, soft_wrap=True)
         compared = [f"{found.patterns} patterns"] * bool(found.patterns) + [f"{found.masks} masks"] * bool(found.masks)
         verdict = f"broken in {len({b.name for b in found.breaches})} tensors" if found.breaches else "held"
         out.print(f"{' and '.join(compared)}: {verdict}", highlight=False)

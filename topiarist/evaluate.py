@@ -171,32 +171,40 @@ def compare(
     With `reference`, the base of a pruned model joins if it can be found and no dense model was named. All windows are
     made, and refused, before any model is loaded.
     """
-    bases = {str(name): _base_of(name) for name in models}
-    names = [str(name) for name in models]
-    if reference and all(bases.values()):
-        found = [base for base in dict.fromkeys(bases.values()) if base and Path(base).is_dir()]
-        names = found[:1] + names
-        bases.update(dict.fromkeys(found[:1]))
-    names.sort(key=lambda name: bases[name] is not None)
+    named = with_reference(models, reference)
     prepared = {
         name: [
             held_out_windows(name, text, window=window, max_windows=max_windows, allow_overlap=allow_overlap)
             for text in texts
         ]
-        for name in names
+        for name, _ in named
     }
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
-    for name in names:
+    for name, dense in named:
         model = load_model(name, device=where, trust_remote_code=trust_remote_code)
         label = Path(name).name
         results = [
             perplexity(model, w, batch_size=batch_size, progress=lambda done, total, n=label: progress(n, done, total))
             for w in prepared[name]
         ]
-        rows.append(Row(name, bases[name] is None, results))
+        rows.append(Row(name, dense, results))
         del model
     return rows
+
+
+def with_reference(models: Sequence[str], reference: bool = True) -> list[tuple[str, bool]]:
+    """(model, whether it is dense), dense ones first.
+
+    With `reference`, the base of a pruned model joins if it can be found and no dense model is named.
+    """
+    bases = {str(name): _base_of(name) for name in models}
+    names = [str(name) for name in models]
+    if reference and all(bases.values()):
+        found = [base for base in dict.fromkeys(bases.values()) if base and Path(base).is_dir()]
+        names = found[:1] + names
+        bases.update(dict.fromkeys(found[:1]))
+    return sorted(((name, bases[name] is None) for name in names), key=lambda named: not named[1])
 
 
 def entries(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:

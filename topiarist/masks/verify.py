@@ -141,9 +141,9 @@ def _excess(pattern: Pattern, mask: Tensor) -> tuple[int, str]:
     if isinstance(pattern, NM):
         over = (mask.unflatten(1, (-1, pattern.of)).sum(-1) - pattern.keep).clamp(min=0)
         row, group = over.nonzero()[0].tolist()
-        begin = group * pattern.of
-        where = f"in {int((over > 0).any(1).sum())} of {rows} rows, first in row {row}, columns {begin}-{begin + pattern.of - 1}"
-        return int(over.sum()), where
+        begin, touched = group * pattern.of, int((over > 0).any(1).sum())
+        place = f"columns {begin}-{begin + pattern.of - 1}"
+        return int(over.sum()), f"in {touched} of {rows} rows, first in row {row}, {place}"
     excess = int(mask.sum()) - pattern.num_kept((rows, columns))
     if isinstance(pattern, Unstructured) and pattern.per == "row":
         allowed = pattern.num_kept((rows, columns)) // rows

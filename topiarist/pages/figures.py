@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 LEVELS = 9
@@ -134,6 +134,8 @@ class Dot:
     x: float
     y: float
     title: str
+    label: tuple[float, float] = (1.0, 0.0)
+    """Where its number stands, from the dot, in units of the number's own height; y upwards."""
 
 
 @dataclass(frozen=True)
@@ -163,11 +165,40 @@ def panel(
         Dot(number, (x - x_low) / (x_high - x_low), (shape(y) - y_low) / (y_high - y_low), title)
         for number, x, y, title in points
     ]
+    dots = _labelled(dots)
     x_ticks = [((x - x_low) / (x_high - x_low), x_text(x)) for x in nice_ticks(x_low, x_high)]
     back: Callable[[float], float] = math.exp if logarithmic else float
     steps = _log_ticks(math.exp(y_low), math.exp(y_high)) if logarithmic else nice_ticks(y_low, y_high)
     y_ticks = [((shape(y) - y_low) / (y_high - y_low), y_text(y)) for y in steps if back(y_low) <= y <= back(y_high)]
     return Panel(label, dots, x_ticks, y_ticks)
+
+
+LABEL = (0.055, 0.065)
+"""Width and height of a number, as shares of a panel."""
+AROUND = [(1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0)]
+AROUND += [(x, y) for r in (1.0, 2.0, 3.0) for y in (r, -r) for x in (1.0, -1.0)]
+
+
+def _labelled(dots: Sequence[Dot]) -> list[Dot]:
+    """Each number in the first free place around its dot, so that results close together can all be read."""
+    taken = [(dot.x, dot.y) for dot in dots]
+    placed = []
+    for dot in dots:
+        places = [(dot.x + dx * LABEL[0], dot.y + dy * LABEL[1]) for dx, dy in AROUND]
+        free = [
+            all(
+                abs(x - a) >= LABEL[0] * 0.9 or abs(y - b) >= LABEL[1] * 0.9
+                for a, b in taken
+                if (a, b) != (dot.x, dot.y)
+            )
+            and 0 < x < 1
+            and 0 < y < 1
+            for x, y in places
+        ]
+        best = free.index(True) if any(free) else 0
+        taken.append(places[best])
+        placed.append(replace(dot, label=AROUND[best]))
+    return placed
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from topiarist.pages.figures import Panel, by_place, curve, heat_map, panel
 from topiarist.pages.result import PAGE, Result
@@ -63,6 +65,9 @@ def compare_page(results: Sequence[Result], *, links_from: Path | None = None) -
         quality, label = [_mean_error(result) for result in results], "mean reconstruction error"
     links = [_link(result, links_from) for result in results]
     dense = next((e["dense"]["value"] for e in chosen if e and e.get("dense")), None)
+    texts = sorted({(e["text"], e["window"], e["digest"]) for r in results for e in r.perplexities})
+    tasks = sorted({e["task"] for r in results for e in r.tasks})
+    bases = sorted({result.report["model"] for result in results})
     return (
         _environment()
         .get_template("compare.html")
@@ -71,11 +76,26 @@ def compare_page(results: Sequence[Result], *, links_from: Path | None = None) -
             panels=_panels(results, quality, dense),
             label=label,
             dense=dense,
-            texts=sorted({(e["text"], e["window"], e["digest"]) for r in results for e in r.perplexities}),
-            tasks=sorted({e["task"] for r in results for e in r.tasks}),
-            bases=sorted({result.report["model"] for result in results}),
+            texts=texts,
+            tasks=tasks,
+            dense_row=_dense_row(results, texts, tasks) if len(bases) == 1 else None,
+            bases=bases,
         )
     )
+
+
+def _dense_row(results: Sequence[Result], texts: Sequence[tuple], tasks: Sequence[str]) -> dict[str, list] | None:
+    """The dense model's figures, as any of its results states them; None if none does."""
+
+    def stated(entries: Iterable[Mapping[str, Any]]) -> float | None:
+        return next((entry["dense"]["value"] for entry in entries if entry.get("dense")), None)
+
+    by_text = [
+        stated(e for r in results for e in r.perplexities if (e["text"], e["window"], e["digest"]) == text)
+        for text in texts
+    ]
+    by_task = [stated(e for r in results for e in r.tasks if e["task"] == task) for task in tasks]
+    return {"texts": by_text, "tasks": by_task} if any(by_text + by_task) else None
 
 
 def comparable(results: Sequence[Result]) -> tuple[list[Mapping[str, Any] | None], str]:
@@ -214,6 +234,8 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )
     environment.filters |= {"percent": percent, "short": short, "error": error_text, "bytes": size_text}
+    # File names are one long word; they may be broken after what separates their parts.
+    environment.filters["breaks"] = lambda name: Markup(re.sub(r"([_.\-/])", r"\1<wbr>", str(escape(name))))
     environment.filters["at"] = lambda share: f"{100 * share:.2f}%"
     environment.globals |= {"percent_text": percent, "error_text": error_text}
     return environment
