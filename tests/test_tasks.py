@@ -96,6 +96,7 @@ def log_likelihood(model, context: str, continuation: str) -> float:
     return sum(float(log_probabilities[i - 1, whole[i]]) for i in range(len(before), len(whole)))
 
 
+@pytest.mark.slow
 def test_scores_agree_with_a_plain_loop(items: Path, tmp_path: Path, monkeypatch, capsys):
     pytest.importorskip("lm_eval")
     monkeypatch.chdir(tmp_path)
@@ -128,6 +129,7 @@ def test_scores_agree_with_a_plain_loop(items: Path, tmp_path: Path, monkeypatch
     assert "| lambada_openai | perplexity | 3 |" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_harness_s_refusal_is_one_line(tmp_path: Path, monkeypatch, capsys):
     pytest.importorskip("lm_eval")
     tiny.tiny_checkpoint(tmp_path / "base")

@@ -7,6 +7,7 @@ scoring are those of the harness's own task of that name; only where the items c
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import sys
@@ -219,13 +220,13 @@ def entries(results: Sequence[Scores]) -> dict[str, list[dict[str, Any]]]:
 
 def _harness() -> Any:
     try:
-        import lm_eval
-        import lm_eval.models.huggingface  # also missing if only its base package's dependencies are there
+        harness = importlib.import_module("lm_eval")
+        importlib.import_module("lm_eval.models.huggingface")  # needs more than the package itself does
     except ImportError as error:
         raise TopiaristError(
             f"tasks need lm-evaluation-harness, which cannot be imported ({error}): pip install 'topiarist[eval]'"
         ) from error
-    return lm_eval
+    return harness
 
 
 def _run(

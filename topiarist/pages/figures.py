@@ -36,6 +36,8 @@ class HeatMap:
     """(position from 0 to 1, block number) along the lower edge."""
     bounds: list[float]
     """Limits of the colours, one more than there are colours."""
+    cut: bool
+    """Whether values below the lowest limit share the first colour."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def heat_map(
     table = by_place(stated, field)
     means = {kind: {block: sum(v) / len(v) for block, v in row.items()} for kind, row in table.items()}
     finite = [m for row in means.values() for m in row.values() if math.isfinite(m)]
-    scale = _log_scale(finite) if logarithmic else [i / LEVELS for i in range(LEVELS + 1)]
+    scale = _log_scale(finite) if logarithmic else _linear_scale(finite)
     columns = 1 + max(block for row in table.values() for block in row)
     rows = []
     for kind, row in table.items():
@@ -88,7 +90,7 @@ def heat_map(
             many = f" (mean of {len(values)}, largest {text(max(values))})" if len(values) > 1 else ""
             cells.append(Cell(block, _level(mean, scale), f"block {block}, {kind}: {text(mean)}{many}"))
         rows.append((kind, cells))
-    return HeatMap(rows, columns, _ticks(columns), scale)
+    return HeatMap(rows, columns, _ticks(columns), scale, any(m < scale[0] for m in finite))
 
 
 def _log_scale(values: Sequence[float]) -> list[float]:
@@ -102,6 +104,11 @@ def _log_scale(values: Sequence[float]) -> list[float]:
     if high - low < 0.1:  # all alike: one colour from the middle, not noise blown up to the whole scale
         low, high = low - 0.5, high + 0.5
     return [10 ** (low + (high - low) * i / LEVELS) for i in range(LEVELS + 1)]
+
+
+def _linear_scale(values: Sequence[float]) -> list[float]:
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    return [low + (high - low) * i / LEVELS for i in range(LEVELS + 1)]
 
 
 def _level(value: float, scale: Sequence[float]) -> int | None:
@@ -202,7 +209,7 @@ def _labelled(dots: Sequence[Dot]) -> list[Dot]:
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
-    margin = 0.1 * (high - low) or 0.1 * abs(high) or 1.0
+    margin = max(0.1 * (high - low), 0.02 * abs(high)) or 1.0
     return low - margin, high + margin
 
 
