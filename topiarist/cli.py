@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from topiarist import cli_masks, cli_runtime
+from topiarist import cli_masks, cli_report, cli_runtime
 from topiarist.__about__ import __version__
 from topiarist.cli_tools import Text, err, filled, out, progress_bar, quiet, set_threads
 
@@ -98,99 +97,8 @@ def prune(
     out.print(f"{run['seconds']:.0f} s, peak memory {run['peak_memory_bytes'] / 1e9:.2f} GB; written to {output}")
 
 
-@app.command("eval")
-def evaluate(
-    models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="model folders; a pruned one's base is added")
-    ],
-    text: Text,
-    window: Annotated[int, typer.Option(help="tokens a window; windows do not overlap")] = 1024,
-    max_windows: Annotated[int | None, typer.Option(help="only the first windows of each text")] = None,
-    batch_size: Annotated[int, typer.Option(help="windows a forward pass")] = 1,
-    device: Annotated[str | None, typer.Option(help="default: a GPU if there is one")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads")] = None,
-    reference: Annotated[bool, typer.Option(help="add the dense base of a pruned model as first row")] = True,
-    allow_overlap: Annotated[bool, typer.Option(help="evaluate on calibration text all the same")] = False,
-    trust_remote_code: Annotated[bool, typer.Option(help="run Python code that the model folder brings")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-) -> None:
-    """Perplexity of every MODEL on every text file, dense reference first."""
-    from topiarist.data import text_files
-    from topiarist.evaluate import compare
-
-    set_threads(threads)
-    quiet()
-    sources = [text_files(path) for path in text]
-    with progress_bar() as progress:
-        rows = compare(
-            models,
-            sources,
-            window=window,
-            max_windows=max_windows,
-            batch_size=batch_size,
-            device=device,
-            reference=reference,
-            allow_overlap=allow_overlap,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-    if as_json:
-        sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-        return
-    table = Table(title=f"perplexity, windows of {window} tokens without overlap, no special tokens")
-    table.add_column("model")
-    table.add_column("dtype")
-    for path, result in zip(text, rows[0].results, strict=True):
-        header = f"{path.name}\n{result.tokens:,} tokens\nsha256 {result.text_digest[:12]}"
-        table.add_column(header, justify="right")
-    for row in rows:
-        cells = [f"{r.value:.2f}" if r.value < 1e5 else f"{r.value:.3g}" for r in row.results]
-        table.add_row(row.model + (" (dense)" if row.dense else ""), row.results[0].dtype, *cells)
-    out.print(table)
-
-
-@app.command()
-def inspect(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="checkpoint folder")],
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-) -> None:
-    """What is in a checkpoint: sparsity of every layer, whether its pattern holds in the files, provenance."""
-    from topiarist.evaluate import audit
-
-    provenance, audits = audit(folder)
-    if as_json:
-        plain = {"pruning_config": provenance, "matrices": [asdict(a) for a in audits]}
-        sys.stdout.write(json.dumps(plain, indent=2) + "\n")
-        return
-    table = Table(title=str(folder))
-    for column in ("layer", "shape", "sparsity", "pattern", "holds"):
-        table.add_column(column, justify="right" if column == "sparsity" else "left")
-    for a in audits:
-        holds = "" if a.holds is None else "yes" if a.holds else "[red]NO[/red]"
-        table.add_row(a.name, f"{a.shape[0]} x {a.shape[1]}", f"{a.sparsity:.4f}", a.pattern or "", holds)
-    out.print(table)
-    size = sum(a.shape[0] * a.shape[1] for a in audits)
-    zeros = sum(a.sparsity * a.shape[0] * a.shape[1] for a in audits)
-    out.print(f"{zeros / size:.2%} zeros in {len(audits)} matrices ({size:,} weights)")
-    broken = [a.name for a in audits if a.holds is False]
-    if broken:
-        out.print(f"the claimed pattern is broken in {len(broken)} matrices, first {broken[0]}")
-    if provenance:
-        calibration = provenance.get("calibration", {})
-        out.print(
-            f"pruned from {provenance.get('base_model')} with {provenance.get('method')} {provenance.get('pattern')} "
-            f"(topiarist {provenance.get('version')}), calibration {calibration.get('samples')} x "
-            f"{calibration.get('window')} tokens, sha256 {str(calibration.get('digest'))[:12]}"
-        )
-    else:
-        out.print("no pruning_config: not pruned by topiarist")
-
-
-app.command()(cli_masks.learn)
-app.command()(cli_masks.apply)
-app.command()(cli_runtime.pack)
-app.command()(cli_runtime.unpack)
-app.command()(cli_runtime.bench)
+for name, command in {**cli_masks.COMMANDS, **cli_runtime.COMMANDS, **cli_report.COMMANDS}.items():
+    app.command(name)(command)
 
 
 @app.callback(invoke_without_command=True)
@@ -225,11 +133,13 @@ def main() -> None:
     """Run the command line. User errors end in one line and exit code 2."""
     from topiarist.errors import TopiaristError
 
-    warnings.showwarning = lambda message, *_, **__: err.print(f"[yellow]warning[/yellow] {message}", highlight=False)
+    warnings.showwarning = lambda message, *_, **__: err.print(
+        f"[yellow]warning[/yellow] {escape(str(message))}", highlight=False
+    )
     try:
         code = app(standalone_mode=False) or 0
     except TopiaristError as error:
-        err.print(f"[red]error[/red] {error}", highlight=False, soft_wrap=True)
+        err.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         code = USAGE
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED

@@ -104,3 +104,6 @@ def apply(
     import topiarist as tp
 
     out.print(f"written to {tp.masks.apply(base, masks, output)}")
+
+
+COMMANDS = {"learn": learn, "apply": apply}

@@ -51,6 +51,7 @@ def bench(
     batch: Annotated[list[int] | None, typer.Option(help="batch size; may be repeated; default 1, 4, 8, 32")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice")] = None,
+    save: Annotated[bool, typer.Option("--save", help="put the result beside the checkpoint and on its page")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Prefill and decode speed on this machine, dense against sparse, and which layers run sparse and why others do not."""
@@ -59,8 +60,13 @@ def bench(
     set_threads(threads)
     quiet()
     report = bench_folder(folder, tokens=tokens, prompt=prompt, batches=batch or (1, 4, 8, 32), device=device)
+    plain = asdict(report) | {"verdict": report.verdict}
+    if save:
+        from topiarist.pages import save_benchmark
+
+        save_benchmark(folder, plain)
     if as_json:
-        sys.stdout.write(json.dumps(asdict(report) | {"verdict": report.verdict}, indent=2) + "\n")
+        sys.stdout.write(json.dumps(plain, indent=2) + "\n")
         return
     table = Table(title=f"tokens/s, {report.machine}")
     for column in ("phase", "batch", "dense", "sparse", "gain"):
@@ -73,3 +79,6 @@ def bench(
         out.print(f"{count:4d} linears: {reason}", highlight=False)
     out.print(f"weights {report.dense_bytes / 1e6:.0f} MB dense, {report.sparse_bytes / 1e6:.0f} MB as they run")
     out.print(report.verdict)
+
+
+COMMANDS = {"pack": pack, "unpack": unpack, "bench": bench}

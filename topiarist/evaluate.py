@@ -118,9 +118,7 @@ def audit(folder: str | Path) -> tuple[dict[str, Any], list[MatrixAudit]]:
     checkpoint = Checkpoint(locate(folder))
     source = StreamedModel(checkpoint, device=torch.device("cpu"))
     provenance = checkpoint.config.get("pruning_config", {})
-    claims = {
-        name: provenance.get("patterns", {}).get(name, provenance["pattern"]) for name in provenance.get("modules", {})
-    }
+    claims = checkpoint.claims()
     audits = []
     for index, path in enumerate(block_names(source.model, source.family)):
         source.load(index)
@@ -173,32 +171,59 @@ def compare(
     With `reference`, the base of a pruned model joins if it can be found and no dense model was named. All windows are
     made, and refused, before any model is loaded.
     """
-    bases = {str(name): _base_of(name) for name in models}
-    names = [str(name) for name in models]
-    if reference and all(bases.values()):
-        found = [base for base in dict.fromkeys(bases.values()) if base and Path(base).is_dir()]
-        names = found[:1] + names
-        bases.update(dict.fromkeys(found[:1]))
-    names.sort(key=lambda name: bases[name] is not None)
+    named = with_reference(models, reference)
     prepared = {
         name: [
             held_out_windows(name, text, window=window, max_windows=max_windows, allow_overlap=allow_overlap)
             for text in texts
         ]
-        for name in names
+        for name, _ in named
     }
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
-    for name in names:
+    for name, dense in named:
         model = load_model(name, device=where, trust_remote_code=trust_remote_code)
         label = Path(name).name
         results = [
             perplexity(model, w, batch_size=batch_size, progress=lambda done, total, n=label: progress(n, done, total))
             for w in prepared[name]
         ]
-        rows.append(Row(name, bases[name] is None, results))
+        rows.append(Row(name, dense, results))
         del model
     return rows
+
+
+def with_reference(models: Sequence[str], reference: bool = True) -> list[tuple[str, bool]]:
+    """(model, whether it is dense), dense ones first.
+
+    With `reference`, the base of a pruned model joins if it can be found and no dense model is named.
+    """
+    bases = {str(name): _base_of(name) for name in models}
+    names = [str(name) for name in models]
+    if reference and all(bases.values()):
+        found = [base for base in dict.fromkeys(bases.values()) if base and Path(base).is_dir()]
+        names = found[:1] + names
+        bases.update(dict.fromkeys(found[:1]))
+    return sorted(((name, bases[name] is None) for name in names), key=lambda named: not named[1])
+
+
+def entries(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """What is stored beside every pruned model of a comparison: its figures, each with that of the dense model.
+
+    names: of the texts. A dense figure counts only if it was measured on the very same tokens.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in (row for row in rows if not row.dense):
+        for index, (name, result) in enumerate(zip(names, row.results, strict=True)):
+            same = (
+                {"model": other.model, "value": other.results[index].value}
+                for other in rows
+                if other.dense and other.results[index].text_digest == result.text_digest
+            )
+            entry = {"text": name, "digest": result.text_digest, "window": result.window, "tokens": result.tokens}
+            entry |= {"dtype": result.dtype, "value": result.value, "dense": next(same, None)}
+            found.setdefault(row.model, []).append(entry)
+    return found
 
 
 def _base_of(model: str | Path) -> str | None:

@@ -1,4 +1,4 @@
-"""What a run did: numbers per layer, and the model card they are printed on."""
+"""What a run did: numbers per layer, its provenance, its memory."""
 
 from __future__ import annotations
 
@@ -55,6 +55,12 @@ class Report:
     refined: list[BlockRefinement] = field(default_factory=list)
     """A BlockRefinement of every block, if refinement was asked for."""
     warnings: list[str] = field(default_factory=list)
+    command: list[str] = field(default_factory=list)
+    """The command line that repeats this run."""
+    not_in_command: list[str] = field(default_factory=list)
+    """What was given as an object, and has a placeholder in the command."""
+    weights: Mapping[str, Any] = field(default_factory=dict)
+    """`bytes` of all weights of the dense model, and the `dtype` of most."""
     run: dict[str, Any] = field(default_factory=dict)
     """Seconds by activity, peak memory, machine: differs from run to run."""
     output: str | None = None
@@ -73,6 +79,9 @@ class Report:
             layers=[LayerReport.from_dict(layer) for layer in plain["layers"]],
             refined=[BlockRefinement(**block) for block in plain["refined"]],
             warnings=plain["warnings"],
+            command=plain.get("command", []),
+            not_in_command=plain.get("not_in_command", []),
+            weights=plain.get("weights", {}),
             run=json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {},
             output=str(folder),
         )
@@ -115,38 +124,6 @@ class Report:
             "modules": {layer.name: round(layer.sparsity, 6) for layer in self.layers},
             **({"patterns": {layer.name: layer.pattern for layer in self.layers}} if self.pattern == "mixed" else {}),
         }
-
-
-def model_card(report: Report, version: str) -> str:
-    """README.md of a pruned checkpoint."""
-    calibration = report.calibration
-    worst = sorted(report.layers, key=lambda layer: -layer.error)[:5]
-    rows = "\n".join(f"| `{w.name}` | {w.shape[0]} x {w.shape[1]} | {w.sparsity:.3f} | {w.error:.4f} |" for w in worst)
-    return f"""---
-library_name: transformers
-base_model: {report.model}
-tags: [pruned, sparse, "{report.pattern}", {report.method}]
----
-# {report.model.rstrip("/").rsplit("/", 1)[-1]}, pruned {report.pattern} with {report.method}
-
-{report.sparsity:.1%} of the weights of {len(report.layers)} matrices are zero. The files are ordinary dense tensors: any
-loader opens them, and they are neither smaller nor faster by themselves.
-
-| | |
-|---|---|
-| method | {report.method} {dict(report.settings)} |
-| pattern | {report.pattern} |
-| calibration | {calibration["samples"]} windows of {calibration["window"]} tokens, sha256 {calibration["digest"][:16]} |
-| mean relative reconstruction error | {report.mean_error:.4f} |
-
-Layers with the largest error:
-
-| layer | shape | sparsity | error |
-|---|---|---|---|
-{rows}
-
-Made by topiarist {version}; `topiarist inspect` shows every layer. Measure the price before use: `topiarist eval`.
-"""
 
 
 def reset_peak_memory() -> None:

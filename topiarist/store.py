@@ -146,6 +146,15 @@ class Checkpoint:
                     while size:
                         size -= out.write(source.read(min(size, 1 << 24)))
 
+    def claims(self) -> dict[str, str]:
+        """The pattern that `pruning_config` claims for every matrix; {} if there is none."""
+        provenance = self.config.get("pruning_config", {})
+        claims: dict[str, str] = {}
+        for name, about in provenance.get("modules", {}).items():
+            own = about.get("pattern") if isinstance(about, dict) else None
+            claims[name] = own or provenance.get("patterns", {}).get(name, provenance["pattern"])
+        return claims
+
     def dtype(self) -> torch.dtype:
         """The dtype that the config states, else that of the first floating tensor."""
         stated = self.config.get("dtype", self.config.get("torch_dtype"))

@@ -17,11 +17,13 @@ from topiarist import __about__, allocate
 from topiarist.data import TextFiles, Windows, calibration_windows, load_tokenizer
 from topiarist.errors import CalibrationError, CheckpointError, TopiaristError
 from topiarist.models import block_names, matrices_of
+from topiarist.pages import PAGE, Result, model_card, report_page
 from topiarist.patterns import Pattern, parse_pattern
 from topiarist.pipelines.block import BlockPruner, check_finite
+from topiarist.pipelines.command import prune_command
 from topiarist.pipelines.refine import Refine
 from topiarist.pipelines.stream import BlockStream, GramCollector, watch_inputs
-from topiarist.report import BlockRefinement, LayerReport, Report, model_card, peak_memory_bytes, reset_peak_memory
+from topiarist.report import BlockRefinement, LayerReport, Report, peak_memory_bytes, reset_peak_memory
 from topiarist.solvers import SOLVERS, Solver
 from topiarist.sources import LoadedModel, StreamedModel, block_matrices, eager_experts
 from topiarist.store import Checkpoint, OutputFolder, locate
@@ -71,6 +73,21 @@ def prune(
     source, checkpoint, name = open_source(model, out, device, trust_remote_code)
     patterns, unmatched = resolve_patterns(source, base_pattern, allocation, skip)
     windows = read_windows(source, checkpoint, calibration, tokenizer, num_samples, window, seed)
+    refinement = (refine or None) if not isinstance(refine, bool) else Refine() if refine else None
+    command, unsaid = prune_command(
+        model,
+        calibration=calibration,
+        solver=solver,
+        pattern=str(base_pattern),
+        allocation=allocation,
+        skip=skip,
+        refine=refinement,
+        num_samples=len(windows.tokens),
+        window=windows.window,
+        seed=seed,
+        batch_size=batch_size,
+        true_sequential=true_sequential,
+    )
     report = Report(
         method=method_name(solver),
         settings=asdict(solver),
@@ -84,10 +101,11 @@ def prune(
             "batch_size": batch_size,
             "true_sequential": true_sequential,
         },
+        command=command,
+        not_in_command=unsaid,
+        weights=_weights(source.model, checkpoint),
     )
-    pruner = BlockPruner(
-        solver, patterns, (refine or None) if not isinstance(refine, bool) else Refine() if refine else None
-    )
+    pruner = BlockPruner(solver, patterns, refinement)
     for expression in unmatched:
         pruner.warn(f"--skip {expression!r} matches no layer", UserWarning)
     run = _Run(source, pruner, windows.tokens, batch_size, true_sequential, spill, progress or (lambda *_: None))
@@ -355,9 +373,20 @@ def _save_loaded(model: Any, tokenizer: Any, out: Path, report: Report, windows:
         raise CheckpointError(f"cannot write to {out}: {error}") from error
 
 
+def _weights(model: nn.Module, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """Size and dtype of the dense model, for the report."""
+    if checkpoint is not None:
+        return {"bytes": checkpoint.weight_bytes(), "dtype": str(checkpoint.dtype()).removeprefix("torch.")}
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return {"bytes": sum(p.nbytes for p in model.parameters()), "dtype": str(dtype).removeprefix("torch.")}
+
+
 def _side_texts(report: Report, windows: Windows) -> dict[str, str]:
+    # Without the timings, so that the same run writes the same page; `topiarist report` shows them.
+    result = Result(report.to_dict(), __about__.__version__)
     return {
-        "README.md": model_card(report, __about__.__version__),
+        "README.md": model_card(result),
+        PAGE: report_page(result),
         "pruning_run.json": json.dumps(report.run, indent=2) + "\n",
         "pruning_calibration.json": json.dumps(
             {"digest": windows.digest, "line_hashes": [f"{h:016x}" for h in sorted(windows.line_hashes)]}

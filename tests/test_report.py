@@ -1,0 +1,259 @@
+"""Pages and cards: complete, the same bytes for the same run, true to the JSON beside them, and safe with odd numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import tiny
+
+import topiarist as tp
+from topiarist import cli
+from topiarist.pages import Result, compare_page, report_page, save_benchmark, save_evaluation
+from topiarist.pages.figures import curve, heat_map, nice_ticks, panel, place_of
+from topiarist.pages.render import percent, short, size_text
+
+BENCH = {
+    "machine": "a machine",
+    "verdict": "Decoding is up to 1.71 x as fast (batch 1).",
+    "speeds": [
+        {"phase": "prefill", "batch": 1, "dense": 100.0, "sparse": 90.0},
+        {"phase": "decode", "batch": 1, "dense": 10.0, "sparse": 17.1},
+    ],
+    "acceleration": {"layers": [{"reason": "runs packed"}, {"reason": "runs packed"}, {"reason": "too small"}]},
+}
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced and nothing is loaded from elsewhere, and gathers the text."""
+
+    VOID = frozenset({"meta", "wbr", "br", "rect", "circle", "polyline"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(html)
+        assert not self.open
+        self.text = re.sub(r"\s+", " ", self.text)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        assert tag not in ("script", "link", "img", "iframe")
+        assert not any(name == "src" or str(value).startswith(("http:", "https:", "//")) for name, value in attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert tag in self.VOID or self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data if "style" not in self.open else ""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A base model, two results of it, and a held-out text."""
+    root = tmp_path_factory.mktemp("report")
+    tiny.tiny_checkpoint(root / "base", num_hidden_layers=3)
+    tiny.tiny_text(root, "heldout.txt", paragraphs=8)
+    options = {"calibration": tiny.tiny_tokens(8, 32), "batch_size": 4}
+    skip = [r"layers\.1\.self_attn"]
+    tp.prune(root / "base", root / "a", method="sparsegpt", pattern="2:4", refine=True, skip=skip, **options)
+    tp.prune(root / "base", root / "b", method="wanda", pattern="0.7", **options)
+    return root
+
+
+@pytest.fixture
+def call(root: Path, monkeypatch, capsys):
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["topiarist", *words])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(stop.value.code or 0), printed.out, printed.err
+
+    return run
+
+
+def test_a_run_writes_a_page_that_is_whole(root: Path, tmp_path: Path):
+    html = (root / "a" / "pruning_report.html").read_text()
+    page = Page(html)
+    assert "base, pruned 2:4 with sparsegpt" in page.text and "What refinement gained" in page.text
+    # 3 blocks of 7 matrices, less the 4 that were skipped; 9 colours of the legend; 2 bars for each of 3 blocks
+    assert html.count("<rect") == 17 + 9 + 6
+    assert "block 1, mlp.up_proj" in page.text and "block 1, self_attn.q_proj" not in page.text
+    assert "--skip &#39;layers\\.1\\.self_attn&#39;" in html or "layers\\.1\\.self_attn" in page.text
+    assert "of memory" not in page.text, "timings would differ from run to run"
+    assert (
+        "Not measured yet" in page.text and "Words in capitals stand for calibration text given in memory" in page.text
+    )
+    again = tp.prune(
+        root / "base", tmp_path / "a", method="sparsegpt", refine=True, skip=[r"layers\.1\.self_attn"], batch_size=4,
+        calibration=tiny.tiny_tokens(8, 32),
+    )  # fmt: skip
+    assert (tmp_path / "a" / "pruning_report.html").read_text() == html
+    assert again.command[-2:] == ["4", "--refine"]
+
+
+def test_the_command_of_the_page_repeats_the_run(root: Path, call):
+    text = tiny.tiny_text(root, "calibration.txt")
+    words = ("--calibration", str(text), "--samples", "4", "--window", "16", "--method", "alps", "--set", "refit=true")
+    code, _, error = call("prune", "base", "first", *words, "--pattern", "0.5/row", "--true-sequential")
+    assert code == 0, error
+    command = json.loads((root / "first" / "pruning_report.json").read_text())["command"]
+    code, _, error = call(*["second" if word == "OUT" else word for word in command[1:]])
+    assert code == 0, error
+    for name in ("pruning_report.html", "README.md", "pruning_report.json", "model-00002-of-00004.safetensors"):
+        assert (root / "first" / name).read_bytes() == (root / "second" / name).read_bytes()
+
+
+def test_saved_measurements_show_on_page_and_card(root: Path, call):
+    before = (root / "b" / "README.md").read_text()
+    assert "Not measured yet" in before
+    (root / "b" / "README.md").write_text(before + "\nWritten by hand.\n")
+    code, printed, _ = call("eval", "b", "--text", "heldout.txt", "--window", "32", "--save", "--json")
+    dense, pruned = (row["results"][0] for row in json.loads(printed))
+    assert code == 0
+    saved = json.loads((root / "b" / "pruning_evaluation.json").read_text())["perplexity"]
+    assert saved == [
+        {
+            "text": "heldout.txt",
+            "digest": pruned["text_digest"],
+            "window": 32,
+            "tokens": pruned["tokens"],
+            "dtype": "float32",
+            "value": pruned["value"],
+            "dense": {"model": str(root / "base"), "value": dense["value"]},
+        }
+    ]
+    page = Page((root / "b" / "pruning_report.html").read_text())
+    card = (root / "b" / "README.md").read_text()
+    assert short(pruned["value"]) in page.text and short(dense["value"]) in page.text
+    assert f"| {short(dense['value'])} | {short(pruned['value'])} |" in card
+    assert "Not measured yet" not in card and "Written by hand." in card and card.count("measured by topiarist") == 1
+    call("eval", "b", "--text", "heldout.txt", "--window", "32", "--save")
+    assert json.loads((root / "b" / "pruning_evaluation.json").read_text())["perplexity"] == saved, (
+        "replaced, not added"
+    )
+    call("eval", "b", "--text", "heldout.txt", "--window", "16", "--save", "--no-reference")
+    assert [e["dense"] is None for e in Result.from_folder(root / "b").perplexities] == [False, True]
+
+
+def test_several_results_in_one_picture(root: Path, call):
+    code, _, _ = call("eval", "a", "b", "--text", "heldout.txt", "--window", "32", "--save")
+    assert code == 0
+    save_benchmark(root / "a", BENCH)
+    assert "1.71 ×" in Page((root / "a" / "pruning_report.html").read_text()).text
+    code, printed, _ = call("report", "a", "b", "--out", "pages.html")
+    assert code == 0 and "written pages.html" in printed
+    html = (root / "pages.html").read_text()
+    page = Page(html)
+    assert "2 results, 1 base model" in page.text and "1.71 ×" in page.text
+    assert 'href="a/pruning_report.html"' in html and 'href="b/pruning_report.html"' in html
+    assert html.count('class="panel"') == 2 and html.count('class="dot dense"') == 2
+    # dense, a and b by size; dense and a by speed, because b was not timed
+    assert html.count('class="dot') == 3 + 2
+
+
+def test_one_folder_gets_its_page_again_with_timings(root: Path, call):
+    code, printed, _ = call("report", "a")
+    assert code == 0 and "written a/pruning_report.html" in printed and "pruning_comparison" not in printed
+    assert "of memory" in (root / "a" / "pruning_report.html").read_text()
+
+
+def test_what_is_no_result_is_refused_in_one_line(root: Path, tmp_path: Path, call):
+    for folder, says in ((root / "base", "has no pruning_report.json"), (tmp_path / "none", "does not exist")):
+        code, _, error = call("report", str(folder))
+        assert code == 2 and says in error and len(error.strip().splitlines()) == 1
+    (tmp_path / "pruning_report.json").write_text("{")
+    code, _, error = call("report", str(tmp_path))
+    assert code == 2 and "is not valid JSON" in error
+
+
+def layer(name: str, error: float | None, sparsity: float = 0.5) -> dict:
+    return {"name": name, "shape": [8, 8], "pattern": "2:4", "sparsity": sparsity, "error": error, "tokens": 4}
+
+
+def result(layers: list[dict], **more) -> Result:
+    facts = {"method": "m", "pattern": "2:4", "model": "org/<b>", "warnings": [], "layers": layers, "sparsity": 0.5}
+    return Result({**facts, **more}, "0")
+
+
+def test_odd_numbers_and_hostile_names():
+    layers = [layer("l.0.up", math.nan), layer("l.0.down", 0.0), layer("l.1.up", 2.5), layer("odd", 1e-9, 0.9)]
+    page = report_page(result(layers, mean_error=math.inf, warnings=["<script>alert(1)</script>"] * 30))
+    assert "<script>" not in page and "org/<b>" not in page and "and 10 more" in page
+    text = Page(page).text
+    assert "not a number" in text and "Where the zeros are" in text
+    assert "nothing" not in Page(report_page(result([]))).text
+    infinite = {
+        "text": "t",
+        "digest": "d",
+        "window": 8,
+        "tokens": 7,
+        "dtype": "float32",
+        "value": math.inf,
+        "dense": None,
+    }
+    shown = Result(result(layers).report, "0", {"perplexity": [infinite]})
+    assert "∞" in Page(report_page(shown)).text
+    Page(compare_page([shown, result([])]))
+
+
+def test_learned_results_have_a_page_too():
+    masked = [
+        {"name": f"l.{i}.up.weight", "shape": [8, 8], "pattern": "2:4", "sparsity": 0.5, "flips": i / 10}
+        for i in (0, 1)
+    ]
+    history = [{"step": s, "tokens": s, "hard_loss": 4.0 - s / 100, "loss": 1.0, "flips": 0.0} for s in (0, 50, 100)]
+    facts = {"settings": {"preset": "quick"}, "data": {"samples": 3, "window": 8, "digest": "ab"}, "history": history}
+    text = Page(report_page(result(masked, **facts))).text
+    assert "How learning went" in text and "from 54.6 with the one-shot mask to 20.09" in text
+    assert "Where learning changed the mask" in text and "mean flips" in text
+
+
+def test_experts_share_a_cell():
+    map_ = heat_map(
+        [layer(f"m.layers.3.mlp.experts.up.{e}", e / 10) for e in range(1, 5)], "error", str, logarithmic=True
+    )
+    assert map_ is not None and map_.columns == 4
+    ((kind, (cell,)),) = map_.rows
+    assert kind == "mlp.experts.up" and "mean of 4, largest 0.4" in cell.title
+    assert place_of("transformer.h.11.attn.c_attn") == (11, "attn.c_attn") and place_of("fc") == (0, "fc")
+
+
+def test_scales():
+    assert nice_ticks(0.0, 1.0) == [0.0, 0.25, 0.5, 0.75, 1.0] and nice_ticks(12.0, 14.5) == [12.0, 13.0, 14.0]
+    assert curve([(0.0, 1.0)]) is None and curve([(0.0, math.nan), (1.0, 2.0)]) is None
+    line = curve([(0.0, 4.0), (10.0, 2.0)])
+    assert line is not None and line.points == [(0.0, 1.0), (1.0, 0.0)]
+    wide = panel("x", [(1, 0.5, 10.0, ""), (2, 1.0, 1e6, "")], (10.0, 1e6), str, str)
+    assert all(0 < dot.x < 1 and 0 < dot.y < 1 for dot in wide.dots) and 2 <= len(wide.y_ticks) <= 7
+    alone = panel("x", [(1, 0.5, 10.0, "")], (10.0, 10.0), str, str)
+    assert all(0 <= at <= 1 for at, _ in alone.x_ticks + alone.y_ticks)
+    assert [percent(0.5), percent(0.703), percent(1.0)] == ["50 %", "70.3 %", "100 %"]
+    assert [short(12.345), short(1234.5), short(3e9), short(math.inf)] == ["12.35", "1,234", "3.0e+09", "∞"]
+    assert [size_text(12), size_text(345678), size_text(16e9)] == ["12 B", "346 kB", "16.00 GB"]
+
+
+def test_packed_size_is_what_pack_makes(root: Path, tmp_path: Path):
+    from topiarist.runtime import pack_folder
+
+    packed = pack_folder(root / "b", tmp_path / "packed")
+    size = Result.from_folder(root / "b").size
+    assert size is not None
+    assert size["matrices_packed"] == packed.sparse_packed_bytes and size["matrices"] == packed.sparse_dense_bytes
+
+
+def test_measurements_can_wait_for_a_report(tmp_path: Path):
+    save_evaluation(tmp_path, {"perplexity": []})
+    save_benchmark(tmp_path, BENCH)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pruning_benchmark.json", "pruning_evaluation.json"]

@@ -1,0 +1,137 @@
+"""Zero-shot tasks from item files: refused early if they do not fit; scores against a plain loop where lm-eval is there."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import topiarist as tp
+from topiarist import cli, tasks
+from topiarist.pages import Result
+
+PIQA = [{"goal": f"goal {i}", "sol1": f"first {i}", "sol2": f"the second {i * 7}", "label": i % 2} for i in range(6)]
+ITEMS: dict[str, list[dict]] = {
+    "piqa_valid": PIQA,
+    "arc_easy_test": [{"question": "why?", "choices": ["a", "bee", "sea"], "label": 2}] * 3,
+    "hellaswag_val": [{"query": "once", "choices": ["upon", "a", "time", "more"], "label": 0}] * 3,
+    "openbookqa_test": [{"question": "fog is", "choices": ["wet", "dry"], "label": 0}] * 3,
+    "winogrande_xl": [{"sentence": "It was _ who left.", "option1": "he", "option2": "she", "answer": "2"}] * 3,
+    "boolq_validation": [{"question": "is it", "passage": "It is.", "answer": True}] * 3,
+    "social_iqa_validation": [
+        {"context": "c", "question": "q?", "answerA": "a", "answerB": "b", "answerC": "d", "label": "3"}
+    ] * 3,
+    "lambada_openai_test": [{"context": "a word is a", "continuation": w} for w in ("word", "bird", "cat")],
+}  # fmt: skip
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> Path:
+    folder = tmp_path / "items"
+    folder.mkdir()
+    for name, rows in ITEMS.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def call(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["topiarist", "eval", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    printed = capsys.readouterr()
+    return int(stop.value.code or 0), printed.out, printed.err
+
+
+def test_without_the_harness_one_line_says_what_to_install(items: Path, tmp_path: Path, monkeypatch, capsys):
+    tiny.tiny_checkpoint(tmp_path / "base")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # importing it now raises ImportError
+    code, _, error = call(monkeypatch, capsys, str(tmp_path / "base"), "--tasks", "piqa", "--task-files", str(items))
+    lines = [line for line in error.splitlines() if "error" in line]
+    assert code == 2 and len(lines) == 1 and lines[0].endswith("pip install 'topiarist[eval]'")
+
+
+def test_nothing_to_evaluate_on(tmp_path: Path, monkeypatch, capsys):
+    code, _, error = call(monkeypatch, capsys, str(tmp_path))
+    assert code == 2 and "name --text" in error and "--tasks" in error
+
+
+def test_every_format_makes_a_configuration(items: Path):
+    for name in ITEMS:
+        task = next(t for t in tasks.FORMATS if name.startswith(t))
+        config = tasks.local_task(task, items)
+        assert config["task"] == task and config["dataset_kwargs"]["data_files"]["test"].endswith(f"{name}.jsonl")
+    assert set(tasks.FORMATS) - {next(t for t in tasks.FORMATS if n.startswith(t)) for n in ITEMS} == {"arc_challenge"}
+
+
+def test_items_that_do_not_fit_are_refused(items: Path):
+    with pytest.raises(tp.CalibrationError, match=r"no item format is known for task 'mmlu'.*piqa"):
+        tasks.local_task("mmlu", items)
+    with pytest.raises(tp.CalibrationError, match=r"must hold one file arc_challenge\*.jsonl, found none"):
+        tasks.local_task("arc_challenge", items)
+    (items / "piqa_again.jsonl").write_text("{}\n")
+    with pytest.raises(tp.CalibrationError, match=r"found piqa_again.jsonl, piqa_valid.jsonl"):
+        tasks.local_task("piqa", items)
+    (items / "piqa_valid.jsonl").unlink()
+    with pytest.raises(
+        tp.CalibrationError, match=r"piqa_again.jsonl line 1 has no field 'goal'; items have goal, sol1"
+    ):
+        tasks.local_task("piqa", items)
+    for text, says in (("", "is empty"), (json.dumps(PIQA[0]) + "\n{\n", "line 2 is not a JSON object")):
+        (items / "piqa_again.jsonl").write_text(text)
+        with pytest.raises(tp.CalibrationError, match=says):
+            tasks.local_task("piqa", items)
+
+
+def log_likelihood(model, context: str, continuation: str) -> float:
+    tokenizer = tiny.tiny_tokenizer()
+    before, whole = (torch.tensor(tokenizer(text)["input_ids"]) for text in (context, context + continuation))
+    with torch.no_grad():
+        log_probabilities = model(whole[None]).logits[0].double().log_softmax(-1)
+    return sum(float(log_probabilities[i - 1, whole[i]]) for i in range(len(before), len(whole)))
+
+
+@pytest.mark.slow
+def test_scores_agree_with_a_plain_loop(items: Path, tmp_path: Path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval")
+    monkeypatch.chdir(tmp_path)
+    tiny.tiny_checkpoint(tmp_path / "base")
+    tp.prune("base", "out", method="magnitude", calibration=tiny.tiny_tokens(4, 16))
+    names = ",".join(task for task in tasks.FORMATS if task != "arc_challenge")
+    words = ("out", "--tasks", names, "--task-files", str(items), "--save", "--json")
+    code, printed, error = call(monkeypatch, capsys, *words)
+    assert code == 0, error
+    dense, pruned = json.loads(printed)
+    assert (dense["dense"], pruned["dense"]) == (True, False)
+    model = tiny.tiny_model()
+    value = {(s["task"], s["metric"]): s["value"] for s in dense["scores"]}
+    right = 0
+    for item in PIQA:
+        context = f"Question: {item['goal']}\nAnswer:"
+        first, second = (log_likelihood(model, context, f" {item[key]}") for key in ("sol1", "sol2"))
+        right += int(second > first) == item["label"]
+    assert value["piqa", "acc"] == pytest.approx(right / len(PIQA))
+    ways = [log_likelihood(model, f"It was {who}", " who left.") for who in ("he", "she")]
+    assert value["winogrande", "acc"] == float(ways[1] > ways[0])
+    losses = [
+        log_likelihood(model, item["context"], f" {item['continuation']}") for item in ITEMS["lambada_openai_test"]
+    ]
+    assert value["lambada_openai", "perplexity"] == pytest.approx(math.exp(-sum(losses) / 3), rel=1e-3)
+    assert {task for task, _ in value} == set(names.split(",")) and dense["scores"][0]["num_items"] == 3
+    saved = Result.from_folder(tmp_path / "out").tasks
+    assert len(saved) == len(pruned["scores"]) and all(entry["dense"]["model"].endswith("base") for entry in saved)
+    assert "winogrande" in (tmp_path / "out" / "pruning_report.html").read_text()
+    assert "| lambada_openai | perplexity | 3 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_harness_s_refusal_is_one_line(tmp_path: Path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval")
+    tiny.tiny_checkpoint(tmp_path / "base")
+    code, _, error = call(monkeypatch, capsys, str(tmp_path / "base"), "--tasks", "no_such_task")
+    assert code == 2 and "no_such_task" in error and "--task-files" in error

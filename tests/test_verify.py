@@ -1,0 +1,156 @@
+"""`inspect --verify`: weights that came back are found and counted, by pattern and by mask, quantised or not."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+import topiarist as tp
+from topiarist import cli
+from topiarist.masks import save_masks, verify
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture
+def pruned(tmp_path: Path) -> Path:
+    tiny.tiny_checkpoint(tmp_path / "base")
+    tp.prune(tmp_path / "base", tmp_path / "out", method="magnitude", calibration=tiny.tiny_tokens(4, 16))
+    return tmp_path / "out"
+
+
+def edit(folder: Path, name: str, change) -> None:
+    """Rewrite one tensor; `change` edits it in place or returns another."""
+    shard = next(p for p in folder.glob("*.safetensors") if p.name.startswith("model") and name in load_file(p))
+    tensors = load_file(shard)
+    changed = change(tensors[name])
+    tensors[name] = tensors[name] if changed is None else changed
+    save_file(tensors, shard, metadata={"format": "pt"})
+
+
+def write_masks(folder: Path) -> Path:
+    """masks.safetensors of a pruned folder, as learning would have left it."""
+    weights = {name: t for p in folder.glob("model-*.safetensors") for name, t in load_file(p).items()}
+    wanted = {
+        f"{name}.weight" for name in json.loads((folder / "config.json").read_text())["pruning_config"]["modules"]
+    }
+    masks = {name: t != 0 for name, t in weights.items() if name in wanted}
+    save_masks(folder / "masks.safetensors", masks, weights=weights, pattern="2:4", base_model="base")
+    return folder / "masks.safetensors"
+
+
+def fill_row(weight: torch.Tensor) -> None:
+    weight[3] = 1.0
+
+
+def call(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["topiarist", "inspect", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    printed = capsys.readouterr()
+    return int(stop.value.code or 0), printed.out, printed.err
+
+
+def test_what_was_pruned_holds(pruned: Path, monkeypatch, capsys):
+    found = verify(pruned)
+    assert found.holds and (found.patterns, found.masks) == (14, 0)
+    write_masks(pruned)
+    found = verify(pruned)
+    assert found.holds and (found.patterns, found.masks) == (14, 14), "masks beside the model are held too"
+    code, printed, _ = call(monkeypatch, capsys, str(pruned), "--verify")
+    assert code == 0 and "14 patterns and 14 masks: held" in printed
+
+
+def test_weights_that_came_back_are_counted_and_named(pruned: Path, monkeypatch, capsys):
+    masks = write_masks(pruned)
+    edit(pruned, f"{UP}.weight", fill_row)
+    by_pattern, by_mask = verify(pruned, masks).breaches
+    assert (by_pattern.name, by_pattern.came_back, by_pattern.against) == (UP, 16, "2:4")
+    assert "1 of 64 rows" in by_pattern.where and "row 3, columns 0-3" in by_pattern.where
+    assert (by_mask.name, by_mask.came_back, by_mask.of) == (f"{UP}.weight", 16, 64 * 16)
+    assert "first at [3, " in by_mask.where
+    code, printed, _ = call(monkeypatch, capsys, str(pruned), "--verify")
+    assert code == 1 and f"{UP}: 16 of 1,024 weights came back against 2:4" in printed
+    code, printed, _ = call(monkeypatch, capsys, str(pruned), "--verify", "--json")
+    assert code == 1 and json.loads(printed)["holds"] is False
+
+
+def test_a_moved_mask_breaks_though_the_pattern_holds(pruned: Path):
+    masks = write_masks(pruned)
+    edit(pruned, f"{UP}.weight", lambda weight: weight.roll(4, dims=1).contiguous())
+    found = verify(pruned, masks)
+    assert {breach.against for breach in found.breaches} == {"its mask"} and not found.holds
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"), [("0.7", "weights are not zero"), ("0.7/row", "1 of 64 rows, first in row 3")]
+)
+def test_unstructured_patterns(tmp_path: Path, pattern: str, says: str):
+    tiny.tiny_checkpoint(tmp_path / "base")
+    out = tmp_path / "out"
+    tp.prune(tmp_path / "base", out, method="magnitude", pattern=pattern, calibration=tiny.tiny_tokens(4, 16))
+    assert verify(out).holds
+    zeros = []
+
+    def fill(weight: torch.Tensor) -> None:
+        zeros.append(int((weight[3] == 0).sum()))
+        weight[3] = 1.0
+
+    edit(out, f"{UP}.weight", fill)
+    (breach,) = verify(out).breaches
+    assert breach.came_back == zeros[0] and says in breach.where
+
+
+def quantise(folder: Path, dtype: torch.dtype, extra: dict[str, torch.Tensor] | None = None) -> None:
+    """Store the matrix as a quantiser would, and say so in the config."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors"}
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in config["pruning_config"]["modules"]:
+        edit(
+            folder, f"{name}.weight", lambda weight: (weight * 100).to(dtype) if dtype != torch.int8 else _int8(weight)
+        )
+    if extra:
+        save_file(extra, folder / "model-extra.safetensors")
+        index = folder / "model.safetensors.index.json"
+        plain = json.loads(index.read_text())
+        plain["weight_map"] |= dict.fromkeys(extra, "model-extra.safetensors")
+        index.write_text(json.dumps(plain))
+
+
+def _int8(weight: torch.Tensor) -> torch.Tensor:
+    return (weight / weight.abs().amax(1, keepdim=True) * 127).round().to(torch.int8)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_weights(pruned: Path, dtype: torch.dtype):
+    masks = write_masks(pruned)
+    quantise(pruned, dtype)
+    assert verify(pruned, masks).holds
+    edit(pruned, f"{UP}.weight", lambda weight: torch.ones_like(weight.float()).to(dtype))
+    assert {b.name for b in verify(pruned, masks).breaches} == {UP, f"{UP}.weight"}
+
+
+def test_what_cannot_be_compared_is_a_breach_that_says_so(pruned: Path):
+    quantise(pruned, torch.int8, {f"{UP}.weight_zero_point": torch.ones(64, 1)})
+    (breach,) = verify(pruned).breaches
+    assert breach.came_back == 0 and "zero point" in str(breach)
+    edit(pruned, f"{UP}.weight", lambda weight: torch.zeros(1024, 1, dtype=torch.uint8))
+    assert "stored in a quantised format" in str(verify(pruned).breaches[0])
+
+
+def test_nothing_to_verify(pruned: Path, tmp_path: Path, monkeypatch, capsys):
+    code, _, error = call(monkeypatch, capsys, str(tmp_path / "base"), "--verify")
+    assert code == 2 and "claims no pattern" in error and "--masks" in error
+    masks = write_masks(pruned)
+    code, printed, _ = call(monkeypatch, capsys, str(tmp_path / "base"), "--masks", str(masks))
+    assert code == 1 and "14 masks: broken in 14 tensors" in printed
+    code, _, error = call(monkeypatch, capsys, str(pruned), "--masks", "nowhere.safetensors")
+    assert code == 2 and "does not exist" in error

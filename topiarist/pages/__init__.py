@@ -1,0 +1,20 @@
+"""Things to look at: the page and the model card of a result, and one page over several results.
+
+result = Result.from_folder("OUT"); result.refresh()     # pruning_report.html and README.md again, with what is measured
+compare_page([Result.from_folder(d) for d in folders])   # quality against size and speed
+"""
+
+from topiarist.pages.card import model_card
+from topiarist.pages.render import compare_page, report_page
+from topiarist.pages.result import PAGE, Result, save_benchmark, save_evaluation, write_atomically
+
+__all__ = [
+    "PAGE",
+    "Result",
+    "compare_page",
+    "model_card",
+    "report_page",
+    "save_benchmark",
+    "save_evaluation",
+    "write_atomically",
+]
