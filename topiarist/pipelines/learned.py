@@ -11,6 +11,7 @@ exponentially there. 4. Biases stay. 5. A prior that is missing or not of the pa
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import warnings
@@ -189,9 +190,10 @@ def learn(
     }
     if output is not None:
         report.output = str(out)
-        if processes.first:
-            write_result(output, checkpoint, source, tokenizer, wanted, final, replaced, report, job.windows)
-        processes.once(lambda: None)  # nobody returns before the folder is whole
+        folder = output
+        processes.once(  # nobody returns before the folder is whole
+            lambda: write_result(folder, checkpoint, source, tokenizer, wanted, final, replaced, report, job.windows)
+        )
     if isinstance(model, nn.Module):
         mask_in_place(wanted, final, replaced)
     return report
@@ -210,7 +212,9 @@ class _Run:
         self.job.notes.append(message)
         warnings.warn(message, UserWarning, stacklevel=3)
 
-    def prior_masks(self, prior: Any, state: tuple[dict[str, Tensor], Any] | None, seed: int) -> dict[str, Tensor]:
+    def prior_masks(
+        self, prior: Any, state: tuple[dict[str, Tensor], dict[str, str]] | None, seed: int
+    ) -> dict[str, Tensor]:
         """The prior's masks: from a saved state, a file, or a one-shot method on some training sequences.
 
         The first process finds them and tells the others.
@@ -221,6 +225,7 @@ class _Run:
         def find() -> list[str]:
             if state is not None:
                 masks.update({t.name: t.unpacked(state[0][f"{t.name} prior"]) for t in wanted})
+                job.notes[:] = json.loads(state[1]["notes"])
             elif isinstance(prior, dict):
                 masks.update(prior)
             else:
@@ -261,9 +266,13 @@ class _Run:
         except NumericalError as error:
             kept = f"; the last good state stays in {output.folder}" if output is not None and trainer.history else ""
             raise NumericalError(f"{error}{kept}: lower the learning rate, or use another seed") from error
-        if self.processes.first:
-            scalars.write(entry)
-            if output is not None:
-                OutputFolder(output.folder, output.fingerprint).write_state(STATE, *trainer.state())
+        scalars.write(entry)
+        if output is not None:
+            self.processes.once(lambda: self._save(trainer, output))
         perplexity = math.exp(min(entry["hard_loss"], 700.0))
         self.progress(f"hard mask {perplexity:.2f}, {entry['flips']:.2%} changed", trainer.step, trainer.preset.steps)
+
+    def _save(self, trainer: MaskTrainer, output: OpenedFolder) -> None:
+        tensors, metadata = trainer.state()
+        notes = {"notes": json.dumps(self.job.notes)}  # a resume does not compute the prior and its warnings again
+        OutputFolder(output.folder, output.fingerprint).write_state(STATE, tensors, metadata | notes)
