@@ -26,7 +26,7 @@ from topiarist.data import evaluation_windows, load_tokenizer
 from topiarist.evaluate import load_model
 from topiarist.masklearn import relaxation_for
 from topiarist.masks import read_npz, write_npz
-from topiarist.pipelines.learned import STATE
+from topiarist.pipelines.learn_files import STATE
 
 
 def keep_mask(out: Path, kept: Path, pattern: str) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import topiarist as tp
 from topiarist.evaluate import audit, load_model
 from topiarist.masklearn import Preset, Schedule
-from topiarist.pipelines.learned import MASKS, STATE
+from topiarist.pipelines.learn_files import MASKS, STATE
 from topiarist.pipelines.trainer import Batches
 
 FAST = Preset(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +48,7 @@ def learn(
     """Learn MODEL's masks on text, from a one-shot prior, and write OUT. The same command resumes a stopped run."""
     import topiarist as tp
     from topiarist.pipelines.learn_plan import plan_learn
+    from topiarist.pipelines.processes import Processes
 
     set_threads(threads)
     quiet()
@@ -70,7 +73,8 @@ def learn(
             out.print(f"{name:<34} {value}", highlight=False)
         return
     recovery = filled(tp.Recover, "--recover-set", recover_option or []) if recover or recover_option else False
-    with progress_bar() as progress:
+    first = os.environ.get("RANK", "0") == "0"  # under torchrun one process talks
+    with progress_bar() if first else nullcontext() as progress:
         report = tp.learn(
             model,
             output,
@@ -81,6 +85,9 @@ def learn(
             progress=progress,
             **options,
         )
+    Processes.leave()
+    if not first:
+        return
     table = Table(title=f"learned {report.pattern}: {len(report.layers)} masks, {report.sparsity:.2%} zeros")
     for column in ("step", "tokens", "soft loss", "perplexity of the hard mask", "changed", "certainty"):
         table.add_column(column, justify="right")

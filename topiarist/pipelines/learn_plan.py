@@ -11,7 +11,8 @@ import torch
 
 from topiarist.masklearn import Preset, Prior, resident_bytes
 from topiarist.patterns import parse_pattern
-from topiarist.pipelines.learned import STATE_BYTES, open_model, prepare
+from topiarist.pipelines.learn_files import STATE_BYTES
+from topiarist.pipelines.learn_job import open_model, prepare
 from topiarist.pipelines.masking import MaskedModel
 from topiarist.pipelines.plan import duration
 from topiarist.pipelines.trainer import MaskTrainer

@@ -11,35 +11,37 @@ exponentially there. 4. Biases stay. 5. A prior that is missing or not of the pa
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-import re
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from topiarist import __about__
-from topiarist.data import TextFiles, Windows, evaluation_windows, load_tokenizer
-from topiarist.errors import CalibrationError, CheckpointError, NumericalError, TopiaristError, UnsupportedModel
-from topiarist.evaluate import load_model
-from topiarist.masklearn import PRESETS, Preset, Prior
-from topiarist.masks import MaskFile, save_masks, weight_digest
-from topiarist.masks.files import write_masked
-from topiarist.models import block_names
+from topiarist.data import TextFiles
+from topiarist.errors import NumericalError
+from topiarist.masklearn import Preset, Prior
 from topiarist.patterns import Pattern, parse_pattern
-from topiarist.pipelines.learn_report import LearnedLayer, LearnReport, learned_card
-from topiarist.pipelines.masking import MaskedModel, Target, targets
-from topiarist.pipelines.oneshot import resolve_method, resolve_patterns
+from topiarist.pipelines.learn_files import (
+    STATE,
+    OpenedFolder,
+    Scalars,
+    layer_reports,
+    mask_in_place,
+    model_digest,
+    open_output,
+    read_state,
+    write_result,
+)
+from topiarist.pipelines.learn_job import Job, open_model, prepare
+from topiarist.pipelines.learn_report import LearnReport
+from topiarist.pipelines.masking import MaskedModel
+from topiarist.pipelines.oneshot import resolve_method
 from topiarist.pipelines.priors import given_masks, one_shot_masks, prior_identity
 from topiarist.pipelines.processes import Processes
 from topiarist.pipelines.recover import Recover, recover_weights
@@ -47,12 +49,8 @@ from topiarist.pipelines.trainer import MaskTrainer
 from topiarist.report import peak_memory_bytes, reset_peak_memory
 from topiarist.solvers import SOLVERS
 from topiarist.sources import LoadedModel
-from topiarist.store import Checkpoint, OutputFolder, locate
+from topiarist.store import OutputFolder
 
-STATE = "learning_state.safetensors"
-MASKS = "masks.safetensors"
-STATE_BYTES = 13
-"""Of the state on disk, per masked weight at 2:4: fp32 logits, bf16 moments, the prior's bit."""
 Progress = Callable[[str, int, int], None]
 """(what is going on, done, in all)"""
 
@@ -103,6 +101,7 @@ def learn(
     started = time.perf_counter()
     reset_peak_memory()
     processes = Processes.join()
+    scalars = Scalars(tensorboard if processes.first else None)
     identity = prior_identity(prior)
     source, checkpoint, name = open_model(model, out, device, trust_remote_code)
     job = prepare(
@@ -119,7 +118,7 @@ def learn(
     settings = {
         "prior": identity,
         "preset": preset if isinstance(preset, str) else "own",
-        **asdict(recipe),
+        **{key: value for key, value in asdict(recipe).items() if key != "source"},
         "relaxation": relaxation,
         "last_block_dense": last_block_dense,
         "distill": distill,
@@ -138,21 +137,18 @@ def learn(
     }
     report = LearnReport(str(parse_pattern(pattern)), name, settings, calibration, warnings=notes)
     output = None
-    if out is not None and processes.once(lambda: Path(out).is_dir() and not any(Path(out).iterdir())):
-        raise CheckpointError(f"{out} exists and is empty: name a folder that does not exist, or remove it")
     if out is not None:
         fingerprint = {
-            "model": checkpoint.digest() if checkpoint else _digest(source.model),
+            "model": checkpoint.digest() if checkpoint else model_digest(source.model),
             "method": "learn",
             "patterns": {k: None if p is None else str(p) for k, p in job.patterns.items()},
             "data": calibration,
             **settings,
         }
-        opened = processes.once(lambda: _opened(Path(out), fingerprint, checkpoint, wanted))
-        if opened.complete:
-            return LearnReport.from_folder(opened.folder)
-        output = opened
-    state = _read_state(output.folder / STATE) if output is not None and processes.first else None
+        output = processes.once(lambda: open_output(Path(out), fingerprint, checkpoint, wanted))
+        if output.complete:
+            return LearnReport.from_folder(output.folder)
+    state = read_state(output.folder / STATE) if output is not None and processes.first else None
     tell = progress or (lambda *_: None)
     run = _Run(source, job, processes, tell)
     masks = run.prior_masks(given or prior, state, seed)
@@ -169,11 +165,11 @@ def learn(
         if state is not None:
             trainer.load(*state)
         trainer.share()
-        with masked.running(recompute=activation_checkpointing), _scalars(tensorboard) as scalars:
+        with masked.running(recompute=activation_checkpointing), scalars:
             run.loop(trainer, every, stop, output, scalars)
         report.history = trainer.history
         final = masked.masks()
-        report.layers = _layers(wanted, final, trainer.flips_by_layer())
+        report.layers = layer_reports(wanted, final, trainer.flips_by_layer())
     finally:
         masked.restore()
     if report.loss > report.prior_loss:
@@ -194,216 +190,13 @@ def learn(
     }
     if output is not None:
         report.output = str(out)
-        if processes.first:
-            _write(output, checkpoint, source, tokenizer, wanted, final, replaced, report, job.windows)
-        processes.once(lambda: None)  # nobody returns before the folder is whole
+        folder = output
+        processes.once(  # nobody returns before the folder is whole
+            lambda: write_result(folder, checkpoint, source, tokenizer, wanted, final, replaced, report, job.windows)
+        )
     if isinstance(model, nn.Module):
-        _mask_in_place(wanted, final, replaced)
+        mask_in_place(wanted, final, replaced)
     return report
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be learned and from what, checked before any work is done."""
-
-    recipe: Preset
-    patterns: Mapping[str, Pattern | None]
-    blocks: list[list[Target]]
-    windows: Windows
-    training: Tensor
-    watching: Tensor
-    batch_size: int
-    notes: list[str]
-
-    @property
-    def targets(self) -> list[Target]:
-        return [target for block in self.blocks for target in block]
-
-
-def prepare(
-    source: LoadedModel,
-    checkpoint: Checkpoint | None,
-    *,
-    data: TextFiles | Tensor | Sequence[str],
-    pattern: Pattern,
-    preset: str | Preset,
-    steps: int | None,
-    lean: bool,
-    skip: Sequence[str],
-    last_block_dense: bool,
-    batch_size: int | None,
-    held_out: int,
-    processes: int,
-    tokenizer: Any,
-) -> Job:
-    """Resolve the arguments of `learn`. Raises a TopiaristError for every one that does not fit."""
-    recipe = _recipe(preset, steps, lean)
-    names = block_names(source.model, source.family)
-    dense = [*skip, f"^{re.escape(names[-1])}\\."] if last_block_dense else list(skip)
-    patterns, unmatched = resolve_patterns(source, pattern, None, dense)
-    blocks = targets(source, patterns)
-    if not any(blocks):
-        raise TopiaristError("every layer is skipped: nothing to learn")
-    notes = [f"--skip {expression!r} matches no layer" for expression in unmatched]
-    windows, recipe = _windows(source, checkpoint, data, tokenizer, recipe, notes)
-    training, watching = _split(windows.tokens, held_out)
-    size = _batch_size(batch_size, recipe.sequences, processes)
-    if len(training) < recipe.sequences:
-        raise CalibrationError(
-            f"training text holds {len(training)} sequences of {windows.window} tokens beside the {len(watching)} that "
-            f"are held out, a step takes {recipe.sequences}: add text"
-        )
-    return Job(recipe, patterns, blocks, windows, training, watching, size, notes)
-
-
-def _recipe(preset: str | Preset, steps: int | None, lean: bool) -> Preset:
-    if isinstance(preset, str) and preset not in PRESETS:
-        raise TopiaristError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
-    recipe = PRESETS[preset] if isinstance(preset, str) else preset
-    recipe = recipe if steps is None else replace(recipe, steps=steps)
-    if recipe.steps < 1:
-        raise TopiaristError(f"learning takes at least one step, got {recipe.steps}")
-    return replace(recipe, second_moment="group") if lean else recipe
-
-
-def open_model(
-    model: str | Path | nn.Module,
-    out: str | Path | None,
-    device: str | torch.device | None,
-    trust_remote_code: bool,
-    *,
-    planning: bool = False,
-) -> tuple[LoadedModel, Checkpoint | None, str]:
-    """The whole model in memory, its checkpoint if it is on disk, its name."""
-    if isinstance(model, nn.Module):
-        name = str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
-        return LoadedModel(model), None, name
-    if out is None and not planning:
-        raise CheckpointError("learning the masks of a checkpoint needs an output folder")
-    checkpoint = Checkpoint(locate(model))
-    if out is not None and Path(out).resolve() == checkpoint.folder.resolve():
-        raise CheckpointError(f"{out} is the model itself; choose another output folder")
-    if "quantization_config" in checkpoint.config:
-        raise UnsupportedModel(f"{checkpoint.folder} is quantised; learn on the original weights, then quantise")
-    local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    loaded = load_model(checkpoint.folder, device=device or local, trust_remote_code=trust_remote_code)
-    return LoadedModel(loaded), checkpoint, str(model)
-
-
-def _windows(
-    source: LoadedModel,
-    checkpoint: Checkpoint | None,
-    data: TextFiles | Tensor | Sequence[str],
-    tokenizer: Any,
-    recipe: Preset,
-    notes: list[str],
-) -> tuple[Windows, Preset]:
-    """All sequences of the text, and the recipe with the length they have."""
-    config: Any = source.model.config
-    limit = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
-    if isinstance(data, Tensor):
-        if data.ndim != 2 or data.numel() == 0:
-            raise CalibrationError(f"training tokens must be (num, window), got shape {tuple(data.shape)}")
-        digest = hashlib.sha256(data.long().numpy().tobytes()).hexdigest()
-        windows = Windows(data.long(), digest, frozenset())
-    else:
-        if recipe.length > limit:
-            notes.append(f"sequences of {limit} tokens, the model's limit, instead of the preset's {recipe.length}")
-        tokenizer = tokenizer or load_tokenizer(checkpoint.folder if checkpoint else config.name_or_path)
-        windows = evaluation_windows(data, tokenizer, window=min(recipe.length, limit))
-    if windows.window > limit:
-        raise CalibrationError(f"sequences of {windows.window} tokens are longer than the model's limit of {limit}")
-    if int(windows.tokens.max()) >= config.vocab_size:
-        raise CalibrationError(
-            f"training token {int(windows.tokens.max())} is outside the model's vocabulary of {config.vocab_size}: is "
-            "this the model's own tokenizer?"
-        )
-    return windows, replace(recipe, length=windows.window)
-
-
-def _split(tokens: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
-    """(training, held-out) sequences; those held out are spread evenly, so that they resemble the rest."""
-    num = len(tokens)
-    count = min(held_out, max(1, num // 10))
-    if count < 1 or num <= count:
-        raise CalibrationError(f"training text holds {num} sequences: too few to train on some and watch others")
-    chosen = torch.zeros(num, dtype=torch.bool)
-    chosen[[(2 * i + 1) * num // (2 * count) for i in range(count)]] = True
-    return tokens[~chosen].contiguous(), tokens[chosen].contiguous()
-
-
-def _batch_size(asked: int | None, sequences: int, processes: int) -> int:
-    if sequences % processes:
-        raise CalibrationError(f"{sequences} sequences a step cannot be divided among {processes} processes")
-    share = sequences // processes
-    if asked is None:
-        return math.gcd(share, 2)
-    if asked < 1 or share % asked:
-        raise CalibrationError(f"batch size {asked} does not divide the {share} sequences of a step and process")
-    return asked
-
-
-def _digest(model: nn.Module) -> str:
-    total = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        total.update(f"{name} {weight_digest(parameter)}".encode())
-    return total.hexdigest()
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """An output folder, small enough to be told to other processes."""
-
-    folder: Path
-    fingerprint: dict[str, Any]
-    complete: bool
-
-
-def _opened(out: Path, fingerprint: dict[str, Any], checkpoint: Checkpoint | None, wanted: Sequence[Target]) -> _Opened:
-    output = OutputFolder(out, fingerprint)
-    if output.complete:
-        (out / STATE).unlink(missing_ok=True)  # killed between the last file and this
-    else:
-        weights = sum(target.parameter.numel() for target in wanted)
-        # A new state is whole before the old one goes.
-        output.begin(2 * STATE_BYTES * weights + (checkpoint.weight_bytes() if checkpoint else 4 * weights))
-    return _Opened(out, fingerprint, output.complete)
-
-
-def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    if not path.is_file():
-        return None
-    with safe_open(path, framework="pt") as reader:
-        return {key: reader.get_tensor(key) for key in reader.keys()}, dict(reader.metadata())  # noqa: SIM118
-
-
-class _Scalars:
-    """TensorBoard, or nothing."""
-
-    def __init__(self, folder: str | Path | None) -> None:
-        self.writer: Any = None
-        if folder is not None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise TopiaristError("TensorBoard is not installed: pip install 'topiarist[logging]'") from None
-            self.writer = SummaryWriter(str(folder))
-
-    def __enter__(self) -> _Scalars:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.writer is not None:
-            self.writer.close()
-
-    def write(self, entry: Mapping[str, Any]) -> None:
-        if self.writer is not None:
-            for key in ("loss", "hard_loss", "flips", "certainty"):
-                if entry[key] is not None:
-                    self.writer.add_scalar(key, entry[key], entry["step"])
-
-
-_scalars = _Scalars
 
 
 @dataclass
@@ -419,7 +212,9 @@ class _Run:
         self.job.notes.append(message)
         warnings.warn(message, UserWarning, stacklevel=3)
 
-    def prior_masks(self, prior: Any, state: tuple[dict[str, Tensor], Any] | None, seed: int) -> dict[str, Tensor]:
+    def prior_masks(
+        self, prior: Any, state: tuple[dict[str, Tensor], dict[str, str]] | None, seed: int
+    ) -> dict[str, Tensor]:
         """The prior's masks: from a saved state, a file, or a one-shot method on some training sequences.
 
         The first process finds them and tells the others.
@@ -430,6 +225,7 @@ class _Run:
         def find() -> list[str]:
             if state is not None:
                 masks.update({t.name: t.unpacked(state[0][f"{t.name} prior"]) for t in wanted})
+                job.notes[:] = json.loads(state[1]["notes"])
             elif isinstance(prior, dict):
                 masks.update(prior)
             else:
@@ -450,7 +246,7 @@ class _Run:
                 masks[target.name] = told.bool()
         return masks
 
-    def loop(self, trainer: MaskTrainer, every: int, stop: bool, output: _Opened | None, scalars: _Scalars) -> None:
+    def loop(self, trainer: MaskTrainer, every: int, stop: bool, output: OpenedFolder | None, scalars: Scalars) -> None:
         """Steps, evaluations and saved states until the end or the stop rule."""
         total, on_cpu = trainer.preset.steps, self.source.device.type == "cpu"
         if not trainer.history:
@@ -463,85 +259,20 @@ class _Run:
             if trainer.step % every == 0 or trainer.step == total or broken:
                 self._look(trainer, output, scalars)
 
-    def _look(self, trainer: MaskTrainer, output: _Opened | None, scalars: _Scalars) -> None:
+    def _look(self, trainer: MaskTrainer, output: OpenedFolder | None, scalars: Scalars) -> None:
         """Evaluate, then save: what is saved is known to be finite."""
         try:
             entry = trainer.evaluate()
         except NumericalError as error:
             kept = f"; the last good state stays in {output.folder}" if output is not None and trainer.history else ""
             raise NumericalError(f"{error}{kept}: lower the learning rate, or use another seed") from error
-        if self.processes.first:
-            scalars.write(entry)
-            if output is not None:
-                OutputFolder(output.folder, output.fingerprint).write_state(STATE, *trainer.state())
+        scalars.write(entry)
+        if output is not None:
+            self.processes.once(lambda: self._save(trainer, output))
         perplexity = math.exp(min(entry["hard_loss"], 700.0))
         self.progress(f"hard mask {perplexity:.2f}, {entry['flips']:.2%} changed", trainer.step, trainer.preset.steps)
 
-
-def _layers(wanted: Sequence[Target], masks: Mapping[str, Tensor], flips: Sequence[float]) -> list[LearnedLayer]:
-    return [
-        LearnedLayer(
-            target.label,
-            target.matrix_names,
-            list(target.parameter.shape),
-            str(target.pattern),
-            1.0 - float(masks[target.name].sum()) / masks[target.name].numel(),
-            flipped,
-        )
-        for target, flipped in zip(wanted, flips, strict=True)
-    ]
-
-
-def _write(
-    opened: _Opened,
-    checkpoint: Checkpoint | None,
-    source: LoadedModel,
-    tokenizer: Any,
-    wanted: Sequence[Target],
-    masks: Mapping[str, Tensor],
-    replaced: Mapping[str, Tensor] | None,
-    report: LearnReport,
-    windows: Windows,
-) -> None:
-    """The pruned checkpoint, its masks and its papers. The state goes last."""
-    output = OutputFolder(opened.folder, opened.fingerprint)
-    save_masks(
-        output.folder / MASKS,
-        masks,
-        weights={target.name: target.parameter for target in wanted},
-        pattern={target.name: target.pattern for target in wanted},
-        base_model=report.model,
-        transposed={target.name for target in wanted if target.transposed},
-    )
-    dense = output.folder.with_name(output.folder.name + ".dense.tmp")
-    if checkpoint is None:  # transformers knows the names and the shards of a model object, so it writes it
-        shutil.rmtree(dense, ignore_errors=True)
-        model: Any = source.model
-        try:
-            model.save_pretrained(dense)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(dense)
-        except OSError as error:
-            shutil.rmtree(dense, ignore_errors=True)
-            raise CheckpointError(f"cannot write {dense}: {error}; the learned state is kept") from error
-        checkpoint = Checkpoint(dense)
-    write_masked(output, checkpoint, MaskFile(output.folder / MASKS), replaced=replaced)
-    lines = [f"{h:016x}" for h in sorted(windows.line_hashes)]
-    output.write_text("README.md", learned_card(report, __about__.__version__))
-    output.write_text("pruning_run.json", json.dumps(report.run, indent=2) + "\n")
-    output.write_text("pruning_calibration.json", json.dumps({"digest": windows.digest, "line_hashes": lines}) + "\n")
-    config = {**checkpoint.config, "pruning_config": report.pruning_config(__about__.__version__)}
-    output.finish(checkpoint.folder, config, report.to_dict())
-    shutil.rmtree(dense, ignore_errors=True)
-    (output.folder / STATE).unlink(missing_ok=True)
-
-
-@torch.no_grad()
-def _mask_in_place(
-    wanted: Sequence[Target], masks: Mapping[str, Tensor], replaced: Mapping[str, Tensor] | None
-) -> None:
-    for target in wanted:
-        parameter = target.parameter
-        if replaced is not None:
-            parameter.copy_(replaced[target.name])
-        parameter.masked_fill_(~masks[target.name].to(parameter.device), 0.0)
+    def _save(self, trainer: MaskTrainer, output: OpenedFolder) -> None:
+        tensors, metadata = trainer.state()
+        notes = {"notes": json.dumps(self.job.notes)}  # a resume does not compute the prior and its warnings again
+        OutputFolder(output.folder, output.fingerprint).write_state(STATE, tensors, metadata | notes)

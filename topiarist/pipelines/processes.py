@@ -36,6 +36,12 @@ class Processes:
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
+    @staticmethod
+    def leave() -> None:
+        """Leave the group, for a program that ends here."""
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
     @property
     def first(self) -> bool:
         return self.rank == 0

@@ -1,0 +1,160 @@
+"""What a run of learning reads and writes: its saved state, TensorBoard scalars, and the pruned checkpoint at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from topiarist import __about__
+from topiarist.data import Windows
+from topiarist.errors import CheckpointError, TopiaristError
+from topiarist.masks import MaskFile, save_masks, weight_digest
+from topiarist.masks.files import write_masked
+from topiarist.pipelines.learn_report import LearnedLayer, LearnReport, learned_card
+from topiarist.pipelines.masking import Target
+from topiarist.sources import LoadedModel
+from topiarist.store import Checkpoint, OutputFolder
+
+STATE = "learning_state.safetensors"
+MASKS = "masks.safetensors"
+STATE_BYTES = 13
+"""Of the state on disk, per masked weight at 2:4: fp32 logits, bf16 moments, the prior's bit."""
+
+
+def model_digest(model: nn.Module) -> str:
+    total = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        total.update(f"{name} {weight_digest(parameter)}".encode())
+    return total.hexdigest()
+
+
+@dataclass(frozen=True)
+class OpenedFolder:
+    """An output folder, small enough to be told to other processes."""
+
+    folder: Path
+    fingerprint: dict[str, Any]
+    complete: bool
+
+
+def open_output(
+    out: Path, fingerprint: dict[str, Any], checkpoint: Checkpoint | None, wanted: Sequence[Target]
+) -> OpenedFolder:
+    """Begin the output or open it again. Raises CheckpointError for another run's, and for a disk that is too small."""
+    output = OutputFolder(out, fingerprint)
+    if output.complete:
+        (out / STATE).unlink(missing_ok=True)  # killed between the last file and this
+    else:
+        weights = sum(target.parameter.numel() for target in wanted)
+        # A new state is whole before the old one goes.
+        output.begin(2 * STATE_BYTES * weights + (checkpoint.weight_bytes() if checkpoint else 4 * weights))
+    return OpenedFolder(out, fingerprint, output.complete)
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as reader:
+        return {key: reader.get_tensor(key) for key in reader.keys()}, dict(reader.metadata())  # noqa: SIM118
+
+
+class Scalars:
+    """TensorBoard, or nothing."""
+
+    def __init__(self, folder: str | Path | None) -> None:
+        self.writer: Any = None
+        if folder is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise TopiaristError("TensorBoard is not installed: pip install 'topiarist[logging]'") from None
+            self.writer = SummaryWriter(str(folder))
+
+    def __enter__(self) -> Scalars:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        if self.writer is not None:
+            for key in ("loss", "hard_loss", "flips", "certainty"):
+                if entry[key] is not None:
+                    self.writer.add_scalar(key, entry[key], entry["step"])
+
+
+def layer_reports(wanted: Sequence[Target], masks: Mapping[str, Tensor], flips: Sequence[float]) -> list[LearnedLayer]:
+    return [
+        LearnedLayer(
+            target.label,
+            target.matrix_names,
+            list(target.parameter.shape),
+            str(target.pattern),
+            1.0 - float(masks[target.name].sum()) / masks[target.name].numel(),
+            flipped,
+        )
+        for target, flipped in zip(wanted, flips, strict=True)
+    ]
+
+
+def write_result(
+    opened: OpenedFolder,
+    checkpoint: Checkpoint | None,
+    source: LoadedModel,
+    tokenizer: Any,
+    wanted: Sequence[Target],
+    masks: Mapping[str, Tensor],
+    replaced: Mapping[str, Tensor] | None,
+    report: LearnReport,
+    windows: Windows,
+) -> None:
+    """The pruned checkpoint, its masks and its papers. The state goes last."""
+    output = OutputFolder(opened.folder, opened.fingerprint)
+    save_masks(
+        output.folder / MASKS,
+        masks,
+        weights={target.name: target.parameter for target in wanted},
+        pattern={target.name: target.pattern for target in wanted},
+        base_model=report.model,
+        transposed={target.name for target in wanted if target.transposed},
+    )
+    dense = output.folder.with_name(output.folder.name + ".dense.tmp")
+    if checkpoint is None:  # transformers knows the names and the shards of a model object, so it writes it
+        shutil.rmtree(dense, ignore_errors=True)
+        model: Any = source.model
+        try:
+            model.save_pretrained(dense)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(dense)
+        except OSError as error:
+            shutil.rmtree(dense, ignore_errors=True)
+            raise CheckpointError(f"cannot write {dense}: {error}; the learned state is kept") from error
+        checkpoint = Checkpoint(dense)
+    write_masked(output, checkpoint, MaskFile(output.folder / MASKS), replaced=replaced)
+    lines = [f"{h:016x}" for h in sorted(windows.line_hashes)]
+    output.write_text("README.md", learned_card(report, __about__.__version__))
+    output.write_text("pruning_run.json", json.dumps(report.run, indent=2) + "\n")
+    output.write_text("pruning_calibration.json", json.dumps({"digest": windows.digest, "line_hashes": lines}) + "\n")
+    config = {**checkpoint.config, "pruning_config": report.pruning_config(__about__.__version__)}
+    output.finish(checkpoint.folder, config, report.to_dict())
+    shutil.rmtree(dense, ignore_errors=True)
+    (output.folder / STATE).unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def mask_in_place(wanted: Sequence[Target], masks: Mapping[str, Tensor], replaced: Mapping[str, Tensor] | None) -> None:
+    for target in wanted:
+        parameter = target.parameter
+        if replaced is not None:
+            parameter.copy_(replaced[target.name])
+        parameter.masked_fill_(~masks[target.name].to(parameter.device), 0.0)

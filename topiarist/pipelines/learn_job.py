@@ -1,0 +1,167 @@
+"""The arguments of `learn`, checked and resolved before any work is done."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topiarist.data import TextFiles, Windows, evaluation_windows, load_tokenizer
+from topiarist.errors import CalibrationError, CheckpointError, TopiaristError, UnsupportedModel
+from topiarist.evaluate import load_model
+from topiarist.masklearn import PRESETS, Preset
+from topiarist.models import block_names
+from topiarist.patterns import Pattern
+from topiarist.pipelines.masking import Target, targets
+from topiarist.pipelines.oneshot import resolve_patterns
+from topiarist.sources import LoadedModel
+from topiarist.store import Checkpoint, locate
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be learned and from what, checked before any work is done."""
+
+    recipe: Preset
+    patterns: Mapping[str, Pattern | None]
+    blocks: list[list[Target]]
+    windows: Windows
+    training: Tensor
+    watching: Tensor
+    batch_size: int
+    notes: list[str]
+
+    @property
+    def targets(self) -> list[Target]:
+        return [target for block in self.blocks for target in block]
+
+
+def prepare(
+    source: LoadedModel,
+    checkpoint: Checkpoint | None,
+    *,
+    data: TextFiles | Tensor | Sequence[str],
+    pattern: Pattern,
+    preset: str | Preset,
+    steps: int | None,
+    lean: bool,
+    skip: Sequence[str],
+    last_block_dense: bool,
+    batch_size: int | None,
+    held_out: int,
+    processes: int,
+    tokenizer: Any,
+) -> Job:
+    """Resolve the arguments of `learn`. Raises a TopiaristError for every one that does not fit."""
+    recipe = _recipe(preset, steps, lean)
+    names = block_names(source.model, source.family)
+    dense = [*skip, f"^{re.escape(names[-1])}\\."] if last_block_dense else list(skip)
+    patterns, unmatched = resolve_patterns(source, pattern, None, dense)
+    blocks = targets(source, patterns)
+    if not any(blocks):
+        raise TopiaristError("every layer is skipped: nothing to learn")
+    notes = [f"--skip {expression!r} matches no layer" for expression in unmatched]
+    windows, recipe = _windows(source, checkpoint, data, tokenizer, recipe, notes)
+    training, watching = _split(windows.tokens, held_out)
+    size = _batch_size(batch_size, recipe.sequences, processes)
+    if len(training) < recipe.sequences:
+        raise CalibrationError(
+            f"training text holds {len(training)} sequences of {windows.window} tokens beside the {len(watching)} that "
+            f"are held out, a step takes {recipe.sequences}: add text"
+        )
+    return Job(recipe, patterns, blocks, windows, training, watching, size, notes)
+
+
+def _recipe(preset: str | Preset, steps: int | None, lean: bool) -> Preset:
+    if isinstance(preset, str) and preset not in PRESETS:
+        raise TopiaristError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    recipe = PRESETS[preset] if isinstance(preset, str) else preset
+    recipe = recipe if steps is None else replace(recipe, steps=steps)
+    if recipe.steps < 1:
+        raise TopiaristError(f"learning takes at least one step, got {recipe.steps}")
+    return replace(recipe, second_moment="group") if lean else recipe
+
+
+def open_model(
+    model: str | Path | nn.Module,
+    out: str | Path | None,
+    device: str | torch.device | None,
+    trust_remote_code: bool,
+    *,
+    planning: bool = False,
+) -> tuple[LoadedModel, Checkpoint | None, str]:
+    """The whole model in memory, its checkpoint if it is on disk, its name."""
+    if isinstance(model, nn.Module):
+        name = str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
+        return LoadedModel(model), None, name
+    if out is None and not planning:
+        raise CheckpointError("learning the masks of a checkpoint needs an output folder")
+    checkpoint = Checkpoint(locate(model))
+    if out is not None and Path(out).resolve() == checkpoint.folder.resolve():
+        raise CheckpointError(f"{out} is the model itself; choose another output folder")
+    if "quantization_config" in checkpoint.config:
+        raise UnsupportedModel(f"{checkpoint.folder} is quantised; learn on the original weights, then quantise")
+    local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    loaded = load_model(checkpoint.folder, device=device or local, trust_remote_code=trust_remote_code)
+    return LoadedModel(loaded), checkpoint, str(model)
+
+
+def _windows(
+    source: LoadedModel,
+    checkpoint: Checkpoint | None,
+    data: TextFiles | Tensor | Sequence[str],
+    tokenizer: Any,
+    recipe: Preset,
+    notes: list[str],
+) -> tuple[Windows, Preset]:
+    """All sequences of the text, and the recipe with the length they have."""
+    config: Any = source.model.config
+    limit = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
+    if isinstance(data, Tensor):
+        if data.ndim != 2 or data.numel() == 0:
+            raise CalibrationError(f"training tokens must be (num, window), got shape {tuple(data.shape)}")
+        digest = hashlib.sha256(data.long().numpy().tobytes()).hexdigest()
+        windows = Windows(data.long(), digest, frozenset())
+    else:
+        if recipe.length > limit:
+            notes.append(f"sequences of {limit} tokens, the model's limit, instead of the preset's {recipe.length}")
+        tokenizer = tokenizer or load_tokenizer(checkpoint.folder if checkpoint else config.name_or_path)
+        windows = evaluation_windows(data, tokenizer, window=min(recipe.length, limit))
+    if windows.window > limit:
+        raise CalibrationError(f"sequences of {windows.window} tokens are longer than the model's limit of {limit}")
+    if int(windows.tokens.max()) >= config.vocab_size:
+        raise CalibrationError(
+            f"training token {int(windows.tokens.max())} is outside the model's vocabulary of {config.vocab_size}: is "
+            "this the model's own tokenizer?"
+        )
+    return windows, replace(recipe, length=windows.window)
+
+
+def _split(tokens: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
+    """(training, held-out) sequences; those held out are spread evenly, so that they resemble the rest."""
+    num = len(tokens)
+    count = min(held_out, max(1, num // 10))
+    if count < 1 or num <= count:
+        raise CalibrationError(f"training text holds {num} sequences: too few to train on some and watch others")
+    chosen = torch.zeros(num, dtype=torch.bool)
+    chosen[[(2 * i + 1) * num // (2 * count) for i in range(count)]] = True
+    return tokens[~chosen].contiguous(), tokens[chosen].contiguous()
+
+
+def _batch_size(asked: int | None, sequences: int, processes: int) -> int:
+    if sequences % processes:
+        raise CalibrationError(f"{sequences} sequences a step cannot be divided among {processes} processes")
+    share = sequences // processes
+    if asked is None:
+        return math.gcd(share, 2)
+    if asked < 1 or share % asked:
+        raise CalibrationError(f"batch size {asked} does not divide the {share} sequences of a step and process")
+    return asked
