@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from topiarist.learn.layer import Annealing, MaskedLinear, learned_masks, set_draws
-from topiarist.learn.optim import MaskAdamW, resident_bytes
-from topiarist.learn.relax import relaxation_for
+from topiarist.masklearn.layer import Annealing, MaskedLinear, learned_masks, set_draws
+from topiarist.masklearn.optim import MaskAdamW, resident_bytes
+from topiarist.masklearn.relax import relaxation_for
 from topiarist.patterns import NM
 
 RESULTS = Path(__file__).parent / "results" / "learn_step.md"

@@ -317,3 +317,26 @@ def test_a_huge_header_is_refused(call, folder: Path):
     (folder / "model" / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
     code, _, error = call(*PRUNE)
     assert code == 2 and "truncated or damaged" in error
+
+
+def test_learn_and_apply(tmp_path: Path, monkeypatch, capsys):
+    import tiny
+
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    text = tiny.tiny_text(tmp_path, paragraphs=60)
+    command = ["learn", str(base), str(tmp_path / "out"), "--data", str(text), "--steps", "3", "--prior", "magnitude"]
+    for extra, wanted in ((["--plan"], "masked weights"), ([], "changed")):
+        monkeypatch.setattr(sys, "argv", ["topiarist", *command, *extra])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code and wanted in capsys.readouterr().out
+    masks = tmp_path / "out" / "masks.safetensors"
+    monkeypatch.setattr(sys, "argv", ["topiarist", "apply", str(base), str(masks), str(tmp_path / "again")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code and (tmp_path / "again" / "config.json").is_file()
+    other = tiny.tiny_checkpoint(tmp_path / "other", seed=3)
+    monkeypatch.setattr(sys, "argv", ["topiarist", "apply", str(other), str(masks), str(tmp_path / "refused")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and "made for another base model" in capsys.readouterr().err

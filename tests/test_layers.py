@@ -9,12 +9,12 @@ PACKAGE = Path(__file__).parent.parent / "topiarist"
 FLOORS = [
     ["__about__", "errors"],
     ["patterns", "gram", "linalg", "models", "data", "store", "sources"],
-    ["solvers", "allocate", "learn", "structured", "masks", "runtime", "report", "evaluate", "tasks", "pages"],
+    ["solvers", "allocate", "masklearn", "structured", "masks", "runtime", "report", "evaluate", "tasks", "pages"],
     ["pipelines"],
-    ["cli_tools", "cli_runtime", "cli_report", "cli", "__main__", "__init__"],
+    ["cli_tools", "cli_masks", "cli_runtime", "cli_report", "cli", "__main__", "__init__"],
 ]
-MAY_USE = {"evaluate": {"report"}, "tasks": {"evaluate"}, "masks": {"learn"}}
-NEEDS_NO_MODEL = {"solvers", "learn"}
+MAY_USE = {"evaluate": {"report"}, "tasks": {"evaluate"}, "masks": {"masklearn"}}
+NEEDS_NO_MODEL = {"solvers", "masklearn"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from topiarist.learn import kernels, native, noise
-from topiarist.learn.candidates import candidates
-from topiarist.learn.relax import Bernoulli, Categorical, Draw, Prior, TopN
+from topiarist.masklearn import kernels, native, noise
+from topiarist.masklearn.candidates import candidates
+from topiarist.masklearn.relax import Bernoulli, Categorical, Draw, Prior, TopN
 from topiarist.patterns import NM, Unstructured, parse_pattern
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
@@ -140,8 +140,8 @@ def test_recorded_numbers_of_the_plain_path():
 
 TRITON_SCRIPT = """
 import torch
-from topiarist.learn import triton_kernel, noise
-from topiarist.learn.relax import Categorical, Draw, Prior, candidates
+from topiarist.masklearn import triton_kernel, noise
+from topiarist.masklearn.relax import Categorical, Draw, Prior, candidates
 from topiarist.patterns import parse_pattern
 for pattern, shape in (("2:4", (3, 600)), ("1:4", (2, 64)), ("4:8", (2, 96))):
     relaxation = Categorical(parse_pattern(pattern))

@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from topiarist.errors import PatternError
-from topiarist.learn.layer import Annealing, LearnedMask, MaskedLinear, learned_masks, mask_parameter, set_draws
-from topiarist.learn.optim import MaskAdamW
-from topiarist.learn.relax import Bernoulli, Categorical, Prior, TopN
-from topiarist.learn.schedule import PRESETS, Schedule
+from topiarist.masklearn.layer import Annealing, LearnedMask, MaskedLinear, learned_masks, mask_parameter, set_draws
+from topiarist.masklearn.optim import MaskAdamW
+from topiarist.masklearn.relax import Bernoulli, Categorical, Prior, TopN
+from topiarist.masklearn.schedule import PRESETS, Schedule
 from topiarist.patterns import NM, Unstructured
 
 PATTERN = NM(2, 4)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from topiarist.learn import noise
+from topiarist.masklearn import noise
 
 KEY0, KEY1 = -101518757, -163047464
 WORDS = [

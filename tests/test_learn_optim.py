@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from topiarist.learn import native, noise
-from topiarist.learn.layer import Annealing, MaskedLinear, set_draws
-from topiarist.learn.optim import MaskAdamW, Step, _write, adamw_, resident_bytes
-from topiarist.learn.relax import Categorical, Prior, TopN
-from topiarist.learn.schedule import Schedule
+from topiarist.masklearn import native, noise
+from topiarist.masklearn.layer import Annealing, MaskedLinear, set_draws
+from topiarist.masklearn.optim import MaskAdamW, Step, _write, adamw_, resident_bytes
+from topiarist.masklearn.relax import Categorical, Prior, TopN
+from topiarist.masklearn.schedule import Schedule
 from topiarist.patterns import NM
 
 PATTERN = NM(2, 4)

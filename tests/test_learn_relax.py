@@ -5,9 +5,9 @@ import torch
 from reference import maskllm
 
 from topiarist.errors import PatternError
-from topiarist.learn import noise
-from topiarist.learn.candidates import candidates, index_of, mask_of, num_classes, similarity
-from topiarist.learn.relax import Bernoulli, Categorical, Draw, Prior, TopN, relaxation_for
+from topiarist.masklearn import noise
+from topiarist.masklearn.candidates import candidates, index_of, mask_of, num_classes, similarity
+from topiarist.masklearn.relax import Bernoulli, Categorical, Draw, Prior, TopN, relaxation_for
 from topiarist.patterns import NM, Columns, Unstructured
 
 KINDS = [

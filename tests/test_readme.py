@@ -32,6 +32,7 @@ def calibration_file(folder: Path) -> None:
     """text.jsonl, long enough for the default 128 windows of the tiny model's 64 tokens."""
     text = tiny.tiny_text(folder, "raw.txt", paragraphs=140).read_text()
     (folder / "text.jsonl").write_text(json.dumps({"text": text}))
+    (folder / "domain.txt").write_text(text[len(text) // 2 :])
 
 
 def test_make_targets_exist():
@@ -47,7 +48,7 @@ def test_commands_run(tmp_path: Path, monkeypatch, capsys):
     calibration_file(tmp_path)
     tiny.tiny_text(tmp_path, "heldout.txt", seed=1)
     lines = [line for line in commands() if line.startswith("topiarist ")]
-    assert {line.split()[1] for line in lines} >= {"prune", "eval", "inspect"}
+    assert {line.split()[1] for line in lines} >= {"prune", "eval", "inspect", "learn", "apply"}
     for line in lines:
         # The tiny model sees 64 tokens, the commands' default of 1024 is for real ones.
         extra = ["--window", "64"] if line.split()[1] == "eval" else []
@@ -68,7 +69,7 @@ def test_python_lines_run(tmp_path: Path, monkeypatch):
     for block in blocks("python"):
         exec(block, names)
     assert tp.NM(2, 4).holds(names["solution"].mask)
-    assert names["report"].sparsity == 0.5
+    assert names["report"].sparsity == names["learned"].sparsity == 0.5
 
 
 def test_families_are_listed():

@@ -1,6 +1,6 @@
 """topiarist: prune Hugging Face causal language models with the best methods known, and measure what it cost."""
 
-from topiarist import allocate, solvers
+from topiarist import allocate, masks, solvers
 from topiarist.__about__ import __version__
 from topiarist.data import text_files
 from topiarist.errors import (
@@ -14,28 +14,39 @@ from topiarist.errors import (
 from topiarist.evaluate import audit, perplexity
 from topiarist.gram import Gram
 from topiarist.linalg import reconstruction_error
-from topiarist.patterns import NM, Columns, Pattern, Unstructured, parse_pattern
+from topiarist.masklearn import PRESETS, Preset
+from topiarist.patterns import NM, Columns, Pattern, TransposableNM, Unstructured, parse_pattern
+from topiarist.pipelines.learn_report import LearnReport
+from topiarist.pipelines.learned import learn
 from topiarist.pipelines.oneshot import prune, prune_module
+from topiarist.pipelines.recover import Recover
 from topiarist.report import Report
 from topiarist.solvers import Solution
 
 __all__ = [
     "NM",
+    "PRESETS",
     "CalibrationError",
     "CheckpointError",
     "Columns",
     "Gram",
+    "LearnReport",
     "NumericalError",
     "Pattern",
     "PatternError",
+    "Preset",
+    "Recover",
     "Report",
     "Solution",
     "TopiaristError",
+    "TransposableNM",
     "Unstructured",
     "UnsupportedModel",
     "__version__",
     "allocate",
     "audit",
+    "learn",
+    "masks",
     "parse_pattern",
     "perplexity",
     "prune",

@@ -66,7 +66,8 @@ class Gram:
     @property
     def matrix(self) -> Float[Tensor, "in in"]:
         """H, symmetric, fp32; a new tensor."""
-        if not torch.isfinite(self._upper).all():
+        # A finite sum proves every term finite, several times faster than testing each.
+        if not torch.isfinite(self._upper.sum()) and not torch.isfinite(self._upper).all():
             raise NumericalError("NaN or Inf in the Gram: the model's activations overflow; check weights and dtype")
         H = self._upper.clone()
         for start in range(0, self.in_features, BLOCK):  # tile by tile: one copy in memory, not four

@@ -6,6 +6,7 @@ W  weight (out, in), fp32      H  Gram (in, in), fp32      mask  bool (out, in),
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float
@@ -51,6 +52,15 @@ def inverse(H: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     return torch.cholesky_inverse(cholesky(H))
 
 
+def search_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where products in it are at least as fast as in fp32, else float32. All sums are fp32 either way."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return torch.bfloat16 if fast else torch.float32
+
+
 def masked_least_squares(
     W: Float[Tensor, "out in"],
     H: Float[Tensor, "in in"],
@@ -61,45 +71,85 @@ def masked_least_squares(
     steps: int = 20,
     tolerance: float = 1e-5,
 ) -> Float[Tensor, "out in"]:
-    """Minimise tr((X - W) (H + damping * mean(diag H) I) (X - W)^T) over X with support `mask`.
+    """Minimise tr((X - W) (H + damping * diag H) (X - W)^T) over X with support `mask`.
 
     All rows at once by conjugate gradients, preconditioned by the diagonal (ALPS, section 3.3); one product with H a
     step. Starts from `start` (default W) cut to the mask. Stops when every row's residual fell below `tolerance`
     times its start, or after `steps`. Cost: (steps + 2) * 2 * out * in^2 flops.
     """
-    if damping:
-        H = damped(H, damping)
     # Unit diagonal by scaling; a dead input has an empty row and column and stays at zero.
     scale = H.diagonal().clamp_min(0).sqrt()
-    scale = torch.where(scale > 0, scale, 1.0)
-    Hs = H / scale / scale[:, None]
+    live = scale > 0
+    scale = torch.where(live, scale, 1.0)
+    Hs = H / (scale * (1 + damping)) / scale[:, None]
+    Hs.diagonal().copy_(live)
     keep = mask.to(W.dtype)
     X = (W if start is None else start) * scale * keep
     R = ((W * scale - X) @ Hs).mul_(keep)
-    P = R.clone()
-    rr = R.square().sum(1, keepdim=True)
-    goal = rr * tolerance**2
+    return conjugate_gradients(lambda P: P @ Hs, X, R, keep, steps=steps, tolerance=tolerance) / scale
+
+
+def conjugate_gradients(
+    product: Callable[[Tensor], Tensor],
+    X: Float[Tensor, "out in"],
+    R: Float[Tensor, "out in"],
+    keep: Float[Tensor, "out in"],
+    *,
+    steps: int,
+    tolerance: float,
+    diagonal: Float[Tensor, " in"] | None = None,
+) -> Float[Tensor, "out in"]:
+    """Move X along the kept entries until the residual R is zero there. Rows are separate systems; X and R are overwritten.
+
+    `product` multiplies by the Gram, `diagonal` is its diagonal (unit if not given): the preconditioner.
+    """
+    P = R.clone() if diagonal is None else R / diagonal
+    rz = (R * P).sum(1, keepdim=True)
+    goal = rz * tolerance**2
     for _ in range(steps):
-        if bool((rr <= goal).all()):
+        if bool((rz <= goal).all()):
             break
-        HP = P @ Hs
+        HP = product(P)
         curvature = (P * HP).sum(1, keepdim=True)
-        alpha = torch.where(curvature > 0, rr / curvature, 0.0)
+        alpha = torch.where(curvature > 0, rz / curvature, 0.0)
         X.addcmul_(P, alpha)
         R.addcmul_(HP, -alpha).mul_(keep)
-        rr_next = R.square().sum(1, keepdim=True)
-        beta = torch.where(rr > 0, rr_next / rr, 0.0)
-        P.mul_(beta).add_(R)
-        rr = rr_next
-    return X / scale
+        Z = R if diagonal is None else R / diagonal
+        rz_next = (R * Z).sum(1, keepdim=True)
+        P.mul_(torch.where(rz > 0, rz_next / rz, 0.0)).add_(Z)
+        rz = rz_next
+    return X
 
 
 def reconstruction_error(
     weight: Float[Tensor, "out in"], new_weight: Float[Tensor, "out in"], gram: Gram | Float[Tensor, "in in"]
 ) -> float:
-    """Relative error tr((W - W') H (W - W')^T) / tr(W H W^T), in fp64. Zero if the layer's output is zero."""
-    H = (gram.matrix if isinstance(gram, Gram) else gram).double()
-    W = weight.to(H)
-    dW = W - new_weight.to(H)
-    dense = float(((W @ H) * W).sum())
-    return float(((dW @ H) * dW).sum()) / dense if dense > 0 else 0.0
+    """Relative error tr((W - W') H (W - W')^T) / tr(W H W^T). Zero if the layer's output is zero.
+
+    Small products in fp64, large ones in fp32 with fp64 sums: both within 1e-4 of the fp64 formula, relatively.
+    """
+    H = gram.matrix if isinstance(gram, Gram) else gram
+    small = weight.numel() * H.shape[0] < 2**31
+    dtype = torch.float64 if small and H.device.type == "cpu" else torch.float32
+    W = weight.to(H.device, dtype)
+    H = H.to(dtype)
+    dense = energy(W, H)
+    return max(energy(W - new_weight.to(W), H), 0.0) / dense if dense > 0 else 0.0
+
+
+def energy(D: Float[Tensor, "out in"], H: Float[Tensor, "in in"]) -> float:
+    """tr(D H D^T), products in the dtype given and sums in fp64. H is symmetric, so half the product is enough."""
+    width, block = H.shape[0], max(128, -(-H.shape[0] // 8))
+    total = torch.zeros((), dtype=torch.float64, device=D.device)
+    for start in range(0, width, block):
+        stop = start + block
+        D_block = D[:, start:stop]
+        DH = D_block @ H[start:stop, start:]
+        total += _dot(DH[:, :block], D_block)
+        total += 2 * _dot(DH[:, block:], D[:, stop:])
+    return float(total)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of a * b: rows in the dtype given, then fp64. Rows are short enough for fp32 to hold seven digits."""
+    return (a * b).sum(1, dtype=torch.float64).sum()

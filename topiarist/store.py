@@ -236,7 +236,7 @@ class OutputFolder:
         elif (self.folder / REPORT).is_file():
             self._compare(json.loads((self.folder / REPORT).read_text())["fingerprint"])
             self.complete = True
-        elif any(self.folder.iterdir()):
+        elif any(path.name != f"{JOURNAL}.tmp" for path in self.folder.iterdir()):  # killed at its very first line
             raise CheckpointError(f"{self.folder} exists and is not a topiarist run; choose another output or empty it")
 
     def _compare(self, found: Mapping[str, Any]) -> None:
@@ -265,8 +265,7 @@ class OutputFolder:
                 f"{self.folder} needs {expected_bytes / 1e9:.2f} GB, only {free / 1e9:.2f} GB are free: make room and run "
                 "the same command again"
             )
-        if not self._journal.exists() or not _complete_lines(self._journal):
-            self._write_text(self._journal, json.dumps(self.fingerprint) + "\n")
+        self._write_journal()  # anew, for a kill may have left half a line at its end
 
     def shard_is_done(self, index: int) -> dict[str, Any] | None:
         """The journal line of shard `index` if its file is there and unchanged. Later lines are then trusted no more."""
@@ -277,9 +276,12 @@ class OutputFolder:
         if path.is_file() and file_digest(path) == line["sha256"]:
             return line
         self.finished = self.finished[:index]
-        lines = [self.fingerprint, *self.finished]
-        self._write_text(self._journal, "".join(json.dumps(entry) + "\n" for entry in lines))
+        self._write_journal()
         return None
+
+    def _write_journal(self) -> None:
+        lines = [self.fingerprint, *self.finished]
+        self._write_text(self._journal, "".join(json.dumps(line) + "\n" for line in lines))
 
     def write_shard(self, name: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
         """Write a shard (temporary file, fsync, rename), then its journal line."""
@@ -295,6 +297,21 @@ class OutputFolder:
     def _write_shard(
         self, name: str, write: Callable[[Path], None], sizes: Mapping[str, int], info: Mapping[str, Any]
     ) -> None:
+        path = self._write_file(name, write)
+        with self._disk_errors():
+            line = {"file": name, "sha256": file_digest(path), "tensors": sizes, **info}
+            with self._journal.open("a") as journal:
+                journal.write(json.dumps(line) + "\n")
+                journal.flush()
+                os.fsync(journal.fileno())
+        self.finished.append(json.loads(json.dumps(line)))
+
+    def write_state(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Replace a file of tensors that is no part of the model: what a long run needs to go on."""
+        self._write_file(name, lambda path: save_file(dict(tensors), path, metadata=dict(metadata)))
+
+    def _write_file(self, name: str, write: Callable[[Path], None]) -> Path:
+        """Temporary file, fsync, rename: the old file or the new one, whenever the power fails."""
         path = self.folder / name
         temporary = path.with_suffix(".tmp")
         with self._disk_errors(temporary):
@@ -303,12 +320,7 @@ class OutputFolder:
             _fsync(temporary)
             temporary.replace(path)
             _fsync(self.folder)
-            line = {"file": name, "sha256": file_digest(path), "tensors": sizes, **info}
-            with self._journal.open("a") as journal:
-                journal.write(json.dumps(line) + "\n")
-                journal.flush()
-                os.fsync(journal.fileno())
-        self.finished.append(json.loads(json.dumps(line)))
+        return path
 
     def finish(self, source: Path, config: Mapping[str, Any], report: Mapping[str, Any]) -> None:
         """Write everything that makes the folder a model: index, side files, report, and config last."""

@@ -17,7 +17,7 @@ from jaxtyping import Bool, UInt8
 from torch import Tensor
 
 from topiarist.errors import CheckpointError
-from topiarist.learn.candidates import index_of, mask_of, num_classes
+from topiarist.masklearn.candidates import index_of, mask_of, num_classes
 from topiarist.patterns import NM, Pattern
 
 BITMAP, INDEX8, INDEX64 = "bitmap", "index8", "index64"

@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from topiarist.__about__ import __version__
-from topiarist.errors import CheckpointError, PatternError
-from topiarist.learn.candidates import ORDER
+from topiarist.errors import CheckpointError, PatternError, TopiaristError
+from topiarist.masklearn.candidates import ORDER
 from topiarist.masks.bitpack import pack, unpack
 from topiarist.patterns import Pattern, parse_pattern
+from topiarist.sources import StreamedModel
 from topiarist.store import Checkpoint, OutputFolder, locate
 
 FORMAT = "topiarist_masks"
@@ -189,12 +190,8 @@ def apply(base: str | Path, masks: str | Path | MaskFile, out: str | Path) -> Pa
     """
     file = masks if isinstance(masks, MaskFile) else MaskFile(masks)
     checkpoint = Checkpoint(locate(base))
-    for name in file:
-        if name not in checkpoint:
-            raise CheckpointError(
-                f"{file.path} was made for another base model ({file.base_model}): {checkpoint.folder} has no {name}"
-            )
-        file.check(name, checkpoint.read(name))
+    for name, parts in _parts(checkpoint, file).items():
+        file.check(name, read_whole(checkpoint, parts))
     fingerprint = {
         "apply": hashlib.sha256(json.dumps(file.metadata, sort_keys=True).encode()).hexdigest(),
         "base": checkpoint.digest(),
@@ -203,11 +200,7 @@ def apply(base: str | Path, masks: str | Path | MaskFile, out: str | Path) -> Pa
     if output.complete:
         return output.folder
     output.begin(checkpoint.weight_bytes())
-    groups = checkpoint.grouped(sorted(checkpoint.files), SHARD_BYTES)
-    for index, names in enumerate(groups):
-        if output.shard_is_done(index) is None:
-            tensors = {n: masked(checkpoint.read(n), file[n]) if n in file else checkpoint.read(n) for n in names}
-            output.write_shard(f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors", tensors, {})
+    write_masked(output, checkpoint, file)
     patterns = sorted({entry.pattern for entry in file.entries.values()})
     provenance = {
         "version": __version__,
@@ -221,6 +214,71 @@ def apply(base: str | Path, masks: str | Path | MaskFile, out: str | Path) -> Pa
         checkpoint.folder, {**checkpoint.config, "pruning_config": provenance}, {"pruning_config": provenance}
     )
     return output.folder
+
+
+def write_masked(
+    output: OutputFolder, checkpoint: Checkpoint, file: MaskFile, *, replaced: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the checkpoint's tensors, masked, as shards of `output`; shards that an earlier try finished stay.
+
+    replaced: weights (by parameter name) that are written in place of the checkpoint's, masked as well.
+    """
+    place = {
+        part: (name, expert, index, len(row))
+        for name, parts in _parts(checkpoint, file).items()
+        for expert, row in enumerate(parts)
+        for index, part in enumerate(row)
+    }
+
+    def piece(whole: Tensor, expert: int, index: int, of: int, wanted: torch.Size) -> Tensor:
+        """The share of a parameter that one tensor on disk holds: experts are stacked, their matrices joined."""
+        return whole if whole.shape == wanted else whole[expert].chunk(of)[index]
+
+    def final(part: str) -> Tensor:
+        weight = checkpoint.read(part)
+        if part not in place:
+            return weight
+        name, expert, index, of = place[part]
+        if replaced is not None and name in replaced:
+            weight = piece(replaced[name].cpu(), expert, index, of, weight.shape).to(weight.dtype)
+        return masked(weight, piece(file[name], expert, index, of, weight.shape))
+
+    groups = checkpoint.grouped(sorted(checkpoint.files), SHARD_BYTES)
+    for number, parts in enumerate(groups):
+        if output.shard_is_done(number) is None:
+            name = f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+            output.write_shard(name, {part: final(part) for part in parts}, {})
+
+
+def _parts(checkpoint: Checkpoint, file: MaskFile) -> dict[str, list[list[str]]]:
+    """The tensors on disk that make up each masked parameter: [[name]], or for fused experts one list an expert.
+
+    Raises CheckpointError if the checkpoint lacks one: it is another model.
+    """
+    if all(name in checkpoint for name in file):
+        return {name: [[name]] for name in file}
+    try:
+        source = StreamedModel(checkpoint, device=torch.device("cpu"))
+    except TopiaristError:  # no row for this type: then only plain names can be found
+        source = None
+    found: dict[str, list[list[str]]] = {}
+    for name in file:
+        try:
+            if source is None:
+                raise CheckpointError(name)
+            found[name] = source.disk_parts(name)
+        except (CheckpointError, AttributeError) as error:
+            raise CheckpointError(
+                f"{file.path} was made for another base model ({file.base_model}): {checkpoint.folder} has no {name}"
+            ) from error
+    return found
+
+
+def read_whole(checkpoint: Checkpoint, parts: list[list[str]]) -> Tensor:
+    """A parameter from the tensors on disk that make it up."""
+    if len(parts) == 1 and len(parts[0]) == 1:
+        return checkpoint.read(parts[0][0])
+    return torch.stack([torch.cat([checkpoint.read(part) for part in row]) for row in parts])
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ from topiarist.patterns import Pattern
 from topiarist.pipelines.refine import Refine, refine_block
 from topiarist.pipelines.stream import BlockStream, GramGroup
 from topiarist.report import BlockRefinement, LayerReport
-from topiarist.solvers import Solver
+from topiarist.solvers import Solution, Solver
 
 
 @dataclass
@@ -28,6 +28,8 @@ class BlockPruner:
     solver: Solver
     patterns: Mapping[str, Pattern | None]
     refine: Refine | None = None
+    on_solution: Callable[[str, Solution], None] = lambda *_: None
+    """Sees every solution with its layer's name: a mask is not always where the weight is not zero."""
     refined: list[BlockRefinement] = field(default_factory=list)
     warned: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -101,6 +103,7 @@ class BlockPruner:
         reports = {}
         for matrix, name, pattern, solution in zip(group.matrices, names, patterns, solutions, strict=True):
             matrix.assign(solution.weight)
+            self.on_solution(name, solution)
             zeros = 1.0 - float((solution.weight != 0).float().mean(dtype=torch.float64))
             reports[matrix] = LayerReport(name, matrix.shape, str(pattern), zeros, solution.error, group.gram.tokens)
         return reports

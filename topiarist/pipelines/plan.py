@@ -43,9 +43,9 @@ class Plan:
             ("blocks x matrices", f"{self.blocks} x {self.matrices}"),
             ("peak memory, about", f"{self.peak_memory_bytes / 1e9:.2f} GB"),
             ("disk", f"{self.disk_bytes / 1e9:.2f} GB"),
-            ("forward passes and Grams, about", _duration(self.forward_seconds)),
-            ("solver, about", _duration(self.solver_seconds)),
-            ("in all, about", _duration(self.forward_seconds + self.solver_seconds)),
+            ("forward passes and Grams, about", duration(self.forward_seconds)),
+            ("solver, about", duration(self.solver_seconds)),
+            ("in all, about", duration(self.forward_seconds + self.solver_seconds)),
         ]
 
 
@@ -120,7 +120,7 @@ def _working_set(source: Any, stream: BlockStream, groups: Sequence[GramGroup], 
     return max(hidden + grams + SOLVER_COPIES * largest, hidden + embeddings)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

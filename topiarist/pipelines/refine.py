@@ -74,7 +74,10 @@ def refine_block(
     training, checking = list(range(num_batches - held)), list(range(num_batches - held, num_batches)) or [0]
     before = best = error(checking)
     best_epoch, best_weights = 0, None
-    scales = {key: float(master.detach().norm() / max(int(master.count_nonzero()), 1) ** 0.5) for key, master in masters.items()}
+    scales = {
+        key: float(master.detach().norm() / max(int(master.count_nonzero()), 1) ** 0.5)
+        for key, master in masters.items()
+    }
     optimizer = torch.optim.Adam([{"params": [master], "lr": 0.0} for master in masters.values()])
     total = settings.epochs * len(training)
     for step in range(total):

@@ -37,7 +37,7 @@ enum Level { PLAIN = 0, LEVEL_AVX2 = 1, LEVEL_AVX512 = 2, LEVEL_AVX512_BF16 = 3 
 constexpr int R = 4;          // rows of W in a tile
 constexpr int MAX_BATCH = 4;  // rows of x that share one expansion
 
-// Products fill the window of instructions in flight, so values must be asked for well ahead of their use: by up to
+// Products fill the window of instructions in flight, so values must be asked for well ahead: faster by up to
 // 60 % (fp32, batch 4). From 2 to 8 KB ahead makes no difference.
 constexpr int AHEAD = 2048;
 
@@ -246,7 +246,7 @@ AVX512_BF16 void tile_bf16_dot(const Matrix& m, int64_t tile, const char* x, int
         for (int r = 0; r < R; r++) {
             weight[r] = as_bf16(_mm512_maskz_expand_epi16(masks[r], _mm512_loadu_si512(values)));
             values += _mm_popcnt_u32(masks[r]) * 2;
-            if (r % 2 == 0) _mm_prefetch(values + AHEAD, _MM_HINT_T0);
+            _mm_prefetch(values + AHEAD, _MM_HINT_T0);
         }
         for (int b = 0; b < N; b++) {
             __m512bh input = as_bf16(_mm512_load_si512(x + b * stride));

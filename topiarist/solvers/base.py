@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from topiarist import linalg
-from topiarist.errors import NumericalError
+from topiarist.errors import CalibrationWarning, NumericalError
 from topiarist.gram import Gram
 from topiarist.patterns import Pattern
 
@@ -27,7 +28,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class Problem:
-    """One weight in fp32 with its undamped Gram. Dead inputs have weight 0 and H_jj = 1, so they win no budget."""
+    """One weight in fp32 with its undamped Gram. Dead inputs have weight 0 and a mean H_jj."""
 
     W: Float[Tensor, "out in"]
     H: Float[Tensor, "in in"]
@@ -43,12 +44,13 @@ class Solver(ABC):
     refit: bool = False
     """End with a least-squares refit of the kept weights on the chosen support."""
     refit_damping: float = 1e-3
-    """Ridge of that refit, as a fraction of the Gram's mean diagonal."""
+    """Ridge of that refit, as a fraction of every input's own energy."""
 
     def __call__(self, weight: Float[Tensor, "out in"], gram: Gram, pattern: Pattern) -> Solution:
         """Prune one weight (out, in), any float dtype and device.
 
-        Raises PatternError if the pattern does not fit the shape, NumericalError on NaN or Inf.
+        Raises PatternError if the pattern does not fit the shape, NumericalError on NaN or Inf. Warns
+        (CalibrationWarning) if the Gram saw fewer tokens than it has inputs.
         """
         return self.together([weight], gram, [pattern])[0]
 
@@ -60,9 +62,19 @@ class Solver(ABC):
                 raise ValueError(f"weight of {weight.shape[1]} inputs does not fit a Gram of {gram.in_features}")
             if not torch.isfinite(weight).all():
                 raise NumericalError("NaN or Inf in the weight")
+        if gram.tokens < gram.in_features:
+            warnings.warn(
+                f"{gram.tokens} calibration tokens for {gram.in_features} inputs: use more, the result may not generalise",
+                CalibrationWarning,
+                stacklevel=3,
+            )
         true_H = gram.matrix.to(weights[0].device)
-        H, dead = true_H.clone(), gram.dead.to(true_H.device)
-        H.diagonal()[dead] = 1.0
+        H, dead = true_H, gram.dead.to(true_H.device)
+        if bool(dead.any()):
+            # A dead input gets an ordinary variance, whatever the Gram's scale, and a weight of zero: it wins no budget.
+            H = true_H.clone()
+            live = H.diagonal()[~dead]
+            H.diagonal()[dead] = live.mean() if len(live) else 1.0
         problems = [
             Problem(weight.detach().float().masked_fill(dead, 0.0), H, pattern)
             for weight, pattern in zip(weights, patterns, strict=True)

@@ -19,7 +19,7 @@ from topiarist.solvers.base import Problem, Solver
 @dataclass(frozen=True, kw_only=True)
 class SparseGPT(Solver):
     """Minimises ||X W^T - X W'^T||^2 greedily: columns in order; each block of columns gets its mask by the OBS saliency
-    w^2 / U_jj^2, each pruned weight's error is spread over the columns to its right (algorithm 1). Choose it when
+    |w| / U_jj, each pruned weight's error is spread over the columns to its right (algorithm 1). Choose it when
     ALPS takes too long. Cost: one inverse and two Cholesky factors of (in, in), then out * in^2 flops.
 
     Differs from the authors' code in: 1. exact counts: the matrix's budget is divided over the blocks to the weight.
@@ -44,7 +44,7 @@ class SparseGPT(Solver):
         mask = torch.zeros_like(Wt, dtype=torch.bool)
         group = pattern.of if isinstance(pattern, NM) else 1
         if not isinstance(pattern, NM | Unstructured):
-            mask = pattern.mask((Wt / U.diagonal()[:, None]).square().t()).t().contiguous()
+            mask = pattern.mask((Wt / U.diagonal()[:, None]).abs().t()).t().contiguous()
         width = -(-self.block_size // group) * group
         for start in range(0, Wt.shape[0], width):
             block, kept = Wt[start : start + width], mask[start : start + width]
@@ -52,11 +52,11 @@ class SparseGPT(Solver):
             Ub = U[start:stop, start:stop]
             scale = Ub.diagonal()
             if isinstance(pattern, Unstructured):
-                kept.copy_(_budgeted((block / scale[:, None]).square().t(), pattern, start, Wt.shape).t())
+                kept.copy_(_budgeted((block / scale[:, None]).abs().t(), pattern, start, Wt.shape).t())
             errors = torch.empty_like(block)
             for i in range(block.shape[0]):
                 if isinstance(pattern, NM) and i % group == 0:
-                    saliency = (block[i : i + group] / scale[i : i + group, None]).square()
+                    saliency = (block[i : i + group] / scale[i : i + group, None]).abs()
                     kept[i : i + group] = pattern.mask(saliency.t()).t()
                 errors[i] = block[i].masked_fill(kept[i], 0.0) / scale[i]
                 block[i + 1 :].addr_(Ub[i, i + 1 :], errors[i], alpha=-1)

@@ -70,6 +70,8 @@ class Preset:
     second_moment: Literal["logit", "group", "row"] = "logit"
     sample: Literal["step", "micro-batch"] = "step"
     """How often noise is drawn. Per step the mask is converted once, whatever the number of micro-batches."""
+    prior_samples: int = 32
+    """Sequences that a one-shot prior is computed from."""
     source: str = ""
 
     @property
@@ -105,6 +107,7 @@ PRESETS: dict[str, Preset] = {
         lr=Schedule(5e-4, 5e-5, "cosine"),
         gap=None,
         sample="micro-batch",
+        prior_samples=128,
         source="Fang et al. 2024, table 7: 2.1 billion tokens; eps 1e-5 in the LLaMA-2 runs, 1e-8 in the LLaMA-3 ones",
     ),
 }

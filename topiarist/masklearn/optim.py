@@ -12,15 +12,15 @@ them (at |pi| = 0.25 one bf16 step is 1e-3 to 2e-3, an update less).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from topiarist.learn import kernels, native, noise
-from topiarist.learn.layer import LearnedMask
-from topiarist.learn.relax import Categorical, Draw
+from topiarist.masklearn import kernels, native, noise
+from topiarist.masklearn.layer import LearnedMask
+from topiarist.masklearn.relax import Categorical, Draw
 
 SHARE = {"logit": 0, "group": 1, "row": 2}
 
@@ -114,8 +114,32 @@ class MaskAdamW(torch.optim.Optimizer):
         layer.logits.grad = dpi.to(layer.logits.dtype) if held is None else held.add_(dpi)
 
     def pending(self) -> list[Tensor]:
-        """What the layers handed over since the last step, in layer order: reduce these over processes, in place."""
+        """What the layers handed over since the last step, in layer order."""
         return [self._pending[position][0] for position in sorted(self._pending)]
+
+    @torch.no_grad()
+    def synchronise(self, reduce: Callable[[Tensor], object], *, one_draw: bool) -> None:
+        """Give every layer's gradient to `reduce`, which adds it up over processes in place; layer order, fp32.
+
+        one_draw: all processes drew the same mask, so d loss / d(W * M) may be added before it becomes a gradient of
+        the logits: two thirds of the traffic at 2:4.
+        """
+        for position, layer in enumerate(self.layers):
+            held = self._pending.get(position)
+            if held is None and layer.logits.grad is None:  # this process's tokens never reached the layer
+                draw = layer.current_draw
+                assert draw is not None
+                held = self._pending[position] = torch.zeros_like(layer.matrix), draw
+            if held is not None and (layer.logits.grad is not None or not one_draw):
+                self._flush(position)
+            if position in self._pending:
+                grad, draw = self._pending[position]
+                total = grad.float()
+                self._pending[position] = total, draw
+            else:
+                total = layer.logits.grad
+            assert total is not None
+            reduce(total)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._pending.clear()

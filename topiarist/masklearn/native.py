@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from topiarist.learn.noise import Key
+from topiarist.masklearn.noise import Key
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 # No -ffast-math: NaN must stay NaN so that a diverged run is noticed, and sums must not be reordered between machines.

@@ -13,7 +13,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from topiarist.learn.relax import Draw
+from topiarist.masklearn.relax import Draw
 
 TILE = 1024  # classes (padded) x groups of one program
 VARYING = ["key0", "key1", "first_row", "first_group"]  # change at every step: no compiled variants of their own

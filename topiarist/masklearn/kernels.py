@@ -20,9 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from topiarist.learn import native
-from topiarist.learn.candidates import candidates
-from topiarist.learn.relax import Categorical, Draw, Relaxation
+from topiarist.masklearn import native
+from topiarist.masklearn.candidates import candidates
+from topiarist.masklearn.relax import Categorical, Draw, Relaxation
 
 CHUNK = 1 << 18  # logits a plain-torch pass works on at once on a CPU: temporaries stay in the second-level cache
 
@@ -45,7 +45,7 @@ def effective(
             native.forward(native_mask(relaxation, weight, logits, draw, hard=hard), out)
             return out
         if draw is not None and not hard and _triton(weight, logits):
-            from topiarist.learn import triton_kernel
+            from topiarist.masklearn import triton_kernel
 
             return triton_kernel.forward(weight, logits, candidates(relaxation.pattern, weight.device), draw)
     if draw is None:
@@ -73,7 +73,7 @@ def gradient(
             native.backward(native_mask(relaxation, weight, logits, draw), native_grad(grad_effective), out)
             return out
         if _triton(weight, logits):
-            from topiarist.learn import triton_kernel
+            from topiarist.masklearn import triton_kernel
 
             S = candidates(relaxation.pattern, weight.device)
             return triton_kernel.backward(weight, logits, S, grad_effective, draw)

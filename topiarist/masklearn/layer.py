@@ -10,7 +10,8 @@ In evaluation mode, or while `draw` is None, a layer uses its hard mask without 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from topiarist.errors import PatternError
-from topiarist.learn import kernels, noise
-from topiarist.learn.relax import Draw, Prior, Relaxation
-from topiarist.learn.schedule import KAPPA, LAMBDA, TAU, Schedule
+from topiarist.masklearn import kernels, noise
+from topiarist.masklearn.relax import Draw, Prior, Relaxation
+from topiarist.masklearn.schedule import KAPPA, LAMBDA, TAU, Schedule
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class LearnedMask(nn.Module):
     sink        if set, takes d loss / d(W * M) in place of logits.grad (see optim.py)
     first_row, first_group   where a sharded weight begins in the whole one, so that its noise is the same
     lam_scale   multiplies the regulariser: 1 for the paper's raw sum, 1 / ||W||^2 to free it of scale and size
+    bypassed    True runs the dense weight: a teacher for distillation in the same memory
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class LearnedMask(nn.Module):
         self.draw: Draw | None = None
         self.sink: kernels.Sink | None = None
         self.lam_scale = 1.0
+        self.bypassed = False
 
     @property
     def matrix(self) -> Float[Tensor, "rows in"]:
@@ -94,6 +97,10 @@ class LearnedMask(nn.Module):
     def hard_mask(self) -> Bool[Tensor, "rows in"]:
         """The most likely mask, exactly of the pattern."""
         return self.relaxation.hard_mask(self.logits)
+
+    def finalize(self) -> Bool[Tensor, "..."]:
+        """The hard mask in the shape of the weight as its module stores it."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def statistics(self, prior: Bool[Tensor, "rows in"] | None = None) -> dict[str, Tensor]:
@@ -147,6 +154,8 @@ class MaskedLinear(LearnedMask):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         draw = self.current_draw
+        if self.bypassed:
+            return F.linear(x, self.weight, self.bias)
         if draw is None:
             return F.linear(x, kernels.effective(self.relaxation, self.weight, self.logits, None), self.bias)
         return kernels.masked_linear(x, self.weight, self.logits, self.bias, self.relaxation, draw, self.sink)
@@ -185,6 +194,8 @@ class MaskedExperts(LearnedMask):
         return self._rows(self._weight[0].detach())
 
     def forward(self, weight: Tensor) -> Tensor:
+        if self.bypassed:
+            return weight
         rows, draw = self._rows(weight.detach()), self.current_draw
         if draw is None:
             masked = kernels.effective(self.relaxation, rows, self.logits, None)
@@ -224,6 +235,19 @@ def set_draws(
     """Give every layer its draw for a step (and micro-batch, if each has its own noise)."""
     for layer in layers:
         layer.draw = annealing.draw(step, total, layer=layer.index, seed=seed, sample=sample, samples=samples)
+
+
+@contextmanager
+def dense(layers: Iterable[LearnedMask]) -> Iterator[None]:
+    """The layers run with their dense weights while inside."""
+    listed = list(layers)
+    for layer in listed:
+        layer.bypassed = True
+    try:
+        yield
+    finally:
+        for layer in listed:
+            layer.bypassed = False
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -9,10 +9,18 @@ kernels.py        picks the fastest path; autograd functions
 layer.py          MaskedLinear, experts          optim.py  AdamW with the mask's backward pass folded in
 """
 
-from topiarist.learn.layer import Annealing, LearnedMask, MaskedLinear, learned_masks, mask_parameter, set_draws
-from topiarist.learn.optim import MaskAdamW, resident_bytes
-from topiarist.learn.relax import RELAXATIONS, Bernoulli, Categorical, Draw, Prior, Relaxation, TopN, relaxation_for
-from topiarist.learn.schedule import PRESETS, Preset, Schedule
+from topiarist.masklearn.layer import (
+    Annealing,
+    LearnedMask,
+    MaskedLinear,
+    dense,
+    learned_masks,
+    mask_parameter,
+    set_draws,
+)
+from topiarist.masklearn.optim import MaskAdamW, resident_bytes
+from topiarist.masklearn.relax import RELAXATIONS, Bernoulli, Categorical, Draw, Prior, Relaxation, TopN, relaxation_for
+from topiarist.masklearn.schedule import PRESETS, Preset, Schedule
 
 __all__ = [
     "PRESETS",
@@ -29,6 +37,7 @@ __all__ = [
     "Relaxation",
     "Schedule",
     "TopN",
+    "dense",
     "learned_masks",
     "mask_parameter",
     "relaxation_for",

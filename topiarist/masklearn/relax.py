@@ -25,8 +25,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from topiarist.errors import PatternError
-from topiarist.learn import noise
-from topiarist.learn.candidates import candidates, num_classes, similarity
+from topiarist.masklearn import noise
+from topiarist.masklearn.candidates import candidates, num_classes, similarity
 from topiarist.patterns import NM, Pattern, Unstructured, parse_pattern
 
 

@@ -1,0 +1,373 @@
+"""Learning masks end to end on tiny models: what changes, what must not, resuming, transfer, refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+import topiarist as tp
+from topiarist.evaluate import audit, load_model
+from topiarist.masklearn import Preset, Schedule
+from topiarist.pipelines.learned import MASKS, STATE
+from topiarist.pipelines.trainer import Batches
+
+FAST = Preset(
+    steps=24, sequences=4, length=32, lr=Schedule(1e-2, 0.0, "cosine"), tau=Schedule(1.0, 0.05, "exponential"),
+    lam=Schedule(0.0, 0.0), max_norm=None, gap=0.04, prior_samples=8,
+)  # fmt: skip
+
+
+def language(num: int, window: int, seed: int = 0, shift: int = 0) -> torch.Tensor:
+    """Sequences with something to learn: the next token is one of two that follow from the last."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, 60, (num, window), generator=generator)
+    for i in range(1, window):
+        choice = torch.randint(0, 2, (num,), generator=generator)
+        tokens[:, i] = 3 + (tokens[:, i - 1] * 5 + 7 * choice + shift) % 57
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A tiny model that has learned the language."""
+    folder = tmp_path_factory.mktemp("learn") / "base"
+    model = tiny.tiny_model("llama", dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for step in range(90):
+        tokens = language(16, 32, seed=1000 + step)
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    model.eval().save_pretrained(folder)
+    tiny.tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+DATA = language(120, 32)
+
+
+def learn(model: Any, out: Path | None, **options: Any) -> tp.LearnReport:
+    defaults = {"data": DATA, "held_out": 4, "preset": FAST, "prior": "magnitude", "evaluate_every": 8}
+    return tp.learn(model, out, **(defaults | options))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.name != "pruning_run.json"
+    }
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: value for path in folder.glob("model*.safetensors") for key, value in load_file(path).items()}
+
+
+@pytest.fixture(scope="module")
+def learned(base: Path, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("learned") / "out"
+    learn(base, out)
+    return out
+
+
+def test_the_learned_mask_beats_its_prior(learned: Path):
+    report = tp.LearnReport.from_folder(learned)
+    assert report.loss < report.prior_loss - 0.1
+    assert 0.005 < report.flips < 0.5 and report.sparsity == 0.5
+    assert [entry["step"] for entry in report.history] == [0, 8, 16, 24]
+    assert report.history[-1]["certainty"] > 0.9
+    model = load_model(learned)
+    held_out = tp.perplexity(model, language(20, 32, seed=99)).value
+    assert torch.tensor(held_out).log() < report.prior_loss - 0.1
+
+
+def test_only_masked_weights_change_and_the_pattern_holds_in_the_files(base: Path, learned: Path):
+    provenance, audits = audit(learned)
+    assert provenance["method"] == "maskllm" and len(audits) == 14 and all(a.holds for a in audits)
+    before, after = weights_of(base), weights_of(learned)
+    assert before.keys() == after.keys()
+    masks = tp.masks.MaskFile(learned / MASKS)
+    for name, weight in before.items():
+        expected = weight.masked_fill(~masks[name], 0.0) if name in masks else weight
+        assert torch.equal(after[name], expected), name
+    assert not (learned / STATE).exists()
+    assert "learned 2:4 masks" in (learned / "README.md").read_text()
+
+
+def test_a_mask_file_gives_the_same_checkpoint(base: Path, learned: Path, tmp_path: Path):
+    out = tp.masks.apply(base, learned / MASKS, tmp_path / "applied")
+    applied, wanted = weights_of(out), weights_of(learned)
+    assert applied.keys() == wanted.keys() and all(torch.equal(applied[k], wanted[k]) for k in wanted)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "mixtral", "opt"])
+def test_families(family: str, tmp_path: Path):
+    """Conv1D, biases, fused experts: names in the files, weights that must not move, and back onto the base."""
+    base = tiny.tiny_checkpoint(tmp_path / "base", family)
+    preset = Preset(**{**vars(FAST), "steps": 3, "lr": Schedule(3e-2, 3e-2)})
+    report = learn(base, tmp_path / "out", preset=preset, data=tiny.tiny_tokens(40, 32))
+    assert report.flips > 0
+    _, audits = audit(tmp_path / "out")
+    assert audits and all(a.holds for a in audits)
+    before, after = weights_of(base), weights_of(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    parts = sum(2 if "experts.gate_up_proj" in a.name else 1 for a in audits)  # two tensors on disk
+    assert all(before[name].ndim == 2 for name in changed) and len(changed) == parts
+    assert all(bool(((after[n] == before[n]) | (after[n] == 0)).all()) for n in before)
+    applied = weights_of(tp.masks.apply(base, tmp_path / "out" / MASKS, tmp_path / "applied"))
+    assert all(torch.equal(applied[n], after[n]) for n in after)
+
+
+def test_a_model_object_is_masked_in_place_and_otherwise_as_it_was(base: Path, learned: Path, tmp_path: Path):
+    model = load_model(base)
+    kinds = [type(m) for m in model.modules()]
+    learn(model, tmp_path / "out", tokenizer=tiny.tiny_tokenizer())
+    assert [type(m) for m in model.modules()] == kinds and all(p.requires_grad for p in model.parameters())
+    wanted, written = weights_of(learned), weights_of(tmp_path / "out")
+    state = model.state_dict()
+    assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+    assert all(torch.equal(written[name], wanted[name]) for name in wanted)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+SHORT: dict[str, Any] = {"steps": 6, "evaluate_every": 2, "held_out": 2}
+
+
+def run_and_kill(base: Path, out: Path, delay: float) -> bool:
+    """Learn in a forked process and SIGKILL it after `delay` seconds. True if it was killed before it finished."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            learn(base, out, **SHORT)
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    time.sleep(delay)
+    os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0, "a resumed run failed"
+    return os.WIFSIGNALED(status)
+
+
+def test_killed_at_random_points_ends_in_the_same_bytes(base: Path, tmp_path: Path):
+    started = time.perf_counter()
+    learn(base, tmp_path / "whole", **SHORT)
+    duration = time.perf_counter() - started
+    expected = contents(tmp_path / "whole")
+    generator, kills, rounds = random.Random(0), 0, 0
+    while kills < 6:
+        out = tmp_path / f"killed-{rounds}"
+        rounds += 1
+        for _ in range(3):
+            kills += run_and_kill(base, out, generator.uniform(0.02, 1.1) * duration)
+        learn(base, out, **SHORT)
+        assert contents(out) == expected
+
+
+class _Stop(Exception): ...
+
+
+def stopped(base: Path, out: Path, at: int, **options: Any) -> None:
+    """A run that ends after step `at`, as a kill would end it."""
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what.startswith("learning") and done > at:
+            raise _Stop
+
+    with pytest.raises(_Stop):
+        learn(base, out, progress=progress, **options)
+
+
+def test_a_resume_does_not_compute_the_prior_again(base: Path, learned: Path, tmp_path: Path):
+    stopped(base, tmp_path / "out", 10)
+    seen: list[str] = []
+    learn(base, tmp_path / "out", progress=lambda what, *_: seen.append(what))
+    assert "prior" not in seen and len([s for s in seen if s.startswith("learning")]) == 16
+    assert contents(tmp_path / "out") == contents(learned)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"prior": "wanda"}, "prior was 'magnitude' and is 'wanda'"),
+        ({"steps": 20}, "steps was 24 and is 20"),
+        ({"data": language(120, 32, seed=5)}, "data was"),
+        ({"pattern": "1:4"}, "patterns was"),
+        ({"distill": 0.5}, "distill was"),
+    ],
+)
+def test_another_recipe_is_refused_and_the_difference_named(base: Path, tmp_path: Path, change, named: str):
+    stopped(base, tmp_path / "out", 0)
+    before = contents(tmp_path / "out")
+    with pytest.raises(tp.CheckpointError, match=rf"holds another run: .*{named}"):
+        learn(base, tmp_path / "out", **change)
+    assert contents(tmp_path / "out") == before
+
+
+def test_transfer_starts_from_a_learned_mask(base: Path, learned: Path, tmp_path: Path):
+    general = tp.LearnReport.from_folder(learned)
+    domain = language(120, 32, seed=7)
+    report = learn(base, tmp_path / "out", prior=learned / MASKS, data=domain)
+    assert report.prior_loss < general.prior_loss and report.loss <= report.prior_loss + 0.05
+    flips = sum(
+        int((tp.masks.MaskFile(learned / MASKS)[n] != tp.masks.MaskFile(tmp_path / "out" / MASKS)[n]).sum())
+        for n in tp.masks.MaskFile(learned / MASKS)
+    )
+    weights = sum(mask.numel() for mask in tp.masks.MaskFile(learned / MASKS).values())
+    assert report.flips == pytest.approx(flips / weights)
+
+
+def test_the_last_block_can_stay_dense(base: Path, tmp_path: Path):
+    report = learn(base, tmp_path / "out", last_block_dense=True, skip=["q_proj"], steps=4)
+    names = {layer.name for layer in report.layers}
+    assert len(names) == 6 and all(".layers.0." in name and "q_proj" not in name for name in names)
+    before, after = weights_of(base), weights_of(tmp_path / "out")
+    assert all(torch.equal(before[n], after[n]) for n in before if ".layers.1." in n or "q_proj" in n)
+
+
+def test_one_shot_priors_are_those_of_the_pipeline(base: Path):
+    """Without a step of training the mask is Wanda's, as `prune` finds it on the same sequences."""
+    model = load_model(base)
+    report = learn(model, None, prior="wanda", preset=Preset(**{**vars(FAST), "lr": Schedule(0.0, 0.0)}), steps=1)
+    assert report.flips == 0 and report.sparsity == 0.5
+    sparse = {n: p.detach() != 0 for n, p in model.named_parameters() if n.endswith("proj.weight")}
+    order = torch.randperm(report.data["samples"], generator=torch.Generator().manual_seed(0))[:8]
+    chosen = torch.ones(len(DATA), dtype=torch.bool)
+    chosen[[(2 * i + 1) * len(DATA) // 8 for i in range(4)]] = False
+    pruned = load_model(base)
+    tp.prune(pruned, calibration=DATA[chosen][order], method="wanda", pattern="2:4", batch_size=4)
+    assert all(torch.equal(sparse[n], p != 0) for n, p in pruned.named_parameters() if n in sparse)
+
+
+def test_variants_run(base: Path, tmp_path: Path):
+    plain = learn(load_model(base), None, steps=3)
+    ways: dict[str, dict[str, Any]] = {
+        "recomputed": {"activation_checkpointing": True},
+        "small batches": {"batch_size": 1},
+        "lean": {"lean": True},
+        "topn": {"relaxation": "topn"},
+        "distilled": {"distill": 0.5},
+        "noise per micro-batch": {"preset": Preset(**{**vars(FAST), "sample": "micro-batch", "gap": None})},
+        "clipped": {"preset": Preset(**{**vars(FAST), "max_norm": 1.0, "lam": Schedule(1e-5, 0.0)})},
+    }
+    for name, options in ways.items():
+        report = learn(load_model(base), None, steps=3, **options)
+        assert report.sparsity == 0.5, name
+        if name == "recomputed":
+            assert report.to_dict() == plain.to_dict()
+
+
+def test_recovery_trains_kept_weights_only(base: Path, tmp_path: Path):
+    report = learn(base, tmp_path / "out", steps=4, recover=tp.Recover(steps=10, sequences=4, learning_rate=3e-3))
+    before, after = weights_of(base), weights_of(tmp_path / "out")
+    masks = tp.masks.MaskFile(tmp_path / "out" / MASKS)
+    for name in before:
+        if name in masks:
+            assert not torch.equal(before[name].masked_fill(~masks[name], 0.0), after[name])
+            assert not bool(after[name][~masks[name]].any())
+        else:
+            assert torch.equal(before[name], after[name])
+    held_out = tp.perplexity(load_model(tmp_path / "out"), language(20, 32, seed=99)).value
+    assert torch.tensor(held_out).log() < report.loss
+    masks.check(next(iter(masks)), before[next(iter(masks))])  # the mask file still belongs to the dense base
+
+
+def test_batches_depend_on_the_seed_alone():
+    rows = [Batches(10, 4, 3).rows(step) for step in range(5)]
+    assert rows == [Batches(10, 4, 3).rows(step) for step in range(5)]
+    flat = [row for step in rows for row in step]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
+
+
+def test_user_errors(base: Path, learned: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (tp.PatternError, "needs a prior", {"prior": None}),
+        (tp.CheckpointError, "neither a method", {"prior": "wandering"}),
+        (tp.PatternError, r"layer .*layers.0.*not a 1:4 mask", {"prior": learned / MASKS, "pattern": "1:4"}),
+        (tp.PatternError, "no mask for", {"prior": {}}),
+        (tp.TopiaristError, "unknown preset", {"preset": "instant"}),
+        (tp.TopiaristError, "at least one step", {"steps": 0}),
+        (tp.TopiaristError, "every layer is skipped", {"skip": ["."]}),
+        (tp.PatternError, "divisible by 5", {"pattern": "2:5"}),
+        (tp.CalibrationError, "a step takes 4", {"data": DATA[:4]}),
+        (tp.CalibrationError, "too few", {"data": DATA[:1]}),
+        (tp.CalibrationError, "longer than the model's limit", {"data": tiny.tiny_tokens(20, 128)}),
+        (tp.CalibrationError, "does not divide", {"batch_size": 3}),
+        (tp.CalibrationError, "outside the model's vocabulary", {"data": DATA + 1000}),
+    ]
+    for kind, message, options in cases:
+        with pytest.raises(kind, match=message):
+            learn(base, out, **options)
+    other = tiny.tiny_checkpoint(tmp_path / "other", seed=4)
+    with pytest.raises(tp.CheckpointError, match=r"made for another base model .* first tensor that differs"):
+        learn(other, tmp_path / "out2", prior=learned / MASKS)
+    with pytest.raises(tp.CheckpointError, match="needs an output"):
+        learn(base, None)
+    with pytest.raises(tp.CheckpointError, match="is the model itself"):
+        learn(base, base)
+
+
+def test_a_broken_loss_stops_and_keeps_the_last_good_state(base: Path, tmp_path: Path, monkeypatch):
+    from topiarist.pipelines.trainer import MaskTrainer
+
+    whole = MaskTrainer._loss
+
+    def broken(self: MaskTrainer, tokens: torch.Tensor) -> torch.Tensor:
+        return whole(self, tokens) * (float("nan") if self.step == 10 else 1.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskTrainer, "_loss", broken)
+        with pytest.raises(tp.NumericalError, match=r"loss of step 11 is not finite; the last good state stays in"):
+            learn(base, tmp_path / "out")
+    learn(base, tmp_path / "out")
+    learn(base, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_full_disk_keeps_the_last_state(base: Path, tmp_path: Path, monkeypatch):
+    import topiarist.store as store
+
+    whole, calls = store.save_file, []
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        calls.append(args)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        whole(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "save_file", full)
+        with pytest.raises(tp.CheckpointError, match="the disk is full"):
+            learn(base, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    learn(base, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_tensorboard_is_optional(base: Path, tmp_path: Path):
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        with pytest.raises(tp.TopiaristError, match="TensorBoard is not installed"):
+            learn(load_model(base), None, steps=1, tensorboard=tmp_path / "scalars")
+    else:
+        learn(load_model(base), None, steps=1, tensorboard=tmp_path / "scalars")
+        assert list((tmp_path / "scalars").iterdir())
+
+
+def test_reports_read_back(learned: Path):
+    report = tp.LearnReport.from_folder(learned)
+    plain = json.loads((learned / "pruning_report.json").read_text())
+    assert {k: plain[k] for k in report.to_dict()} == json.loads(json.dumps(report.to_dict()))

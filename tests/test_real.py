@@ -1,0 +1,56 @@
+"""A few tests on the demo's real 135M model. `make test` fetches it first; without it they are skipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import topiarist as tp
+from demo.assets import model_dir, text_dir
+from topiarist.evaluate import held_out_windows, load_model
+from topiarist.sources import StreamedModel, block_matrices
+from topiarist.store import Checkpoint
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(not (model_dir() / "config.json").exists(), reason="run `make assets` first"),
+]
+
+
+def test_ties_of_a_model_that_was_4_bit_are_broken_exactly():
+    """In about 15 % of its groups of four the second and third magnitude are equal: counts must be exact all the same."""
+    source = StreamedModel(Checkpoint(model_dir()), device=torch.device("cpu"))
+    source.load(3)
+    ties = groups = 0
+    for matrix in block_matrices(source, 3):
+        scores = matrix.weight.float().abs()
+        ordered = scores.unflatten(1, (-1, 4)).sort(-1, descending=True).values
+        ties += int((ordered[..., 1] == ordered[..., 2]).sum())
+        groups += ordered[..., 0].numel()
+        mask = tp.NM(2, 4).mask(scores)
+        assert bool((mask.unflatten(1, (-1, 4)).sum(-1) == 2).all())
+        assert int(tp.Unstructured(0.7).mask(scores).sum()) == tp.Unstructured(0.7).num_kept(matrix.shape)
+    assert 0.05 < ties / groups < 0.3
+
+
+def test_pruned_real_model_opens_keeps_its_pattern_and_still_models_text(tmp_path: Path):
+    text = tp.text_files(text_dir() / "heldout_c4.jsonl")
+    report = tp.prune(
+        model_dir(),
+        tmp_path / "out",
+        method="sparsegpt",
+        pattern="4:8",
+        calibration=tp.text_files(text_dir() / "calibration.jsonl"),
+        num_samples=4,
+        window=256,
+    )
+    assert len(report.layers) == 210 and report.sparsity == pytest.approx(0.5, abs=1e-6)
+    _, matrices = tp.audit(tmp_path / "out")
+    assert all(matrix.holds for matrix in matrices)
+    windows = held_out_windows(tmp_path / "out", text, window=256, max_windows=4)
+    dense = tp.perplexity(load_model(model_dir()), windows).value
+    pruned = tp.perplexity(load_model(tmp_path / "out"), windows).value
+    # Very little calibration: far from good, yet nowhere near a broken model (its vocabulary is 49,152).
+    assert 20 < dense < 80 and dense < pruned < 20 * dense

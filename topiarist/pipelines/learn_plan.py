@@ -1,0 +1,101 @@
+"""What a run of learning will need on this machine, from one real step on one sequence."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from topiarist.masklearn import Preset, Prior, resident_bytes
+from topiarist.patterns import parse_pattern
+from topiarist.pipelines.learned import STATE_BYTES, open_model, prepare
+from topiarist.pipelines.masking import MaskedModel
+from topiarist.pipelines.plan import duration
+from topiarist.pipelines.trainer import MaskTrainer
+from topiarist.report import peak_memory_bytes
+
+
+@dataclass(frozen=True)
+class LearnPlan:
+    """Needs of a run, as measured a moment ago; seconds assume that the machine stays as busy as it is."""
+
+    weights: int
+    tokens: int
+    steps: int
+    bytes_per_weight: float
+    peak_memory_bytes: int
+    disk_bytes: int
+    step_seconds: float
+
+    def lines(self) -> list[tuple[str, str]]:
+        return [
+            ("masked weights", f"{self.weights:,}"),
+            ("training tokens x steps", f"{self.tokens // self.steps:,} x {self.steps}"),
+            ("bytes a masked weight", f"{self.bytes_per_weight:.1f}"),
+            ("peak memory, about", f"{self.peak_memory_bytes / 1e9:.2f} GB"),
+            ("disk, about", f"{self.disk_bytes / 1e9:.2f} GB"),
+            ("a step, about", duration(self.step_seconds)),
+            ("all steps, about", duration(self.step_seconds * self.steps)),
+        ]
+
+
+def plan_learn(
+    model: str | Path,
+    *,
+    data: Any,
+    pattern: Any = "2:4",
+    preset: str | Preset = "quick",
+    steps: int | None = None,
+    relaxation: str | None = None,
+    skip: Any = (),
+    last_block_dense: bool = False,
+    distill: float = 0.0,
+    batch_size: int | None = None,
+    seed: int = 0,
+    lean: bool = False,
+    activation_checkpointing: bool = False,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> LearnPlan:
+    """Load the model, take two micro-batches through it (the first warms up), and extrapolate. Writes nothing.
+
+    Without the prior (a few percent of `quick`) and the evaluations (about a tenth).
+    """
+    source, checkpoint, _ = open_model(model, None, device, trust_remote_code, planning=True)
+    plan = prepare(
+        source, checkpoint, data=data, pattern=parse_pattern(pattern), preset=preset, steps=steps, lean=lean, skip=skip,
+        last_block_dense=last_block_dense, batch_size=batch_size, held_out=1, processes=1, tokenizer=None,
+    )  # fmt: skip
+    masks = {}
+    for target in plan.targets:  # any mask of the pattern costs the same
+        weight = target.parameter.abs().float()
+        rows = weight.T if target.transposed else weight.flatten(0, -2)
+        mask = target.pattern.mask(rows)
+        masks[target.name] = mask.T if target.transposed else mask.view(weight.shape)
+    dtype = torch.bfloat16 if lean else torch.float32
+    masked = MaskedModel(
+        source, plan.targets, masks, relaxation=relaxation, prior=Prior(), seed=seed, dtype=dtype
+    )  # fmt: skip
+    one = replace(plan.recipe, sequences=plan.batch_size)
+    trainer = MaskTrainer(
+        masked, plan.training, plan.watching, one, batch_size=plan.batch_size, seed=seed, distill=distill
+    )
+    seconds = 0.0
+    with masked.running(recompute=activation_checkpointing):
+        for _ in range(2):
+            started = time.perf_counter()
+            float(trainer.run_step())
+            seconds = time.perf_counter() - started
+    weights = sum(target.parameter.numel() for target in plan.targets)
+    return LearnPlan(
+        weights=weights,
+        tokens=plan.recipe.tokens,
+        steps=plan.recipe.steps,
+        bytes_per_weight=resident_bytes(masked.layers, trainer.optimizer),
+        peak_memory_bytes=peak_memory_bytes(),
+        disk_bytes=(checkpoint.weight_bytes() if checkpoint else 0) + 2 * STATE_BYTES * weights,
+        step_seconds=seconds * plan.recipe.sequences / plan.batch_size,
+    )

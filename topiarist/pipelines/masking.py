@@ -1,0 +1,183 @@
+"""A model with learned masks in place of its matrices, and its way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+from topiarist.errors import PatternError
+from topiarist.masklearn import LearnedMask, MaskedLinear, Prior, mask_parameter, relaxation_for
+from topiarist.models import Matrix, block_names
+from topiarist.patterns import Pattern
+from topiarist.sources import LoadedModel, block_matrices
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parameter that gets a mask: the weight of a linear layer, or all experts of a fused parameter."""
+
+    name: str
+    """Of the parameter, as in `model.named_parameters()`; mask files use it too."""
+    matrices: tuple[Matrix, ...]
+    pattern: Pattern
+
+    @property
+    def module_path(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
+    def parameter(self) -> Tensor:
+        """The stored weight, outside autograd."""
+        return getattr(self.matrices[0].module, self.matrices[0].parameter).detach()
+
+    @property
+    def transposed(self) -> bool:
+        return self.matrices[0].transposed
+
+    @property
+    def label(self) -> str:
+        """How the layer is called in reports: without `.weight`."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def matrix_names(self) -> list[str]:
+        """Full names of its matrices, as reports and audits of a pruned checkpoint call them."""
+        experts = [m.expert for m in self.matrices]
+        return [self.label] if experts == [None] else [f"{self.label}.{e}" for e in experts]
+
+    def packed(self, mask: Tensor) -> np.ndarray:
+        """One bit a weight, in the order of the (rows, in) form that groups run along."""
+        return np.packbits((mask.T if self.transposed else mask).cpu().numpy())
+
+    def unpacked(self, bits: Tensor) -> Tensor:
+        """The inverse of `packed`: a mask in the parameter's shape."""
+        shape = self.parameter.shape
+        rows = (shape[1], shape[0]) if self.transposed else shape
+        mask = torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel())).bool().view(rows)
+        return mask.T.contiguous() if self.transposed else mask
+
+    def whole(self, masks: Mapping[str, Tensor], path: str) -> Tensor:
+        """The mask in the parameter's shape, from masks (out, in) by matrix name."""
+        if self.matrices[0].expert is not None:
+            return torch.stack([masks[f"{path}.{m.name}"] for m in self.matrices])
+        mask = masks[f"{path}.{self.matrices[0].name}"]
+        return mask.T.contiguous() if self.transposed else mask
+
+
+def targets(source: LoadedModel, patterns: Mapping[str, Pattern | None]) -> list[list[Target]]:
+    """The parameters to mask, block by block. Raises PatternError if the experts of one parameter do not agree."""
+    found: list[list[Target]] = []
+    for index, path in enumerate(block_names(source.model, source.family)):
+        stages: dict[str, list[Matrix]] = {}
+        for matrix in block_matrices(source, index):
+            stages.setdefault(matrix.stage, []).append(matrix)
+        block: list[Target] = []
+        for stage, matrices in stages.items():
+            wanted = {patterns[f"{path}.{m.name}"] for m in matrices}
+            if len(wanted) > 1:
+                raise PatternError(f"the experts of {path}.{stage} share one parameter: skip all of them or none")
+            pattern = wanted.pop()
+            if pattern is not None:
+                name = f"{path}.{stage}" + (".weight" if matrices[0].expert is None else "")
+                block.append(Target(name, tuple(matrices), pattern))
+        found.append(block)
+    return found
+
+
+class MaskedModel:
+    """A loaded model whose targets are masked layers until `restore`. Only their logits have gradients."""
+
+    def __init__(
+        self,
+        source: LoadedModel,
+        wanted: Sequence[Target],
+        masks: Mapping[str, Tensor],
+        *,
+        relaxation: str | None,
+        prior: Prior,
+        seed: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self._trained = {name: p.requires_grad for name, p in source.model.named_parameters()}
+        self._was_training = source.model.training
+        self.model: Any = source.model.requires_grad_(False).eval()
+        self.source, self.targets = source, list(wanted)
+        self.layers: list[LearnedMask] = []
+        self.prior_bits = [target.packed(masks[target.name]) for target in self.targets]
+        self._originals: dict[str, nn.Module] = {}
+        for index, target in enumerate(self.targets):
+            options = {"index": index, "prior": prior, "seed": seed, "dtype": dtype}
+            kind = relaxation_for(target.pattern, relaxation)
+            mask = masks[target.name].to(target.parameter.device)
+            try:
+                layer = self._mask(target, kind, mask, options)
+            except PatternError as error:
+                raise PatternError(f"layer {target.label}: {error}") from error
+            self.layers.append(layer.to(target.parameter.device))
+
+    def _mask(self, target: Target, relaxation: Any, mask: Tensor, options: dict[str, Any]) -> LearnedMask:
+        matrix = target.matrices[0]
+        if matrix.expert is not None:
+            return mask_parameter(matrix.module, matrix.parameter, relaxation, mask, **options)
+        layer = MaskedLinear.from_module(matrix.module, relaxation, mask, **options)
+        self._originals[target.module_path] = matrix.module
+        self.model.set_submodule(target.module_path, layer)
+        return layer
+
+    def masks(self) -> dict[str, Tensor]:
+        """The hard masks by parameter name, in the parameters' shapes, on the CPU."""
+        return {t.name: layer.finalize().cpu() for t, layer in zip(self.targets, self.layers, strict=True)}
+
+    def train(self, mode: bool = True) -> None:
+        """Soft masks (True) or hard ones. Only the masks change mode: dropout of the frozen model stays off."""
+        for layer in self.layers:
+            layer.train(mode)
+
+    @contextmanager
+    def running(self, *, recompute: bool) -> Iterator[None]:
+        """Inside, a block computes the masks of its fused experts once a forward, and with `recompute` keeps nothing
+        but its input for backward (activation checkpointing)."""
+        blocks = [self.model.get_submodule(name) for name in block_names(self.model, self.source.family)]
+        for block in blocks:
+            block.forward = _wrapped(block.forward, recompute)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward  # the class's own shows again
+
+    def restore(self) -> None:
+        """The model as it came: its own modules and dense weights."""
+        for path, module in self._originals.items():
+            self.model.set_submodule(path, module)
+        for target in self.targets:
+            matrix = target.matrices[0]
+            if matrix.expert is not None:
+                parametrize.remove_parametrizations(matrix.module, matrix.parameter, leave_parametrized=False)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._trained[name])
+        self.model.train(self._was_training)
+
+
+def _wrapped(forward: Any, recompute: bool) -> Any:
+    def cached(*args: Any, **kwargs: Any) -> Any:
+        # An expert loop reads the parameter once an expert; within one forward the mask is the same.
+        with parametrize.cached():
+            return forward(*args, **kwargs)
+
+    if not recompute:
+        return cached
+
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        # Nothing random happens in a block: dropout is off and the masks' noise depends on the step alone.
+        return checkpoint(cached, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return checkpointed

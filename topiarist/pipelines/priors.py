@@ -1,0 +1,135 @@
+"""Where learning starts: one-shot masks without their weight update, or masks from a file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from topiarist.errors import CheckpointError, PatternError
+from topiarist.masks import MaskFile, read_npz, weight_digest
+from topiarist.models import block_names
+from topiarist.patterns import Pattern
+from topiarist.pipelines.block import BlockPruner
+from topiarist.pipelines.masking import Target
+from topiarist.pipelines.stream import BlockStream
+from topiarist.solvers import SOLVERS, Solution, Solver
+from topiarist.sources import LoadedModel, block_matrices, eager_experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskOnly(Solver):
+    """Another solver's mask on the weights as they are: learned masks start from dense weights."""
+
+    solver: Solver
+
+    def together(self, weights, gram, patterns) -> list[Solution]:
+        # Differs from the solver's own error: this one is that of the mask without the update.
+        found = self.solver.together(weights, gram, patterns)
+        return [
+            replace(solution, weight=weight.masked_fill(~solution.mask, 0.0))
+            for weight, solution in zip(weights, found, strict=True)
+        ]
+
+    def solve(self, problem):
+        return self.solver.solve(problem)
+
+
+@torch.no_grad()
+def one_shot_masks(
+    source: LoadedModel,
+    wanted: Sequence[Sequence[Target]],
+    patterns: Mapping[str, Pattern | None],
+    tokens: Tensor,
+    solver: Solver,
+    *,
+    batch_size: int = 4,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Masks by parameter name, and warnings. Block by block, each on inputs that passed the masked blocks before it.
+
+    The model's weights are as before when this returns: a block is masked in place, run, and put back.
+    """
+    masks: dict[str, Tensor] = {}
+    by_matrix: dict[str, Tensor] = {}
+    pruner = BlockPruner(
+        MaskOnly(solver=solver),
+        patterns,
+        on_solution=lambda name, solution: by_matrix.__setitem__(name, solution.mask),
+    )
+    names = block_names(source.model, source.family)
+    with eager_experts(source.model):
+        stream = BlockStream(source, tokens, batch_size=batch_size, device=source.device)
+        for index, path in enumerate(names):
+            progress("prior", index, len(names))
+            block = source.load(index)
+            dense = {target.name: target.parameter.clone() for target in wanted[index]}
+            try:
+                pruner.prune(stream, index, block, block_matrices(source, index), path, sequential=False)
+                if index + 1 < len(names):
+                    stream.advance(index, block)
+            finally:
+                for target in wanted[index]:
+                    target.parameter.copy_(dense[target.name])
+            masks.update({target.name: target.whole(by_matrix, path) for target in wanted[index]})
+            by_matrix.clear()
+    return masks, pruner.warned
+
+
+def prior_identity(prior: str | Path | Mapping[str, Tensor] | None) -> str:
+    """What a resume compares: a method's name, or a digest. Raises PatternError if there is no prior."""
+    if prior is None:
+        raise PatternError("learning masks needs a prior: wanda, sparsegpt, magnitude, or a masks.safetensors")
+    if isinstance(prior, Mapping):
+        total = hashlib.sha256()
+        for name in sorted(prior):
+            total.update(f"{name} {weight_digest(prior[name])}".encode())
+        return f"masks {total.hexdigest()[:16]}"
+    if isinstance(prior, str) and prior in SOLVERS:
+        return prior
+    path = Path(prior)
+    if not path.is_file():
+        raise CheckpointError(f"prior {prior} is neither a method ({', '.join(SOLVERS)}) nor a mask file")
+    with path.open("rb") as stream:
+        return f"masks {hashlib.file_digest(stream, 'sha256').hexdigest()[:16]}"
+
+
+def given_masks(prior: str | Path | Mapping[str, Tensor], wanted: Sequence[Target]) -> dict[str, Tensor]:
+    """The prior's masks of all targets, from a mask file (checked against the weights), an .npz, or a mapping.
+
+    Raises CheckpointError for another base, PatternError for a mask that is missing or of another shape or pattern.
+    """
+    shapes = {target.name: tuple(target.parameter.shape) for target in wanted}
+    if isinstance(prior, Mapping):
+        masks: Mapping[str, Tensor] = prior
+    elif Path(prior).suffix == ".npz":
+        masks = read_npz(prior, shapes)
+    else:
+        masks = MaskFile(prior)
+    origin = "the prior" if isinstance(prior, Mapping) else str(prior)
+    if missing := [name for name in shapes if name not in masks]:
+        raise PatternError(
+            f"{origin} has no mask for {missing[0]} ({len(missing)} such): skip them, or use another prior"
+        )
+    for target in wanted:
+        if isinstance(masks, MaskFile):
+            masks.check(target.name, target.parameter)
+    chosen: dict[str, Tensor] = {}
+    for target in wanted:
+        mask = chosen[target.name] = masks[target.name]
+        if tuple(mask.shape) != shapes[target.name]:
+            raise PatternError(
+                f"{origin}: mask of {target.name} has shape {tuple(mask.shape)}, the weight {shapes[target.name]}"
+            )
+        rows = mask.T if target.transposed else mask.flatten(0, -2)
+        due = target.pattern.num_kept((rows.shape[0], rows.shape[1]))
+        if mask.dtype != torch.bool or int(mask.sum()) != due or not target.pattern.holds(rows):
+            raise PatternError(
+                f"layer {target.label}: {origin} is not a {target.pattern} mask: it keeps {int(mask.sum()):,} of "
+                f"{mask.numel():,} weights, where {due:,} are due"
+            )
+    return chosen

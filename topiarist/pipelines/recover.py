@@ -1,0 +1,78 @@
+"""A short training of the kept weights under a fixed mask, on the language-model loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from topiarist.errors import NumericalError
+from topiarist.pipelines.processes import Processes
+from topiarist.pipelines.trainer import Batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recover:
+    """How long and how fast. 16 bytes a masked weight: fp32 weights, gradients and Adam's moments."""
+
+    steps: int = 50
+    sequences: int = 2
+    learning_rate: float = 1e-4
+    """Peak; falls to zero along a cosine."""
+
+
+def recover_weights(
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    tokens: Tensor,
+    settings: Recover,
+    batch_size: int,
+    seed: int,
+    processes: Processes,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Tensor]:
+    """New values of the masked weights, by parameter name and in their dtype; the model itself stays as it is.
+
+    Deterministic from its arguments, so a killed run simply does it again. Raises NumericalError for a broken loss.
+    """
+    parameters = dict(model.named_parameters())
+    device = next(model.parameters()).device
+    kept = {name: mask.to(device) for name, mask in masks.items()}
+    masters = {name: nn.Parameter(parameters[name].detach().float() * mask) for name, mask in kept.items()}
+    optimizer = torch.optim.AdamW(masters.values(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    batches = Batches(len(tokens), settings.sequences, seed + 1)
+    batch_size = math.gcd(batch_size, settings.sequences)
+
+    def current() -> dict[str, Any]:
+        return {name: (master * kept[name]).to(parameters[name].dtype) for name, master in masters.items()}
+
+    for step in range(settings.steps):
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+        rows = batches.rows(step)
+        micro = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        total = torch.zeros((), device=device)
+        for index in range(processes.rank, len(micro), processes.size):
+            batch = tokens[micro[index]].to(device)
+            logits = functional_call(model, current(), kwargs={"input_ids": batch, "use_cache": False}).logits
+            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten()) / len(micro)
+            loss.backward()
+            total += loss.detach()
+        processes.add_up(total)
+        for master in masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            processes.add_up(master.grad)
+        if not math.isfinite(float(total)):
+            raise NumericalError(f"the loss of recovery step {step + 1} is not finite: lower its learning rate")
+        torch.nn.utils.clip_grad_norm_(masters.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        progress(f"recovery, loss {float(total):.3f}", step + 1, settings.steps)
+    # +0.0 where pruned: a product with the mask may leave -0.0.
+    return {name: value.detach().masked_fill(~kept[name], 0.0) for name, value in current().items()}
