@@ -244,7 +244,7 @@ def test_pattern_that_does_not_fit_names_the_layer(call, folder: Path):
     [
         (["--method", "nonsense"], "unknown method"),
         (["--set", "nonsense=1"], "has no field"),
-        (["--set", "damping=much"], "--set damping"),
+        (["--set", "ridge=much"], "--set ridge"),
         (["--window", "4096"], "longer than the model's limit"),
         (["--nonsense"], "No such option"),
         (["--skip", "("], "regular expressions"),

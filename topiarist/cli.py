@@ -97,8 +97,9 @@ def prune(
     out.print(f"{run['seconds']:.0f} s, peak memory {run['peak_memory_bytes'] / 1e9:.2f} GB; written to {output}")
 
 
-for name, command in {**cli_masks.COMMANDS, **cli_runtime.COMMANDS, **cli_report.COMMANDS}.items():
-    app.command(name)(command)
+for group in (cli_report.COMMANDS, cli_masks.COMMANDS, cli_runtime.COMMANDS):
+    for name, command in group.items():
+        app.command(name)(command)
 
 
 @app.callback(invoke_without_command=True)

@@ -191,7 +191,7 @@ def apply(base: str | Path, masks: str | Path | MaskFile, out: str | Path) -> Pa
     file = masks if isinstance(masks, MaskFile) else MaskFile(masks)
     checkpoint = Checkpoint(locate(base))
     for name, parts in _parts(checkpoint, file).items():
-        file.check(name, _read_whole(checkpoint, parts))
+        file.check(name, read_whole(checkpoint, parts))
     fingerprint = {
         "apply": hashlib.sha256(json.dumps(file.metadata, sort_keys=True).encode()).hexdigest(),
         "base": checkpoint.digest(),
@@ -274,7 +274,8 @@ def _parts(checkpoint: Checkpoint, file: MaskFile) -> dict[str, list[list[str]]]
     return found
 
 
-def _read_whole(checkpoint: Checkpoint, parts: list[list[str]]) -> Tensor:
+def read_whole(checkpoint: Checkpoint, parts: list[list[str]]) -> Tensor:
+    """A parameter from the tensors on disk that make it up."""
     if len(parts) == 1 and len(parts[0]) == 1:
         return checkpoint.read(parts[0][0])
     return torch.stack([torch.cat([checkpoint.read(part) for part in row]) for row in parts])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from topiarist.errors import CheckpointError, PatternError
-from topiarist.masks.files import MaskFile
+from topiarist.masks.files import MaskFile, read_whole
 from topiarist.models import block_names
 from topiarist.patterns import NM, Columns, Pattern, Unstructured, parse_pattern
 from topiarist.sources import StreamedModel, block_matrices
@@ -102,10 +102,7 @@ def _parameter(checkpoint: Checkpoint, source: StreamedModel | None, name: str) 
     """A parameter by its model's name, stacked from its experts if it is stored so; or why it cannot be read."""
     try:
         parts = [[name]] if name in checkpoint or source is None else source.disk_parts(name)
-        if len(parts) == 1 and len(parts[0]) == 1:
-            weight = checkpoint.read(parts[0][0])
-        else:
-            weight = torch.stack([torch.cat([checkpoint.read(part) for part in row]) for row in parts])
+        weight = read_whole(checkpoint, parts)
     except (CheckpointError, KeyError, AttributeError):
         stem = name.removesuffix("weight")
         packed = [key for key in checkpoint.files if key.startswith(stem) and key != f"{stem}bias"]
