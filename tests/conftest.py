@@ -11,7 +11,7 @@ import torch
 from jaxtyping import install_import_hook
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benchmarks")]
-install_import_hook("topiarist", "beartype.beartype")
+install_import_hook("topiarist", "typecheck.tower")
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,8 @@ from topiarist.data import Windows
 from topiarist.errors import CheckpointError, TopiaristError
 from topiarist.masks import MaskFile, save_masks, weight_digest
 from topiarist.masks.files import write_masked
-from topiarist.pipelines.learn_report import LearnedLayer, LearnReport, learned_card
+from topiarist.pages import PAGE, Result, report_page
+from topiarist.pipelines.learn_report import METHOD, LearnedLayer, LearnReport, learned_card
 from topiarist.pipelines.masking import Target
 from topiarist.sources import LoadedModel
 from topiarist.store import Checkpoint, OutputFolder
@@ -143,6 +144,7 @@ def write_result(
     write_masked(output, checkpoint, MaskFile(output.folder / MASKS), replaced=replaced)
     lines = [f"{h:016x}" for h in sorted(windows.line_hashes)]
     output.write_text("README.md", learned_card(report, __about__.__version__))
+    output.write_text(PAGE, report_page(Result({**report.to_dict(), "method": METHOD}, __about__.__version__)))
     output.write_text("pruning_run.json", json.dumps(report.run, indent=2) + "\n")
     output.write_text("pruning_calibration.json", json.dumps({"digest": windows.digest, "line_hashes": lines}) + "\n")
     config = {**checkpoint.config, "pruning_config": report.pruning_config(__about__.__version__)}
