@@ -1,6 +1,6 @@
 """topiarist: prune Hugging Face causal language models with the best methods known, and measure what it cost."""
 
-from topiarist import allocate, masks, solvers
+from topiarist import allocate, masks, runtime, solvers
 from topiarist.__about__ import __version__
 from topiarist.data import text_files
 from topiarist.errors import (
@@ -52,6 +52,7 @@ __all__ = [
     "prune",
     "prune_module",
     "reconstruction_error",
+    "runtime",
     "solvers",
     "text_files",
 ]
