@@ -57,33 +57,35 @@ def prune(
 ) -> None:
     """Prune MODEL to OUT with a one-shot method. The same command resumes a run that was stopped."""
     import topiarist as tp
+    from topiarist.pipelines.oneshot import prune_with
+    from topiarist.pipelines.options import PruneOptions
     from topiarist.pipelines.plan import plan_prune
     from topiarist.pipelines.refine import Refine
 
     set_threads(threads)
     quiet()
-    options: dict[str, Any] = {
-        "calibration": tp.text_files(calibration),
-        "method": _solver(method, option or []),
-        "refine": filled(Refine, "--refine-set", refine_option or []) if refine or refine_option else False,
-        "pattern": pattern,
-        "allocation": allocation,
-        "skip": skip or [],
-        "num_samples": samples,
-        "window": window,
-        "seed": seed,
-        "batch_size": batch_size,
-        "true_sequential": true_sequential,
-        "device": device,
-        "spill": spill,
-        "trust_remote_code": trust_remote_code,
-    }
+    options = PruneOptions(
+        calibration=tp.text_files(calibration),
+        method=_solver(method, option or []),
+        refine=filled(Refine, "--refine-set", refine_option or []) if refine or refine_option else False,
+        pattern=pattern,
+        allocation=allocation,
+        skip=skip or [],
+        num_samples=samples,
+        window=window,
+        seed=seed,
+        batch_size=batch_size,
+        true_sequential=true_sequential,
+        device=device,
+        spill=spill,
+        trust_remote_code=trust_remote_code,
+    )
     if plan:
-        for name, value in plan_prune(model, **options).lines():
+        for name, value in plan_prune(model, options).lines():
             out.print(f"{name:<34} {value}", highlight=False)
         return
     with progress_bar() as progress:
-        report = tp.prune(model, output, progress=progress, **options)
+        report = prune_with(options, model, output, progress=progress)
     table = Table(title=f"{method} {report.pattern}: {len(report.layers)} matrices, {report.sparsity:.2%} zeros")
     for column in ("layer kind", "matrices", "sparsity", "mean error", "worst error"):
         table.add_column(column, justify="left" if column == "layer kind" else "right")
