@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from topiarist.allocate import Rule, recipe
 from topiarist.data import TextFiles, Windows
 from topiarist.pipelines.options import PruneOptions
 from topiarist.solvers import SOLVERS
@@ -39,10 +40,10 @@ def prune_command(
     method = next((name for name, cls in SOLVERS.items() if type(solver) is cls), None)
     words += ["--method", said(method, "METHOD", f"the solver {type(solver).__name__}")]
     words += _settings(solver, "--set")
-    if allocation is None:
+    if allocation is None or options.pattern is not None or options.rule is not None:
         words += ["--pattern", str(options.base_pattern)]
-    else:
-        named = str(allocation) if isinstance(allocation, str | Path) else None
+    if allocation is not None:
+        named = str(allocation) if isinstance(allocation, str | Path) else _rule_text(options.rule)
         words += ["--allocation", said(named, "ALLOCATION", "an allocation given as a dictionary")]
     for expression in options.skip:
         words += ["--skip", expression]
@@ -65,6 +66,14 @@ def prune_command(
     if options.refinement is not None:
         words += ["--refine", *_settings(options.refinement, "--refine-set")]
     return words, unsaid
+
+
+def _rule_text(rule: Rule | None) -> str | None:
+    """`name:field=value,...`, as --allocation takes it."""
+    if rule is None:
+        return None
+    settings = [word for word in _settings(rule, "") if word]
+    return recipe(rule)["name"] + ":" * bool(settings) + ",".join(settings)
 
 
 def _settings(value: Any, option: str) -> list[str]:

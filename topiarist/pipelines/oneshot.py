@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from topiarist import allocate
+from topiarist.allocate import Rule, recipe
 from topiarist.data import TextFiles
 from topiarist.errors import CalibrationError
 from topiarist.models import matrices_of
 from topiarist.patterns import Pattern, parse_pattern
+from topiarist.pipelines.allocation import allocated, fixed_patterns
 from topiarist.pipelines.block import BlockPruner, check_finite
 from topiarist.pipelines.command import prune_command
 from topiarist.pipelines.options import Progress, PruneOptions
 from topiarist.pipelines.refine import Refine
-from topiarist.pipelines.setup import method_name, open_source, resolve_method, resolve_patterns
+from topiarist.pipelines.setup import method_name, open_source, resolve_method
 from topiarist.pipelines.stream import GramCollector, watch_inputs
 from topiarist.pipelines.walk import Walk
 from topiarist.pipelines.written import finish, save_loaded, weights_of
@@ -36,8 +38,9 @@ def prune(
     *,
     calibration: TextFiles | Tensor | Sequence[str],
     method: str | Solver = "alps",
-    pattern: str | float | Pattern = "2:4",
-    allocation: str | Path | Mapping[str, str | None] | None = None,
+    pattern: str | float | Pattern | None = None,
+    allocation: str | Path | Rule | Mapping[str, str | None] | None = None,
+    allocation_work: str | Path | None = None,
     skip: Sequence[str] = (),
     num_samples: int = 128,
     window: int | None = None,
@@ -55,8 +58,12 @@ def prune(
 
     model: a folder or hub id (read block by block, never whole; `out` is needed), or a model object (pruned in place;
     written to `out` if given). calibration: text files, a list of documents, or token windows (num, window).
-    allocation: {layer: pattern} or its JSON file, instead of `pattern` everywhere. skip: regular expressions of layer
-    names that stay dense. true_sequential: later matrices of a block see the already pruned earlier ones.
+    pattern: for every layer ("2:4" if not given), or how many weights the allocation keeps in all. allocation: a rule of
+    `tp.allocate.ALLOCATIONS` (its name, or a value such as `tp.allocate.Owl(threshold=7)`), or {layer: pattern} or its
+    JSON file, which must agree with `pattern` if that is given. allocation_work: folder for what a rule takes long to
+    get; `search` needs one and takes `OUT.search` by default.
+    skip: regular expressions of layer names that stay dense. true_sequential: later matrices of a block see the already
+    pruned earlier ones.
     refine: after a block is pruned, train its kept weights towards the dense block's output (True: the defaults).
     spill: folder for hidden states that do not fit in memory. batch_size: windows a forward.
 
@@ -68,6 +75,7 @@ def prune(
         method=method,
         pattern=pattern,
         allocation=allocation,
+        allocation_work=allocation_work,
         skip=skip,
         num_samples=num_samples,
         window=window,
@@ -93,15 +101,17 @@ def prune_with(
     """`prune`, its options as one value."""
     started = time.perf_counter()
     reset_peak_memory()
-    solver, base_pattern, refinement = options.solver, options.base_pattern, options.refinement
+    solver, refinement, rule = options.solver, options.refinement, options.rule
     source, checkpoint, name = open_source(model, out, options.device, options.trust_remote_code)
-    patterns, unmatched = resolve_patterns(source, base_pattern, options.allocation, options.skip)
+    progress = progress or (lambda *_: None)
+    # Of a rule only the shapes are checked yet; its patterns are found when it is clear that the run is not finished.
+    patterns, unmatched = fixed_patterns(options, source)
     windows = options.windows(source, checkpoint)
     command, unsaid = prune_command(model, options, windows)
     report = Report(
         method=method_name(solver),
         settings=asdict(solver),
-        pattern="mixed" if options.allocation is not None else str(base_pattern),
+        pattern="mixed" if options.allocation is not None else str(options.base_pattern),
         model=name,
         calibration={
             "samples": len(windows.tokens),
@@ -118,21 +128,26 @@ def prune_with(
     pruner = BlockPruner(solver, patterns, refinement)
     for expression in unmatched:
         pruner.warn(f"--skip {expression!r} matches no layer", UserWarning)
-    walk = Walk(source, pruner, windows.tokens, options, progress or (lambda *_: None))
+    output = None
+    if checkpoint is not None:
+        fingerprint = {
+            "model": checkpoint.digest(),
+            "method": {"name": report.method, **report.settings},
+            "patterns": {k: None if p is None else str(p) for k, p in patterns.items()},
+            "calibration": report.calibration,
+            "refine": None if refinement is None else asdict(refinement),
+            **({} if rule is None else {"allocation": recipe(rule)}),
+        }
+        output = OutputFolder(Path(str(out)), fingerprint)
+        if output.complete:
+            return Report.from_folder(output.folder)
+    if rule is not None:
+        pruner.patterns, report.allocation = allocated(options, rule, source, checkpoint, windows, output, progress)
+    walk = Walk(source, pruner, windows.tokens, options, progress)
     with eager_experts(source.model):
-        if checkpoint is None:
+        if checkpoint is None or output is None:
             report.layers = walk.in_memory()
         else:
-            fingerprint = {
-                "model": checkpoint.digest(),
-                "method": {"name": report.method, **report.settings},
-                "patterns": {k: None if p is None else str(p) for k, p in patterns.items()},
-                "calibration": report.calibration,
-                "refine": None if refinement is None else asdict(refinement),
-            }
-            output = OutputFolder(Path(str(out)), fingerprint)
-            if output.complete:
-                return Report.from_folder(output.folder)
             report.layers = walk.streamed(checkpoint, output)
     report.warnings, report.refined = pruner.warned, pruner.refined
     report.output = None if out is None else str(out)
@@ -144,8 +159,8 @@ def prune_with(
         "device": str(source.device),
         "torch": torch.__version__,
     }
-    if checkpoint is not None:
-        finish(output, checkpoint, report, windows)  # pyright: ignore[reportPossiblyUnboundVariable]
+    if checkpoint is not None and output is not None:
+        finish(output, checkpoint, report, windows)
     elif out is not None:
         save_loaded(source.model, options.tokenizer, Path(out), report, windows)
     return report

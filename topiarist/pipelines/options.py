@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topiarist.allocate import ALLOCATIONS, Rule
 from topiarist.data import TextFiles, Windows
 from topiarist.patterns import Pattern, parse_pattern
 from topiarist.pipelines.refine import Refine
@@ -28,8 +29,9 @@ class PruneOptions:
 
     calibration: TextFiles | Tensor | Sequence[str]
     method: str | Solver = "alps"
-    pattern: str | float | Pattern = "2:4"
-    allocation: str | Path | Mapping[str, str | None] | None = None
+    pattern: str | float | Pattern | None = None
+    allocation: str | Path | Rule | Mapping[str, str | None] | None = None
+    allocation_work: str | Path | None = None
     skip: Sequence[str] = ()
     num_samples: int = 128
     window: int | None = None
@@ -48,7 +50,14 @@ class PruneOptions:
 
     @property
     def base_pattern(self) -> Pattern:
-        return parse_pattern(self.pattern)
+        return parse_pattern("2:4" if self.pattern is None else self.pattern)
+
+    @property
+    def rule(self) -> Rule | None:
+        """The allocation if it is a rule, by name or as a value; None if it is a file or a mapping."""
+        if isinstance(self.allocation, str) and self.allocation in ALLOCATIONS:
+            return ALLOCATIONS[self.allocation]()
+        return self.allocation if isinstance(self.allocation, Rule) else None
 
     @property
     def refinement(self) -> Refine | None:

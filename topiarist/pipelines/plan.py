@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from topiarist.models import Matrix
+from topiarist.pipelines.allocation import fixed_patterns
 from topiarist.pipelines.block import BlockPruner
 from topiarist.pipelines.options import PruneOptions
-from topiarist.pipelines.setup import open_source, resolve_patterns
+from topiarist.pipelines.setup import open_source
 from topiarist.pipelines.stream import BlockStream, GramGroup
 from topiarist.report import resident_bytes
 from topiarist.sources import block_matrices, eager_experts, num_blocks
@@ -49,7 +50,7 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
     """Probe the first block with two windows and extrapolate. Writes nothing."""
     source, checkpoint, _ = open_source(model, None, options.device, options.trust_remote_code, planning=True)
     assert isinstance(checkpoint, Checkpoint)
-    patterns, _ = resolve_patterns(source, options.base_pattern, options.allocation, options.skip)
+    patterns, _ = fixed_patterns(options, source)
     windows = options.windows(source, checkpoint)
     with eager_experts(source.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a probe of two windows is thin by design

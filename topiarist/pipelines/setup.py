@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from topiarist import allocate
+from topiarist.allocate.fixed import check_budget, read_file
 from topiarist.data import TextFiles, Windows, calibration_windows, load_tokenizer
-from topiarist.errors import CalibrationError, CheckpointError, TopiaristError
+from topiarist.errors import CalibrationError, CheckpointError, PatternError, TopiaristError
 from topiarist.models import block_names
 from topiarist.patterns import Pattern
 from topiarist.solvers import SOLVERS, Solver
-from topiarist.sources import LoadedModel, StreamedModel, block_matrices
+from topiarist.sources import LoadedModel, Source, StreamedModel, block_matrices
 from topiarist.store import Checkpoint, locate
 
 
@@ -55,23 +56,41 @@ def open_source(
     return StreamedModel(checkpoint, device=where, trust_remote_code=trust_remote_code), checkpoint, str(model)
 
 
+def layer_shapes(source: Source) -> dict[str, tuple[int, int]]:
+    """(out, in) of every prunable matrix by its full name, in order."""
+    names = block_names(source.model, source.family)
+    return {f"{name}.{m.name}": m.shape for i, name in enumerate(names) for m in block_matrices(source, i)}
+
+
 def resolve_patterns(
-    source: Any,
+    source: Source,
     pattern: Pattern,
     allocation: str | Path | Mapping[str, str | None] | None,
     skip: Sequence[str],
+    *,
+    budgeted: bool = False,
 ) -> tuple[dict[str, Pattern | None], list[str]]:
-    """A pattern for every prunable layer, checked against every shape before any work is done."""
-    names = block_names(source.model, source.family)
-    shapes = {f"{name}.{m.name}": m.shape for i, name in enumerate(names) for m in block_matrices(source, i)}
-    if isinstance(allocation, Mapping):
-        patterns = allocate.given(shapes, allocation)
-    elif allocation is not None:
-        patterns = allocate.from_file(shapes, allocation)
-    else:
+    """A pattern for every prunable layer, checked against every shape before any work is done.
+
+    allocation: said layer by layer; with `budgeted` it must keep as many weights as `pattern` everywhere would.
+    """
+    shapes = layer_shapes(source)
+    if allocation is None:
         dense, unmatched = allocate.without(dict.fromkeys(shapes, pattern), skip)
         fitting = allocate.uniform({n: shapes[n] for n, p in dense.items() if p is not None}, pattern)
         return {name: fitting.get(name) for name in shapes}, unmatched
+    if isinstance(allocation, Mapping):
+        patterns, uncounted, what = allocate.given(shapes, allocation), [], "the allocation"
+    else:
+        if not Path(allocation).is_file():
+            raise PatternError(
+                f"allocation {str(allocation)!r} is neither a file nor a rule; rules are {', '.join(allocate.ALLOCATIONS)}"
+            )
+        patterns, uncounted = read_file(shapes, allocation)
+        what = f"allocation {allocation}"
+    if budgeted:
+        counted, _ = allocate.without(dict.fromkeys(sorted(set(shapes) - set(uncounted)), pattern), skip)
+        check_budget({n: shapes[n] for n in shapes if counted.get(n) is not None}, patterns, pattern, what)
     return allocate.without(patterns, skip)
 
 
