@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -74,25 +75,26 @@ def test_rows_and_columns_are_exact_to_half_a_step(pattern: str):
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from([8, 16, 24]), min_size=2, max_size=5), st.floats(0.05, 0.7), st.data())
 def test_mixtures_are_the_best_there_are(widths, sparsity: float, data):
-    """Against all combinations: the most weights within the budget, and among those the nearest to the wish."""
+    """Against all combinations: the budget spent to less than the smallest step, and so the nearest to the wish."""
     layers = named([(4, width) for width in widths])
     wanted = {name: data.draw(st.floats(0, 1)) for name in layers}
     choices = [None, tp.NM(4, 8), tp.NM(1, 4)]
     kept = budget(layers, tp.Unstructured(sparsity))
     found = mixture(layers, kept, wanted, choices)
 
-    def judged(patterns) -> tuple[int, float]:
-        distance = sum(
-            math.prod(shape) * ((1 if (p := patterns[n]) is None else p.num_kept(shape) / math.prod(shape)) - wanted[n]) ** 2
-            for n, shape in layers.items()
-        )  # fmt: skip
-        return -kept_by(layers, patterns), distance
+    def distance(patterns) -> float:
+        kept_of = {n: math.prod(s) if (p := patterns[n]) is None else p.num_kept(s) for n, s in layers.items()}
+        return sum(math.prod(s) * (kept_of[n] / math.prod(s) - wanted[n]) ** 2 for n, s in layers.items())
 
     every = [
         dict(zip(layers, combination, strict=True)) for combination in itertools.product(choices, repeat=len(layers))
     ]
-    best = min(judged(patterns) for patterns in every if kept_by(layers, patterns) <= kept)
-    assert judged(found)[0] == best[0] and judged(found)[1] == pytest.approx(best[1], abs=1e-9)
+    within = [patterns for patterns in every if kept_by(layers, patterns) <= kept]
+    top = max(kept_by(layers, patterns) for patterns in within)
+    step = min(widths) * 4 // 4  # from 1:4 to 4:8, the smaller of the two steps
+    near = [patterns for patterns in within if kept_by(layers, patterns) > top - step]
+    assert found in every and top - step < kept_by(layers, found) <= kept
+    assert distance(found) == pytest.approx(min(map(distance, near)), abs=1e-9)
 
 
 def test_impossible_wishes_are_said():
@@ -109,6 +111,10 @@ def test_impossible_wishes_are_said():
             allocate.given(layers, {"model.layers.0.up": text, "model.layers.1.up": "0.5"})
     with pytest.raises(tp.TopiaristError, match="min_sparsity <= max_sparsity"):
         allocate.Owl(min_sparsity=0.8, max_sparsity=0.5)
+    with pytest.raises(tp.TopiaristError, match="estimate is one of hutchinson, fisher, input_trace, got 'trace'"):
+        allocate.Sensitivity(estimate="trace")
+    with pytest.raises(tp.PatternError, match="cannot read pattern 'sparse'"):
+        allocate.Uniform(choices="dense+sparse")
 
 
 def test_choices_of_one_density_go_by_their_order():
@@ -188,7 +194,7 @@ def test_probes_average_to_the_exact_trace():
         assert abs(scores.values[name] - exact) < 4 * scores.errors[name] < 0.2 * exact
 
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 16,
     "num_attention_heads": 2,

@@ -5,6 +5,7 @@ K  weights kept in all      n  weights of a layer      density = 1 - sparsity, t
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -122,45 +123,68 @@ def mixture(
     *,
     bounds: tuple[float, float] = (0.0, 1.0),
 ) -> dict[str, Pattern | None]:
-    """One of `choices` (None = dense) for every layer: of all ways to keep the most weights within K, the one nearest
-    to the wanted densities (sum of n times squared distances).
+    """One of `choices` (None = dense) for every layer: of all ways to spend K to less than one step of the smallest
+    layer, the one nearest to the wanted densities (sum of n times squared distances).
 
-    A knapsack, solved exactly by dynamic programming over the budget in units of the counts' common divisor. Choices
-    that do not fit a shape, or lie outside `bounds`, do not count for that layer; of two with one density the first
-    wins. Cost: layers x choices x MAX_STATES at most.
+    Choices that do not fit a shape, or lie outside `bounds`, do not count for that layer; of two with one density the
+    first wins.
     """
     options = {name: _options(name, shape, choices, bounds) for name, shape in shapes.items()}
-    least = {name: min(count for count, _ in found) for name, found in options.items()}
-    room = kept - sum(least.values())
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    counts = [[count for count, _ in found] for found in options.values()]
+    picked = knapsack(counts, distances(counts, sizes, [wanted[name] for name in shapes]), kept, sum(sizes))
+    return {name: found[index][1] for (name, found), index in zip(options.items(), picked, strict=True)}
+
+
+def distances(counts: Sequence[Sequence[int]], sizes: Sequence[int], wanted: Sequence[float]) -> list[list[float]]:
+    """n * (density - wanted)^2 of every option of every item."""
+    return [[n * (count / n - wish) ** 2 for count in row] for row, n, wish in zip(counts, sizes, wanted, strict=True)]
+
+
+def knapsack(counts: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], kept: int, total: int) -> list[int]:
+    """One option for every item: of all sums of counts that are at most `kept`, and less than `smallest_step` below the
+    largest such, the one of least cost.
+
+    Dynamic programming over the budget in units of the counts' common divisor; ties go to more weights, then to the
+    first option. `total` only words the error. Cost: items x options x MAX_STATES at most.
+    """
+    least = [min(row) for row in counts]
+    room = kept - sum(least)
     if room < 0:
-        total = sum(map(math.prod, shapes.values()))
         raise PatternError(
-            f"the sparsest choices give {1 - sum(least.values()) / total:.4g} zeros in all, {1 - kept / total:.4g} were "
-            "asked for; offer a sparser choice"
+            f"the sparsest choices give {1 - sum(least) / total:.4g} zeros in all, {1 - kept / total:.4g} were asked for; "
+            "offer a sparser choice"
         )
-    unit = math.gcd(*(count - least[name] for name, found in options.items() for count, _ in found)) or 1
+    unit = math.gcd(*(count - low for row, low in zip(counts, least, strict=True) for count in row)) or 1
     unit *= -(-(room // unit + 1) // MAX_STATES)
-    extra = {name: [-(-(count - least[name]) // unit) for count, _ in found] for name, found in options.items()}
-    states = min(room // unit, sum(max(more) for more in extra.values())) + 1
-    cost = np.full(states, np.inf)
-    cost[0] = 0.0
-    chosen = np.zeros((len(shapes), states), dtype=np.int8)
-    for row, (name, shape) in enumerate(shapes.items()):
-        n, best = math.prod(shape), np.full(states, np.inf)
-        for index, ((count, _), more) in enumerate(zip(options[name], extra[name], strict=True)):
-            if more < states:
-                through = cost[: states - more] + n * (count / n - wanted[name]) ** 2
-                better = through < best[more:]
-                best[more:][better] = through[better]
-                chosen[row, more:][better] = index
-        cost = best
-    state = int(np.flatnonzero(np.isfinite(cost))[-1])
-    picked: dict[str, Pattern | None] = {}
-    for row, name in reversed(list(enumerate(shapes))):
-        index = int(chosen[row, state])
-        picked[name] = options[name][index][1]
-        state -= extra[name][index]
-    return {name: picked[name] for name in shapes}
+    extra = [[-(-(count - low) // unit) for count in row] for row, low in zip(counts, least, strict=True)]
+    states = min(room // unit, sum(map(max, extra))) + 1
+    spent = np.full(states, np.inf)
+    spent[0] = 0.0
+    chosen = np.zeros((len(counts), states), dtype=np.int8)
+    for item, (row, more) in enumerate(zip(costs, extra, strict=True)):
+        best = np.full(states, np.inf)
+        for option, (cost, units) in enumerate(zip(row, more, strict=True)):
+            if units < states:
+                through = spent[: states - units] + cost
+                better = through < best[units:]
+                best[units:][better] = through[better]
+                chosen[item, units:][better] = option
+        spent = best
+    top = int(np.flatnonzero(np.isfinite(spent))[-1])
+    near = spent[: top + 1][::-1][: max(1, -(-smallest_step(counts) // unit))]
+    state = top - int(near.argmin())
+    picked: list[int] = []
+    for item in reversed(range(len(counts))):
+        picked.append(int(chosen[item, state]))
+        state -= extra[item][picked[-1]]
+    return picked[::-1]
+
+
+def smallest_step(counts: Sequence[Sequence[int]]) -> int:
+    """The least difference between two neighbouring counts of one item; 0 if no item has two."""
+    pairs = (pair for row in counts for pair in itertools.pairwise(sorted(set(row))))
+    return min((high - low for low, high in pairs), default=0)
 
 
 def _options(

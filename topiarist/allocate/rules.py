@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from topiarist.allocate.budget import Shapes, budget, fit
 from topiarist.errors import TopiaristError
@@ -16,7 +16,8 @@ from topiarist.patterns import NM, Pattern, TransposableNM, parse_pattern
 
 Depths = Mapping[str, int]
 """Layer name -> number of its block."""
-Level = Literal["matrix", "block"]
+LEVELS = ("matrix", "block")
+ESTIMATES = ("hutchinson", "fisher", "input_trace")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,9 @@ class Rule(ABC):
                 f"an allocation's bounds need 0 <= min_sparsity <= max_sparsity <= 1, got {self.min_sparsity} and "
                 f"{self.max_sparsity}"
             )
+        for name, allowed in (("level", LEVELS), ("estimate", ESTIMATES)):
+            if (value := getattr(self, name, allowed[0])) not in allowed:
+                raise TopiaristError(f"{type(self).__name__}.{name} is one of {', '.join(allowed)}, got {value!r}")
         self.options()
 
     def options(self) -> list[Pattern | None]:
@@ -108,7 +112,7 @@ class Owl(Rule):
     """M."""
     half_width: float = 0.08
     """lambda."""
-    level: Level = "block"
+    level: str = "block"
     """`matrix`: a ratio for every matrix by itself."""
     measured_by: ClassVar[tuple[str, ...]] = ("threshold", "level")
 
@@ -132,9 +136,9 @@ class Sensitivity(Rule):
     ranked. 5. A common shift makes the sparsity exact by parameters (theirs at 0.5 is about 0.48).
     """
 
-    estimate: Literal["hutchinson", "fisher", "input_trace"] = "hutchinson"
+    estimate: str = "hutchinson"
     """`fisher`: the squared gradient instead of the Hessian. `input_trace`: the mean square of the matrix's inputs."""
-    level: Level = "matrix"
+    level: str = "matrix"
     """`block`: the sum over the matrices of a block."""
     half_width: float = 0.1
     """w."""
@@ -182,7 +186,7 @@ class Search(Rule):
     solver, on disk), then `seconds` of forward passes of the whole model, which is held in memory.
     """
 
-    level: Level = "block"
+    level: str = "block"
     """What changes its level together: fewer things to choose for, or finer ones."""
     grid: float = 0.05
     """Distance of the sparsities that are solved and stored."""

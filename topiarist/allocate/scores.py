@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int8
@@ -16,10 +16,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scores:
-    """A number for every layer and its standard error (NaN where one sample was taken, absent where it is no sample)."""
+    """A number for every layer and its standard error (absent where there are no two samples)."""
 
     values: Mapping[str, float]
     errors: Mapping[str, float]
+    notes: Mapping[str, float] = field(default_factory=dict)
+    """What else the measurement found, by name."""
 
     @classmethod
     def of_samples(cls, samples: Mapping[str, Sequence[float]]) -> Scores:
@@ -27,8 +29,9 @@ class Scores:
         values, errors = {}, {}
         for name, drawn in samples.items():
             values[name] = math.fsum(drawn) / len(drawn)
-            squares = math.fsum((x - values[name]) ** 2 for x in drawn)
-            errors[name] = math.sqrt(squares / (len(drawn) - 1) / len(drawn)) if len(drawn) > 1 else math.nan
+            if len(drawn) > 1:
+                squares = math.fsum((x - values[name]) ** 2 for x in drawn)
+                errors[name] = math.sqrt(squares / (len(drawn) - 1) / len(drawn))
         return cls(values, errors)
 
 

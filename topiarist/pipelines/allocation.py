@@ -67,6 +67,7 @@ class FoundAllocation:
             "patterns": {name: None if p is None else str(p) for name, p in self.patterns.items()},
             "scores": dict(self.scores.values),
             "standard_errors": dict(self.scores.errors),
+            **({"notes": dict(self.scores.notes)} if self.scores.notes else {}),
         }
 
     def save(self, path: str | Path) -> None:
