@@ -63,7 +63,7 @@ class Unstructured(Pattern):
             raise PatternError(f"Unstructured.per is 'matrix' or 'row', got {self.per!r}")
 
     def __str__(self) -> str:
-        return f"{self.sparsity:g}" + ("/row" if self.per == "row" else "")
+        return _decimal(self.sparsity) + ("/row" if self.per == "row" else "")
 
     def num_kept(self, shape: tuple[int, ...]) -> int:
         if self.per == "row":
@@ -176,7 +176,7 @@ class Columns(Pattern):
             raise PatternError(f"column sparsity {self.sparsity} is not in [0, 1)")
 
     def __str__(self) -> str:
-        return f"{self.sparsity:g}/columns"
+        return f"{_decimal(self.sparsity)}/columns"
 
     def num_kept(self, shape: tuple[int, ...]) -> int:
         return shape[0] * (shape[1] - _round(self.sparsity * shape[1]))
@@ -208,6 +208,12 @@ def parse_pattern(text: str | float | Pattern) -> Pattern:
     raise PatternError(
         f"cannot read pattern {spec!r}: write 2:4 (keep 2 of 4), 0.7 (70 % zeros), 0.7/row, 0.5/columns or 2:4/transposable"
     )
+
+
+def _decimal(x: float) -> str:
+    """As short as it can be without becoming another number: a pattern's text says its exact count of zeros."""
+    short = f"{x:g}"
+    return short if float(short) == x else repr(x)
 
 
 def _round(x: float) -> int:
