@@ -29,7 +29,7 @@ def prune(
     model: Annotated[str, typer.Argument(help="model folder or hub id")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the pruned checkpoint")],
     calibration: Text,
-    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt or alps")] = "alps",
+    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, alps or sparsellm")] = "alps",
     pattern: Annotated[str, typer.Option(help="2:4 keeps 2 of 4; 0.7 makes 70 % zeros; 0.7/row")] = "2:4",
     option: Annotated[
         list[str] | None, typer.Option("--set", help="a field of the method, e.g. refit=true; may be repeated")
@@ -121,13 +121,13 @@ def method_from_text(text: str) -> tuple[Any, Any]:
 
 
 def _solver(name: str, assignments: list[str]) -> Any:
-    """A solver from its name and `field=value` texts."""
+    """A method from its name and `field=value` texts."""
     from topiarist.errors import TopiaristError
-    from topiarist.solvers import SOLVERS
+    from topiarist.pipelines.sparsellm import METHODS
 
-    if name not in SOLVERS:
-        raise TopiaristError(f"unknown method {name!r}; choose one of {', '.join(SOLVERS)}")
-    return filled(SOLVERS[name], "--set", assignments)
+    if name not in METHODS:
+        raise TopiaristError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
+    return filled(METHODS[name], "--set", assignments)
 
 
 def main() -> None:

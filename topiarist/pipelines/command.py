@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from topiarist.data import TextFiles
 from topiarist.pipelines.refine import Refine
+from topiarist.pipelines.sparsellm import METHODS, Method, SparseLLM
 from topiarist.solvers import SOLVERS, Solver
 
 
@@ -18,7 +19,7 @@ def prune_command(
     model: Any,
     *,
     calibration: Any,
-    solver: Solver,
+    solver: Method,
     pattern: str,
     allocation: str | Path | Mapping[str, str | None] | None,
     skip: Sequence[str],
@@ -46,8 +47,13 @@ def prune_command(
         said(None if isinstance(model, nn.Module) else str(model), "MODEL", "a model object"),
     ]
     words.append("OUT")
-    method = next((name for name, cls in SOLVERS.items() if type(solver) is cls), None)
+    method = next((name for name, cls in METHODS.items() if type(solver) is cls), None)
     words += ["--method", said(method, "METHOD", f"the solver {type(solver).__name__}")]
+    if isinstance(solver, SparseLLM) and isinstance(solver.local, Solver):
+        # The command line takes a local solver by its name alone.
+        if solver.local not in [cls() for cls in SOLVERS.values()]:
+            unsaid.append(f"the settings of the local solver {solver.local_name}")
+        solver = replace(solver, local=solver.local_name if solver.local_name in SOLVERS else "sparsegpt")
     words += _settings(solver, "--set")
     if allocation is None:
         words += ["--pattern", pattern]

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from topiarist import __about__, allocate
 from topiarist.data import TextFiles, Windows, calibration_windows, load_tokenizer
-from topiarist.errors import CalibrationError, CheckpointError, TopiaristError
+from topiarist.errors import CalibrationError, CheckpointError, TopiaristError, UnsupportedModel
 from topiarist.models import block_names, matrices_of
 from topiarist.pages import PAGE, Result, model_card, report_page
 from topiarist.patterns import Pattern, parse_pattern
 from topiarist.pipelines.block import BlockPruner, check_finite
 from topiarist.pipelines.command import prune_command
 from topiarist.pipelines.refine import Refine
+from topiarist.pipelines.sparsellm import METHODS, Method, SparseLLM, method_name, settings_of
 from topiarist.pipelines.stream import BlockStream, GramCollector, watch_inputs
-from topiarist.report import BlockRefinement, LayerReport, Report, peak_memory_bytes, reset_peak_memory
-from topiarist.solvers import SOLVERS, Solver
+from topiarist.report import BlockRefinement, JointBlock, LayerReport, Report, peak_memory_bytes, reset_peak_memory
 from topiarist.sources import LoadedModel, StreamedModel, block_matrices, eager_experts
 from topiarist.store import Checkpoint, OutputFolder, locate
 
@@ -39,7 +39,7 @@ def prune(
     out: str | Path | None = None,
     *,
     calibration: TextFiles | Tensor | Sequence[str],
-    method: str | Solver = "alps",
+    method: str | Method = "alps",
     pattern: str | float | Pattern = "2:4",
     allocation: str | Path | Mapping[str, str | None] | None = None,
     skip: Sequence[str] = (),
@@ -90,7 +90,7 @@ def prune(
     )
     report = Report(
         method=method_name(solver),
-        settings=asdict(solver),
+        settings=settings_of(solver),
         pattern="mixed" if allocation is not None else str(base_pattern),
         model=name,
         calibration={
@@ -105,7 +105,7 @@ def prune(
         not_in_command=unsaid,
         weights=_weights(source.model, checkpoint),
     )
-    pruner = BlockPruner(solver, patterns, refinement)
+    pruner = BlockPruner.of(solver, patterns, refinement, sequential=true_sequential)
     for expression in unmatched:
         pruner.warn(f"--skip {expression!r} matches no layer", UserWarning)
     run = _Run(source, pruner, windows.tokens, batch_size, true_sequential, spill, progress or (lambda *_: None))
@@ -124,7 +124,7 @@ def prune(
             if output.complete:
                 return Report.from_folder(output.folder)
             report.layers = run.streamed(checkpoint, output)
-    report.warnings, report.refined = pruner.warned, pruner.refined
+    report.warnings, report.refined, report.joint = pruner.warned, pruner.refined, pruner.joined
     report.output = None if out is None else str(out)
     report.run = {
         "seconds": time.perf_counter() - started,
@@ -145,7 +145,7 @@ def prune_module(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    method: str | Solver = "alps",
+    method: str | Method = "alps",
     pattern: str | float | Pattern = "2:4",
     skip: Sequence[str] = (),
 ) -> Report:
@@ -155,6 +155,10 @@ def prune_module(
     memory at once. Raises CalibrationError if there is no batch.
     """
     solver, base_pattern = resolve_method(method), parse_pattern(pattern)
+    if isinstance(solver, SparseLLM):
+        raise UnsupportedModel(
+            "sparsellm has to know where feed-forward networks are; give any module its local solver"
+        )
     check_finite(model, "")
     matrices = matrices_of(model)
     patterns, _ = allocate.without(allocate.uniform({m.name: m.shape for m in matrices}, base_pattern), skip)
@@ -178,17 +182,13 @@ def prune_module(
     return report
 
 
-def resolve_method(method: str | Solver) -> Solver:
-    """A solver by its name in SOLVERS, or the solver itself."""
-    if isinstance(method, Solver):
+def resolve_method(method: str | Method) -> Method:
+    """A method by its name in METHODS, or the method itself."""
+    if not isinstance(method, str):
         return method
-    if method not in SOLVERS:
-        raise TopiaristError(f"unknown method {method!r}; choose one of {', '.join(SOLVERS)}")
-    return SOLVERS[method]()
-
-
-def method_name(solver: Solver) -> str:
-    return next((name for name, cls in SOLVERS.items() if type(solver) is cls), type(solver).__name__)
+    if method not in METHODS:
+        raise TopiaristError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    return METHODS[method]()
 
 
 class _Run:
@@ -255,14 +255,17 @@ class _Run:
                 layers += [LayerReport.from_dict(layer) for layer in line["layers"]]
                 self.pruner.warned += line["warnings"]
                 self.pruner.refined += [BlockRefinement(**refined) for refined in line["refined"]]
+                self.pruner.joined += [JointBlock(**joint) for joint in line.get("joint", [])]
             else:
                 warned, refined = len(self.pruner.warned), len(self.pruner.refined)
+                joined = len(self.pruner.joined)
                 new = self._prune_block(stream, index)
                 layers += new
                 info = {
                     "layers": [asdict(layer) for layer in new],
                     "warnings": self.pruner.warned[warned:],
                     "refined": [asdict(done) for done in self.pruner.refined[refined:]],
+                    "joint": [asdict(done) for done in self.pruner.joined[joined:]],
                 }
                 with self.pruner.timed("write"):
                     output.write_shard(_shard_name(number, total), self.source.block_on_disk(index), info)
