@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +158,8 @@ class BlockPruner:
 
     def _network(self, stream: BlockStream, block: nn.Module, wanted: Sequence[Matrix], path: str) -> Network | None:
         """The block's feed-forward network, if it can be pruned as a whole; says plainly what cannot."""
-        rows, kind = stream.source.family.feed_forward, stream.source.model.config.model_type
+        config: Any = stream.source.model.config
+        rows, kind = stream.source.family.feed_forward, config.model_type
         network = Network.find(block, rows, wanted)
         name = type(self.solver).__name__
         if any(matrix.expert is not None for matrix in wanted):

@@ -185,14 +185,13 @@ class JointSolver:
         C_A, C_Y = torch.zeros_like(self.dense.first), torch.zeros_like(self.dense.down)
         gram_p = None if settings.down_refit else Gram(self.dense.down.shape[1], device=self.device)
         step = output_step(weights.down, gamma / settings.beta)
-        start = self._A
-        if keep and start is None:
+        previous = self._auxiliaries()
+        if keep and previous is None:
             self._A = self._new_states(self.dense.first.shape[0])
-        stored = None if self._A is None else flat(self._A.values[self._fitting])
+        kept = self._auxiliaries() if keep else None
         for number, (x, y) in enumerate(self._chunks(self._fitting)):
             rows = slice(number * CHUNK, number * CHUNK + len(x))
-            dense = start is None or stored is None
-            A = x @ self.dense.first.T + self.bias_first if dense else stored[rows].to(self.device)
+            A = x @ self.dense.first.T + self.bias_first if previous is None else previous[rows].to(self.device)
             s, z = network.split(A)
             m_s, m_z = network.split(x @ weights.first.T + self.bias_first)
             y = y - self.bias_down
@@ -206,13 +205,17 @@ class JointSolver:
                     s, m_s, z, p, network.activation, alpha, gamma, steps=settings.gate_steps, rate=settings.gate_rate
                 )
             A = torch.cat([s, z], dim=1) if isinstance(z, Tensor) else s
-            if keep and stored is not None:
-                stored[rows] = A.cpu()
+            if kept is not None:
+                kept[rows] = A.cpu()
             C_A.addmm_((A - self.bias_first).T, x)
             if gram_p is not None:
                 gram_p.add(p)
                 C_Y.addmm_(y.T, p)
         return C_A, C_Y, gram_p
+
+    def _auxiliaries(self) -> Tensor | None:
+        """The stored A of the fitting tokens; None before the first round, when it is what the dense matrices give."""
+        return None if self._A is None else flat(self._A.values[self._fitting])
 
     def _chunks(self, windows: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """(x, y) in fp32 on the device, some tokens at a time."""
