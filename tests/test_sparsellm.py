@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import topiarist as tp
+from topiarist import cli
 from topiarist.models import FAMILIES, family_of
+from topiarist.pages.figures import rounds
 from topiarist.pipelines import ffn_joint
 from topiarist.pipelines.ffn_joint import JointSolver
 from topiarist.pipelines.network import Network
@@ -305,3 +308,45 @@ def test_a_module_that_is_no_language_model_is_refused():
 
 def test_every_family_with_dense_blocks_has_a_row():
     assert all(family_of(name).feed_forward for name in FAMILIES if name != "mixtral")
+
+
+def test_the_command_line_and_the_page(tmp_path: Path, monkeypatch, capsys):
+    tiny.tiny_checkpoint(tmp_path / "base")
+    tiny.tiny_text(tmp_path, paragraphs=20)
+    monkeypatch.chdir(tmp_path)
+    command = "topiarist prune base out --method sparsellm --set local=wanda --set epochs=1 --set down_refit=true --pattern 0.7"
+    command += " --calibration text.txt --samples 16 --window 32"
+    for line in (f"{command} --plan", command):
+        monkeypatch.setattr(sys, "argv", line.split())
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code, capsys.readouterr().err
+        assert (tmp_path / "out").exists() == ("--plan" not in line)
+    report = tp.Report.from_folder(tmp_path / "out")
+    assert [list(block.errors) for block in report.joint] == [["local", "down_refit", "epoch 1"]] * 2
+    assert " ".join(report.command).startswith(
+        "topiarist prune base OUT --method sparsellm --set local=wanda --set epochs=1"
+    )
+    page = (tmp_path / "out" / "pruning_report.html").read_text()
+    assert page.count('<polyline class="thin"') == 2 and "model.layers.1: local " in page
+    for setting, said in (
+        ("local=nobody", "unknown local solver"),
+        ("alpha=0", "must be above 0"),
+        ("gama=1", "has no field"),
+    ):
+        monkeypatch.setattr(sys, "argv", f"{command} --set {setting}".split())
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_lines_of_the_page_are_relative_to_the_local_solver():
+    blocks = [
+        {"name": "a", "errors": {"local": 0.2, "epoch 1": 0.1, "epoch 2": 0.3}, "best": "epoch 1"},
+        {"name": "b", "errors": {"local": 0.4, "epoch 1": 0.3}, "best": "epoch 1"},
+        {"name": "dead", "errors": {"local": 0.0, "epoch 1": 0.0}, "best": "local"},
+    ]
+    found = rounds(blocks)
+    assert found is not None and (found.low, found.high) == (0.5, pytest.approx(1.5))
+    assert [len(points) for _, points in found.lines] == [3, 2] and found.median == found.lines[0][1]
+    assert rounds([]) is None and rounds([{"name": "a", "errors": {"local": 0.2}, "best": "local"}]) is None
