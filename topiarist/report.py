@@ -49,7 +49,7 @@ class JointBlock:
     name: str
     errors: Mapping[str, float]
     """Relative squared error of its output on the windows that choose, after every step: `local` is the local solver
-    alone, then `down_refit`, `epoch 1`, ..."""
+    alone, then `epoch 1`, ..., `down_refit`."""
     best: str
     """The step that was kept."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -74,24 +75,27 @@ class JointSolver:
         plain = self._plain()
         tried = {"local": plain}
         current: Candidate | None = plain
-        if settings.down_refit:
-            current = self._attempt(
-                lambda ridge: self._with_down_refit(plain.first, ridge), f"{name}: down_refit", warn
-            )
-            if current is not None:
-                tried["down_refit"] = current
         for epoch in range(1, settings.epochs + 1):
             if current is None:
                 break
-            C_A, C_Y, gram_p = self._move(current.weights, keep=epoch < settings.epochs)
-            current = self._attempt(
-                lambda ridge, sums=(C_A, C_Y, gram_p): self._refitted(*sums, ridge), f"{name}: epoch {epoch}", warn
-            )
+            sums = self._move(current.weights, keep=epoch < settings.epochs)
+            current = self._attempt(partial(self._refitted, *sums), f"{name}: epoch {epoch}", warn)
             if current is not None:
                 tried[f"epoch {epoch}"] = current
-        best = min(tried, key=lambda step: tried[step].error) if settings.keep_best else list(tried)[-1]
+        if settings.down_refit:
+            refitted = self._attempt(
+                partial(self._with_down_refit, self._best(tried)[1].first), f"{name}: down_refit", warn
+            )
+            if refitted is not None:
+                tried["down_refit"] = refitted
+        best, chosen = self._best(tried)
         errors = {step: candidate.error for step, candidate in tried.items()}
-        return [*tried[best].first, tried[best].down], JointBlock(name, errors, best)
+        return [*chosen.first, chosen.down], JointBlock(name, errors, best)
+
+    def _best(self, tried: dict[str, Candidate]) -> tuple[str, Candidate]:
+        if not self.settings.keep_best:
+            return list(tried.items())[-1]
+        return min(tried.items(), key=lambda step: step[1].error)
 
     def _attempt(
         self, build: Callable[[float], Candidate], what: str, warn: Callable[[str, type[Warning]], None]
@@ -117,11 +121,9 @@ class JointSolver:
         """What the local solver alone gives."""
         return self._candidate(self._first(self.dense.first), self._down(self.dense.down, self.gram_p))
 
-    def _refitted(self, C_A: Tensor, C_Y: Tensor, gram_p: Gram | None, ridge: float) -> Candidate:
+    def _refitted(self, C_A: Tensor, C_Y: Tensor, gram_p: Gram, ridge: float) -> Candidate:
         """Weights refitted to the auxiliaries, then pruned."""
         first = self._first(refit(self.gram_X.matrix, C_A, self.dense.first, ridge))
-        if gram_p is None:
-            return self._with_down_refit(first, ridge)
         return self._candidate(first, self._down(refit(gram_p.matrix, C_Y, self.dense.down, ridge), gram_p))
 
     def _with_down_refit(self, first: list[Solution], ridge: float) -> Candidate:
@@ -175,15 +177,15 @@ class JointSolver:
             gram_p.add(self.network.activate(x @ self.dense.first.T + self.bias_first))
         return gram_X, gram_p
 
-    def _move(self, weights: Weights, *, keep: bool) -> tuple[Tensor, Tensor, Gram | None]:
+    def _move(self, weights: Weights, *, keep: bool) -> tuple[Tensor, Tensor, Gram]:
         """One round of auxiliary updates: p, then z, then s. Returns C of the first matrices, and C and the Gram of p.
 
-        keep: another round will start from these auxiliaries. With `down_refit` the Gram is None: nothing would read it.
+        keep: another round will start from these auxiliaries.
         """
         settings, network = self.settings, self.network
         alpha, gamma = settings.alpha, settings.gamma
         C_A, C_Y = torch.zeros_like(self.dense.first), torch.zeros_like(self.dense.down)
-        gram_p = None if settings.down_refit else Gram(self.dense.down.shape[1], device=self.device)
+        gram_p = Gram(self.dense.down.shape[1], device=self.device)
         step = output_step(weights.down, gamma / settings.beta)
         previous = self._auxiliaries()
         if keep and previous is None:
@@ -208,9 +210,8 @@ class JointSolver:
             if kept is not None:
                 kept[rows] = A.cpu()
             C_A.addmm_((A - self.bias_first).T, x)
-            if gram_p is not None:
-                gram_p.add(p)
-                C_Y.addmm_(y.T, p)
+            gram_p.add(p)
+            C_Y.addmm_(y.T, p)
         return C_A, C_Y, gram_p
 
     def _auxiliaries(self) -> Tensor | None:

@@ -99,7 +99,7 @@ def plan_prune(
     if refine:  # a step costs about three forwards, a check one
         passes += advance_seconds * (1 + 4 * (refine.epochs if isinstance(refine, Refine) else Refine().epochs))
     if joint is not None:  # a round in fp32 does the work of about three forwards, a refit that of one
-        passes += advance_seconds * (2 + joint.down_refit * (1 + joint.epochs) + 3 * joint.epochs)
+        passes += advance_seconds * (2 + joint.down_refit + 3 * joint.epochs)
     return Plan(
         blocks=blocks,
         matrices=len(matrices),

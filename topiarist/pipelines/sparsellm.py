@@ -45,7 +45,7 @@ class SparseLLM:
     ridge: float = 1e-3
     """Of the refits, as a fraction of every input's own energy, towards the dense weights."""
     down_refit: bool = False
-    """Refit the last matrix to the target on the activations of the already pruned first ones, then prune it."""
+    """At the end, refit the last matrix to the target on the activations of the already pruned first ones, and prune it."""
     recompute_after_attention: bool = True
     """Take the network's inputs after the rest of the block was pruned, not before."""
     target: Literal["current", "dense"] = "current"
