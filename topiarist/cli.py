@@ -39,7 +39,7 @@ def prune(
     model: Annotated[str, typer.Argument(help="model folder or hub id")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the pruned checkpoint")],
     calibration: Text,
-    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt or alps")] = "alps",
+    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, alps or sparsellm")] = "alps",
     pattern: Annotated[
         str | None, typer.Option(help="2:4 keeps 2 of 4; 0.7 makes 70 % zeros; 0.7/row; default 2:4")
     ] = None,

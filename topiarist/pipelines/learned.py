@@ -44,7 +44,6 @@ from topiarist.pipelines.masking import MaskedModel
 from topiarist.pipelines.priors import given_masks, one_shot_masks, prior_identity
 from topiarist.pipelines.processes import Processes
 from topiarist.pipelines.recover import Recover, recover_weights
-from topiarist.pipelines.setup import resolve_method
 from topiarist.pipelines.trainer import MaskTrainer
 from topiarist.report import peak_memory_bytes, reset_peak_memory
 from topiarist.solvers import SOLVERS
@@ -232,7 +231,7 @@ class _Run:
                 order = torch.randperm(len(job.training), generator=torch.Generator().manual_seed(seed))
                 sample = job.training[order[: job.recipe.prior_samples]]
                 found, warned = one_shot_masks(
-                    self.source, job.blocks, job.patterns, sample, resolve_method(prior), progress=self.progress
+                    self.source, job.blocks, job.patterns, sample, SOLVERS[prior](), progress=self.progress
                 )
                 masks.update(found)
                 return warned

@@ -25,7 +25,7 @@ from topiarist.patterns import NM, Columns, Pattern, TransposableNM, Unstructure
 from topiarist.pipelines.database import Database, fill
 from topiarist.pipelines.measure import layers_of, whole_model
 from topiarist.pipelines.options import Progress, PruneOptions
-from topiarist.pipelines.setup import method_name
+from topiarist.pipelines.sparsellm import SparseLLM, method_name
 from topiarist.sources import Source
 
 ROWS = 128
@@ -72,7 +72,8 @@ def search(
     levels = levels_of(rule, options.base_pattern)
     with ExitStack() as stack:
         folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        solver = options.solver
+        # Solutions of single layers are what is stored, so of a joint method the local solver makes them.
+        solver = options.solver.solver if isinstance(options.solver, SparseLLM) else options.solver
         method = {"name": method_name(solver), **asdict(solver)}
         solved = {**made_of, "method": method, "layers": sorted(shapes), "windows": len(tokens) - rule.sequences}
         database = Database(folder / "solutions", solved)
