@@ -45,7 +45,7 @@ def test_nothing_can_move_where_there_is_one_level():
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    return tiny.tiny_checkpoint(tmp_path / "base", num_hidden_layers=4)
+    return tiny.tiny_checkpoint(tmp_path / "base", num_hidden_layers=3)
 
 
 def find(base, work: Path | None, *, pattern="0.6", method="wanda", **rule) -> tp.FoundAllocation:
@@ -115,11 +115,11 @@ def test_stopped_and_resumed_to_the_same_result(base: Path, tmp_path: Path, monk
 def test_the_database_is_written_once_and_grows(base: Path, tmp_path: Path, monkeypatch):
     find(base, tmp_path / "work")
     files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("solutions-*/*.safetensors")}
-    assert len(files) == 4 * 7
+    assert len(files) == 3 * 7
     monkeypatch.setattr(search_pipeline, "evolve", lambda *_: tp.allocate.Scores(dict.fromkeys(_NAMES(base), 0.4), {}))
     find(base, tmp_path / "work", pattern="0.7")
     grown = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("solutions-*/*.safetensors")}
-    assert len(grown) == 4 * 9 and all(grown[name] == when for name, when in files.items())
+    assert len(grown) == 3 * 9 and all(grown[name] == when for name, when in files.items())
     find(base, tmp_path / "work", method="magnitude", generations=0)
     assert len(list((tmp_path / "work").glob("solutions-*"))) == 2, "another method's solutions stand apart"
     find(base, tmp_path / "work", method="alps", solver="wanda")
