@@ -323,6 +323,11 @@ def test_skipped_layers_are_outside_the_budget(tmp_path: Path):
     assert len(report.layers) == 12 and report.sparsity == pytest.approx(0.5, abs=1e-4)
 
 
+def test_everything_may_be_skipped():
+    found = tp.find_allocation(tiny.tiny_model(), "owl", pattern=0.5, calibration=tiny.tiny_tokens(2, 16), skip=["."])
+    assert set(found.patterns.values()) == {None} and found.zeros == 0 and found.sparsity == 0
+
+
 def test_a_run_by_rule_resumes_without_measuring_again(tmp_path: Path, monkeypatch):
     from topiarist.pipelines import allocation
     from topiarist.pipelines.block import BlockPruner

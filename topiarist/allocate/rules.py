@@ -66,6 +66,8 @@ class Rule(ABC):
 
         Raises PatternError if bounds or choices cannot meet the sparsity that `pattern` asks for.
         """
+        if not shapes:
+            return {}
         total = sum(out * width for out, width in shapes.values())
         sparsity = 1 - budget(shapes, pattern) / total
         wanted = self.wanted({name: depths[name] for name in shapes}, sparsity, scores or {})
