@@ -120,6 +120,8 @@ def prune(
     out.print(table)
     run = report.run
     out.print(f"{run['seconds']:.0f} s, peak memory {run['peak_memory_bytes'] / 1e9:.2f} GB; written to {output}")
+    if (kept := output.with_name(output.name + ".search")).is_dir():
+        out.print(f"{kept} holds the solutions that the search used: another sparsity needs them, nothing else does")
 
 
 for group in (cli_allocate.COMMANDS, cli_report.COMMANDS, cli_masks.COMMANDS, cli_runtime.COMMANDS):
