@@ -84,7 +84,9 @@ def test_every_row_describes_what_the_block_does(family: str):
 def test_the_published_scheme_with_improvements_switched_off(family: str, passes: int):
     _, network = first_network(tiny.tiny_model(family))
     X, price = inputs(32), {"alpha": 0.5, "beta": 1.5, "gamma": 1.0}
-    settings = tp.SparseLLM(epochs=passes - 1, gate_rate=0.01, ridge=1e-9, keep_best=False, held_out=0.0, **price)
+    settings = tp.SparseLLM(
+        epochs=passes - 1, gate_rate=0.01, ridge=1e-9, down_refit=False, keep_best=False, held_out=0.0, **price
+    )
     solutions, record = joint(network, X, settings).run("", no_warning)
     assert record.best == ("local" if passes == 1 else f"epoch {passes - 1}")
 
@@ -121,7 +123,7 @@ def test_no_epoch_makes_a_network_worse(family: str, pattern: str, down_refit: b
     assert list(record.errors) == ["local", "epoch 1", "epoch 2", *["down_refit"] * down_refit]
     assert record.errors[record.best] == min(record.errors.values())
     if down_refit:
-        alone = joint(network, X, tp.SparseLLM(epochs=0, down_refit=True), pattern).run("", no_warning)[1]
+        alone = joint(network, X, tp.SparseLLM(epochs=0), pattern).run("", no_warning)[1]
         assert alone.best == "down_refit" and alone.errors["local"] == record.errors["local"]
     # The errors told are those of the block's own arithmetic on the windows held out.
     held = X[-2:].view(-1, 32)

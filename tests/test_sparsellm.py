@@ -16,14 +16,14 @@ from topiarist import cli
 from topiarist.pipelines import ffn_joint
 from topiarist.pipelines.ffn_joint import JointSolver
 
-QUICK = tp.SparseLLM(epochs=2)
+QUICK = tp.SparseLLM(epochs=2, down_refit=False)
 TOKENS = tiny.tiny_tokens(24, 32)
 
 
 def test_the_local_step_is_the_local_solver_alone():
     """Epoch zero is SparseGPT on the same tokens: nothing is lost by asking for no epochs."""
     plain, other = tiny.tiny_model(), tiny.tiny_model()
-    settings = tp.SparseLLM(epochs=0, held_out=0.0, recompute_after_attention=False)
+    settings = tp.SparseLLM(epochs=0, down_refit=False, held_out=0.0, recompute_after_attention=False)
     tp.prune(plain, method="sparsegpt", calibration=TOKENS)
     report = tp.prune(other, method=settings, calibration=TOKENS)
     assert [block.best for block in report.joint] == ["local", "local"]
@@ -34,7 +34,7 @@ def test_the_local_step_is_the_local_solver_alone():
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma", "qwen2_moe"])
 def test_files_open_as_the_model_pruned_in_memory(family: str, tmp_path: Path):
     tiny.tiny_checkpoint(tmp_path / "base", family)
-    options = {"method": tp.SparseLLM(epochs=2, down_refit=True), "pattern": "2:4", "calibration": TOKENS}
+    options = {"method": tp.SparseLLM(epochs=2), "pattern": "2:4", "calibration": TOKENS}
     report = tp.prune(tmp_path / "base", tmp_path / "out", **options)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
     same = tp.prune(model, **options)
@@ -98,16 +98,17 @@ def test_trouble_is_retried_with_more_ridge_and_then_given_up(monkeypatch):
 
     model = tiny.tiny_model(num_hidden_layers=1)
     monkeypatch.setattr(ffn_joint, "refit", fails(1))
-    with pytest.warns(tp.errors.NumericalWarning, match=r"layers\.0: epoch 1 failed .* a ridge of 0\.01 helped"):
+    with pytest.warns(tp.errors.NumericalWarning, match=r"layers\.0: epoch 1 failed .* a ridge of 0\.1 helped"):
         report = tp.prune(model, method=QUICK, calibration=TOKENS)
     assert list(report.joint[0].errors) == ["local", "epoch 1", "epoch 2"]
     # One time the ridge that was asked for, then ten times it for that epoch alone: damping does not pile up.
-    assert ridges == [0.001, 0.01, 0.01, 0.001, 0.001]
+    base = 0.01 * 32 / (22 * 32)
+    assert ridges == pytest.approx([base, 10 * base, 10 * base * 2, base, base * 2])
     model, plain = tiny.tiny_model(num_hidden_layers=1), tiny.tiny_model(num_hidden_layers=1)
-    tp.prune(plain, method=tp.SparseLLM(epochs=0), calibration=TOKENS)
+    tp.prune(plain, method=tp.SparseLLM(epochs=0, down_refit=False), calibration=TOKENS)
     monkeypatch.setattr(ffn_joint, "refit", fails(10**6))
     with pytest.warns(tp.errors.NumericalWarning, match="kept what came before, sparsegpt at worst"):
-        report = tp.prune(model, method=tp.SparseLLM(down_refit=True), calibration=TOKENS)
+        report = tp.prune(model, method=tp.SparseLLM(), calibration=TOKENS)
     assert report.joint[0].best == "local" and list(report.joint[0].errors) == ["local"]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
 
