@@ -7,7 +7,7 @@ model over stubs, and matrices are found by type. A row says only what cannot be
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +16,42 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from topiarist.errors import UnsupportedModel
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Where the attention of a block is. Matrices are named relative to `module`, itself relative to the block."""
+
+    module: str = "self_attn"
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    """Three matrices, or the one that holds all three."""
+    out: str = "o_proj"
+    interleaved: bool = False
+    """In the one matrix q, k and v of a head stand together, instead of all q before all k before all v."""
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """A feed-forward layer of a block: `down(act(up))` or `down(act(gate) * up)`. Names are relative to the block."""
+
+    up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    """One matrix a name; one that holds gate and up as two halves is known by its rows."""
+    down: str = "mlp.down_proj"
+    width: str = "intermediate_size"
+    """What the config calls the number of its channels."""
+    modules: tuple[str, ...] = ("mlp",)
+    """All that goes when the layer is removed; the output of the last one is what it adds to the hidden states."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts whose matrices are fused 3-D parameters (expert, out, in)."""
+
+    module: str = "mlp.experts"
+    router: str = "mlp.gate"
+    count: str = "num_experts"
+    per_token: str = "num_experts_per_tok"
+    width: str = "moe_intermediate_size"
 
 
 @dataclass(frozen=True)
@@ -31,11 +67,24 @@ class Family:
     concatenated along `out`; `{e}` is the expert. Checkpoints that already hold the fused name need nothing."""
     renames: tuple[tuple[str, str], ...] = ()
     """(in checkpoints on disk, in the module) pieces of names."""
+    attention: Attention = Attention()
+    feed_forward: tuple[FeedForward, ...] = (FeedForward(),)
+    """Those that a block may have; a block has the ones whose `down` it holds."""
+    mixture: Experts | None = None
+    relabel: str | None = None
+    """A model type of the same function whose config accepts head counts that this one's refuses."""
 
 
 _LLAMA_LIKE = Family()
+_SHARED_EXPERT = FeedForward(
+    ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+    "mlp.shared_expert.down_proj",
+    "shared_expert_intermediate_size",
+)
 _QWEN_MOE = Family(
     skip=("mlp.gate", "mlp.shared_expert_gate"),
+    feed_forward=(FeedForward(), _SHARED_EXPERT),
+    mixture=Experts(),
     experts={
         "mlp.experts.gate_up_proj": ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
         "mlp.experts.down_proj": ("mlp.experts.{e}.down_proj.weight",),
@@ -51,10 +100,11 @@ _MIXTRAL = Family(
         "mlp.experts.down_proj": ("block_sparse_moe.experts.{e}.w2.weight",),
     },
     renames=((".block_sparse_moe.", ".mlp."),),
+    mixture=Experts(count="num_local_experts", width="intermediate_size"),
 )
 
 FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA_LIKE,
+    "llama": Family(relabel="mistral"),
     "mistral": _LLAMA_LIKE,
     "ministral": _LLAMA_LIKE,
     "qwen2": _LLAMA_LIKE,
@@ -62,20 +112,32 @@ FAMILIES: dict[str, Family] = {
     "gemma": _LLAMA_LIKE,
     "gemma2": _LLAMA_LIKE,
     "gemma3_text": _LLAMA_LIKE,
-    "phi3": _LLAMA_LIKE,
+    "phi3": Family(attention=Attention(qkv=("qkv_proj",)), feed_forward=(FeedForward(("mlp.gate_up_proj",)),)),
     "olmo2": _LLAMA_LIKE,
     "granite": _LLAMA_LIKE,
     "smollm3": _LLAMA_LIKE,
-    "starcoder2": _LLAMA_LIKE,
+    "starcoder2": Family(feed_forward=(FeedForward(("mlp.c_fc",), "mlp.c_proj"),)),
     "cohere": _LLAMA_LIKE,
     "stablelm": _LLAMA_LIKE,
-    "opt": Family(blocks="model.decoder.layers"),
-    "gpt2": Family(blocks="transformer.h"),
-    "gpt_neox": Family(blocks="gpt_neox.layers"),
+    "opt": Family(
+        blocks="model.decoder.layers",
+        attention=Attention(out="out_proj"),
+        feed_forward=(FeedForward(("fc1",), "fc2", "ffn_dim", ("fc1", "fc2")),),
+    ),
+    "gpt2": Family(
+        blocks="transformer.h",
+        attention=Attention("attn", ("c_attn",), "c_proj"),
+        feed_forward=(FeedForward(("mlp.c_fc",), "mlp.c_proj", "n_inner"),),
+    ),
+    "gpt_neox": Family(
+        blocks="gpt_neox.layers",
+        attention=Attention("attention", ("query_key_value",), "dense", interleaved=True),
+        feed_forward=(FeedForward(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),),
+    ),
     "mixtral": _MIXTRAL,
     "qwen2_moe": _QWEN_MOE,
     "qwen3_moe": _QWEN_MOE,
-    "olmoe": _QWEN_MOE,
+    "olmoe": replace(_QWEN_MOE, mixture=Experts(width="intermediate_size")),
 }
 
 

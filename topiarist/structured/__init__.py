@@ -1,0 +1,25 @@
+"""Structural pruning: what can be cut whole, how much stays, and the cut itself.
+
+groups = units_of(model, ("heads", "channels"))
+kept = choose(groups, scores, keep=0.8)
+with gates(model, groups) as masks: ...
+"""
+
+from topiarist.structured.choose import choose, kept_cost, layer_counts, total_cost, verify_budget
+from topiarist.structured.gates import gates
+from topiarist.structured.units import KINDS, Kept, Part, UnitGroup, default_kinds, units_of
+
+__all__ = [
+    "KINDS",
+    "Kept",
+    "Part",
+    "UnitGroup",
+    "choose",
+    "default_kinds",
+    "gates",
+    "kept_cost",
+    "layer_counts",
+    "total_cost",
+    "units_of",
+    "verify_budget",
+]
