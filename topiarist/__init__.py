@@ -1,6 +1,6 @@
 """topiarist: prune Hugging Face causal language models with the best methods known, and measure what it cost."""
 
-from topiarist import allocate, masks, runtime, solvers
+from topiarist import allocate, masks, runtime, solvers, structured
 from topiarist.__about__ import __version__
 from topiarist.data import text_files
 from topiarist.errors import (
@@ -12,16 +12,20 @@ from topiarist.errors import (
     UnsupportedModel,
 )
 from topiarist.evaluate import audit, perplexity
+from topiarist.evaluate import load_model as load_pruned
 from topiarist.gram import Gram
 from topiarist.linalg import reconstruction_error
 from topiarist.masklearn import PRESETS, Preset
 from topiarist.patterns import NM, Columns, Pattern, TransposableNM, Unstructured, parse_pattern
 from topiarist.pipelines.allocation import FoundAllocation, find_allocation
+from topiarist.pipelines.distill import Distill
 from topiarist.pipelines.learn_report import LearnReport
 from topiarist.pipelines.learned import learn
 from topiarist.pipelines.oneshot import prune, prune_module
 from topiarist.pipelines.recover import Recover
+from topiarist.pipelines.shrink_report import ShrinkReport
 from topiarist.pipelines.sparsellm import SparseLLM
+from topiarist.pipelines.structured import shrink
 from topiarist.report import Report
 from topiarist.solvers import Solution
 
@@ -31,6 +35,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "Columns",
+    "Distill",
     "FoundAllocation",
     "Gram",
     "LearnReport",
@@ -40,6 +45,7 @@ __all__ = [
     "Preset",
     "Recover",
     "Report",
+    "ShrinkReport",
     "Solution",
     "SparseLLM",
     "TopiaristError",
@@ -51,6 +57,7 @@ __all__ = [
     "audit",
     "find_allocation",
     "learn",
+    "load_pruned",
     "masks",
     "parse_pattern",
     "perplexity",
@@ -58,6 +65,8 @@ __all__ = [
     "prune_module",
     "reconstruction_error",
     "runtime",
+    "shrink",
     "solvers",
+    "structured",
     "text_files",
 ]

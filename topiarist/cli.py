@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from topiarist import cli_allocate, cli_masks, cli_report, cli_runtime
+from topiarist import cli_allocate, cli_masks, cli_report, cli_runtime, cli_shrink
 from topiarist.__about__ import __version__
 from topiarist.cli_tools import (
     Text,
@@ -124,7 +124,8 @@ def prune(
         out.print(f"{kept} holds the solutions that the search used: another sparsity needs them, nothing else does")
 
 
-for group in (cli_allocate.COMMANDS, cli_report.COMMANDS, cli_masks.COMMANDS, cli_runtime.COMMANDS):
+COMMAND_GROUPS = (cli_allocate, cli_report, cli_masks, cli_shrink, cli_runtime)
+for group in (module.COMMANDS for module in COMMAND_GROUPS):
     for name, command in group.items():
         app.command(name)(command)
 

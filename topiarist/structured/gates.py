@@ -1,0 +1,145 @@
+"""Masks that switch units off in a running model, through hooks: no modelling code is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from topiarist.models import family_of
+from topiarist.sources import eager_experts
+from topiarist.structured.units import UnitGroup
+
+Masks = dict[str, Tensor]
+
+
+@contextmanager
+def gates(model: Any, groups: Sequence[UnitGroup]) -> Iterator[Masks]:
+    """While inside, every forward multiplies by the masks that the yielded dict holds at that moment.
+
+    It starts with ones, fp32, on the model's device. Replace or overwrite its tensors at will, shape (count,) or
+    (batch, count); a mask that requires a gradient gets one. On leaving, the model is as it was.
+    """
+    device = next(model.parameters()).device
+    masks: Masks = {group.key: torch.ones(group.count, device=device) for group in groups}
+    consumers: dict[str, list[UnitGroup]] = {}
+    for group in groups:
+        consumers.setdefault(group.consumer, []).append(group)
+    experts: dict[str, dict[Any, Callable[[Tensor], Tensor]]] = {}
+    with ExitStack() as stack:
+        for consumer, sharing in consumers.items():
+            kind, first = sharing[0].kind, sharing[0]
+            if kind == "experts":
+                module = model.get_submodule(consumer)
+                stack.enter_context(_patched_linear(module, partial(_route, masks, first.key, module)))
+            elif kind == "channels" and first.parts[-1].expert is not None:
+                fused = consumer.rpartition(".")[0]
+                experts.setdefault(fused, {})[first.parts[-1].expert] = partial(_multiply, masks, sharing)
+            elif first.width:
+                module = model.get_submodule(consumer)
+                hook = partial(_gate_input, masks, sorted(sharing, key=lambda g: g.start))
+                stack.callback(module.register_forward_pre_hook(hook).remove)
+            else:
+                module = model.get_submodule(consumer)
+                hook = partial(_gate_output, masks, first)
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        for fused, multipliers in experts.items():
+            path, _, parameter = fused.rpartition(".")
+            module = model.get_submodule(path)
+            stack.enter_context(_patched_linear(module, partial(_gate_expert, module, parameter, multipliers)))
+        stack.enter_context(eager_experts(model) if family_of(model.config.model_type).mixture else ExitStack())
+        yield masks
+
+
+def _multiply(masks: Masks, groups: Sequence[UnitGroup], x: Tensor) -> Tensor:
+    """x (..., width of the consumer's input) times its mask; of (batch, count) masks every sequence has its own."""
+    columns = [masks[g.key].to(x.device, x.dtype).repeat_interleave(g.width, -1) for g in groups]
+    mask = torch.cat(columns, -1)
+    if mask.ndim == 1:
+        return x * mask
+    return (x.reshape(len(mask), -1, x.shape[-1]) * mask[:, None]).reshape(x.shape)
+
+
+def _gate_input(masks: Masks, groups: Sequence[UnitGroup], _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (_multiply(masks, groups, args[0]), *args[1:])
+
+
+def _gate_output(
+    masks: Masks, group: UnitGroup, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    """A sublayer's output times its mask; of a block, what it adds to its input."""
+    added = output[0] if isinstance(output, tuple) else output
+    mask = masks[group.key].to(added.device, added.dtype)
+    # (batch, tokens, width), or tokens of all sequences in one row (OPT)
+    mask = mask if mask.ndim == 1 else mask.repeat_interleave(added.shape[:-1].numel() // len(mask), 0)
+    mask = mask if mask.ndim == 1 else mask.reshape(*added.shape[:-1], 1)
+    if group.kind == "block":
+        hidden = args[0] if args else kwargs["hidden_states"]
+        added = hidden + mask * (added - hidden)
+    else:
+        added = added * mask
+    return (added, *output[1:]) if isinstance(output, tuple) else added
+
+
+def _route(masks: Masks, key: str, router: Any, x: Tensor, weight: Tensor, logits: Tensor) -> Tensor:
+    """The router's logits plus log mask: probabilities times the mask, normalised again; 0 is never chosen."""
+    if weight is not router.weight:
+        return logits
+    return logits + masks[key].to(logits.device).log().to(logits.dtype)
+
+
+def _gate_expert(
+    module: Any,
+    parameter: str,
+    multipliers: dict[int, Callable[[Tensor], Tensor]],
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """The product again with the gated input, if `weight` is an expert's slice of the fused parameter."""
+    fused = getattr(module, parameter)
+    if weight.shape != fused.shape[1:]:
+        return out
+    offset = weight.data_ptr() - fused.data_ptr()
+    number, rest = divmod(offset, fused.stride(0) * fused.element_size())
+    if rest or not 0 <= number < len(fused):
+        return out
+    return F.linear(multipliers[number](x), weight)
+
+
+class _LinearHook(torch.overrides.TorchFunctionMode):
+    """Calls `change(x, weight, output)` for every `linear` and returns what it returns."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self._change = change
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        return self._change(args[0], args[1], output) if func is F.linear else output
+
+
+@contextmanager
+def _patched_linear(module: nn.Module, change: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Inside `module`'s forward, and there only, `linear` goes through `change`."""
+    modes: list[_LinearHook] = []
+
+    def enter(*_: Any) -> None:
+        modes.append(_LinearHook(change))
+        modes[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        modes.pop().__exit__(None, None, None)
+
+    before = module.register_forward_pre_hook(enter)
+    after = module.register_forward_hook(leave, always_call=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()

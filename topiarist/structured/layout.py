@@ -1,0 +1,166 @@
+"""In which form a cut model is saved, and whether its family can hold that form: known before any work is done.
+
+| layout | shapes | opens with |
+|---|---|---|
+| masked | as before, zeros in them | anything |
+| uniform | every layer the same, smaller | anything |
+| padded | every layer that of the widest, zeros in the others | anything |
+| hetero | every layer its own | `trust_remote_code`, or `topiarist.load_pruned` |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+
+from topiarist.errors import TopiaristError, UnsupportedModel
+from topiarist.models import Family, family_of
+from topiarist.structured.configs import absent_modules, hetero_config, stock_config
+from topiarist.structured.shrink import cut_state
+from topiarist.structured.units import DEPTH_KINDS, Kept, UnitGroup
+
+LAYOUTS = ("uniform", "padded", "hetero", "masked")
+MAX_WASTE = 0.1
+"""Of a padded layout: zeros that only fill up, as a share of the parameters that are kept."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the result will be stored."""
+
+    layout: str
+    config: Any
+    slots: dict[str, int]
+    """Group key -> units that there is room for."""
+    blocks: list[int]
+    """Old numbers of the blocks that stay."""
+    warnings: list[str] = field(default_factory=list)
+
+
+def check_layout(layout: str, kinds: Iterable[str]) -> None:
+    """Raises TopiaristError for a layout that cannot hold a kind of unit in any family."""
+    if layout not in LAYOUTS:
+        raise TopiaristError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
+    if layout == "uniform" and (sublayers := {"attention", "ffn"} & set(kinds)):
+        raise TopiaristError(
+            f"no stock model leaves out single sublayers ({min(sublayers)}): choose --layout hetero or masked, or --units block"
+        )
+    if layout in ("masked", "padded") and "experts" in kinds:
+        raise TopiaristError(
+            f"zeros do not keep a router from choosing an expert: --layout {layout} cannot hold this cut"
+        )
+    if layout == "padded" and set(kinds) & set(DEPTH_KINDS):
+        raise TopiaristError("there is nothing to pad in whole sublayers and blocks: choose another layout")
+
+
+def plan_layout(
+    model: Any,
+    groups: Sequence[UnitGroup],
+    kept: Kept,
+    layout: str,
+    *,
+    max_waste: float = MAX_WASTE,
+    biased: Collection[str] = (),
+) -> Plan:
+    """The config and shapes of the result. biased: consumers that must have a bias in it.
+
+    Raises UnsupportedModel if the family cannot hold it.
+    """
+    check_layout(layout, {group.kind for group in groups})
+    family = family_of(model.config.model_type)
+    count = len(model.get_submodule(family.blocks))
+    gone = {group.block for group in groups if group.kind == "block" and not bool(kept[group.key].all())}
+    blocks = [i for i in range(count) if i not in gone or layout == "masked"]
+    units = {group.key: int(kept[group.key].sum()) for group in groups}
+    if layout == "masked":
+        slots = {group.key: group.count for group in groups}
+        dense = {group.place: group.count for group in groups}
+        config = stock_config(model, groups, dense, blocks, biased)[0] if biased else model.config
+        return Plan(layout, config, slots, blocks)
+    if layout == "hetero" and not any(group.kind == "block" for group in groups):  # those open anywhere as they are
+        return Plan(layout, hetero_config(model, groups, kept, units, biased), units, blocks)
+    by_place: dict[str, list[UnitGroup]] = {}
+    for group in groups:
+        if group.kind not in DEPTH_KINDS:
+            by_place.setdefault(group.place, []).append(group)
+    widest = {place: max(units[g.key] for g in same) for place, same in by_place.items()}
+    if layout == "uniform" and any(units[g.key] != widest[p] for p, same in by_place.items() for g in same):
+        raise TopiaristError("layers differ in size: --layout uniform wants the same count in each (scope per_layer)")
+    if layout == "padded":
+        widest = {
+            p: next(n for n in range(widest[p], s[0].count + 1) if holds(model, s, n)) for p, s in by_place.items()
+        }
+    slots = {group.key: widest.get(group.place, units[group.key]) for group in groups}
+    if layout == "padded":
+        _check_waste(groups, units, slots, max_waste)
+    config, warnings = stock_config(model, groups, widest, blocks, biased)
+    return Plan(layout, config, slots, blocks, warnings)
+
+
+def holds(model: Any, same: Sequence[UnitGroup], count: int) -> bool:
+    """Whether the family's config can state `count` units in every group of one place."""
+    try:
+        one_layer = [group for group in same if group.block == same[0].block]
+        stock_config(model, one_layer, {same[0].place: count}, [same[0].block])
+    except UnsupportedModel:
+        return False
+    return True
+
+
+def _check_waste(
+    groups: Sequence[UnitGroup], units: Mapping[str, int], slots: Mapping[str, int], max_waste: float
+) -> None:
+    kept = sum(group.cost * units[group.key] for group in groups)
+    padded = sum(group.cost * slots[group.key] for group in groups)
+    if padded > kept * (1 + max_waste):
+        raise TopiaristError(
+            f"padding to the widest layer stores {padded:,} parameters for {kept:,} that are kept, "
+            f"{padded / kept - 1:.0%} more (limit {max_waste:.0%}): choose --layout hetero or uniform, or raise --max-waste"
+        )
+
+
+def shrunk(
+    model: Any, groups: Sequence[UnitGroup], kept: Kept, plan: Plan, biases: Mapping[str, Tensor] = MappingProxyType({})
+) -> Any:
+    """A new model of the plan's shapes, which computes what `model` computes without the units that go.
+
+    biases: {consumer: what is added to its bias}, of those that the plan was made for. Tensors that are not cut are
+    shared with `model`, which stays as it is.
+    """
+    from transformers import AutoModelForCausalLM
+
+    family = family_of(model.config.model_type)
+    absent = [path for path, _ in absent_modules(groups, kept, family)] if plan.layout == "hetero" else []
+    state = _renumbered(cut_state(model.state_dict(), groups, kept, plan.slots, absent), family, plan.blocks)
+    with init_empty_weights(include_buffers=False):
+        new: Any = AutoModelForCausalLM.from_config(plan.config, dtype=next(model.parameters()).dtype)
+    for name, parameter in new.named_parameters():
+        if biases and name.endswith(".bias") and name not in state:
+            state[name] = torch.zeros(parameter.shape, dtype=parameter.dtype)
+    for consumer, bias in biases.items():
+        name = f"{consumer}.bias"
+        state[name] = (state[name].float() + bias.to(state[name].device)).to(state[name].dtype)
+    new.load_state_dict(state, assign=True)
+    new.tie_weights()
+    new.generation_config = model.generation_config
+    return new.to(next(model.parameters()).device).eval().requires_grad_(False)
+
+
+def _renumbered(state: dict[str, Tensor], family: Family, blocks: Sequence[int]) -> dict[str, Tensor]:
+    """Only the blocks that stay, counted anew."""
+    new_number = {str(old): str(new) for new, old in enumerate(blocks)}
+    result = {}
+    for name, tensor in state.items():
+        if name.startswith(f"{family.blocks}."):
+            number, _, rest = name.removeprefix(f"{family.blocks}.").partition(".")
+            if number in new_number:
+                result[f"{family.blocks}.{new_number[number]}.{rest}"] = tensor
+        else:
+            result[name] = tensor
+    return result
