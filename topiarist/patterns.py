@@ -237,7 +237,9 @@ def _kth_largest(values: Tensor, k: int) -> Tensor:
     """The k-th largest of a long vector: a sample brackets it, and only what lies in the bracket is searched."""
     total = len(values)
     if total >= 2**16:
-        sample = values[:: max(1, total // 2**14)].sort(descending=True).values
+        # Multiples of a large prime visit every column of a matrix; a plain stride may see few of them.
+        scattered = torch.arange(2**14, device=values.device) * 2_654_435_761 % total
+        sample = values[scattered].sort(descending=True).values
         at, spread = len(sample) * k / total, 4 * math.sqrt(len(sample) * k / total * (1 - k / total)) + 4
         low = sample[min(int(at + spread), len(sample) - 1)]
         high = sample[max(int(at - spread), 0)]
