@@ -3,7 +3,8 @@
     python -m benchmarks.quality --protocol openwebtext
     python -m benchmarks.quality --protocol standard --data DIR --patterns 2:4 0.7 --methods wanda sparsegpt alps
 
-A method is a name of the solver table with fields after it: `sparsegpt`, `wanda:refit=true`, `alps:preset=best`;
+A method is a name with fields after it: `sparsegpt`, `wanda:refit=true`, `alps:preset=best`,
+`sparsellm:local=alps,down_refit=true`;
 `+refine` or `+refine:epochs=4` adds block refinement.
 `openwebtext` is the protocol of the originals' published-here numbers (128 x 512 tokens of the demo's calibration text,
 the first 16 windows of 1024 of its held-out C4 text). `standard` takes DIR with train/c4.jsonl.gz, train/wikipedia.jsonl.gz
@@ -97,6 +98,8 @@ def run_cell(
         "mean_error": report.mean_error,
         "perplexity": measure(out, windows),
     }
+    if report.joint:
+        cell["joint"] = [dict(block.errors) for block in report.joint]
     shutil.rmtree(out)
     return cell
 

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from topiarist.pages.figures import Panel, by_place, curve, heat_map, panel
+from topiarist.pages.figures import Panel, by_place, curve, heat_map, panel, rounds
 from topiarist.pages.result import PAGE, Result
 
 LISTED = 400
@@ -46,6 +46,8 @@ def report_page(result: Result) -> str:
             ranked=ranked[:LISTED],
             num_ranked=len(ranked),
             refined=_refined(result.report.get("refined", [])),
+            joined=rounds(result.report.get("joint", [])),
+            kept_steps=Counter(block["best"] for block in result.report.get("joint", [])).most_common(),
             learning=curve(history),
             learned=[perplexity for _, perplexity in history[:1] + history[-1:]],
             command=command_text(result.report.get("command", [])),
