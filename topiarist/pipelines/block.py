@@ -165,7 +165,7 @@ class BlockPruner:
         if any(matrix.expert is not None for matrix in wanted):
             self.warn(f"{kind}: experts are pruned one by one by {name}, not as networks", UserWarning)
         elif network is None:
-            parts = {part for row in rows for part in (*row.up, row.down)}
+            parts = {part for row in rows for part in (*row.first, row.down)}
             missing = (
                 "stays dense in part"
                 if parts & {m.name for m in wanted}

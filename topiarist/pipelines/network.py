@@ -38,8 +38,8 @@ class Network:
         """The first network of a family's rows that lies whole among `matrices`."""
         by_name = {matrix.name: matrix for matrix in matrices}
         for row in rows:
-            if {*row.up, row.down} <= set(by_name):
-                first, activation = [by_name[name] for name in row.up], block.get_submodule(row.activation)
+            if {*row.first, row.down} <= set(by_name):
+                first, activation = [by_name[name] for name in row.first], block.get_submodule(row.activation)
                 return cls(first, by_name[row.down], activation, row.gated)
         return None
 

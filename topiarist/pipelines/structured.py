@@ -88,7 +88,9 @@ def shrink(
     reset_peak_memory()
     scorer = resolve_method(method)
     recovery = Distill(kind=recover) if isinstance(recover, str) else recover
-    source, checkpoint, name = open_source(model, out, device, trust_remote_code)
+    # A model object's own folder may be there: it resumes too.
+    target = None if isinstance(model, nn.Module) else out
+    source, checkpoint, name = open_source(model, target, device, trust_remote_code)
     refuse_pruned(source.model.config, name)
     notes: list[str] = []
     groups, counts, scope = plan_choice(source.model, scorer, keep, layout, units, scope, round_to, notes)
