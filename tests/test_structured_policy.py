@@ -1,0 +1,150 @@
+"""The policy gradient: unbiased, its variance, the projection, the start, and planted models that it must solve."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from topiarist.structured import policy
+
+N = 6
+generator = torch.Generator
+
+
+def all_masks(n: int = N) -> torch.Tensor:
+    return torch.tensor(list(itertools.product([0.0, 1.0], repeat=n)), dtype=torch.float64)
+
+
+def toy_loss(masks: torch.Tensor) -> torch.Tensor:
+    """A loss with interactions, (samples,)."""
+    weights = torch.tensor([0.9, -0.3, 0.5, 0.1, 0.0, 0.7], dtype=torch.float64)
+    pairs = torch.linspace(-1, 1, N * N, dtype=torch.float64).view(N, N)
+    return 3.0 - masks @ weights + 0.4 * ((masks @ pairs) * masks).sum(1)
+
+
+def exact_gradient(s: torch.Tensor) -> torch.Tensor:
+    """d/ds of the sum over all masks of p(m | s) loss(m), by autograd."""
+    s = s.clone().requires_grad_()
+    masks = all_masks()
+    probability = (masks * s + (1 - masks) * (1 - s)).prod(1)
+    (found,) = torch.autograd.grad((probability * toy_loss(masks)).sum(), s)
+    return found
+
+
+S = torch.tensor([0.2, 0.5, 0.7, 0.9, 0.4, 0.85], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("baseline", "scale"), [("loo", "score"), ("loo", "sqrt"), ("none", "score")])
+def test_unbiased_over_all_pairs_of_masks(baseline: str, scale: str):
+    masks = all_masks()
+    probability = (masks * S + (1 - masks) * (1 - S)).prod(1)
+    expected = torch.zeros(N, dtype=torch.float64)
+    for i, j in itertools.combinations_with_replacement(range(len(masks)), 2):
+        twice = 1 if i == j else 2  # (i, j) and (j, i) give the same
+        both = masks[[i, j]]
+        losses = toy_loss(both)
+        b = policy.leave_one_out(losses) if baseline == "loo" else torch.zeros(())
+        expected += twice * probability[i] * probability[j] * policy.gradient(losses, both, S, baseline=b, scale=scale)
+    wanted = exact_gradient(S) * (1 if scale == "score" else (S * (1 - S)).sqrt())
+    torch.testing.assert_close(expected, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_unbiased_by_sampling(antithetic: bool):
+    draws, rng = [], generator().manual_seed(1)
+    for _ in range(2000):
+        masks = policy.sample(S, 4, rng, antithetic=antithetic)
+        losses = toy_loss(masks)
+        b = policy.leave_one_out(losses, antithetic=antithetic)
+        draws.append(policy.gradient(losses, masks, S, baseline=b, scale="score"))
+    found = torch.stack(draws)
+    error = found.std(0) / len(draws) ** 0.5
+    assert bool(((found.mean(0) - exact_gradient(S)).abs() < 4 * error).all())
+
+
+def variance_of(baseline: str, samples: int = 2, n: int = 200, steps: int = 600) -> float:
+    """Mean variance of the gradient when every step has its own batch, as noisy as batches of text are."""
+    rng = generator().manual_seed(0)
+    s, weights = torch.full((n,), 0.7, dtype=torch.float64), torch.rand(n, generator=rng, dtype=torch.float64) / n
+    average, draws = None, []
+    for _ in range(steps):
+        masks = policy.sample(s, samples, rng)
+        losses = 4.0 + 0.5 * torch.randn((), generator=rng, dtype=torch.float64) - masks @ weights
+        average = policy.moving_average(average, losses, 5.0)
+        b = {
+            "loo": lambda x=losses: policy.leave_one_out(x),
+            "ema": lambda a=average: torch.tensor(a, dtype=torch.float64),
+            "none": lambda: torch.zeros(()),
+        }[baseline]()
+        draws.append(policy.gradient(losses, masks, s, baseline=b, bessel=baseline == "ema"))
+    return float(torch.stack(draws).var(0).mean())
+
+
+def test_leave_one_out_varies_least():
+    loo, ema, none = (variance_of(baseline) for baseline in ("loo", "ema", "none"))
+    assert loo < 0.1 * ema and ema < 0.2 * none
+    assert variance_of("loo", samples=4) < 0.5 * loo
+
+
+def test_the_authors_update_to_the_letter():
+    losses, masks = torch.tensor([2.0, 3.0], dtype=torch.float64), all_masks()[[5, 40]]
+    first = policy.moving_average(None, losses, 5.0)
+    delta = policy.moving_average(first, losses + 1, 5.0)
+    assert first == 2.5 and delta == pytest.approx(0.8 * 2.5 + 3.5 / 5)
+    found = policy.gradient(losses + 1, masks, S, baseline=torch.tensor(delta), bessel=True)
+    wanted = sum((losses[k] + 1 - delta) * (masks[k] - S) / ((S + 1e-7) * (1 - S + 1e-7)).sqrt() for k in (0, 1)) / 1
+    torch.testing.assert_close(found, wanted)
+
+
+def test_antithetic_pairs_are_mirrored():
+    masks = policy.sample(torch.full((50,), 0.5, dtype=torch.float64), 6, generator().manual_seed(3), antithetic=True)
+    assert bool((masks[0::2] + masks[1::2] == 1).all())
+    assert policy.leave_one_out(torch.tensor([1.0, 2.0, 5.0, 7.0]), antithetic=True).tolist() == [6.0, 6.0, 1.5, 1.5]
+    with pytest.raises(ValueError, match="pairs"):
+        policy.sample(S, 3, generator(), antithetic=True)
+
+
+points = st.lists(st.floats(-2, 3, allow_nan=False), min_size=1, max_size=30)
+
+
+@settings(deadline=None, max_examples=150)
+@given(points, st.integers(0, 10**6), st.floats(0.01, 1.2))
+def test_projection_is_feasible_and_optimal(values, seed: int, share: float):
+    s = torch.tensor(values, dtype=torch.float64)
+    c = torch.rand(len(s), generator=generator().manual_seed(seed), dtype=torch.float64) * 9 + 0.1
+    budget = share * float(c.sum())
+    x = policy.project(s, c, budget)
+    slack = budget - float(c @ x)
+    assert bool(((x >= 0) & (x <= 1)).all()) and slack >= 0
+    # KKT of min |x - s|^2 / 2: x - s + v c + (at 1) - (at 0) = 0 with one v >= 0, and v > 0 only on the budget.
+    inside = (x > 0) & (x < 1)
+    v = float(((s - x) / c)[inside].median()) if bool(inside.any()) else None
+    if float(c @ s.clamp(0, 1)) <= budget:
+        torch.testing.assert_close(x, s.clamp(0, 1))
+        return
+    assert slack <= 1e-9 * budget
+    if v is None:
+        low = ((s - x) / c)[x == 1]  # s - v c >= 1 there, <= 0 where x is 0
+        high = ((s - x) / c)[x == 0]
+        assert (float(low.min()) if len(low) else 1e9) >= (float(high.max()) if len(high) else 0.0) - 1e-6
+        return
+    assert v >= -1e-9
+    torch.testing.assert_close(x, (s - v * c).clamp(0, 1), rtol=0, atol=1e-8)
+
+
+@settings(deadline=None, max_examples=100)
+@given(points, st.integers(0, 10**6), st.floats(0.05, 0.95), st.sampled_from([1.0, 10.0, 100.0]))
+def test_starts_meet_the_budget_and_keep_the_order(values, seed: int, keep: float, sharpness: float):
+    metric = torch.tensor(values, dtype=torch.float64)
+    c = torch.rand(len(metric), generator=generator().manual_seed(seed), dtype=torch.float64) + 0.5
+    order = metric.argsort(stable=True)
+    ranks = policy.quantiles(metric)
+    start = policy.logistic(ranks, c, keep * float(c.sum()), sharpness=sharpness)
+    assert float(c @ start) == pytest.approx(keep * float(c.sum()), rel=1e-6)
+    assert bool((start[order].diff() >= 0).all()) and bool((policy.sigmap(metric, keep)[order].diff() >= -1e-12).all())
+    torch.testing.assert_close(policy.quantiles(2 * metric), ranks)
+    constant = policy.sigmap(torch.full((5,), 2.0), keep)
+    torch.testing.assert_close(constant, torch.full((5,), keep, dtype=torch.float64))
