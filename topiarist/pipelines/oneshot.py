@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from topiarist import __about__, allocate
 from topiarist.data import TextFiles, Windows, calibration_windows, load_tokenizer
 from topiarist.errors import CalibrationError, CheckpointError, TopiaristError
-from topiarist.models import block_names, matrices_of
+from topiarist.models import block_names, matrices_of, watch_inputs
 from topiarist.pages import PAGE, Result, model_card, report_page
 from topiarist.patterns import Pattern, parse_pattern
 from topiarist.pipelines.block import BlockPruner, check_finite
 from topiarist.pipelines.command import prune_command
 from topiarist.pipelines.refine import Refine
-from topiarist.pipelines.stream import BlockStream, GramCollector, watch_inputs
+from topiarist.pipelines.stream import BlockStream, GramCollector
 from topiarist.report import BlockRefinement, LayerReport, Report, peak_memory_bytes, reset_peak_memory
 from topiarist.solvers import SOLVERS, Solver
 from topiarist.sources import LoadedModel, StreamedModel, block_matrices, eager_experts
