@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "topiarist"
 FLOORS = [
     ["__about__", "errors"],
-    ["patterns", "gram", "linalg", "models", "data", "store", "sources"],
+    ["patterns", "gram", "linalg", "models", "data", "store", "modeling_pruned", "sources"],
     ["solvers", "allocate", "masklearn", "structured", "masks", "runtime", "report", "evaluate", "tasks", "pages"],
     ["pipelines"],
     ["cli_tools", "cli_masks", "cli_runtime", "cli_report", "cli", "__main__", "__init__"],

@@ -146,7 +146,7 @@ FAMILIES: dict[str, Family] = {
 def family_of(model_type: str) -> Family:
     """The row of a model type. Raises UnsupportedModel, saying how to add one."""
     try:
-        return FAMILIES[model_type]
+        return FAMILIES[model_type.removeprefix("pruned_")]  # a family whose layers differ in size, modeling_pruned.py
     except KeyError:
         raise UnsupportedModel(
             f"no row for model type {model_type!r}; add one to topiarist.models.FAMILIES (the path of its decoder blocks, "

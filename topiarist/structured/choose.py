@@ -18,7 +18,9 @@ from topiarist.structured.units import DEPTH_KINDS, Kept, UnitGroup
 
 SCOPES = ("global", "per_layer", "parameters")
 ROUND_TO = 64
-"""Channels; for narrow layers the largest power of two that is at most a sixteenth of their width."""
+"""Channels; for narrow layers the largest power of two that is at most a sixteenth of their width, and at least 8."""
+LEAST = 8
+"""Grouped matrix products want rows of a multiple of 16 bytes."""
 
 
 def choose(
@@ -133,10 +135,12 @@ def step_of(group: UnitGroup, round_to: int | None) -> int:
     if group.kind != "channels":
         return 1
     if round_to is None:
-        narrow = max(1, group.count // 16)
+        narrow = max(min(LEAST, group.count), group.count // 16)
         return min(ROUND_TO, 1 << (narrow.bit_length() - 1))
     if not 1 <= round_to <= group.count:
         raise PatternError(f"round_to {round_to} does not fit {group.key} with {group.count} channels")
+    if group.tie != group.key and round_to % LEAST:
+        raise PatternError(f"channels of fused experts must be cut in multiples of {LEAST}, not {round_to}")
     return round_to
 
 

@@ -33,7 +33,7 @@ from topiarist.models import Family, FeedForward, family_of
 WIDTH_KINDS = ("heads", "query_heads", "channels", "experts")
 DEPTH_KINDS = ("attention", "ffn", "block")
 KINDS = (*WIDTH_KINDS, *DEPTH_KINDS)
-NESTED = ({"heads", "query_heads"}, {"attention", "block"}, {"ffn", "block"})
+NESTED = ({"heads", "query_heads"}, {"channels", "experts"}, {"attention", "block"}, {"ffn", "block"})
 """Kinds that no run can cut together, for one holds the other."""
 
 Kept = dict[str, Bool[Tensor, " count"]]
@@ -284,3 +284,16 @@ class _Finder:
 
     def block(self) -> list[UnitGroup]:
         return self._sublayer("block", ("",))
+
+
+def output_parameters(model: Any, group: UnitGroup) -> list[str]:
+    """Weights and biases of the last matrices of a sublayer (of both, for a block): zeros in them switch it off."""
+    family, path = family_of(model.config.model_type), f"{family_of(model.config.model_type).blocks}.{group.block}"
+    parameters = dict(model.get_submodule(path).named_parameters())
+    attention = f"{family.attention.module}.{family.attention.out}"
+    ffn = [layer.down for layer in family.feed_forward]
+    modules = {"attention": [attention], "ffn": ffn, "block": [attention, *ffn]}[group.kind]
+    names = [f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")]
+    if family.mixture and group.kind != "attention":
+        names.append(f"{family.mixture.module}.down_proj")
+    return [f"{path}.{name}" for name in names if name in parameters]
