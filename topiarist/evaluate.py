@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from topiarist import modeling_pruned
 from topiarist.data import MAX_SHARED, TextFiles, Windows, evaluation_windows, load_tokenizer
 from topiarist.errors import CalibrationError, CheckpointError, NumericalError, PatternError
 from topiarist.models import block_names
@@ -68,7 +69,7 @@ def load_model(folder: str | Path, *, device: str | torch.device = "cpu", trust_
     from transformers import AutoModelForCausalLM
 
     path = locate(folder)
-    Checkpoint(path)  # the same checks, with messages a user can act on
+    modeling_pruned.register(Checkpoint(path).config)  # the same checks, with messages a user can act on
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, RuntimeError) as error:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from topiarist import modeling_pruned
 from topiarist.errors import CheckpointError, UnsupportedModel
 from topiarist.models import Matrix, family_of, matrices_of
 from topiarist.store import Checkpoint
@@ -55,6 +56,7 @@ class StreamedModel:
         self.family = family_of(str(checkpoint.config.get("model_type")))
         if "quantization_config" in checkpoint.config:
             raise UnsupportedModel(f"{checkpoint.folder} is quantised; prune the original weights, then quantise")
+        modeling_pruned.register(checkpoint.config)
         try:
             config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
             with init_empty_weights(include_buffers=False):

@@ -4,7 +4,7 @@ result = Result.from_folder("OUT"); result.refresh()     # pruning_report.html a
 compare_page([Result.from_folder(d) for d in folders])   # quality against size and speed
 """
 
-from topiarist.pages.card import model_card
+from topiarist.pages.card import measured, model_card
 from topiarist.pages.render import compare_page, report_page
 from topiarist.pages.result import PAGE, Result, save_benchmark, save_evaluation, write_atomically
 
@@ -12,6 +12,7 @@ __all__ = [
     "PAGE",
     "Result",
     "compare_page",
+    "measured",
     "model_card",
     "report_page",
     "save_benchmark",

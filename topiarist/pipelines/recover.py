@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,14 @@ class Recover:
     """Peak; falls to zero along a cosine."""
 
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(logits, token ids) -> scalar"""
+
+
+def next_token_loss(logits: Tensor, batch: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten())
+
+
 def recover_weights(
     model: nn.Module,
     masks: Mapping[str, Tensor],
@@ -36,22 +44,51 @@ def recover_weights(
     seed: int,
     processes: Processes,
     progress: Callable[[str, int, int], None],
+    loss: Loss = next_token_loss,
+    losses: list[float] | None = None,
 ) -> dict[str, Tensor]:
     """New values of the masked weights, by parameter name and in their dtype; the model itself stays as it is.
 
-    Deterministic from its arguments, so a killed run simply does it again. Raises NumericalError for a broken loss.
+    losses: gets the loss of every step. Deterministic from its arguments, so a killed run simply does it again. Raises
+    NumericalError for a broken loss.
     """
     parameters = dict(model.named_parameters())
     device = next(model.parameters()).device
     kept = {name: mask.to(device) for name, mask in masks.items()}
     masters = {name: nn.Parameter(parameters[name].detach().float() * mask) for name, mask in kept.items()}
-    optimizer = torch.optim.AdamW(masters.values(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    batches = Batches(len(tokens), settings.sequences, seed + 1)
-    batch_size = math.gcd(batch_size, settings.sequences)
 
     def current() -> dict[str, Any]:
         return {name: (master * kept[name]).to(parameters[name].dtype) for name, master in masters.items()}
 
+    def logits(batch: Tensor) -> Tensor:
+        return functional_call(model, current(), kwargs={"input_ids": batch, "use_cache": False}).logits
+
+    trace = descend(
+        list(masters.values()), logits, loss, tokens, settings, batch_size, seed, processes, progress, device
+    )  # fmt: skip
+    if losses is not None:
+        losses += trace
+    # +0.0 where pruned: a product with the mask may leave -0.0.
+    return {name: value.detach().masked_fill(~kept[name], 0.0) for name, value in current().items()}
+
+
+def descend(
+    masters: Sequence[nn.Parameter],
+    logits: Callable[[Tensor], Tensor],
+    loss: Loss,
+    tokens: Tensor,
+    settings: Recover,
+    batch_size: int,
+    seed: int,
+    processes: Processes,
+    progress: Callable[[str, int, int], None],
+    device: torch.device,
+) -> list[float]:
+    """Adam on `masters` along a cosine, for settings.steps steps of settings.sequences; returns the losses."""
+    optimizer = torch.optim.AdamW(masters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    batches = Batches(len(tokens), settings.sequences, seed + 1)
+    batch_size = math.gcd(batch_size, settings.sequences)
+    trace: list[float] = []
     for step in range(settings.steps):
         optimizer.param_groups[0]["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         rows = batches.rows(step)
@@ -59,20 +96,19 @@ def recover_weights(
         total = torch.zeros((), device=device)
         for index in range(processes.rank, len(micro), processes.size):
             batch = tokens[micro[index]].to(device)
-            logits = functional_call(model, current(), kwargs={"input_ids": batch, "use_cache": False}).logits
-            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten()) / len(micro)
-            loss.backward()
-            total += loss.detach()
+            share = loss(logits(batch), batch) / len(micro)
+            share.backward()
+            total += share.detach()
         processes.add_up(total)
-        for master in masters.values():
+        for master in masters:
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
             processes.add_up(master.grad)
         if not math.isfinite(float(total)):
             raise NumericalError(f"the loss of recovery step {step + 1} is not finite: lower its learning rate")
-        torch.nn.utils.clip_grad_norm_(masters.values(), 1.0)
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        progress(f"recovery, loss {float(total):.3f}", step + 1, settings.steps)
-    # +0.0 where pruned: a product with the mask may leave -0.0.
-    return {name: value.detach().masked_fill(~kept[name], 0.0) for name, value in current().items()}
+        trace.append(float(total))
+        progress(f"recovery, loss {trace[-1]:.3f}", step + 1, settings.steps)
+    return trace

@@ -1,30 +1,42 @@
 """Structural pruning: what can be cut whole, how much stays, and the cut itself.
 
 groups = units_of(model, ("heads", "channels"))
-kept = choose(groups, scores, keep=0.8)
-with gates(model, groups) as masks: ...
+kept = choose(groups, scores, keep=0.8, scope="per_layer")
+with gates(model, groups) as masks: ...            the model without the units that go, without touching it
+small = shrunk(model, groups, kept, plan_layout(model, groups, kept, "uniform"))
 """
 
 from topiarist.structured.choose import choose, kept_cost, layer_counts, total_cost, verify_budget
 from topiarist.structured.gates import gates
-from topiarist.structured.layout import LAYOUTS, Plan, plan_layout, shrunk
+from topiarist.structured.layout import LAYOUTS, Plan, check_layout, holds, plan_layout, shrunk
+from topiarist.structured.methods import METHODS, Method, SavedState, Scores, Task
 from topiarist.structured.shrink import mask_in_place
+from topiarist.structured.spec import PruneSpec, predicted_parameters
 from topiarist.structured.units import KINDS, Kept, Part, UnitGroup, default_kinds, units_of
 
 __all__ = [
     "KINDS",
     "LAYOUTS",
+    "METHODS",
     "Kept",
+    "Method",
     "Part",
     "Plan",
+    "PruneSpec",
+    "SavedState",
+    "Scores",
+    "Task",
     "UnitGroup",
+    "check_layout",
     "choose",
     "default_kinds",
     "gates",
+    "holds",
     "kept_cost",
     "layer_counts",
     "mask_in_place",
     "plan_layout",
+    "predicted_parameters",
     "shrunk",
     "total_cost",
     "units_of",

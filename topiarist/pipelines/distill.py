@@ -1,0 +1,119 @@
+"""A short training of a shrunk model towards the dense model's predictions: all weights, or a low-rank update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from topiarist.errors import TopiaristError
+from topiarist.models import Matrix, family_of, matrices_of
+from topiarist.pipelines.processes import Processes
+from topiarist.pipelines.recover import Loss, Recover, descend, recover_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(Recover):
+    """What is trained, how long, how fast."""
+
+    kind: str = "lora"
+    """"lora": low-rank updates of the blocks' linears, merged at the end. "full": all matrices of the blocks, 16 bytes
+    a weight."""
+    rank: int = 16
+    """Of the low-rank updates."""
+    learning_rate: float = 3e-4
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("lora", "full"):
+            raise TopiaristError(f"unknown recovery {self.kind!r}; choose lora or full")
+
+
+@dataclass
+class _Update:
+    """W + B A for one linear, with A (rank, in) and B (out, rank); where W has empty rows and columns they stay empty."""
+
+    matrix: Matrix
+    A: nn.Parameter
+    B: nn.Parameter
+    rows: Tensor
+    columns: Tensor
+
+    @classmethod
+    def of(cls, matrix: Matrix, rank: int, generator: torch.Generator) -> _Update:
+        weight = matrix.weight
+        out_features, in_features = weight.shape
+        rank = min(rank, out_features, in_features)
+        A = torch.randn(rank, in_features, generator=generator) / in_features**0.5
+        B = torch.zeros(out_features, rank)
+        filled = weight != 0
+        place = {"device": weight.device, "dtype": torch.float32}
+        return cls(matrix, nn.Parameter(A.to(**place)), nn.Parameter(B.to(**place)), filled.any(1), filled.any(0))
+
+    def hook(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Adds B A x to the module's output."""
+        x = args[0] * self.columns.to(args[0].dtype)
+        low = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
+        return output + low * self.rows.to(low.dtype)
+
+    def merge(self) -> None:
+        update = (self.B @ self.A).detach() * self.rows[:, None] * self.columns
+        self.matrix.assign((self.matrix.weight.float() + update).to(self.matrix.weight.dtype))
+
+
+def distill(
+    student: Any,
+    teacher: Any,
+    tokens: Tensor,
+    settings: Distill,
+    batch_size: int,
+    seed: int,
+    progress: Callable[[str, int, int], None],
+) -> list[float]:
+    """Train the blocks of `student` in place; empty rows and columns stay empty. Loss: KL(teacher || student), the mean
+    over all positions. Deterministic from its arguments, so a killed run simply does it again. Returns every step's loss.
+    """
+    family = family_of(student.config.model_type)
+    matrices = [matrix for block in student.get_submodule(family.blocks) for matrix in matrices_of(block, family)]
+    loss, processes = _divergence(teacher), Processes()
+    if settings.kind == "full":
+        names = {id(parameter): name for name, parameter in student.named_parameters()}
+        wanted = {names[id(getattr(matrix.module, matrix.parameter))] for matrix in matrices}
+        masks = {name: student.get_parameter(name) != 0 for name in sorted(wanted)}
+        losses: list[float] = []
+        new = recover_weights(student, masks, tokens, settings, batch_size, seed, processes, progress, loss, losses)
+        for name, weight in new.items():
+            student.get_parameter(name).data = weight
+        return losses
+    for matrix in matrices:  # the caller's model may share them
+        stored = getattr(matrix.module, matrix.parameter)
+        stored.data = stored.data.clone()
+    generator = torch.Generator().manual_seed(seed)
+    updates = [_Update.of(m, settings.rank, generator) for m in matrices if m.expert is None]
+    hooks = [update.matrix.module.register_forward_hook(update.hook) for update in updates]
+    try:
+        masters = [master for update in updates for master in (update.A, update.B)]
+        device = next(student.parameters()).device
+
+        def logits(batch: Tensor) -> Tensor:
+            return student(input_ids=batch, use_cache=False).logits
+
+        losses = descend(masters, logits, loss, tokens, settings, batch_size, seed, processes, progress, device)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for update in updates:
+        update.merge()
+    return losses
+
+
+def _divergence(teacher: Any) -> Loss:
+    def loss(logits: Tensor, batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = teacher(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
+        return F.kl_div(logits.float().log_softmax(-1), target, reduction="none", log_target=True).sum(-1).mean()
+
+    return loss

@@ -1,0 +1,119 @@
+"""The walk that refits what consumed the units: block by block, attention first, on inputs from blocks already refit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topiarist.errors import CalibrationWarning, NumericalError
+from topiarist.gram import Gram
+from topiarist.linalg import reconstruction_error
+from topiarist.models import Matrix
+from topiarist.pipelines.shrink_report import Refitted
+from topiarist.pipelines.stream import BlockStream
+from topiarist.sources import LoadedModel, block_matrices, eager_experts, num_blocks
+from topiarist.structured import Kept, UnitGroup
+from topiarist.structured.refit import refit_columns
+
+STAGES = (("heads", "query_heads"), ("channels",))
+Saved = tuple[dict[str, Tensor], list[dict[str, Any]]]
+
+
+def refit_consumers(
+    source: LoadedModel,
+    groups: Sequence[UnitGroup],
+    kept: Kept,
+    tokens: Tensor,
+    *,
+    batch_size: int,
+    load: Callable[[int], Saved | None],
+    save: Callable[[int, Saved], None],
+    progress: Callable[[str, int, int], None],
+) -> tuple[list[Refitted], list[str]]:
+    """Overwrite the consumers' weights: zeros in the columns of units that go, least squares in the others.
+
+    load, save: what an earlier try finished, block by block. Returns what was done, and warnings.
+    """
+    reports: list[Refitted] = []
+    thin: list[str] = []
+    wanted = [group for group in groups if group.kind in (*STAGES[0], *STAGES[1])]
+    if all(bool(kept[group.key].all()) for group in wanted):
+        return [], []
+    with eager_experts(source.model):
+        stream = BlockStream(source, tokens, batch_size=batch_size, device=source.device)
+        for index in range(num_blocks(source)):
+            progress("refitting", index, num_blocks(source))
+            matrices = {f"{source.family.blocks}.{index}.{m.name}": m for m in block_matrices(source, index)}
+            own = [group for group in wanted if group.block == index]
+            done = load(index)
+            if done is None:
+                done = _block(stream, index, own, matrices, kept)
+                save(index, done)
+            weights, rows = done
+            for name, weight in weights.items():
+                matrices[name].assign(weight)
+            reports += [Refitted(**{**row, "shape": tuple(row["shape"])}) for row in rows]
+            stream.advance(index, source.load(index))
+    progress("refitting", num_blocks(source), num_blocks(source))
+    thin = [f"{r.name} ({r.tokens} tokens, {r.shape[1]} inputs)" for r in reports if r.tokens < r.shape[1]]
+    if not thin:
+        return reports, []
+    more = f" and {len(thin) - 8} more" if len(thin) > 8 else ""
+    note = f"fewer calibration tokens than inputs for the refit of {', '.join(thin[:8])}{more}: add calibration samples"
+    warnings.warn(note, CalibrationWarning, stacklevel=2)
+    return reports, [note]
+
+
+def _block(
+    stream: BlockStream, index: int, groups: Sequence[UnitGroup], matrices: dict[str, Matrix], kept: Kept
+) -> Saved:
+    """New weights of one block's consumers, and their reports. The block itself ends with the new weights."""
+    weights: dict[str, Tensor] = {}
+    rows: list[dict[str, Any]] = []
+    for kinds in STAGES:
+        by_consumer: dict[str, list[UnitGroup]] = {}
+        for group in groups:
+            if group.kind in kinds:
+                by_consumer.setdefault(group.consumer, []).append(group)
+        if not by_consumer:
+            continue
+        stage = [matrices[name] for name in by_consumer]
+        early = all(matrix.expert is None for matrix in stage)
+        found = stream.grams(index, stream.source.load(index), stage, stop_early=early)
+        grams = {matrix: group.gram for group in found for matrix in group.matrices}
+        for name, sharing in by_consumer.items():
+            matrix = matrices[name]
+            weights[name], row = _refit(name, matrix, sharing, kept, grams.get(matrix))
+            matrix.assign(weights[name])
+            rows.append(row)
+    return weights, rows
+
+
+def _refit(
+    name: str, matrix: Matrix, groups: Sequence[UnitGroup], kept: Kept, gram: Gram | None
+) -> tuple[Tensor, dict[str, Any]]:
+    ordered = sorted(groups, key=lambda group: group.start)
+    columns = torch.cat([kept[group.key].repeat_interleave(group.width) for group in ordered]).to(matrix.weight.device)
+    dense = matrix.weight
+    plain = torch.where(columns, dense, 0.0)
+    if gram is None:  # an expert that saw no token
+        new, before, after, tokens = plain, 0.0, 0.0, 0
+    else:
+        try:
+            H = gram.matrix
+            new = refit_columns(dense, H, columns).to(dense.dtype)
+        except NumericalError as error:
+            raise NumericalError(f"refit of {name}: {error}") from error
+        before, after = (reconstruction_error(dense, weight, H) for weight in (plain, new))
+        tokens = gram.tokens
+        if after > before:  # a thin Gram may mislead the solver's rounding; never hand back what is worse
+            new, after = plain, before
+    units, of = sum(int(kept[g.key].sum()) for g in ordered), sum(g.count for g in ordered)
+    sparsity = 1.0 - float(columns.double().mean())
+    row = Refitted(name, matrix.shape, f"{units} of {of}", sparsity, after, before, tokens)
+    return new.clone(), asdict(row)

@@ -1,0 +1,90 @@
+"""What a structural run writes: its state while it goes on, and the shrunk checkpoint at the end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from topiarist import __about__, modeling_pruned
+from topiarist.data import Windows
+from topiarist.errors import CheckpointError
+from topiarist.pages import PAGE, Result, measured, report_page
+from topiarist.pipelines.shrink_report import ShrinkReport, shrunk_card
+from topiarist.store import Checkpoint, OutputFolder
+from topiarist.structured import PruneSpec, SavedState
+from topiarist.structured.spec import SPEC
+
+SHARD_BYTES = 1 << 31
+CODE = "modeling_pruned.py"
+_STATE = "shrink_state_{}.safetensors"
+
+
+class FolderState(SavedState):
+    """A state that lies in the output folder while the run goes on."""
+
+    def __init__(self, output: OutputFolder, name: str) -> None:
+        self.output, self.name = output, _STATE.format(name)
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        path = self.output.folder / self.name
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as reader:
+            return {key: reader.get_tensor(key) for key in reader.keys()}, dict(reader.metadata() or {})  # noqa: SIM118
+
+    def save(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        self.output.write_state(self.name, tensors, metadata)
+
+
+def write_shrunk(
+    output: OutputFolder,
+    checkpoint: Checkpoint | None,
+    model: Any,
+    tokenizer: Any,
+    spec: PruneSpec,
+    report: ShrinkReport,
+    windows: Windows | None,
+) -> None:
+    """The shrunk checkpoint and its papers; the state goes last. transformers knows names and ties, so it writes first,
+    beside the output."""
+    written = output.folder.with_name(output.folder.name + ".shrunk.tmp")
+    try:
+        shutil.rmtree(written, ignore_errors=True)
+        model.save_pretrained(written)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(written)
+    except OSError as error:
+        shutil.rmtree(written, ignore_errors=True)
+        raise CheckpointError(f"cannot write {written}: {error}; make room and run the same command again") from error
+    fresh = Checkpoint(written)
+    shards = fresh.grouped(list(fresh.files), SHARD_BYTES)
+    for number, names in enumerate(shards):
+        if output.shard_is_done(number) is None:
+            output.copy_shard(f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors", fresh, names)
+    result = Result(report.to_dict(), __about__.__version__)
+    texts = {
+        SPEC: spec.to_json(),
+        "README.md": shrunk_card(report, __about__.__version__, measured(result)),
+        PAGE: report_page(result),
+        "pruning_run.json": json.dumps(report.run, indent=2) + "\n",
+    }
+    if windows is not None:
+        lines = [f"{h:016x}" for h in sorted(windows.line_hashes)]
+        texts["pruning_calibration.json"] = json.dumps({"digest": windows.digest, "line_hashes": lines}) + "\n"
+    config = {**fresh.config, "pruning_config": report.pruning_config(__about__.__version__)}
+    if str(config["model_type"]).startswith(modeling_pruned.PREFIX):
+        base = config["model_type"].removeprefix(modeling_pruned.PREFIX)
+        code = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
+        texts[CODE] = f'{code}\n\nPrunedConfig, PrunedForCausalLM = pruned_classes("{base}")\n'
+    for name, text in texts.items():
+        output.write_text(name, text)
+    output.finish(checkpoint.folder if checkpoint is not None else written, config, report.to_dict())
+    shutil.rmtree(written, ignore_errors=True)
+    for path in output.folder.glob(_STATE.format("*")):
+        path.unlink()

@@ -1,0 +1,431 @@
+"""Structural pruning end to end: plan, score, choose, refit, cut, recover, save."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topiarist.data import TextFiles, Windows
+from topiarist.errors import CalibrationError, CheckpointError, PatternError, TopiaristError, UnsupportedModel
+from topiarist.evaluate import load_model
+from topiarist.modeling_pruned import PREFIX
+from topiarist.pipelines.distill import Distill, distill
+from topiarist.pipelines.learn_files import model_digest
+from topiarist.pipelines.oneshot import open_source, read_windows
+from topiarist.pipelines.refitting import Saved, refit_consumers
+from topiarist.pipelines.shrink_files import FolderState, write_shrunk
+from topiarist.pipelines.shrink_report import ShrinkReport, shrink_command
+from topiarist.report import peak_memory_bytes, reset_peak_memory
+from topiarist.sources import LoadedModel
+from topiarist.store import OutputFolder
+from topiarist.structured import (
+    METHODS,
+    Kept,
+    Method,
+    Plan,
+    PruneSpec,
+    Task,
+    UnitGroup,
+    check_layout,
+    choose,
+    default_kinds,
+    holds,
+    layer_counts,
+    mask_in_place,
+    plan_layout,
+    predicted_parameters,
+    shrunk,
+    units_of,
+)
+from topiarist.structured.layout import MAX_WASTE
+from topiarist.structured.units import DEPTH_KINDS, WIDTH_KINDS
+
+Progress = Callable[[str, int, int], None]
+LOGGED = 20
+"""Losses of a recovery in the report, about."""
+
+
+def shrink(
+    model: str | Path | nn.Module,
+    out: str | Path | None = None,
+    *,
+    method: str | Method,
+    keep: float = 0.8,
+    data: TextFiles | Tensor | Sequence[str] | None = None,
+    layout: str = "uniform",
+    units: Sequence[str] | None = None,
+    scope: str | None = None,
+    round_to: int | None = None,
+    refit: bool = True,
+    recover: str | Distill | None = None,
+    num_samples: int = 128,
+    window: int | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    max_waste: float = MAX_WASTE,
+    device: str | torch.device | None = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> ShrinkReport:
+    """Cut heads, channels, experts, sublayers or blocks out of a causal language model: a smaller dense model.
+
+    model: a folder or hub id (`out` is needed), or a model object (which stays as it is, but for layout "masked"; the
+    smaller one is the report's `result`). The whole model is in memory. method: a name in METHODS, or a method.
+    keep: share of the units' parameters that stays, never exceeded. data: text for scores, refit and recovery.
+    layout: uniform (the default: opens everywhere), padded, hetero, masked. units: kinds of units; heads and channels
+    by default. scope: global, parameters or per_layer (the only one for uniform). round_to: channels go in multiples of
+    it; 64, less for narrow layers. refit: least squares for the matrices that consumed the units. recover: "lora",
+    "full" or a `Distill`: afterwards, train towards the dense model's predictions. max_waste: limit of padding.
+
+    The same call on the same `out` resumes a run that was killed, and returns the report of one that is finished.
+    Raises a TopiaristError for everything a user can mend, before any work where that can be known before.
+    """
+    started = time.perf_counter()
+    reset_peak_memory()
+    scorer = resolve_method(method)
+    recovery = Distill(kind=recover) if isinstance(recover, str) else recover
+    source, checkpoint, name = open_source(model, out, device, trust_remote_code)
+    _refuse_pruned(source.model.config, name)
+    notes: list[str] = []
+    groups, counts, scope = plan_choice(source.model, scorer, keep, layout, units, scope, round_to, notes)
+    if recovery is not None and layout == "masked" and checkpoint is None:
+        raise TopiaristError(
+            "a model object that is masked in place cannot teach itself: give its folder, or another layout"
+        )
+    refit = refit and any(group.kind in ("heads", "query_heads", "channels") for group in groups)
+    windows = None
+    if data is not None:
+        windows = read_windows(source, checkpoint, data, tokenizer, num_samples, window, seed)
+    elif scorer.needs_data or refit or recovery:
+        what = "recovery" if recovery else "the refit" if not scorer.needs_data else f"method {method_name(scorer)}"
+        raise CalibrationError(
+            f"{what} needs text: name --data FILE" + (", or --no-refit" if what == "the refit" else "")
+        )
+    calibration = _calibration(windows, seed, batch_size)
+    kinds = tuple(dict.fromkeys(group.kind for group in groups))
+    said = {
+        "keep": keep, "layout": layout, "units": kinds, "scope": None if layout == "uniform" else scope,
+        "round-to": round_to, "refit": refit, "samples": calibration.get("samples"), "window": calibration.get("window"),
+        "seed": seed, "batch-size": batch_size, "max-waste": max_waste if layout == "padded" else None,
+    }  # fmt: skip
+    command, unsaid = shrink_command(model, data, scorer, said, recovery)
+    report = ShrinkReport(
+        method_name(scorer), asdict(scorer), keep, layout, list(kinds), scope, name, calibration,
+        command=command, not_in_command=unsaid,
+    )  # fmt: skip
+    output = None
+    digest = checkpoint.digest() if checkpoint is not None else model_digest(source.model)
+    if out is not None:
+        fingerprint = {
+            "model": digest,
+            "method": {"name": report.method, **report.settings},
+            **{key: list(value) if isinstance(value, tuple) else value for key, value in said.items()},
+            "calibration": calibration,
+            "recover": None if recovery is None else asdict(recovery),
+        }
+        output = OutputFolder(Path(out), fingerprint)
+        if output.complete:
+            return ShrinkReport.from_folder(output.folder)
+        output.begin(int(2.1 * (checkpoint.weight_bytes() if checkpoint else _bytes(source.model))))
+    if checkpoint is not None:
+        del source
+        loaded = load_model(checkpoint.folder, device=_device(device), trust_remote_code=trust_remote_code)
+        source = LoadedModel(loaded)
+    run = _Run(source, groups, scorer, output, windows, batch_size, seed, progress or (lambda *_: None), notes)
+    with _frozen(source.model):
+        kept = run.choice(keep, scope, counts, round_to)
+        plan = plan_layout(source.model, groups, kept, layout, max_waste=max_waste)
+        notes += [note for note in plan.warnings if note not in notes]
+        before = {} if checkpoint is not None or layout == "masked" else run.consumers()
+        try:
+            if refit:
+                report.layers = run.refit(kept)
+            small = run.cut(kept, plan)
+        finally:
+            for path, weight in before.items():
+                source.model.get_parameter(path).data = weight
+    dense, dense_bytes, where = _numel(source.model), _bytes(source.model), source.device
+    if recovery is not None:
+        if checkpoint is not None:
+            del source, run.source  # the dense model again, before anything was refit
+            teacher = load_model(checkpoint.folder, device=where, trust_remote_code=trust_remote_code)
+        else:
+            teacher = model
+        with run.timed("recovery"):
+            losses = distill(small, teacher, run.tokens, recovery, batch_size, seed, run.progress)
+        every = max(1, len(losses) // LOGGED)
+        report.recovered = [
+            {"step": step, "loss": loss}
+            for step, loss in enumerate(losses, 1)
+            if step % every == 0 or step == len(losses)
+        ]
+    report.parameters = predicted_parameters(dense, groups, kept, plan.slots)
+    if layout == "masked":
+        report.parameters = {**report.parameters, "stored": dense}
+    spec = PruneSpec(
+        name, digest, report.method, report.settings, keep, scope, layout, kinds, report.parameters,
+        PruneSpec.indices(groups, kept),
+    )  # fmt: skip
+    report.blocks, report.warnings = spec.by_block(), notes
+    report.tensor_parallel = _tensor_parallel(groups, plan)
+    report.weights = {"dense": dense_bytes, "bytes": _bytes(small), "dtype": _dtype(small)}
+    report.output, report.result = None if out is None else str(out), None if checkpoint else small
+    report.run = {
+        "seconds": time.perf_counter() - started,
+        "seconds_by_activity": dict(run.seconds),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "threads": torch.get_num_threads(),
+        "device": str(where),
+        "torch": torch.__version__,
+    }
+    if output is not None:
+        write_shrunk(output, checkpoint, small, tokenizer, spec, report, windows)
+    return report
+
+
+def resolve_method(method: str | Method) -> Method:
+    """A method by its name in METHODS, or the method itself."""
+    if isinstance(method, Method):
+        return method
+    if method not in METHODS:
+        raise TopiaristError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    return METHODS[method]()
+
+
+def method_name(method: Method) -> str:
+    return next((name for name, cls in METHODS.items() if type(method) is cls), type(method).__name__)
+
+
+def plan_choice(
+    model: Any,
+    method: Method,
+    keep: float,
+    layout: str,
+    units: Sequence[str] | None,
+    scope: str | None,
+    round_to: int | None,
+    notes: list[str],
+) -> tuple[list[UnitGroup], dict[str, int] | None, str]:
+    """(groups, counts of a uniform layout, scope): all that can be refused is refused here, on a model without memory."""
+    kinds = tuple(units) if units else tuple(k for k in default_kinds(model) if k in method.kinds) or method.kinds[:1]
+    if unfit := [kind for kind in kinds if kind not in method.kinds]:
+        raise TopiaristError(f"{method_name(method)} cannot score {unfit[0]}; it scores {', '.join(method.kinds)}")
+    check_layout(layout, kinds)
+    groups = units_of(model, kinds)
+    if inexact := [group.key for group in groups if not group.exact]:
+        _note(
+            notes,
+            f"a norm of {inexact[0].rpartition('.')[0]} spans all heads: without some of them it sees other statistics, "
+            "and the result is not exactly the masked model",
+        )
+    if layout == "uniform" and scope not in (None, "per_layer"):
+        raise PatternError(f"a uniform layout keeps the same count in every layer: scope {scope} needs --layout hetero")
+    scope = "per_layer" if layout == "uniform" else scope or method.scope
+    counts = None
+    if scope == "per_layer" and any(group.kind in WIDTH_KINDS for group in groups):
+        counts = layer_counts(groups, keep, round_to)
+        if layout == "uniform":
+            legal = _legal(model, groups, keep)
+            snapped = layer_counts(groups, keep, round_to, legal)
+            for place in (place for place in counts if legal.known and counts[place] != snapped[place]):
+                _note(
+                    notes,
+                    f"{place} keeps {snapped[place]} instead of {counts[place]}: what a {_type(model)} config allows",
+                )
+            counts = snapped
+    zeros = {group.key: torch.zeros(group.count) for group in groups}
+    trial = choose(groups, zeros, keep, scope=scope, round_to=round_to, counts=counts)
+    notes += [
+        note for note in plan_layout(model, groups, trial, layout, max_waste=float("inf")).warnings if note not in notes
+    ]
+    return groups, counts, scope
+
+
+class _legal:
+    """Whether a config can hold so many units of a place; asked of transformers for heads and experts only."""
+
+    def __init__(self, model: Any, groups: Sequence[UnitGroup], keep: float) -> None:
+        self.model, self.known = model, {}
+        self.places: dict[str, list[UnitGroup]] = {}
+        for group in groups:
+            if group.kind in ("heads", "query_heads", "experts"):
+                self.places.setdefault(group.place, []).append(group)
+        for place, same in self.places.items():
+            if keep < 1 and not any(self(place, count) for count in range(same[0].floor, same[0].count)):
+                kept = {g.key: torch.arange(g.count) < g.count - 1 for g in same}
+                plan_layout(model, same, kept, "uniform")  # raises, and says why
+                raise UnsupportedModel(f"a {_type(model)} config holds no fewer {same[0].kind}: choose other --units")
+
+    def __call__(self, place: str, count: int) -> bool:
+        if place not in self.places or count == self.places[place][0].count:
+            return True
+        if (place, count) not in self.known:
+            self.known[place, count] = holds(self.model, self.places[place], count)
+        return self.known[place, count]
+
+
+class _Run:
+    """The stages, for a model in memory."""
+
+    def __init__(
+        self,
+        source: LoadedModel,
+        groups: Sequence[UnitGroup],
+        method: Method,
+        output: OutputFolder | None,
+        windows: Windows | None,
+        batch_size: int,
+        seed: int,
+        progress: Progress,
+        notes: list[str],
+    ) -> None:
+        self.source, self.groups, self.method, self.output = source, groups, method, output
+        self.tokens = torch.zeros(0, 0, dtype=torch.int64) if windows is None else windows.tokens
+        self.batch_size, self.seed, self.progress, self.notes = batch_size, seed, progress, notes
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, activity: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[activity] = self.seconds.get(activity, 0.0) + time.perf_counter() - start
+
+    def choice(self, keep: float, scope: str, counts: Mapping[str, int] | None, round_to: int | None) -> Kept:
+        """Scores, then what stays; an earlier try's if it got so far."""
+        saved = None if self.output is None else FolderState(self.output, "kept")
+        if saved is not None and (found := saved.load()) is not None:
+            self.notes += [note for note in json.loads(found[1]["notes"]) if note not in self.notes]
+            return {group.key: found[0][group.key] for group in self.groups}
+        task = Task(
+            self.source.model, self.groups, self.tokens, keep, scope, counts, round_to, self.batch_size, self.seed,
+            self.progress,
+        )  # fmt: skip
+        if self.output is not None:
+            task.state = FolderState(self.output, "method")
+        with self.timed("scores"), _caught(self.notes):
+            scores = self.method.scores(task)
+        kept = choose(self.groups, scores, keep, scope=scope, round_to=round_to, counts=counts)
+        if saved is not None:
+            saved.save(kept, {"notes": json.dumps(self.notes)})
+        return kept
+
+    def consumers(self) -> dict[str, Tensor]:
+        """The weights that a refit changes, to be put back into the caller's model."""
+        names = {group.parts[-1].parameter for group in self.groups if group.width}
+        return {name: self.source.model.get_parameter(name).data.clone() for name in names}
+
+    def refit(self, kept: Kept) -> list[Any]:
+        def load(index: int) -> Saved | None:
+            found = None if self.output is None else FolderState(self.output, f"refit-{index:05d}").load()
+            return None if found is None else (found[0], json.loads(found[1]["rows"]))
+
+        def save(index: int, done: Saved) -> None:
+            if self.output is not None:
+                weights = {name: weight.cpu().contiguous() for name, weight in done[0].items()}
+                FolderState(self.output, f"refit-{index:05d}").save(weights, {"rows": json.dumps(done[1])})
+
+        with self.timed("refit"):
+            layers, notes = refit_consumers(
+                self.source, self.groups, kept, self.tokens,
+                batch_size=self.batch_size, load=load, save=save, progress=self.progress,
+            )  # fmt: skip
+        self.notes += notes
+        return layers
+
+    def cut(self, kept: Kept, plan: Plan) -> Any:
+        with self.timed("cut"):
+            if plan.layout == "masked":
+                mask_in_place(self.source.model, self.groups, kept)
+                return self.source.model
+            return shrunk(self.source.model, self.groups, kept, plan)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards as it was."""
+    training, wanted = model.training, [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _caught(notes: list[str]) -> Iterator[None]:
+    """Warnings of a method are told, and noted for the report."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        _note(notes, str(warning.message), warning.category)
+
+
+def _note(notes: list[str], message: str, category: type[Warning] = UserWarning) -> None:
+    if message not in notes:
+        notes.append(message)
+        warnings.warn(message, category, stacklevel=3)
+
+
+def _refuse_pruned(config: Any, name: str) -> None:
+    """Uniform results are models like any other; what else was pruned cannot be cut without breaking what it claims."""
+    known = getattr(config, "pruning_config", None) or {}
+    layout = known.get("structured", {}).get("layout")
+    if str(config.model_type).startswith(PREFIX) or (known and layout != "uniform"):
+        what = f"{known.get('method', 'pruned')} {known.get('pattern', '')}".strip()
+        raise CheckpointError(
+            f"{name} is already pruned ({what}): cutting units would break that; shrink its base "
+            f"{known.get('base_model', '')!r}, then prune the result"
+        )
+
+
+def _calibration(windows: Windows | None, seed: int, batch_size: int) -> dict[str, Any]:
+    if windows is None:
+        return {"seed": seed}
+    return {
+        "samples": len(windows.tokens),
+        "window": windows.window,
+        "seed": seed,
+        "digest": windows.digest,
+        "batch_size": batch_size,
+    }
+
+
+def _tensor_parallel(groups: Sequence[UnitGroup], plan: Plan) -> list[int]:
+    """Degrees up to 8 that divide every count of the stored model."""
+    counts = {plan.slots[g.key] for g in groups if g.kind not in DEPTH_KINDS}
+    return [degree for degree in range(1, 9) if counts and all(count % degree == 0 for count in counts)]
+
+
+def _type(model: Any) -> str:
+    return str(model.config.model_type)
+
+
+def _numel(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _dtype(model: nn.Module) -> str:
+    return str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

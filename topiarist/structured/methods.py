@@ -1,0 +1,100 @@
+"""Methods that score units. A method is a frozen dataclass of its hyper-parameters; METHODS is what CLI and docs read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from topiarist.structured.units import KINDS, Kept, UnitGroup
+
+Scores = dict[str, Tensor]
+"""Group key -> (count,), higher = keep."""
+
+
+class SavedState:
+    """What a long method needs to go on after a kill. This one forgets; pipelines give one that lies in the output."""
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """Tensors and metadata of the last `save`; None at a fresh start."""
+        return None
+
+    def save(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Replace the saved state."""
+
+
+@dataclass
+class Task:
+    """All that a method may look at. The model is whole, in evaluation mode, without gradients; it must stay as it is."""
+
+    model: Any
+    groups: Sequence[UnitGroup]
+    tokens: Tensor
+    """Calibration windows (num, window), int64, on the CPU; (0, 0) for methods that need none."""
+    keep: float
+    """Share of the units' parameters that may stay, in (0, 1]."""
+    scope: str = "global"
+    """How `choose` will be called with the scores."""
+    counts: Mapping[str, int] | None = None
+    """With scope per_layer: place -> units kept in every group of it."""
+    round_to: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+    progress: Callable[[str, int, int], None] = lambda *_: None
+    state: SavedState = field(default_factory=SavedState)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods."""
+
+    kinds: ClassVar[tuple[str, ...]] = KINDS
+    """Kinds of units that it can score."""
+    needs_data: ClassVar[bool] = True
+    scope: ClassVar[str] = "global"
+    """Scope of the choice where the layout leaves it free."""
+
+    def scores(self, task: Task) -> Scores:
+        raise NotImplementedError
+
+    def biases(self, task: Task, kept: Kept) -> dict[str, Tensor]:
+        """{consumer: what to add to its bias (out,)} that makes up for the units that go. Only of consumers whose
+        stored form can hold a bias; none by default."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Magnitude(Method):
+    """Root mean square of all weights of a unit. When: never, except to compare. No data, seconds."""
+
+    needs_data: ClassVar[bool] = False
+
+    @torch.no_grad()
+    def scores(self, task: Task) -> Scores:
+        scores: Scores = {}
+        for group in task.groups:
+            total = torch.zeros(group.count, dtype=torch.float64)
+            for part in group.parts:
+                parameter = task.model.get_parameter(part.parameter)
+                tensor = (parameter if part.expert is None else parameter[part.expert]).movedim(part.axis, 0)
+                stretch = tensor[part.start : part.start + group.count * part.size].float().square()
+                total += stretch.reshape(group.count, -1).sum(1, dtype=torch.float64).cpu()
+            scores[group.key] = (total / group.cost).sqrt()
+        return scores
+
+
+@dataclass(frozen=True)
+class Random(Method):
+    """Uniform noise from the seed: what any method must beat."""
+
+    needs_data: ClassVar[bool] = False
+
+    def scores(self, task: Task) -> Scores:
+        generator = torch.Generator().manual_seed(task.seed)
+        return {group.key: torch.rand(group.count, generator=generator) for group in task.groups}
+
+
+METHODS: dict[str, type[Method]] = {"magnitude": Magnitude, "random": Random}

@@ -1,0 +1,100 @@
+"""PruneSpec: what stays of a model, as JSON. Saved beside every shrunk checkpoint; the base and it give the masks again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from topiarist.errors import CheckpointError
+from topiarist.structured.choose import kept_cost, total_cost
+from topiarist.structured.shrink import mask_in_place
+from topiarist.structured.units import DEPTH_KINDS, Kept, UnitGroup, units_of
+
+SPEC = "pruning_spec.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PruneSpec:
+    """Kept units of every group, and where they come from."""
+
+    model: str
+    digest: str
+    """Of the source model: sha256 over its config and weight files."""
+    method: str
+    settings: Mapping[str, Any]
+    keep: float
+    scope: str
+    layout: str
+    units: tuple[str, ...]
+    parameters: Mapping[str, int]
+    """Of the whole model: `dense`, `kept` (without the units that go) and `stored` (with padding)."""
+    kept: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Group key -> {"of": count, "units": indices that stay}."""
+    format: int = FORMAT
+
+    @staticmethod
+    def indices(groups: Sequence[UnitGroup], kept: Kept) -> dict[str, dict[str, Any]]:
+        """Masks as `kept` holds them."""
+        return {g.key: {"of": g.count, "units": kept[g.key].nonzero().flatten().tolist()} for g in groups}
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruneSpec:
+        """From a file, or the folder of a shrunk model. Raises CheckpointError if it cannot be read."""
+        path = Path(path) / SPEC if Path(path).is_dir() else Path(path)
+        try:
+            plain = json.loads(path.read_text(encoding="utf-8"))
+            spec = cls(**{**plain, "units": tuple(plain["units"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"cannot read {path} as a PruneSpec ({error})") from error
+        if spec.format != FORMAT:
+            raise CheckpointError(f"{path} is of format {spec.format}, this topiarist reads {FORMAT}: update topiarist")
+        return spec
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self)) + "\n"
+
+    def masks(self, groups: Sequence[UnitGroup]) -> Kept:
+        """The masks for the groups of the base. Raises CheckpointError if those are of another shape."""
+        masks: Kept = {}
+        for group in groups:
+            known = self.kept.get(group.key)
+            if known is None or known["of"] != group.count:
+                raise CheckpointError(
+                    f"{group.key} has {group.count} units, the PruneSpec has {known and known['of']}: not the model it is of"
+                )
+            masks[group.key] = torch.zeros(group.count, dtype=torch.bool)
+            masks[group.key][known["units"]] = True
+        return masks
+
+    def apply(self, model: Any) -> Any:
+        """Write zeros into everything of the base (a model object, in place) that goes, and return it. Refit weights and
+        biases are not in a PruneSpec: without them the function is that of the cut alone."""
+        groups = units_of(model, self.units)
+        mask_in_place(model, groups, self.masks(groups))
+        return model
+
+    def by_block(self) -> list[dict[str, Any]]:
+        """One row a group: block, what, kept, of. For reports."""
+        rows = []
+        for key, known in self.kept.items():
+            name, _, kind = key.rpartition(":")
+            block = next(int(part) for part in name.split(".") if part.isdigit())
+            rows.append({"block": block, "name": name, "kind": kind, "kept": len(known["units"]), "of": known["of"]})
+        return rows
+
+
+def predicted_parameters(
+    dense: int, groups: Sequence[UnitGroup], kept: Kept, slots: Mapping[str, int]
+) -> dict[str, int]:
+    """Numbers of parameters of the whole model: dense, kept, stored."""
+    stored = dense - sum(
+        group.cost * (group.count - (int(kept[group.key].sum()) if group.kind in DEPTH_KINDS else slots[group.key]))
+        for group in groups
+    )
+    return {"dense": dense, "kept": dense - total_cost(groups) + kept_cost(groups, kept), "stored": stored}
