@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from topiarist.structured import policy
+import topiarist as tp
+from topiarist.structured import SavedState, Task, choose, policy, policy_search, units_of
+from topiarist.structured.policy_search import PAPER, STARTS, PolicyGradient, Variables, starting_metric
 
 N = 6
 generator = torch.Generator
@@ -149,3 +154,170 @@ def test_starts_meet_the_budget_and_keep_the_order(values, seed: int, keep: floa
     torch.testing.assert_close(policy.quantiles(2 * metric), ranks)
     constant = policy.sigmap(torch.full((5,), 2.0), keep)
     torch.testing.assert_close(constant, torch.full((5,), keep, dtype=torch.float64))
+
+
+def own_text(model, num: int = 12, window: int = 16) -> torch.Tensor:
+    """Windows that the model itself wrote, so that what changes it costs loss."""
+    tokens = tiny.tiny_tokens(num, 2)
+    with torch.no_grad():
+        while tokens.shape[1] < window:
+            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], 1)
+    return tokens
+
+
+def task_of(model, kinds=("heads", "channels"), **options) -> Task:
+    defaults = {"keep": 0.5, "tokens": tiny.tiny_tokens(12, 16), "batch_size": 8}
+    return Task(model=model.requires_grad_(False), groups=units_of(model, kinds), **(defaults | options))
+
+
+QUICK = PolicyGradient(steps=6, samples=4, windows=2, window=16, held_out=3, evaluations=3)
+
+
+def test_planted_units_are_found():
+    """Half of the channels do nothing, three quarters of one layer's and a quarter of the other's: only they may go."""
+    model = tiny.tiny_model()
+    idle = {0: (0, 1, 2, 5, 6, 7), 1: (3, 4)}
+    for index, groups in idle.items():
+        for g in groups:
+            model.model.layers[index].mlp.down_proj.weight.data[:, 8 * g : 8 * g + 8] = 0
+    task = task_of(model, ("channels",), tokens=own_text(model), round_to=8)
+    method = PolicyGradient(
+        steps=60, samples=8, windows=4, window=16, init="constant", learning_rate=0.1, held_out=3, evaluations=6
+    )
+    found = method.search(task)
+    kept = choose(task.groups, found.scores, task.keep, round_to=8)
+    for index, group in enumerate(task.groups):
+        gone = {int(unit) // 8 for unit in (~kept[group.key]).nonzero()}
+        assert gone == set(idle[index])
+    with torch.no_grad():
+        dense = float(model(task.tokens[-3:], labels=task.tokens[-3:]).loss)
+    assert found.best["held_out"] == pytest.approx(dense, rel=1e-5) < 0.95 * found.history[0]["held_out"]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        QUICK,
+        replace(QUICK, antithetic=True, scale="score", normalise=False, learning_rate=1e-3),
+        replace(PAPER, steps=3, windows=2, window=16, evaluations=1, held_out=3),
+    ],
+)
+@pytest.mark.parametrize("scope", ["global", "parameters", "per_layer"])
+def test_the_search_stays_in_its_budget_and_repeats(method: PolicyGradient, scope: str, monkeypatch):
+    task = task_of(tiny.tiny_model(), scope=scope)
+    policies: list[torch.Tensor] = []
+    project = Variables.project
+
+    def noted(self: Variables, s: torch.Tensor) -> torch.Tensor:
+        policies.append(project(self, s))
+        for members, budget in self.pools:
+            assert float(self.cost[members] @ policies[-1][members]) <= budget * (1 + 1e-12)
+        return policies[-1]
+
+    monkeypatch.setattr(Variables, "project", noted)
+    one, two = method.search(task), method.search(task)
+    assert len(policies) == 2 * method.steps
+    assert all(torch.equal(one.scores[key], two.scores[key]) for key in one.scores)
+    choose(task.groups, one.scores, task.keep, scope=scope)
+    assert one.best["held_out"] <= one.history[0]["held_out"]
+
+
+class Kept(SavedState):
+    """A state that outlives the call."""
+
+    def __init__(self) -> None:
+        self.saved = None
+
+    def load(self):
+        return self.saved
+
+    def save(self, tensors, metadata) -> None:
+        self.saved = {key: value.clone() for key, value in tensors.items()}, dict(metadata)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("baseline", ["loo", "ema"])
+def test_a_killed_search_goes_on_to_the_same_bits(baseline: str):
+    method = replace(QUICK, baseline=baseline)
+    model = tiny.tiny_model()
+    whole = method.search(task_of(model))
+
+    def kill(_: str, done: int, total: int) -> None:
+        if done == 5 and total == method.steps:
+            raise Killed
+
+    state = Kept()
+    with pytest.raises(Killed):
+        method.search(task_of(model, state=state, progress=kill))
+    resumed = method.search(task_of(model, state=state))
+    assert resumed.history[1:] == whole.history[1:] and resumed.history[0]["held_out"] == whole.history[0]["held_out"]
+    assert all(torch.equal(resumed.scores[key], whole.scores[key]) for key in whole.scores)
+
+
+@pytest.mark.parametrize("baseline", ["loo", "ema", "none"])
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_masks_without_a_finite_loss_are_dropped(baseline: str, antithetic: bool, monkeypatch):
+    count = itertools.count()
+    real = policy_search.gated_loss
+
+    def broken(task, masks, wanted, tokens) -> float:
+        sampled = len(tokens) == QUICK.windows
+        return math.nan if sampled and next(count) % 3 == 0 else real(task, masks, wanted, tokens)
+
+    monkeypatch.setattr(policy_search, "gated_loss", broken)
+    method = replace(QUICK, baseline=baseline, antithetic=antithetic)
+    found = method.search(task_of(tiny.tiny_model()))
+    assert sum(entry["dropped"] for entry in found.history) > 0
+    assert all(bool(torch.isfinite(score).all()) for score in found.scores.values())
+    monkeypatch.setattr(policy_search, "gated_loss", lambda *_: math.nan)
+    with pytest.raises(tp.NumericalError, match="no masked forward"):
+        method.search(task_of(tiny.tiny_model()))
+
+
+def test_only_forwards_and_nothing_kept_for_a_backward():
+    model = tiny.tiny_model()
+    modes = []
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
+    QUICK.search(task_of(model))
+    assert modes and all(modes) and not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("init", STARTS)
+@pytest.mark.parametrize("kinds", [("heads", "channels"), ("block",), ("attention", "ffn"), ("experts",)])
+def test_every_kind_of_unit_has_a_start(init: str, kinds: tuple[str, ...]):
+    task = task_of(tiny.tiny_model("qwen3_moe"), kinds)
+    method = replace(QUICK, init=init, steps=1)
+    metric, comparable = starting_metric(method, task)
+    assert metric.keys() == {group.key for group in task.groups} and comparable.keys() == set(kinds)
+    assert len(method.scores(task)) == len(task.groups)
+
+
+def test_channels_are_tied_by_rank():
+    task = task_of(tiny.tiny_model(), ("channels",))
+    metric = {group.key: torch.rand(group.count) for group in task.groups}
+    variables = Variables.make(task, metric, {"channels": False}, 16)
+    assert len(variables.cost) == 8 and variables.cost.unique().tolist() == [16 * 96]
+    for group in task.groups:
+        best = metric[group.key].topk(16).indices
+        assert len(variables.of[group.key][best].unique()) == 1
+    scores = variables.scores(torch.full((8,), 0.5, dtype=torch.float64))
+    kept = choose(task.groups, scores, 0.5, scope="per_layer")
+    for group in task.groups:
+        assert set(kept[group.key].nonzero().flatten().tolist()) == set(metric[group.key].topk(32).indices.tolist())
+
+
+def test_bad_settings_are_named():
+    for options, message in (
+        ({"baseline": "hope"}, "unknown baseline 'hope'"),
+        ({"init": "hope"}, "unknown init 'hope'"),
+        ({"samples": 1}, "1 samples a step"),
+        ({"samples": 5, "antithetic": True}, "5 samples a step"),
+        ({"samples": 2, "antithetic": True}, "2 samples a step"),
+    ):
+        with pytest.raises(tp.TopiaristError, match=message):
+            PolicyGradient(**options)
+    with pytest.raises(tp.CalibrationError, match="too few to hold some out"):
+        QUICK.search(task_of(tiny.tiny_model(), tokens=tiny.tiny_tokens(3, 16)))

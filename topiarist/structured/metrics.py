@@ -17,7 +17,7 @@ from topiarist.errors import NumericalError
 from topiarist.models import Matrix, family_of, matrices_of, watch_inputs
 from topiarist.sources import eager_experts
 from topiarist.structured.methods import Method, Scores, Task
-from topiarist.structured.units import DEPTH_KINDS, Kept, UnitGroup
+from topiarist.structured.units import Kept, UnitGroup
 
 COLUMN_KINDS = ("heads", "query_heads", "channels")
 """Units that are columns of a matrix."""
@@ -171,7 +171,7 @@ class BlockInfluence(Method):
     """1 - mean cosine between the hidden states before and after (ShortGPT, arXiv 2403.03853, eq. 1); for attention and
     feed-forward sublayers, before and after what they add. Cost: one pass over the text."""
 
-    kinds: ClassVar[tuple[str, ...]] = DEPTH_KINDS
+    kinds: ClassVar[tuple[str, ...]] = ("block", "ffn", "attention")
 
     @torch.inference_mode()
     def scores(self, task: Task) -> Scores:

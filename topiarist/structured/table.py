@@ -1,0 +1,16 @@
+"""The methods of structural pruning by name."""
+
+from topiarist.structured.hybrid import Hybrid
+from topiarist.structured.methods import Magnitude, Method, Random
+from topiarist.structured.metrics import BlockInfluence, Flap, WandaSP
+from topiarist.structured.policy_search import PolicyGradient
+
+METHODS: dict[str, type[Method]] = {
+    "policy-gradient": PolicyGradient,
+    "hybrid": Hybrid,
+    "flap": Flap,
+    "wanda-sp": WandaSP,
+    "block-influence": BlockInfluence,
+    "magnitude": Magnitude,
+    "random": Random,
+}
