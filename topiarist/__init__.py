@@ -1,6 +1,6 @@
 """topiarist: prune Hugging Face causal language models with the best methods known, and measure what it cost."""
 
-from topiarist import allocate, masks, runtime, solvers
+from topiarist import allocate, masks, runtime, solvers, structured
 from topiarist.__about__ import __version__
 from topiarist.data import text_files
 from topiarist.errors import (
@@ -12,14 +12,18 @@ from topiarist.errors import (
     UnsupportedModel,
 )
 from topiarist.evaluate import audit, perplexity
+from topiarist.evaluate import load_model as load_pruned
 from topiarist.gram import Gram
 from topiarist.linalg import reconstruction_error
 from topiarist.masklearn import PRESETS, Preset
 from topiarist.patterns import NM, Columns, Pattern, TransposableNM, Unstructured, parse_pattern
+from topiarist.pipelines.distill import Distill
 from topiarist.pipelines.learn_report import LearnReport
 from topiarist.pipelines.learned import learn
 from topiarist.pipelines.oneshot import prune, prune_module
 from topiarist.pipelines.recover import Recover
+from topiarist.pipelines.shrink_report import ShrinkReport
+from topiarist.pipelines.structured import shrink
 from topiarist.report import Report
 from topiarist.solvers import Solution
 
@@ -29,6 +33,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "Columns",
+    "Distill",
     "Gram",
     "LearnReport",
     "NumericalError",
@@ -37,6 +42,7 @@ __all__ = [
     "Preset",
     "Recover",
     "Report",
+    "ShrinkReport",
     "Solution",
     "TopiaristError",
     "TransposableNM",
@@ -46,6 +52,7 @@ __all__ = [
     "allocate",
     "audit",
     "learn",
+    "load_pruned",
     "masks",
     "parse_pattern",
     "perplexity",
@@ -53,6 +60,8 @@ __all__ = [
     "prune_module",
     "reconstruction_error",
     "runtime",
+    "shrink",
     "solvers",
+    "structured",
     "text_files",
 ]

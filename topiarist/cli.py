@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from topiarist import cli_masks, cli_report, cli_runtime
+from topiarist import cli_masks, cli_report, cli_runtime, cli_shrink
 from topiarist.__about__ import __version__
 from topiarist.cli_tools import Text, err, filled, out, progress_bar, quiet, set_threads
 
@@ -97,7 +97,7 @@ def prune(
     out.print(f"{run['seconds']:.0f} s, peak memory {run['peak_memory_bytes'] / 1e9:.2f} GB; written to {output}")
 
 
-for group in (cli_report.COMMANDS, cli_masks.COMMANDS, cli_runtime.COMMANDS):
+for group in (cli_report.COMMANDS, cli_masks.COMMANDS, cli_shrink.COMMANDS, cli_runtime.COMMANDS):
     for name, command in group.items():
         app.command(name)(command)
 

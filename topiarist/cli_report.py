@@ -126,13 +126,18 @@ def inspect(
 ) -> None:
     """What is in a checkpoint: sparsity of every layer, whether its pattern holds in the files, provenance."""
     from topiarist.evaluate import audit
+    from topiarist.structured import audit_shrunk
 
     if verify or masks is not None:
         _verify(folder, masks, as_json)
         return
     provenance, audits = audit(folder)
+    shrunk = audit_shrunk(folder)
     if as_json:
         plain = {"pruning_config": provenance, "matrices": [asdict(a) for a in audits]}
+        if shrunk is not None:
+            counted = {"parameters": shrunk.parameters, "claimed": shrunk.spec.parameters, "holds": shrunk.holds}
+            plain["structured"] = {**counted, "units": [asdict(unit) for unit in shrunk.units]}
         sys.stdout.write(json.dumps(plain, indent=2) + "\n")
         return
     table = Table(title=str(folder))
@@ -148,15 +153,41 @@ def inspect(
     broken = [a.name for a in audits if a.holds is False]
     if broken:
         out.print(f"the claimed pattern is broken in {len(broken)} matrices, first {broken[0]}")
+    if shrunk is not None:
+        _print_shrunk(shrunk)
     if provenance:
         calibration = provenance.get("calibration", {})
+        text = (
+            f"calibration {calibration.get('samples')} x {calibration.get('window')} tokens, sha256 "
+            f"{str(calibration.get('digest'))[:12]}"
+            if calibration.get("samples")
+            else "no calibration text"
+        )
         out.print(
             f"pruned from {provenance.get('base_model')} with {provenance.get('method')} {provenance.get('pattern')} "
-            f"(topiarist {provenance.get('version')}), calibration {calibration.get('samples')} x "
-            f"{calibration.get('window')} tokens, sha256 {str(calibration.get('digest'))[:12]}"
+            f"(topiarist {provenance.get('version')}), {text}"
         )
     else:
         out.print("no pruning_config: not pruned by topiarist")
+
+
+def _print_shrunk(shrunk: Any) -> None:
+    """Units that stay, kind by kind, and whether the files agree with the PruneSpec."""
+    table = Table(title=f"units ({shrunk.spec.layout})")
+    for column in ("units", "kept", "of", "holds"):
+        table.add_column(column, justify="left" if column in ("units", "holds") else "right")
+    for kind in dict.fromkeys(unit.kind for unit in shrunk.units):
+        same = [unit for unit in shrunk.units if unit.kind == kind]
+        holds = (
+            "yes" if all(unit.holds for unit in same) else f"[red]NO[/red]: {next(u.name for u in same if not u.holds)}"
+        )
+        table.add_row(kind, f"{sum(u.kept for u in same):,}", f"{sum(u.of for u in same):,}", holds)
+    out.print(table)
+    claimed = shrunk.spec.parameters
+    verdict = (
+        "as stated" if shrunk.parameters == claimed["stored"] else f"[red]NOT the {claimed['stored']:,} stated[/red]"
+    )
+    out.print(f"{shrunk.parameters:,} parameters of {claimed['dense']:,}, {verdict}", highlight=False)
 
 
 def _verify(folder: str, masks: Path | None, as_json: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -118,6 +119,9 @@ class Checkpoint:
     def nbytes(self, name: str) -> int:
         begin, end = self._header(self.files[name])[0][name]["data_offsets"]
         return end - begin
+
+    def numel(self, name: str) -> int:
+        return math.prod(self._header(self.files[name])[0][name]["shape"])
 
     def _header(self, path: Path) -> tuple[dict[str, Any], int]:
         """A shard's header and where its data begins. The format: 8 bytes of length, JSON, data."""

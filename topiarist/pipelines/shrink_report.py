@@ -48,7 +48,7 @@ class ShrinkReport:
     weights: Mapping[str, Any] = field(default_factory=dict)
     """`bytes` of all weights, dense and stored, and the `dtype` of most."""
     blocks: list[dict[str, Any]] = field(default_factory=list)
-    """One entry a group of units: block, name, kind, kept, of."""
+    """One entry a group of units: block, name, kind, kept, of, slots."""
     tensor_parallel: list[int] = field(default_factory=list)
     """Degrees of tensor parallelism that divide all head and channel counts evenly, up to 8."""
     layers: list[Refitted] = field(default_factory=list)

@@ -174,7 +174,7 @@ def shrink(
         report.parameters = {**report.parameters, "stored": dense}
     spec = PruneSpec(
         name, digest, report.method, report.settings, keep, scope, layout, kinds, report.parameters,
-        PruneSpec.indices(groups, kept),
+        PruneSpec.indices(groups, kept, plan.slots),
     )  # fmt: skip
     report.blocks, report.warnings = spec.by_block(), notes
     report.tensor_parallel = _tensor_parallel(groups, plan)

@@ -6,6 +6,7 @@ with gates(model, groups) as masks: ...            the model without the units t
 small = shrunk(model, groups, kept, plan_layout(model, groups, kept, "uniform"))
 """
 
+from topiarist.structured.audit import ShrunkAudit, audit_shrunk
 from topiarist.structured.choose import choose, kept_cost, layer_counts, total_cost, verify_budget
 from topiarist.structured.gates import gates
 from topiarist.structured.layout import LAYOUTS, Plan, check_layout, holds, plan_layout, shrunk
@@ -26,8 +27,10 @@ __all__ = [
     "PruneSpec",
     "SavedState",
     "Scores",
+    "ShrunkAudit",
     "Task",
     "UnitGroup",
+    "audit_shrunk",
     "check_layout",
     "choose",
     "default_kinds",

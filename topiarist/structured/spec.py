@@ -35,13 +35,20 @@ class PruneSpec:
     parameters: Mapping[str, int]
     """Of the whole model: `dense`, `kept` (without the units that go) and `stored` (with padding)."""
     kept: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Group key -> {"of": count, "units": indices that stay}."""
+    """Group key -> {"of": count, "units": indices that stay, "slots": units that the stored tensors have room for}."""
     format: int = FORMAT
 
     @staticmethod
-    def indices(groups: Sequence[UnitGroup], kept: Kept) -> dict[str, dict[str, Any]]:
+    def indices(groups: Sequence[UnitGroup], kept: Kept, slots: Mapping[str, int]) -> dict[str, dict[str, Any]]:
         """Masks as `kept` holds them."""
-        return {g.key: {"of": g.count, "units": kept[g.key].nonzero().flatten().tolist()} for g in groups}
+        return {
+            g.key: {
+                "of": g.count,
+                "units": kept[g.key].nonzero().flatten().tolist(),
+                "slots": slots.get(g.key, g.count),
+            }
+            for g in groups
+        }
 
     @classmethod
     def load(cls, path: str | Path) -> PruneSpec:
@@ -80,12 +87,13 @@ class PruneSpec:
         return model
 
     def by_block(self) -> list[dict[str, Any]]:
-        """One row a group: block, what, kept, of. For reports."""
+        """One row a group: block, name, kind, kept, of, slots."""
         rows = []
         for key, known in self.kept.items():
             name, _, kind = key.rpartition(":")
             block = next(int(part) for part in name.split(".") if part.isdigit())
-            rows.append({"block": block, "name": name, "kind": kind, "kept": len(known["units"]), "of": known["of"]})
+            counts = {"kept": len(known["units"]), "of": known["of"], "slots": known["slots"]}
+            rows.append({"block": block, "name": name, "kind": kind, **counts})
         return rows
 
 

@@ -1,0 +1,76 @@
+"""What the files of a shrunk checkpoint hold, against what its PruneSpec says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from topiarist.models import block_names
+from topiarist.sources import StreamedModel, block_matrices
+from topiarist.store import Checkpoint, locate
+from topiarist.structured.spec import SPEC, PruneSpec
+
+
+@dataclass(frozen=True)
+class UnitAudit:
+    """One matrix that consumes units, or the blocks of the model."""
+
+    name: str
+    kind: str
+    kept: int
+    of: int
+    holds: bool
+    """Whether as many input columns are in use as the kept units have."""
+
+
+@dataclass(frozen=True)
+class ShrunkAudit:
+    """A shrunk checkpoint."""
+
+    spec: PruneSpec
+    parameters: int
+    """In the files."""
+    units: list[UnitAudit]
+
+    @property
+    def holds(self) -> bool:
+        return self.parameters == self.spec.parameters["stored"] and all(unit.holds for unit in self.units)
+
+
+def audit_shrunk(folder: str | Path) -> ShrunkAudit | None:
+    """Count what is in the files of a shrunk checkpoint; None if the folder has no PruneSpec."""
+    path = locate(folder)
+    if not (path / SPEC).is_file():
+        return None
+    checkpoint, spec = Checkpoint(path), PruneSpec.load(path)
+    source = StreamedModel(checkpoint, device=torch.device("cpu"))
+    rows = spec.by_block()
+    blocks = block_names(source.model, source.family)
+    units: list[UnitAudit] = []
+    if whole := [row for row in rows if row["kind"] == "block"]:
+        kept = sum(row["kept"] for row in whole)
+        holds = len(blocks) == (len(whole) if spec.layout == "masked" else kept)
+        units.append(UnitAudit(source.family.blocks, "block", kept, len(whole), holds))
+    for index, block in enumerate(blocks):
+        own = {}
+        for row in rows:
+            if row["block"] == index and row["kind"] in ("heads", "query_heads", "channels"):
+                name = row["name"] if row["kind"] != "query_heads" else row["name"].rpartition(".")[0]
+                own.setdefault((name, row["kind"]), []).append(row)
+        if not own:
+            continue
+        source.load(index)
+        for matrix in block_matrices(source, index):
+            for kind in ("heads", "query_heads", "channels"):
+                same = own.get((f"{block}.{matrix.name}", kind))
+                if same:
+                    kept, slots = (sum(row[key] for row in same) for key in ("kept", "slots"))
+                    live, columns = int((matrix.weight != 0).any(0).sum()), matrix.shape[1]
+                    # A kept column may be all zeros by itself; one that went may not hold anything.
+                    holds = columns % slots == 0 and live <= kept * (columns // slots)
+                    units.append(UnitAudit(f"{block}.{matrix.name}", kind, kept, sum(r["of"] for r in same), holds))
+        source.release(index)
+    parameters = sum(checkpoint.numel(name) for name in checkpoint.files)
+    return ShrunkAudit(spec, parameters, units)
