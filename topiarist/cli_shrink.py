@@ -53,7 +53,7 @@ def shrink(
 ) -> None:
     """Cut whole heads, channels, experts or blocks out of MODEL: a smaller dense OUT. The same command resumes."""
     import topiarist as tp
-    from topiarist.pipelines.structured import resolve_method
+    from topiarist.pipelines.shrink_plan import resolve_method
 
     set_threads(threads)
     quiet()

@@ -60,7 +60,7 @@ def reshape(model: nn.Module, pruned: dict[str, Any]) -> None:
     for name, shape in pruned["shapes"].items():
         path, _, leaf = name.rpartition(".")
         module: Any = model.get_submodule(path)
-        old = getattr(module, leaf)
+        old = getattr(module, leaf) if getattr(module, leaf) is not None else module.weight
         setattr(module, leaf, nn.Parameter(old.new_zeros(shape), requires_grad=old.requires_grad))
         if leaf == "weight" and isinstance(module, nn.Linear):
             module.out_features, module.in_features = shape

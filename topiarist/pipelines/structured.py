@@ -15,39 +15,33 @@ import torch
 from torch import Tensor, nn
 
 from topiarist.data import TextFiles, Windows
-from topiarist.errors import CalibrationError, CheckpointError, PatternError, TopiaristError, UnsupportedModel
+from topiarist.errors import CalibrationError, TopiaristError, UnsupportedModel
 from topiarist.evaluate import load_model
-from topiarist.modeling_pruned import PREFIX
 from topiarist.pipelines.distill import Distill, distill
 from topiarist.pipelines.learn_files import model_digest
 from topiarist.pipelines.oneshot import open_source, read_windows
 from topiarist.pipelines.refitting import Saved, refit_consumers
 from topiarist.pipelines.shrink_files import FolderState, write_shrunk
+from topiarist.pipelines.shrink_plan import method_name, plan_choice, refuse_pruned, remember, resolve_method
 from topiarist.pipelines.shrink_report import ShrinkReport, shrink_command
 from topiarist.report import peak_memory_bytes, reset_peak_memory
 from topiarist.sources import LoadedModel
 from topiarist.store import OutputFolder
 from topiarist.structured import (
-    METHODS,
     Kept,
     Method,
     Plan,
     PruneSpec,
     Task,
     UnitGroup,
-    check_layout,
     choose,
-    default_kinds,
-    holds,
-    layer_counts,
     mask_in_place,
     plan_layout,
     predicted_parameters,
     shrunk,
-    units_of,
 )
 from topiarist.structured.layout import MAX_WASTE
-from topiarist.structured.units import DEPTH_KINDS, WIDTH_KINDS
+from topiarist.structured.units import DEPTH_KINDS
 
 Progress = Callable[[str, int, int], None]
 LOGGED = 20
@@ -95,7 +89,7 @@ def shrink(
     scorer = resolve_method(method)
     recovery = Distill(kind=recover) if isinstance(recover, str) else recover
     source, checkpoint, name = open_source(model, out, device, trust_remote_code)
-    _refuse_pruned(source.model.config, name)
+    refuse_pruned(source.model.config, name)
     notes: list[str] = []
     groups, counts, scope = plan_choice(source.model, scorer, keep, layout, units, scope, round_to, notes)
     if recovery is not None and layout == "masked" and checkpoint is None:
@@ -143,14 +137,13 @@ def shrink(
         source = LoadedModel(loaded)
     run = _Run(source, groups, scorer, output, windows, batch_size, seed, progress or (lambda *_: None), notes)
     with _frozen(source.model):
-        kept = run.choice(keep, scope, counts, round_to)
-        plan = plan_layout(source.model, groups, kept, layout, max_waste=max_waste)
-        notes += [note for note in plan.warnings if note not in notes]
+        kept, biases = run.choice(keep, scope, counts, round_to, with_biases=not refit)
+        plan = run.plan(kept, layout, max_waste, biases)
         before = {} if checkpoint is not None or layout == "masked" else run.consumers()
         try:
             if refit:
                 report.layers = run.refit(kept)
-            small = run.cut(kept, plan)
+            small = run.cut(kept, plan, biases)
         finally:
             for path, weight in before.items():
                 source.model.get_parameter(path).data = weight
@@ -169,9 +162,7 @@ def shrink(
             for step, loss in enumerate(losses, 1)
             if step % every == 0 or step == len(losses)
         ]
-    report.parameters = predicted_parameters(dense, groups, kept, plan.slots)
-    if layout == "masked":
-        report.parameters = {**report.parameters, "stored": dense}
+    report.parameters = {**predicted_parameters(dense, groups, kept, plan.slots), "stored": _numel(small)}
     spec = PruneSpec(
         name, digest, report.method, report.settings, keep, scope, layout, kinds, report.parameters,
         PruneSpec.indices(groups, kept, plan.slots),
@@ -191,87 +182,6 @@ def shrink(
     if output is not None:
         write_shrunk(output, checkpoint, small, tokenizer, spec, report, windows)
     return report
-
-
-def resolve_method(method: str | Method) -> Method:
-    """A method by its name in METHODS, or the method itself."""
-    if isinstance(method, Method):
-        return method
-    if method not in METHODS:
-        raise TopiaristError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
-    return METHODS[method]()
-
-
-def method_name(method: Method) -> str:
-    return next((name for name, cls in METHODS.items() if type(method) is cls), type(method).__name__)
-
-
-def plan_choice(
-    model: Any,
-    method: Method,
-    keep: float,
-    layout: str,
-    units: Sequence[str] | None,
-    scope: str | None,
-    round_to: int | None,
-    notes: list[str],
-) -> tuple[list[UnitGroup], dict[str, int] | None, str]:
-    """(groups, counts of a uniform layout, scope): all that can be refused is refused here, on a model without memory."""
-    kinds = tuple(units) if units else tuple(k for k in default_kinds(model) if k in method.kinds) or method.kinds[:1]
-    if unfit := [kind for kind in kinds if kind not in method.kinds]:
-        raise TopiaristError(f"{method_name(method)} cannot score {unfit[0]}; it scores {', '.join(method.kinds)}")
-    check_layout(layout, kinds)
-    groups = units_of(model, kinds)
-    if inexact := [group.key for group in groups if not group.exact]:
-        _note(
-            notes,
-            f"a norm of {inexact[0].rpartition('.')[0]} spans all heads: without some of them it sees other statistics, "
-            "and the result is not exactly the masked model",
-        )
-    if layout == "uniform" and scope not in (None, "per_layer"):
-        raise PatternError(f"a uniform layout keeps the same count in every layer: scope {scope} needs --layout hetero")
-    scope = "per_layer" if layout == "uniform" else scope or method.scope
-    counts = None
-    if scope == "per_layer" and any(group.kind in WIDTH_KINDS for group in groups):
-        counts = layer_counts(groups, keep, round_to)
-        if layout == "uniform":
-            legal = _legal(model, groups, keep)
-            snapped = layer_counts(groups, keep, round_to, legal)
-            for place in (place for place in counts if legal.known and counts[place] != snapped[place]):
-                _note(
-                    notes,
-                    f"{place} keeps {snapped[place]} instead of {counts[place]}: what a {_type(model)} config allows",
-                )
-            counts = snapped
-    zeros = {group.key: torch.zeros(group.count) for group in groups}
-    trial = choose(groups, zeros, keep, scope=scope, round_to=round_to, counts=counts)
-    notes += [
-        note for note in plan_layout(model, groups, trial, layout, max_waste=float("inf")).warnings if note not in notes
-    ]
-    return groups, counts, scope
-
-
-class _legal:
-    """Whether a config can hold so many units of a place; asked of transformers for heads and experts only."""
-
-    def __init__(self, model: Any, groups: Sequence[UnitGroup], keep: float) -> None:
-        self.model, self.known = model, {}
-        self.places: dict[str, list[UnitGroup]] = {}
-        for group in groups:
-            if group.kind in ("heads", "query_heads", "experts"):
-                self.places.setdefault(group.place, []).append(group)
-        for place, same in self.places.items():
-            if keep < 1 and not any(self(place, count) for count in range(same[0].floor, same[0].count)):
-                kept = {g.key: torch.arange(g.count) < g.count - 1 for g in same}
-                plan_layout(model, same, kept, "uniform")  # raises, and says why
-                raise UnsupportedModel(f"a {_type(model)} config holds no fewer {same[0].kind}: choose other --units")
-
-    def __call__(self, place: str, count: int) -> bool:
-        if place not in self.places or count == self.places[place][0].count:
-            return True
-        if (place, count) not in self.known:
-            self.known[place, count] = holds(self.model, self.places[place], count)
-        return self.known[place, count]
 
 
 class _Run:
@@ -302,12 +212,15 @@ class _Run:
         finally:
             self.seconds[activity] = self.seconds.get(activity, 0.0) + time.perf_counter() - start
 
-    def choice(self, keep: float, scope: str, counts: Mapping[str, int] | None, round_to: int | None) -> Kept:
-        """Scores, then what stays; an earlier try's if it got so far."""
+    def choice(
+        self, keep: float, scope: str, counts: Mapping[str, int] | None, round_to: int | None, *, with_biases: bool
+    ) -> tuple[Kept, dict[str, Tensor]]:
+        """What stays, and the method's biases, from its scores; those of an earlier try if it got so far."""
         saved = None if self.output is None else FolderState(self.output, "kept")
         if saved is not None and (found := saved.load()) is not None:
             self.notes += [note for note in json.loads(found[1]["notes"]) if note not in self.notes]
-            return {group.key: found[0][group.key] for group in self.groups}
+            kept = {group.key: found[0][group.key] for group in self.groups}
+            return kept, {name: bias for name, bias in found[0].items() if name not in kept}
         task = Task(
             self.source.model, self.groups, self.tokens, keep, scope, counts, round_to, self.batch_size, self.seed,
             self.progress,
@@ -316,10 +229,26 @@ class _Run:
             task.state = FolderState(self.output, "method")
         with self.timed("scores"), _caught(self.notes):
             scores = self.method.scores(task)
-        kept = choose(self.groups, scores, keep, scope=scope, round_to=round_to, counts=counts)
+            kept = choose(self.groups, scores, keep, scope=scope, round_to=round_to, counts=counts)
+            biases = self.method.biases(task, kept) if with_biases else {}
         if saved is not None:
-            saved.save(kept, {"notes": json.dumps(self.notes)})
-        return kept
+            saved.save({**kept, **biases}, {"notes": json.dumps(self.notes)})
+        return kept, biases
+
+    def plan(self, kept: Kept, layout: str, max_waste: float, biases: dict[str, Tensor]) -> Plan:
+        """The layout; without the biases, and a warning, where the family has no room for them."""
+        model = self.source.model
+        try:
+            plan = plan_layout(model, self.groups, kept, layout, max_waste=max_waste, biased=list(biases))
+        except UnsupportedModel as error:
+            if not biases:
+                raise
+            plan = plan_layout(model, self.groups, kept, layout, max_waste=max_waste)
+            remember(self.notes, f"the biases that make up for what was cut are left out: {error}")
+            biases.clear()
+        for note in plan.warnings:
+            remember(self.notes, note)
+        return plan
 
     def consumers(self) -> dict[str, Tensor]:
         """The weights that a refit changes, to be put back into the caller's model."""
@@ -344,12 +273,14 @@ class _Run:
         self.notes += notes
         return layers
 
-    def cut(self, kept: Kept, plan: Plan) -> Any:
+    def cut(self, kept: Kept, plan: Plan, biases: Mapping[str, Tensor]) -> Any:
+        model = self.source.model
         with self.timed("cut"):
-            if plan.layout == "masked":
-                mask_in_place(self.source.model, self.groups, kept)
-                return self.source.model
-            return shrunk(self.source.model, self.groups, kept, plan)
+            if plan.layout != "masked":
+                return shrunk(model, self.groups, kept, plan, biases)
+            mask_in_place(model, self.groups, kept)
+            everything = {key: torch.ones_like(mask) for key, mask in kept.items()}
+            return shrunk(model, self.groups, everything, plan, biases) if biases else model
 
 
 @contextmanager
@@ -372,25 +303,7 @@ def _caught(notes: list[str]) -> Iterator[None]:
         warnings.simplefilter("always", UserWarning)
         yield
     for warning in caught:
-        _note(notes, str(warning.message), warning.category)
-
-
-def _note(notes: list[str], message: str, category: type[Warning] = UserWarning) -> None:
-    if message not in notes:
-        notes.append(message)
-        warnings.warn(message, category, stacklevel=3)
-
-
-def _refuse_pruned(config: Any, name: str) -> None:
-    """Uniform results are models like any other; what else was pruned cannot be cut without breaking what it claims."""
-    known = getattr(config, "pruning_config", None) or {}
-    layout = known.get("structured", {}).get("layout")
-    if str(config.model_type).startswith(PREFIX) or (known and layout != "uniform"):
-        what = f"{known.get('method', 'pruned')} {known.get('pattern', '')}".strip()
-        raise CheckpointError(
-            f"{name} is already pruned ({what}): cutting units would break that; shrink its base "
-            f"{known.get('base_model', '')!r}, then prune the result"
-        )
+        remember(notes, str(warning.message), warning.category)
 
 
 def _calibration(windows: Windows | None, seed: int, batch_size: int) -> dict[str, Any]:
@@ -409,10 +322,6 @@ def _tensor_parallel(groups: Sequence[UnitGroup], plan: Plan) -> list[int]:
     """Degrees up to 8 that divide every count of the stored model."""
     counts = {plan.slots[g.key] for g in groups if g.kind not in DEPTH_KINDS}
     return [degree for degree in range(1, 9) if counts and all(count % degree == 0 for count in counts)]
-
-
-def _type(model: Any) -> str:
-    return str(model.config.model_type)
 
 
 def _numel(model: nn.Module) -> int:

@@ -6,36 +6,28 @@
 | uniform | every layer the same, smaller | anything |
 | padded | every layer that of the widest, zeros in the others | anything |
 | hetero | every layer its own | `trust_remote_code`, or `topiarist.load_pruned` |
-
-Whether a config can hold a shape is asked of transformers itself: a model without memory is built from it, and its
-shapes are compared with those of the cut. Families thus need no table of what they accept.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from topiarist import modeling_pruned
 from topiarist.errors import TopiaristError, UnsupportedModel
 from topiarist.models import Family, family_of
+from topiarist.structured.configs import absent_modules, hetero_config, stock_config
 from topiarist.structured.shrink import cut_state
 from topiarist.structured.units import DEPTH_KINDS, Kept, UnitGroup
 
 LAYOUTS = ("uniform", "padded", "hetero", "masked")
 MAX_WASTE = 0.1
 """Of a padded layout: zeros that only fill up, as a share of the parameters that are kept."""
-
-
-_REFUSALS = (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError, ArithmeticError)
-"""What configs and modelling code raise for numbers that they cannot hold."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +41,6 @@ class Plan:
     blocks: list[int]
     """Old numbers of the blocks that stay."""
     warnings: list[str] = field(default_factory=list)
-
-
-def absent_modules(groups: Sequence[UnitGroup], kept: Kept, family: Family) -> list[tuple[str, str]]:
-    """(module, "attention", "ffn" or "inside") of every sublayer that goes."""
-    found = []
-    for group in groups:
-        if group.kind in ("attention", "ffn") and not bool(kept[group.key].all()):
-            path = f"{family.blocks}.{group.block}"
-            modules = (family.attention.module,) if group.kind == "attention" else family.feed_forward[0].modules
-            found += [(f"{path}.{name}", "inside") for name in modules[:-1]] + [(f"{path}.{modules[-1]}", group.kind)]
-    return found
 
 
 def check_layout(layout: str, kinds: Iterable[str]) -> None:
@@ -79,9 +60,18 @@ def check_layout(layout: str, kinds: Iterable[str]) -> None:
 
 
 def plan_layout(
-    model: Any, groups: Sequence[UnitGroup], kept: Kept, layout: str, *, max_waste: float = MAX_WASTE
+    model: Any,
+    groups: Sequence[UnitGroup],
+    kept: Kept,
+    layout: str,
+    *,
+    max_waste: float = MAX_WASTE,
+    biased: Collection[str] = (),
 ) -> Plan:
-    """The config and shapes of the result. Raises UnsupportedModel if the family cannot hold it."""
+    """The config and shapes of the result. biased: consumers that must have a bias in it.
+
+    Raises UnsupportedModel if the family cannot hold it.
+    """
     check_layout(layout, {group.kind for group in groups})
     family = family_of(model.config.model_type)
     count = len(model.get_submodule(family.blocks))
@@ -89,9 +79,12 @@ def plan_layout(
     blocks = [i for i in range(count) if i not in gone or layout == "masked"]
     units = {group.key: int(kept[group.key].sum()) for group in groups}
     if layout == "masked":
-        return Plan(layout, model.config, {group.key: group.count for group in groups}, blocks)
+        slots = {group.key: group.count for group in groups}
+        dense = {group.place: group.count for group in groups}
+        config = stock_config(model, groups, dense, blocks, biased)[0] if biased else model.config
+        return Plan(layout, config, slots, blocks)
     if layout == "hetero" and not any(group.kind == "block" for group in groups):  # those open anywhere as they are
-        return Plan(layout, _hetero_config(model, groups, kept, units), units, blocks)
+        return Plan(layout, hetero_config(model, groups, kept, units, biased), units, blocks)
     by_place: dict[str, list[UnitGroup]] = {}
     for group in groups:
         if group.kind not in DEPTH_KINDS:
@@ -103,10 +96,10 @@ def plan_layout(
         widest = {
             p: next(n for n in range(widest[p], s[0].count + 1) if holds(model, s, n)) for p, s in by_place.items()
         }
-    slots = {group.key: widest.get(group.place, group.count) for group in groups}
+    slots = {group.key: widest.get(group.place, units[group.key]) for group in groups}
     if layout == "padded":
         _check_waste(groups, units, slots, max_waste)
-    config, warnings = _uniform_config(model, groups, widest, blocks)
+    config, warnings = stock_config(model, groups, widest, blocks, biased)
     return Plan(layout, config, slots, blocks, warnings)
 
 
@@ -114,7 +107,7 @@ def holds(model: Any, same: Sequence[UnitGroup], count: int) -> bool:
     """Whether the family's config can state `count` units in every group of one place."""
     try:
         one_layer = [group for group in same if group.block == same[0].block]
-        _uniform_config(model, one_layer, {same[0].place: count}, [same[0].block])
+        stock_config(model, one_layer, {same[0].place: count}, [same[0].block])
     except UnsupportedModel:
         return False
     return True
@@ -132,173 +125,13 @@ def _check_waste(
         )
 
 
-def _uniform_config(
-    model: Any, groups: Sequence[UnitGroup], widest: Mapping[str, int], blocks: Sequence[int]
-) -> tuple[Any, list[str]]:
-    """The stock config of the given widths; the family's own, or that of the type it may be relabelled to."""
-    family = family_of(model.config.model_type)
-    expected = _expected_shapes(model, family, groups, widest, blocks)
-    reasons = []
-    for target in filter(None, (model.config.model_type, family.relabel)):
-        try:
-            config = _edited(model, family, groups, widest, blocks, target)
-            if (found := _shapes(config, family, [str(i) for i in range(len(blocks))])) != expected:
-                wrong = next(name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name))
-                raise ValueError(f"{wrong} would be {found.get(wrong)}, not {expected.get(wrong)}")
-        except _REFUSALS as error:
-            reasons.append(f"{target}: {' '.join(str(error).split())}")
-            continue
-        if target == model.config.model_type:
-            return config, []
-        return config, [
-            f"saved as {target}, which computes the same: a {model.config.model_type} config refuses "
-            f"{config.num_attention_heads} heads of {config.head_dim} at width {config.hidden_size}"
-        ]
-    what = ", ".join(f"{count} {place.rsplit(':', 1)[1]}" for place, count in widest.items())
-    raise UnsupportedModel(
-        f"a {model.config.model_type} config cannot hold {what or f'{len(blocks)} blocks'} ({reasons[-1]}): choose other "
-        "--units, or --layout hetero"
-    )
-
-
-def _edited(
-    model: Any,
-    family: Family,
-    groups: Sequence[UnitGroup],
-    widest: Mapping[str, int],
-    blocks: Sequence[int],
-    target: str,
+def shrunk(
+    model: Any, groups: Sequence[UnitGroup], kept: Kept, plan: Plan, biases: Mapping[str, Tensor] = MappingProxyType({})
 ) -> Any:
-    """The config with new numbers, through its own constructor and its checks."""
-    config = _with_blocks(copy.deepcopy(model.config), blocks)
-    per_group = config.num_attention_heads // (
-        getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    )
-    for group in {group.place: group for group in groups if group.kind not in DEPTH_KINDS}.values():
-        count, name = widest[group.place], group.place.rpartition(":")[0]
-        if group.kind == "heads":
-            config.head_dim = group.width // per_group
-            config.num_attention_heads = count * per_group
-            if getattr(config, "num_key_value_heads", None):
-                config.num_key_value_heads = count
-        elif group.kind == "query_heads":
-            config.head_dim = group.width
-            config.num_attention_heads = count * config.num_key_value_heads
-        elif family.mixture and group.kind == "experts":
-            setattr(config, family.mixture.count, count)
-        elif family.mixture and name.startswith(family.mixture.module):
-            setattr(config, family.mixture.width, count)
-        else:
-            setattr(config, next(ffn.width for ffn in family.feed_forward if ffn.down == name), count)
-    plain = config.to_dict()
-    if target == config.model_type:
-        return type(config).from_dict(plain)
-    if plain.get("attention_bias") or plain.get("mlp_bias"):
-        raise ValueError(f"{target} has no biases")
-    from transformers import AutoConfig
-
-    known = inspect.signature(type(AutoConfig.for_model(target)).__init__).parameters
-    gone = ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp", "transformers_version")
-    values = {key: value for key, value in plain.items() if key not in gone}
-    return AutoConfig.for_model(target, **values, **({"sliding_window": None} if "sliding_window" in known else {}))
-
-
-def _with_blocks(config: Any, blocks: Sequence[int]) -> Any:
-    """The config of these blocks alone: their number, and every list that has an entry a layer."""
-    before = config.num_hidden_layers
-    if list(blocks) == list(range(before)):
-        return config
-    for name, value in config.to_dict().items():
-        if name == "mlp_only_layers" and value:
-            setattr(config, name, [new for new, old in enumerate(blocks) if old in value])
-        elif "layer" in name and isinstance(value, list | tuple) and len(value) == before:
-            setattr(config, name, [value[i] for i in blocks])
-    config.num_hidden_layers = len(blocks)
-    return config
-
-
-def _expected_shapes(
-    model: Any, family: Family, groups: Sequence[UnitGroup], widest: Mapping[str, int], blocks: Sequence[int]
-) -> dict[str, tuple[int, ...]]:
-    """Parameter shapes of the blocks that stay, by new number and name."""
-    shapes = {
-        f"{new}.{name}": list(parameter.shape)
-        for new, old in enumerate(blocks)
-        for name, parameter in model.get_submodule(f"{family.blocks}.{old}").named_parameters()
-    }
-    new_number = {old: new for new, old in enumerate(blocks)}
-    for group in groups:
-        if group.kind in DEPTH_KINDS or group.block not in new_number:
-            continue
-        for part in group.parts:
-            if part.expert:  # all experts of a layer are one tensor, and alike
-                continue
-            rest = part.parameter.removeprefix(f"{family.blocks}.{group.block}.")
-            axis = part.axis + (part.expert is not None)
-            shapes[f"{new_number[group.block]}.{rest}"][axis] -= (group.count - widest[group.place]) * part.size
-    return {name: tuple(shape) for name, shape in shapes.items()}
-
-
-def _shapes(config: Any, family: Family, blocks: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights():
-        built = AutoModelForCausalLM.from_config(config)
-    return {
-        f"{i}.{name}": tuple(parameter.shape)
-        for i in blocks
-        for name, parameter in built.get_submodule(f"{family.blocks}.{i}").named_parameters()
-    }
-
-
-def _hetero_config(model: Any, groups: Sequence[UnitGroup], kept: Kept, units: Mapping[str, int]) -> Any:
-    """A config of the class in modeling_pruned.py: the family's own, and what differs from it."""
-    family, base = family_of(model.config.model_type), model.config.model_type
-    before = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
-    absent = absent_modules(groups, kept, family)
-    after = cut_state(before, groups, kept, units, [path for path, _ in absent])
-    heads, experts = _head_counts(model, family, groups, units)
-    plain = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "auto_map")}
-    plain["pruned"] = {
-        "base": base,
-        "shapes": {name: list(t.shape) for name, t in after.items() if t.shape != before[name].shape},
-        "heads": heads,
-        "experts": experts,
-        "absent": [list(entry) for entry in absent],
-    }
-    modeling_pruned.register({"model_type": modeling_pruned.PREFIX + base})
-    config, built = modeling_pruned.pruned_classes(base)
-    plain["architectures"] = [built.__name__]
-    plain["auto_map"] = {
-        "AutoConfig": f"modeling_pruned.{config.__name__}",
-        "AutoModelForCausalLM": f"modeling_pruned.{built.__name__}",
-    }
-    return config.from_dict(plain)
-
-
-def _head_counts(
-    model: Any, family: Family, groups: Sequence[UnitGroup], units: Mapping[str, int]
-) -> tuple[dict[str, list[int]], dict[str, int]]:
-    """[query heads, KV heads] of attention modules, and experts of modules, where they change."""
-    query = int(model.config.num_attention_heads)
-    kv = int(getattr(model.config, "num_key_value_heads", None) or query)
-    heads: dict[str, list[int]] = {}
-    experts: dict[str, int] = {}
-    for group in groups:
-        path, count = f"{family.blocks}.{group.block}", units[group.key]
-        if group.kind == "heads" and count != group.count:
-            heads[f"{path}.{family.attention.module}"] = [count * (query // kv), count]
-        elif group.kind == "query_heads" and count != group.count:
-            heads[f"{path}.{family.attention.module}"] = [count * kv, kv]
-        elif group.kind == "experts" and family.mixture:
-            experts |= {f"{path}.{family.mixture.module}": count, f"{path}.{family.mixture.router}": count}
-    return heads, experts
-
-
-def shrunk(model: Any, groups: Sequence[UnitGroup], kept: Kept, plan: Plan) -> Any:
     """A new model of the plan's shapes, which computes what `model` computes without the units that go.
 
-    Tensors that are not cut are shared with `model`, which stays as it is.
+    biases: {consumer: what is added to its bias}, of those that the plan was made for. Tensors that are not cut are
+    shared with `model`, which stays as it is.
     """
     from transformers import AutoModelForCausalLM
 
@@ -307,6 +140,12 @@ def shrunk(model: Any, groups: Sequence[UnitGroup], kept: Kept, plan: Plan) -> A
     state = _renumbered(cut_state(model.state_dict(), groups, kept, plan.slots, absent), family, plan.blocks)
     with init_empty_weights(include_buffers=False):
         new: Any = AutoModelForCausalLM.from_config(plan.config, dtype=next(model.parameters()).dtype)
+    for name, parameter in new.named_parameters():
+        if biases and name.endswith(".bias") and name not in state:
+            state[name] = torch.zeros(parameter.shape, dtype=parameter.dtype)
+    for consumer, bias in biases.items():
+        name = f"{consumer}.bias"
+        state[name] = (state[name].float() + bias.to(state[name].device)).to(state[name].dtype)
     new.load_state_dict(state, assign=True)
     new.tie_weights()
     new.generation_config = model.generation_config

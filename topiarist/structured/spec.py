@@ -13,7 +13,7 @@ import torch
 from topiarist.errors import CheckpointError
 from topiarist.structured.choose import kept_cost, total_cost
 from topiarist.structured.shrink import mask_in_place
-from topiarist.structured.units import DEPTH_KINDS, Kept, UnitGroup, units_of
+from topiarist.structured.units import Kept, UnitGroup, units_of
 
 SPEC = "pruning_spec.json"
 FORMAT = 1
@@ -101,8 +101,5 @@ def predicted_parameters(
     dense: int, groups: Sequence[UnitGroup], kept: Kept, slots: Mapping[str, int]
 ) -> dict[str, int]:
     """Numbers of parameters of the whole model: dense, kept, stored."""
-    stored = dense - sum(
-        group.cost * (group.count - (int(kept[group.key].sum()) if group.kind in DEPTH_KINDS else slots[group.key]))
-        for group in groups
-    )
+    stored = dense - sum(group.cost * (group.count - slots[group.key]) for group in groups)
     return {"dense": dense, "kept": dense - total_cost(groups) + kept_cost(groups, kept), "stored": stored}

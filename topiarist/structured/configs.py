@@ -1,0 +1,217 @@
+"""Configs of cut models: stock ones, for layers that are all alike, and one for layers that differ.
+
+Whether a stock config can hold a shape is asked of transformers itself: a model without memory is built from it, and
+its shapes are compared with those of the cut. Families thus need no table of what they accept.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
+
+from topiarist import modeling_pruned
+from topiarist.errors import UnsupportedModel
+from topiarist.models import Family, family_of
+from topiarist.structured.shrink import cut_state
+from topiarist.structured.units import DEPTH_KINDS, Kept, UnitGroup, is_transposed
+
+_REFUSALS = (StrictDataclassError, ValueError, TypeError, ArithmeticError)
+"""What configs and modelling code raise for numbers that they cannot hold."""
+
+
+def stock_config(
+    model: Any,
+    groups: Sequence[UnitGroup],
+    widest: Mapping[str, int],
+    blocks: Sequence[int],
+    biased: Collection[str] = (),
+) -> tuple[Any, list[str]]:
+    """The stock config of the given widths; the family's own, or that of the type it may be relabelled to."""
+    family = family_of(model.config.model_type)
+    expected = _expected_shapes(model, family, groups, widest, blocks)
+    for consumer in biased:
+        width = model.get_submodule(consumer).weight.shape[int(is_transposed(model.get_submodule(consumer)))]
+        expected[f"{consumer.removeprefix(family.blocks + '.')}.bias"] = (width,)
+    reasons = []
+    for target in filter(None, (model.config.model_type, family.relabel)):
+        try:
+            config = _edited(model, family, groups, widest, blocks, target, biased)
+            found = _shapes(config, family, [str(i) for i in range(len(blocks))])
+            names = {name for name in found if not (biased and name.endswith(".bias"))} | set(expected)
+            if wrong := sorted(name for name in names if found.get(name) != expected.get(name)):
+                raise ValueError(f"{wrong[0]} would be {found.get(wrong[0])}, not {expected.get(wrong[0])}")
+        except _REFUSALS as error:
+            reasons.append(f"{target}: {' '.join(str(error).split())}")
+            continue
+        if target == model.config.model_type:
+            return config, []
+        return config, [
+            f"saved as {target}, which computes the same: a {model.config.model_type} config refuses "
+            f"{config.num_attention_heads} heads of {config.head_dim} at width {config.hidden_size}"
+        ]
+    what = ", ".join(f"{count} {place.rsplit(':', 1)[1]}" for place, count in widest.items())
+    raise UnsupportedModel(
+        f"a {model.config.model_type} config cannot hold {what or f'{len(blocks)} blocks'} ({'; '.join(reasons)}): choose "
+        "other --units, or --layout hetero"
+    )
+
+
+def _edited(
+    model: Any,
+    family: Family,
+    groups: Sequence[UnitGroup],
+    widest: Mapping[str, int],
+    blocks: Sequence[int],
+    target: str,
+    biased: Collection[str],
+) -> Any:
+    """The config with new numbers, through its own constructor and its checks."""
+    config = _with_blocks(copy.deepcopy(model.config), blocks)
+    for flag, module in (("attention_bias", family.attention.module), ("mlp_bias", "mlp")):
+        if hasattr(config, flag) and any(f".{module}." in consumer for consumer in biased):
+            setattr(config, flag, True)
+    per_group = config.num_attention_heads // (
+        getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    )
+    for group in {group.place: group for group in groups if group.kind not in DEPTH_KINDS}.values():
+        count, name = widest[group.place], group.place.rpartition(":")[0]
+        if group.kind == "heads":
+            config.head_dim = group.width // per_group
+            config.num_attention_heads = count * per_group
+            if getattr(config, "num_key_value_heads", None):
+                config.num_key_value_heads = count
+        elif group.kind == "query_heads":
+            config.head_dim = group.width
+            config.num_attention_heads = count * config.num_key_value_heads
+        elif family.mixture and group.kind == "experts":
+            setattr(config, family.mixture.count, count)
+        elif family.mixture and name.startswith(family.mixture.module):
+            setattr(config, family.mixture.width, count)
+        else:
+            setattr(config, next(ffn.width for ffn in family.feed_forward if ffn.down == name), count)
+    plain = config.to_dict()
+    if target == config.model_type:
+        return type(config).from_dict(plain)
+    if plain.get("attention_bias") or plain.get("mlp_bias"):
+        raise ValueError(f"{target} has no biases")
+    from transformers import AutoConfig
+
+    known = inspect.signature(type(AutoConfig.for_model(target)).__init__).parameters
+    gone = ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp", "transformers_version")
+    values = {key: value for key, value in plain.items() if key not in gone}
+    return AutoConfig.for_model(target, **values, **({"sliding_window": None} if "sliding_window" in known else {}))
+
+
+def _with_blocks(config: Any, blocks: Sequence[int]) -> Any:
+    """The config of these blocks alone: their number, and every list that has an entry a layer."""
+    before = config.num_hidden_layers
+    if list(blocks) == list(range(before)):
+        return config
+    for name, value in config.to_dict().items():
+        if name == "mlp_only_layers" and value:
+            setattr(config, name, [new for new, old in enumerate(blocks) if old in value])
+        elif "layer" in name and isinstance(value, list | tuple) and len(value) == before:
+            setattr(config, name, [value[i] for i in blocks])
+    config.num_hidden_layers = len(blocks)
+    return config
+
+
+def _expected_shapes(
+    model: Any, family: Family, groups: Sequence[UnitGroup], widest: Mapping[str, int], blocks: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """Parameter shapes of the blocks that stay, by new number and name."""
+    shapes = {
+        f"{new}.{name}": list(parameter.shape)
+        for new, old in enumerate(blocks)
+        for name, parameter in model.get_submodule(f"{family.blocks}.{old}").named_parameters()
+    }
+    new_number = {old: new for new, old in enumerate(blocks)}
+    for group in groups:
+        if group.kind in DEPTH_KINDS or group.block not in new_number:
+            continue
+        for part in group.parts:
+            if part.expert:  # all experts of a layer are one tensor, and alike
+                continue
+            rest = part.parameter.removeprefix(f"{family.blocks}.{group.block}.")
+            axis = part.axis + (part.expert is not None)
+            shapes[f"{new_number[group.block]}.{rest}"][axis] -= (group.count - widest[group.place]) * part.size
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def _shapes(config: Any, family: Family, blocks: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        built = AutoModelForCausalLM.from_config(config)
+    return {
+        f"{i}.{name}": tuple(parameter.shape)
+        for i in blocks
+        for name, parameter in built.get_submodule(f"{family.blocks}.{i}").named_parameters()
+    }
+
+
+def hetero_config(
+    model: Any, groups: Sequence[UnitGroup], kept: Kept, units: Mapping[str, int], biased: Collection[str]
+) -> Any:
+    """A config of the class in modeling_pruned.py: the family's own, and what differs from it."""
+    family, base = family_of(model.config.model_type), model.config.model_type
+    before = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    absent = absent_modules(groups, kept, family)
+    after = cut_state(before, groups, kept, units, [path for path, _ in absent])
+    heads, experts = _head_counts(model, family, groups, units)
+    shapes = {name: list(t.shape) for name, t in after.items() if t.shape != before[name].shape}
+    for name in biased:
+        consumer = model.get_submodule(name)
+        if consumer.bias is None:
+            shapes[f"{name}.bias"] = [consumer.weight.shape[int(is_transposed(consumer))]]
+    plain = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "auto_map")}
+    plain["pruned"] = {
+        "base": base,
+        "shapes": shapes,
+        "heads": heads,
+        "experts": experts,
+        "absent": [list(entry) for entry in absent],
+    }
+    modeling_pruned.register({"model_type": modeling_pruned.PREFIX + base})
+    config, built = modeling_pruned.pruned_classes(base)
+    plain["architectures"] = [built.__name__]
+    plain["auto_map"] = {
+        "AutoConfig": f"modeling_pruned.{config.__name__}",
+        "AutoModelForCausalLM": f"modeling_pruned.{built.__name__}",
+    }
+    return config.from_dict(plain)
+
+
+def _head_counts(
+    model: Any, family: Family, groups: Sequence[UnitGroup], units: Mapping[str, int]
+) -> tuple[dict[str, list[int]], dict[str, int]]:
+    """[query heads, KV heads] of attention modules, and experts of modules, where they change."""
+    query = int(model.config.num_attention_heads)
+    kv = int(getattr(model.config, "num_key_value_heads", None) or query)
+    heads: dict[str, list[int]] = {}
+    experts: dict[str, int] = {}
+    for group in groups:
+        path, count = f"{family.blocks}.{group.block}", units[group.key]
+        if group.kind == "heads" and count != group.count:
+            heads[f"{path}.{family.attention.module}"] = [count * (query // kv), count]
+        elif group.kind == "query_heads" and count != group.count:
+            heads[f"{path}.{family.attention.module}"] = [count * kv, kv]
+        elif group.kind == "experts" and family.mixture:
+            experts |= {f"{path}.{family.mixture.module}": count, f"{path}.{family.mixture.router}": count}
+    return heads, experts
+
+
+def absent_modules(groups: Sequence[UnitGroup], kept: Kept, family: Family) -> list[tuple[str, str]]:
+    """(module, "attention", "ffn" or "inside") of every sublayer that goes."""
+    found = []
+    for group in groups:
+        if group.kind in ("attention", "ffn") and not bool(kept[group.key].all()):
+            path = f"{family.blocks}.{group.block}"
+            modules = (family.attention.module,) if group.kind == "attention" else family.feed_forward[0].modules
+            found += [(f"{path}.{name}", "inside") for name in modules[:-1]] + [(f"{path}.{modules[-1]}", group.kind)]
+    return found
