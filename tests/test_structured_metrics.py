@@ -10,6 +10,7 @@ from topiarist.models import FAMILIES
 from topiarist.structured import choose, gates, units_of
 from topiarist.structured.methods import Task
 from topiarist.structured.metrics import BlockInfluence, Flap, Moments, WandaSP
+from topiarist.structured.occlusion import Occlusion
 
 WIDTH = ("heads", "channels")
 
@@ -110,3 +111,34 @@ def test_what_adds_nothing_has_no_influence(family: str):
         values = BlockInfluence().scores(task)
         for group in task.groups:
             assert (float(values[group.key]) < 1e-6) == (group.block == 1), group.key
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt2"])
+def test_occlusion_is_the_loss_without_a_unit(family: str):
+    model = tiny.tiny_model(family)
+    task = task_of(model, ("heads",), batch_size=8)
+    found = Occlusion(windows=4, window=16).scores(task)
+    kept = {}
+    with torch.no_grad(), gates(model, task.groups) as masks:
+        dense = float(model(task.tokens, labels=task.tokens).loss)
+        for group in task.groups:
+            kept[group.key] = torch.zeros(group.count, dtype=torch.float64)
+            for unit in range(group.count):
+                masks[group.key] = (torch.arange(group.count) != unit).float()
+                kept[group.key][unit] = (float(model(task.tokens, labels=task.tokens).loss) - dense) / group.cost
+            masks[group.key] = torch.ones(group.count)
+    size = torch.cat(list(kept.values())).abs().mean()
+    for key, expected in kept.items():
+        torch.testing.assert_close(found[key], expected / size, rtol=1e-3, atol=1e-4)
+
+
+def test_occlusion_takes_channels_in_slices_of_their_metric():
+    model = tiny.tiny_model()
+    task = task_of(model, ("channels",))
+    metric, found = WandaSP().scores(task), Occlusion(slices=4).scores(task)
+    for group in task.groups:
+        ranked = found[group.key][torch.argsort(-metric[group.key])].view(4, 16)
+        assert bool(((ranked - ranked.mean(1, keepdim=True)).abs() < 1e-4).all())
+        assert bool((ranked.diff(dim=1) < 0).all())
+    for kinds in (("block",), ("attention", "ffn")):
+        assert len(Occlusion().scores(task_of(model, kinds))) == 2 * len(kinds)

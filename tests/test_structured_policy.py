@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import topiarist as tp
 from topiarist.structured import SavedState, Task, choose, policy, policy_search, units_of
-from topiarist.structured.policy_search import PAPER, STARTS, PolicyGradient, Variables, starting_metric
+from topiarist.structured.policy_search import PAPER, STARTS, PolicyGradient, starting_metric
+from topiarist.structured.policy_variables import Variables
 
 N = 6
 generator = torch.Generator
@@ -299,7 +300,7 @@ def test_every_kind_of_unit_has_a_start(init: str, kinds: tuple[str, ...]):
 def test_channels_are_tied_by_rank():
     task = task_of(tiny.tiny_model(), ("channels",))
     metric = {group.key: torch.rand(group.count) for group in task.groups}
-    variables = Variables.make(task, metric, {"channels": False}, 16)
+    variables = Variables.make(task, metric, {"channels": ""}, 16)
     assert len(variables.cost) == 8 and variables.cost.unique().tolist() == [16 * 96]
     for group in task.groups:
         best = metric[group.key].topk(16).indices

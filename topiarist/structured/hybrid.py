@@ -4,19 +4,22 @@ HyWIA ("Adaptive Estimation Fusion", Liu et al., AAAI 2025, arXiv 2403.10799) pu
 its attention; the fusion rules here are reconstructions, and the default is the one that an ablation on calibration
 text chose (docs/log-policy.md), not one known to be the authors'.
 
-c, f  the two estimates of the units of one layer (count,), each divided by its mean: scale-free
+c, f  the two estimates of the units of one layer (count,); rules look at them divided by their means, and give the
+      shares (coarse, fine) of the layer, or of every unit
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from topiarist.errors import TopiaristError
+from topiarist.structured.choose import total_cost
 from topiarist.structured.gates import gates
 from topiarist.structured.methods import Method, Scores, Task
 from topiarist.structured.taylor import Estimates, taylor
@@ -25,48 +28,37 @@ from topiarist.structured.trial import chosen, gated_loss, short_windows, split
 LEVELS = ("model", "layer")
 
 
-def attention(c: Float[Tensor, " n"], f: Float[Tensor, " n"], temperature: float) -> Float[Tensor, " n"]:
-    """R1: the estimates are two tokens of n numbers, their mean the query: weights softmax(<c, q>, <f, q>) / (n tau).
+def attention(c: Float[Tensor, " n"], f: Float[Tensor, " n"], temperature: float) -> Float[Tensor, "2"]:
+    """R1: the estimates are two tokens of n numbers, their mean the query: softmax(<c, q>, <f, q>) / (n tau).
 
     Divided by n and not by sqrt(n): entries here have mean 1, and with sqrt(n) the larger product always takes all.
     """
-    c, f = _scale_free(c), _scale_free(f)
+    c, f = scale_free(c), scale_free(f)
     query = (c + f) / 2
-    logits = torch.stack([c @ query, f @ query]) / (len(c) * temperature)
-    a = torch.softmax(logits, 0)
-    return a[0] * c + a[1] * f
+    return torch.softmax(torch.stack([c @ query, f @ query]) / (len(c) * temperature), 0)
 
 
-def attention_per_unit(c: Float[Tensor, " n"], f: Float[Tensor, " n"], temperature: float) -> Float[Tensor, " n"]:
-    """R1 for every unit: weights softmax(c_k, f_k) / tau; leans to the larger of its two estimates."""
-    c, f = _scale_free(c), _scale_free(f)
-    a = torch.softmax(torch.stack([c, f]) / temperature, 0)
-    return a[0] * c + a[1] * f
+def attention_per_unit(c: Float[Tensor, " n"], f: Float[Tensor, " n"], temperature: float) -> Float[Tensor, "2 n"]:
+    """R1 for every unit: softmax(c_k, f_k) / tau; leans to the larger of its two estimates."""
+    return torch.softmax(torch.stack([scale_free(c), scale_free(f)]) / temperature, 0)
 
 
-def uncertainty(c: Float[Tensor, "windows n"], f: Float[Tensor, "windows n"]) -> Float[Tensor, " n"]:
-    """R3: weights 1 / sigma^2, the variance of each estimate over calibration windows (as in SAAP, arXiv 2412.15127)."""
+def uncertainty(c: Float[Tensor, "windows n"], f: Float[Tensor, "windows n"]) -> Float[Tensor, "2"]:
+    """R3: in proportion to 1 / sigma^2, the variance of each estimate over windows (as in SAAP, arXiv 2412.15127)."""
     if len(c) < 2:
         raise TopiaristError(
             "fusion by uncertainty needs an estimate of every window: pooled=False and 2 windows or more"
         )
-    c, f = (x / _positive(x.mean()) for x in (c, f))
-    precision = torch.stack([1 / _positive(x.var(0).mean()) for x in (c, f)])
-    a = precision / precision.sum()
-    return a[0] * c.mean(0) + a[1] * f.mean(0)
+    precision = torch.stack([1 / _positive((x / _positive(x.mean())).var(0).mean()) for x in (c, f)])
+    return precision / precision.sum()
 
 
-def _scale_free(x: Tensor) -> Tensor:
+def scale_free(x: Tensor) -> Tensor:
     return x / _positive(x.mean())
 
 
 def _positive(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, 1.0)
-
-
-def blend(c: Tensor, f: Tensor, share: float | Tensor) -> Tensor:
-    """share of the coarse estimate, the rest of the fine one; R2 learns the share."""
-    return share * _scale_free(c.mean(0)) + (1 - share) * _scale_free(f.mean(0))
 
 
 FUSIONS = ("attention", "attention-per-unit", "learned", "uncertainty", "fine", "coarse", "mean")
@@ -84,6 +76,7 @@ class Hybrid(Method):
     nothing of the model's size is kept; `pooled=True` is theirs. 2. All layers may be cut, under one budget.
     """
 
+    scope: ClassVar[str] = "parameters"
     samples: int = 128
     window: int = 128
     order: str = "mix"
@@ -108,30 +101,32 @@ class Hybrid(Method):
         return self.fused(task, found)
 
     def fused(self, task: Task, found: Estimates) -> Scores:
-        """Scores from ready estimates: every layer fused by itself, then brought back to its own size."""
+        """Scores from ready estimates."""
         if self.fusion == "learned":
             return self._learned(task, found)
+        halves = torch.tensor([0.5, 0.5], dtype=torch.float64)
         rules: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "attention": lambda c, f: attention(c.mean(0), f.mean(0), self.temperature),
             "attention-per-unit": lambda c, f: attention_per_unit(c.mean(0), f.mean(0), self.temperature),
             "uncertainty": uncertainty,
-            "fine": lambda c, f: blend(c, f, 0.0),
-            "coarse": lambda c, f: blend(c, f, 1.0),
-            "mean": lambda c, f: blend(c, f, 0.5),
+            "fine": lambda *_: halves.new_tensor([0.0, 1.0]),
+            "coarse": lambda *_: halves.new_tensor([1.0, 0.0]),
+            "mean": lambda *_: halves,
         }
-        rule = rules[self.fusion]
-        return self._sized(task, found, {key: rule(found.coarse[key], found.fine[key]) for key in found.fine})
+        shares = {key: rules[self.fusion](found.coarse[key], found.fine[key]) for key in found.fine}
+        return self._blend(task, found, shares)
 
-    def _sized(self, task: Task, found: Estimates, fused: Scores) -> Scores:
-        """Times the layer's size, a parameter: the geometric mean of its two mean estimates, so that all layers and
-        kinds compare; as they are with level=layer."""
-        if self.level == "layer":
-            return fused
-        sizes = {
-            group.key: (found.fine[group.key].mean() * found.coarse[group.key].mean()).sqrt() / group.cost
-            for group in task.groups
-        }
-        return {key: score * sizes[key] for key, score in fused.items()}
+    def _blend(self, task: Task, found: Estimates, shares: Mapping[str, Tensor]) -> Scores:
+        """shares (coarse, fine) of every layer times its estimates, both scale-free at the method's level."""
+        scores: Scores = {group.key: torch.zeros(group.count, dtype=torch.float64) for group in task.groups}
+        for index, estimates in enumerate((found.coarse, found.fine)):
+            # A parameter's share, so that heads and channels compare.
+            each = {group.key: estimates[group.key].mean(0) / group.cost for group in task.groups}
+            whole = sum(float(each[g.key].sum()) * g.cost for g in task.groups) / total_cost(task.groups)
+            for key, value in each.items():
+                size = whole if self.level == "model" else float(value.mean())
+                scores[key] += shares[key][index] * value / (size or 1.0)
+        return scores
 
     def _learned(self, task: Task, found: Estimates) -> Scores:
         """R2: a gate theta for every layer, share of the coarse estimate sigmoid(theta), by mirrored Gaussian trials on
@@ -142,11 +137,8 @@ class Hybrid(Method):
 
         def scores(theta: Tensor) -> Scores:
             shares = torch.sigmoid(theta)
-            fused = {
-                group.key: blend(found.coarse[group.key], found.fine[group.key], share)
-                for group, share in zip(task.groups, shares, strict=True)
-            }
-            return self._sized(task, found, fused)
+            pairs = torch.stack([shares, 1 - shares], 1)
+            return self._blend(task, found, {group.key: pair for group, pair in zip(task.groups, pairs, strict=True)})
 
         with gates(task.model, task.groups) as masks:
 

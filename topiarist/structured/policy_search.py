@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from topiarist.errors import NumericalError, TopiaristError
 from topiarist.structured import policy
-from topiarist.structured.choose import layer_counts, step_of
 from topiarist.structured.gates import Masks, gates
 from topiarist.structured.methods import Magnitude, Method, Scores, Task
 from topiarist.structured.metrics import BlockInfluence, Flap, WandaSP
+from topiarist.structured.occlusion import Occlusion
+from topiarist.structured.policy_variables import Variables
 from topiarist.structured.trial import chosen, gated_loss, short_windows, split
-from topiarist.structured.units import DEPTH_KINDS, Kept, UnitGroup
+from topiarist.structured.units import Kept
 
-STARTS: dict[str, type[Method] | None] = {"flap": Flap, "wanda-sp": WandaSP, "constant": None}
-TIE_BREAK = 1e-6
-"""Units of equal probability (many end at 0 or 1) keep the order of the metric that they started from."""
+STARTS: dict[str, type[Method] | None] = {"occlusion": Occlusion, "flap": Flap, "wanda-sp": WandaSP, "constant": None}
 MEMORY = 0.9
 """Of the running size of the advantages."""
 
@@ -43,6 +41,7 @@ class PolicyGradient(Method):
     `PAPER` has their settings.
     """
 
+    scope: ClassVar[str] = "parameters"
     steps: int = 400
     samples: int = 4
     """Masks a step, all on the same windows."""
@@ -59,12 +58,12 @@ class PolicyGradient(Method):
     """Divide by the running size of loss - baseline."""
     learning_rate: float = 0.04
     """The largest step of a probability; falls as a cosine to 0."""
-    init: str = "flap"
+    init: str = "occlusion"
     spread: str = "logistic"
     sharpness: float = 6.0
     """Of the logistic start: 0 knows nothing but the budget; the larger, the more is decided."""
     init_tokens: int = 16384
-    """Calibration tokens that the starting metric looks at."""
+    """Calibration tokens that the starting metric looks at; occlusion has its own number."""
     channel_group: int | None = None
     """Channels that share one probability; by default those that the rounding moves together."""
     held_out: int = 32
@@ -113,119 +112,21 @@ class Found:
         return min(self.history, key=lambda entry: entry["held_out"])
 
 
-@dataclass
-class Variables:
-    """The policy's variables: units, or channels tied in groups; and the budgets they share."""
-
-    of: dict[str, Tensor]
-    """Group key -> the variable of every unit."""
-    ranks: Tensor
-    """Where a variable's metric stands among those it compares with, 0 to 1."""
-    metrics: Tensor
-    """Mean metric of every variable."""
-    cost: Tensor
-    """Parameters of every variable."""
-    pools: list[tuple[Tensor, float]]
-    """(variables, the parameters they may keep)"""
-    within: dict[str, Tensor]
-    """Group key -> rank of every unit in its layer, 0 to 1: breaks ties."""
-
-    @classmethod
-    def make(
-        cls, task: Task, metric: Mapping[str, Tensor], comparable: Mapping[str, bool], channel_group: int | None
-    ) -> Variables:
-        of: dict[str, Tensor] = {}
-        cost, means, first = [], [], 0
-        for group in task.groups:
-            tied = (channel_group or step_of(group, task.round_to)) if group.kind == "channels" else 1
-            place = torch.argsort(torch.argsort(-metric[group.key].double(), stable=True), stable=True)
-            of[group.key] = first + place // tied
-            number = -(-group.count // tied)
-            size = torch.bincount(place // tied, minlength=number).double()
-            cost.append(size * group.cost)
-            means.append(
-                torch.zeros(number, dtype=torch.float64).index_add_(0, place // tied, metric[group.key].double())
-            )
-            means[-1] /= size
-            first += number
-        ranks = torch.empty(first, dtype=torch.float64)
-        for keys in _comparable(task.groups, comparable):
-            members = torch.cat([of[key].unique() for key in keys])
-            ranks[members] = policy.quantiles(torch.cat(means)[members])
-        costs = torch.cat(cost)
-        pools = [(torch.cat([of[group.key].unique() for group in groups]), budget) for groups, budget in _budgets(task)]
-        within = {key: policy.quantiles(values) for key, values in metric.items()}
-        return cls(of, ranks, torch.cat(means), costs, pools, within)
-
-    def start(self, method: PolicyGradient) -> Tensor:
-        s = torch.empty_like(self.cost)
-        for members, budget in self.pools:
-            c = self.cost[members]
-            if method.spread == "sigmap":
-                share = budget / float(c.sum())
-                for layer in self.of.values():  # standardised layer by layer, as the authors do
-                    mine = members[torch.isin(members, layer)]
-                    s[mine] = policy.sigmap(self.metrics[mine], share) if len(mine) else 0.0
-                s[members] = policy.project(s[members], c, budget)
-            else:
-                s[members] = policy.logistic(self.ranks[members], c, budget, sharpness=max(method.sharpness, 1e-6))
-        return s
-
-    def project(self, s: Tensor) -> Tensor:
-        for members, budget in self.pools:
-            s[members] = policy.project(s[members], self.cost[members], budget)
-        return s
-
-    def by_group(self, values: Tensor) -> dict[str, Tensor]:
-        return {key: values[index] for key, index in self.of.items()}
-
-    def scores(self, s: Tensor) -> Scores:
-        return {key: value + TIE_BREAK * self.within[key] for key, value in self.by_group(s).items()}
-
-
-def _comparable(groups: Sequence[UnitGroup], comparable: Mapping[str, bool]) -> list[list[str]]:
-    """Keys whose metrics compare: of one kind, if the kind's metric compares between layers."""
-    found: dict[str, list[str]] = {}
-    for group in groups:
-        found.setdefault(group.kind if comparable[group.kind] else group.key, []).append(group.key)
-    return list(found.values())
-
-
-def _budgets(task: Task) -> list[tuple[list[UnitGroup], float]]:
-    """Groups that share a budget, in parameters, as `choose` will see it."""
-
-    def share(groups: list[UnitGroup]) -> tuple[list[UnitGroup], float]:
-        return groups, task.keep * sum(group.cost * group.count for group in groups)
-
-    by_kind: dict[str, list[UnitGroup]] = {}
-    for group in task.groups:
-        by_kind.setdefault(group.kind, []).append(group)
-    if task.scope == "parameters":
-        return [share(list(task.groups))]
-    if task.scope == "global":
-        return [share(groups) for groups in by_kind.values()]
-    depth = [group for group in task.groups if group.kind in DEPTH_KINDS]
-    layers = [group for group in task.groups if group.kind not in DEPTH_KINDS]
-    counts = task.counts or layer_counts(task.groups, task.keep, task.round_to)
-    fixed = [([group], float(counts[group.place] * group.cost)) for group in layers]
-    return [*fixed, *([share(depth)] if depth else [])]
-
-
-def starting_metric(method: PolicyGradient, task: Task) -> tuple[dict[str, Tensor], dict[str, bool]]:
-    """({group key: metric}, {kind: whether it compares between layers}). Kinds that the metric knows nothing about
-    start from block influence (depth) or magnitude (experts)."""
+def starting_metric(method: PolicyGradient, task: Task) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """({group key: metric}, {kind: what metric it is, if that compares between layers}). Kinds that the metric knows
+    nothing about start from block influence (depth) or magnitude (experts)."""
     few = max(1, -(-method.init_tokens // task.tokens.shape[1]))
     wanted = STARTS[method.init]
     metric: dict[str, Tensor] = {}
-    comparable: dict[str, bool] = {}
+    comparable: dict[str, str] = {}
     for kind in dict.fromkeys(group.kind for group in task.groups):
         groups = [group for group in task.groups if group.kind == kind]
         if wanted is None:
             metric |= {group.key: torch.zeros(group.count) for group in groups}
-            comparable[kind] = True
+            comparable[kind] = method.init
             continue
         scorer = next(x for x in (wanted, BlockInfluence, Magnitude) if kind in x.kinds)
-        comparable[kind] = scorer.scope != "per_layer"
+        comparable[kind] = "" if scorer.scope == "per_layer" else scorer.__name__
         if groups[0].key not in metric:  # one look for all kinds of a scorer
             same = [group for group in task.groups if group.kind in scorer.kinds]
             found = scorer().scores(replace(task, groups=same, tokens=task.tokens[:few]))
@@ -258,7 +159,7 @@ class _Search:
         self.metric, self.comparable = metric, comparable
         self.variables = Variables.make(task, metric, comparable, method.channel_group)
         if saved is None:
-            start = self.variables.start(method)
+            start = self.variables.start(method.spread, method.sharpness)
             self.state = _State(start, start)
         else:
             rest: dict[str, Any] = json.loads(saved[1]["policy"])
