@@ -79,7 +79,7 @@ def measured(result: Result) -> str:
         )
     if result.benchmark:
         lines += ["", f"{result.benchmark['verdict']} ({result.benchmark['machine']})"]
-    if size := result.size:
+    if (size := result.size) and not result.shrunk:
         share = percent(size["packed"] / size["dense"])
         lines += [
             "",

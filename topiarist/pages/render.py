@@ -40,6 +40,7 @@ def report_page(result: Result) -> str:
             density=heat_map(layers, "sparsity", percent, logarithmic=False)
             if spread and max(spread) - min(spread) > 0.005
             else None,
+            kept=heat_map(_kept_shares(result), "kept", percent, logarithmic=False),
             kinds=_kinds(layers, score),
             score=score,
             ranked=ranked[:LISTED],
@@ -52,6 +53,12 @@ def report_page(result: Result) -> str:
             linears=Counter(layer["reason"] for layer in _bench_layers(result)).most_common(),
         )
     )
+
+
+def _kept_shares(result: Result) -> list[dict[str, Any]]:
+    """Of a structural run, the share of every group of units that stays, by the matrix that reads them."""
+    rows = result.report.get("blocks", [])
+    return [{"name": f"{row['name']}.{row['kind']}", "kept": row["kept"] / row["of"]} for row in rows]
 
 
 def compare_page(results: Sequence[Result], *, links_from: Path | None = None) -> str:

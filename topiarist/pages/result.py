@@ -98,12 +98,19 @@ class Result:
         return self.evaluation.get("tasks", [])
 
     @property
+    def shrunk(self) -> bool:
+        """Whether units were cut out, so that the files themselves are smaller."""
+        return bool(self.report.get("shrunk"))
+
+    @property
     def size(self) -> dict[str, int] | None:
         """Bytes of the dense model, and after `topiarist pack`; None if the report does not say what it was stored in.
 
         Packed: one bit a weight, and the weights that are not zero; a matrix that would grow stays as it is.
         """
         weights = self.report.get("weights", {})
+        if self.shrunk:  # nothing is left to pack
+            return {"dense": int(weights["dense"]), "packed": int(weights["bytes"])}
         item = ITEM_BYTES.get(weights.get("dtype", ""), 0)
         if not item or not weights.get("bytes"):
             return None
