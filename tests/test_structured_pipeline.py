@@ -179,7 +179,7 @@ def test_what_was_pruned_otherwise_is_refused(tmp_path: Path):
         ("llama", {"keep": 0.0}, tp.PatternError, r"keep 0.0 must be in \(0, 1\]"),
         ("llama", {"keep": 1.5}, tp.PatternError, "must be in"),
         ("llama", {"keep": 0.01}, tp.PatternError, "no legal number"),
-        ("llama", {"method": "guess"}, tp.TopiaristError, "choose one of magnitude"),
+        ("llama", {"method": "guess"}, tp.TopiaristError, "choose one of policy-gradient"),
         ("llama", {"layout": "uneven"}, tp.TopiaristError, "unknown layout"),
         ("llama", {"units": ["attention"]}, tp.TopiaristError, "leaves out single sublayers"),
         ("llama", {"units": ["experts"]}, tp.UnsupportedModel, "no experts"),
