@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,12 +19,6 @@ TOKENS = tiny.tiny_tokens(16, 32)
 
 def run(base, out, **options) -> tp.ShrinkReport:
     return tp.shrink(base, out, **({"method": "magnitude", "keep": 0.6, "data": TOKENS, "batch_size": 4} | options))
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Hashes of every file; only the timings may differ between runs."""
-    files = (path for path in sorted(folder.iterdir()) if path.name != "pruning_run.json")
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.mark.parametrize("layout", ["uniform", "hetero", "padded", "masked"])
@@ -179,7 +166,7 @@ def test_what_was_pruned_otherwise_is_refused(tmp_path: Path):
         ("llama", {"keep": 0.0}, tp.PatternError, r"keep 0.0 must be in \(0, 1\]"),
         ("llama", {"keep": 1.5}, tp.PatternError, "must be in"),
         ("llama", {"keep": 0.01}, tp.PatternError, "no legal number"),
-        ("llama", {"method": "guess"}, tp.TopiaristError, "choose one of policy-gradient"),
+        ("llama", {"method": "guess"}, tp.TopiaristError, "choose one of .*magnitude"),
         ("llama", {"layout": "uneven"}, tp.TopiaristError, "unknown layout"),
         ("llama", {"units": ["attention"]}, tp.TopiaristError, "leaves out single sublayers"),
         ("llama", {"units": ["experts"]}, tp.UnsupportedModel, "no experts"),
@@ -194,7 +181,7 @@ def test_what_was_pruned_otherwise_is_refused(tmp_path: Path):
             tp.CalibrationError,
             "longer than the model's limit",
         ),
-        ("opt", {}, tp.UnsupportedModel, "a opt config cannot hold 3 heads"),
+        ("opt", {}, tp.UnsupportedModel, "no opt config can hold 3 heads"),
         ("gpt2", {}, tp.UnsupportedModel, "choose other --units, or --layout hetero"),
         ("mixtral", {"units": ["experts"], "layout": "padded"}, tp.TopiaristError, "router"),
         ("qwen2_moe", {"round_to": 4}, tp.PatternError, "multiples of 8"),
@@ -234,50 +221,3 @@ def test_another_recipe_and_another_model_are_refused(tmp_path: Path):
         run(tmp_path / "base", tmp_path / "out", keep=0.7)
     with pytest.raises(tp.CheckpointError, match="layout was 'uniform'"):
         run(tmp_path / "base", tmp_path / "out", layout="masked")
-
-
-def test_killed_anywhere_resumes_to_the_same_bytes(tmp_path: Path):
-    tiny.tiny_checkpoint(tmp_path / "base", num_hidden_layers=6)
-    recover = tp.Distill(kind="lora", steps=10)
-    options = {"layout": "hetero", "recover": recover}
-    started = time.perf_counter()
-    run(tmp_path / "base", tmp_path / "whole", **options)
-    duration = time.perf_counter() - started
-    expected = contents(tmp_path / "whole")
-    generator, kills = random.Random(0), 0
-    for number in range(5):
-        out = tmp_path / f"killed-{number}"
-        for _ in range(3):
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    run(tmp_path / "base", out, **options)
-                    os._exit(0)
-                except BaseException:
-                    os._exit(1)
-            time.sleep(generator.uniform(0.05, 1.0) * duration)
-            os.kill(pid, signal.SIGKILL)
-            _, status = os.waitpid(pid, 0)
-            assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0, "a resumed run failed"
-            kills += os.WIFSIGNALED(status)
-        run(tmp_path / "base", out, **options)
-        assert contents(out) == expected
-    assert kills >= 5
-
-
-def test_remote_code_opens_it_where_topiarist_is_not(tmp_path: Path):
-    tiny.tiny_checkpoint(tmp_path / "base")
-    run(tmp_path / "base", tmp_path / "out", layout="hetero")
-    with torch.no_grad():
-        expected = tp.load_pruned(tmp_path / "out")(TOKENS[:1]).logits
-    torch.save(expected, tmp_path / "expected.pt")
-    code = f"""
-import sys, torch
-sys.modules["topiarist"] = None
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r}, trust_remote_code=True).eval()
-tokens = torch.tensor({TOKENS[:1].tolist()})
-torch.testing.assert_close(model(tokens).logits, torch.load({str(tmp_path / "expected.pt")!r}))
-"""
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from structured_checks import NO_HEADS, check, kinds_of, masked_logits, random_scores
+from structured_checks import NO_HEADS, ONE_NORM, check, kinds_of, masked_logits, random_scores
 from transformers import AutoModelForCausalLM
 
 import topiarist as tp
@@ -29,6 +29,16 @@ def test_uniform(family: str, tmp_path: Path):
     model = tiny.tiny_model(family)
     groups = units_of(model, kinds_of(family, "uniform"))
     check(model, groups, choose(groups, random_scores(groups), 0.6, scope="per_layer"), "uniform", tmp_path)
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - NO_HEADS - ONE_NORM - {"gemma2", "gemma3_text"}))
+def test_head_counts_that_do_not_divide_the_width(family: str, tmp_path: Path):
+    """docs/log-structured.md says which families take them; llama does as mistral."""
+    model = tiny.tiny_model(family, num_attention_heads=8, num_key_value_heads=4, head_dim=4)
+    groups = units_of(model, ("heads",))
+    kept = choose(groups, random_scores(groups), 0.75, scope="per_layer")
+    assert {int(mask.sum()) for mask in kept.values()} == {3}
+    check(model, groups, kept, "uniform", tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")

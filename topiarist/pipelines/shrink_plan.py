@@ -22,7 +22,7 @@ from topiarist.structured import (
     plan_layout,
     units_of,
 )
-from topiarist.structured.units import WIDTH_KINDS
+from topiarist.structured.units import WIDTH_KINDS, check_kinds
 
 
 def resolve_method(method: str | Method) -> Method:
@@ -50,6 +50,7 @@ def plan_choice(
 ) -> tuple[list[UnitGroup], dict[str, int] | None, str]:
     """(groups, counts of a uniform layout, scope): all that can be refused is refused here, on a model without memory."""
     kinds = tuple(units) if units else tuple(k for k in default_kinds(model) if k in method.kinds) or method.kinds[:1]
+    kinds = check_kinds(kinds)
     if unfit := [kind for kind in kinds if kind not in method.kinds]:
         raise TopiaristError(f"{method_name(method)} cannot score {unfit[0]}; it scores {', '.join(method.kinds)}")
     check_layout(layout, kinds)
@@ -94,7 +95,7 @@ class Legal:
             if keep < 1 and not any(self(place, count) for count in range(same[0].floor, same[0].count)):
                 kept = {g.key: torch.arange(g.count) < g.count - 1 for g in same}
                 plan_layout(model, same, kept, "uniform")  # raises, and says why
-                raise UnsupportedModel(f"a {_type(model)} config holds no fewer {same[0].kind}: choose other --units")
+                raise UnsupportedModel(f"no {_type(model)} config can hold fewer {same[0].kind}: choose other --units")
 
     def __call__(self, place: str, count: int) -> bool:
         if place not in self.places or count == self.places[place][0].count:

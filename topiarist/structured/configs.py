@@ -56,7 +56,7 @@ def stock_config(
         ]
     what = ", ".join(f"{count} {place.rsplit(':', 1)[1]}" for place, count in widest.items())
     raise UnsupportedModel(
-        f"a {model.config.model_type} config cannot hold {what or f'{len(blocks)} blocks'} ({'; '.join(reasons)}): choose "
+        f"no {model.config.model_type} config can hold {what or f'{len(blocks)} blocks'} ({'; '.join(reasons)}): choose "
         "other --units, or --layout hetero"
     )
 
