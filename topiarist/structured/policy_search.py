@@ -13,6 +13,7 @@ from torch import Tensor
 from topiarist.errors import NumericalError, TopiaristError
 from topiarist.structured import policy
 from topiarist.structured.gates import Masks, gates
+from topiarist.structured.hybrid import Hybrid
 from topiarist.structured.methods import Magnitude, Method, Scores, Task
 from topiarist.structured.metrics import BlockInfluence, Flap, WandaSP
 from topiarist.structured.occlusion import Occlusion
@@ -20,7 +21,14 @@ from topiarist.structured.policy_variables import Variables
 from topiarist.structured.trial import chosen, gated_loss, short_windows, split
 from topiarist.structured.units import Kept
 
-STARTS: dict[str, type[Method] | None] = {"occlusion": Occlusion, "flap": Flap, "wanda-sp": WandaSP, "constant": None}
+STARTS: dict[str, type[Method] | None] = {
+    "occlusion": Occlusion,
+    "flap": Flap,
+    "wanda-sp": WandaSP,
+    "hybrid": Hybrid,
+    "constant": None,
+}
+"""All but hybrid by forward passes alone."""
 MEMORY = 0.9
 """Of the running size of the advantages."""
 
@@ -63,7 +71,7 @@ class PolicyGradient(Method):
     sharpness: float = 6.0
     """Of the logistic start: 0 knows nothing but the budget; the larger, the more is decided."""
     init_tokens: int = 16384
-    """Calibration tokens that the starting metric looks at; occlusion has its own number."""
+    """Calibration tokens that a start from activations looks at; occlusion and hybrid say themselves."""
     channel_group: int | None = None
     """Channels that share one probability; by default those that the rounding moves together."""
     held_out: int = 32
@@ -129,7 +137,8 @@ def starting_metric(method: PolicyGradient, task: Task) -> tuple[dict[str, Tenso
         comparable[kind] = "" if scorer.scope == "per_layer" else scorer.__name__
         if groups[0].key not in metric:  # one look for all kinds of a scorer
             same = [group for group in task.groups if group.kind in scorer.kinds]
-            found = scorer().scores(replace(task, groups=same, tokens=task.tokens[:few]))
+            looked = task.tokens if scorer in (Occlusion, Hybrid) else task.tokens[:few]
+            found = scorer().scores(replace(task, groups=same, tokens=looked))
             metric = {key: value.cpu() for key, value in found.items()} | metric
     return metric, comparable
 
