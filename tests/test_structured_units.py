@@ -249,10 +249,11 @@ def test_counts_of_a_uniform_layout():
     groups = [group(f"h{i}", 3, 300) for i in range(2)]
     groups += [group(f"c{i}", 1024, 3, kind="channels") for i in range(2)]
     counts = layer_counts(groups, 0.8)
-    assert counts == {"place:heads:3:300": 2, "place:channels:1024:3": 832}  # 0.8 of 3972 less 600, in steps of 64
+    assert counts == {"place:heads:3:300": 3, "place:channels:1024:3": 704}  # 0.8 of 3972 less 900, in steps of 64
+    assert layer_counts(groups, 0.6) == {"place:heads:3:300": 2, "place:channels:1024:3": 576}
     assert layer_counts(groups, 1.0) == {"place:heads:3:300": 3, "place:channels:1024:3": 1024}
-    legal = layer_counts(groups, 0.8, legal=lambda place, count: "heads" not in place or count == 3)
-    assert legal["place:heads:3:300"] == 3 and legal["place:channels:1024:3"] < 832
+    legal = layer_counts(groups, 0.8, legal=lambda place, count: "heads" not in place or count < 3)
+    assert legal["place:heads:3:300"] == 2 and legal["place:channels:1024:3"] == 832
     with pytest.raises(tp.PatternError, match="no legal number of heads"):
         layer_counts(groups, 0.8, legal=lambda place, count: "heads" not in place)
 

@@ -6,8 +6,10 @@ model over stubs, and matrices are found by type. A row says only what cannot be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -300,3 +302,20 @@ class ExpertTap(torch.overrides.TorchFunctionMode):
             if matrix is not None:
                 self._on_input(matrix, args[0])
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watch_inputs(matrices: Sequence[Matrix], on_input: Callable[[Matrix, Tensor], None]) -> Iterator[None]:
+    """Call `on_input(matrix, x)` whenever a matrix is about to be applied to x."""
+    with ExitStack() as stack:
+        for matrix in matrices:
+            if matrix.expert is None:
+                hook = matrix.module.register_forward_pre_hook(partial(_first_argument, on_input, matrix))
+                stack.callback(hook.remove)
+        if experts := [m for m in matrices if m.expert is not None]:
+            stack.enter_context(ExpertTap(experts, on_input))
+        yield
+
+
+def _first_argument(on_input: Callable[[Matrix, Tensor], None], matrix: Matrix, _: nn.Module, args: Any) -> None:
+    on_input(matrix, args[0])

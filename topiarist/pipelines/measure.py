@@ -13,9 +13,9 @@ from topiarist.allocate import Owl, Rule, Scores, Sensitivity
 from topiarist.allocate.scores import outlier_ratio, probe, random_signs
 from topiarist.errors import NumericalError
 from topiarist.evaluate import load_model
-from topiarist.models import Matrix, block_names
+from topiarist.models import Matrix, block_names, watch_inputs
 from topiarist.pipelines.options import Progress
-from topiarist.pipelines.stream import BlockStream, watch_inputs
+from topiarist.pipelines.stream import BlockStream
 from topiarist.sources import LoadedModel, Source, StreamedModel, block_matrices
 
 

@@ -15,7 +15,7 @@ from topiarist import allocate
 from topiarist.allocate import Rule, recipe
 from topiarist.data import TextFiles
 from topiarist.errors import CalibrationError, UnsupportedModel
-from topiarist.models import matrices_of
+from topiarist.models import matrices_of, watch_inputs
 from topiarist.patterns import Pattern, parse_pattern
 from topiarist.pipelines.allocation import allocated, fixed_patterns
 from topiarist.pipelines.block import BlockPruner, check_finite
@@ -24,7 +24,7 @@ from topiarist.pipelines.options import Progress, PruneOptions
 from topiarist.pipelines.refine import Refine
 from topiarist.pipelines.setup import open_source, resolve_method
 from topiarist.pipelines.sparsellm import Method, SparseLLM, method_name, settings_of
-from topiarist.pipelines.stream import GramCollector, watch_inputs
+from topiarist.pipelines.stream import GramCollector
 from topiarist.pipelines.walk import Walk
 from topiarist.pipelines.written import finish, save_loaded, weights_of
 from topiarist.report import Report, peak_memory_bytes, reset_peak_memory

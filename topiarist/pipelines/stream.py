@@ -6,10 +6,9 @@ Peak memory = one block + its Grams + the hidden states (which may lie in a file
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from topiarist.gram import Gram
-from topiarist.models import BlockCall, ExpertTap, Matrix, capture_calls
+from topiarist.models import BlockCall, Matrix, capture_calls, watch_inputs
 from topiarist.sources import Source
 
 
@@ -59,23 +58,6 @@ class GramCollector:
     def end_of_forward(self) -> None:
         """Inputs of one forward are compared by identity, so they are held until it ends and dropped here."""
         self._inputs.clear()
-
-
-@contextmanager
-def watch_inputs(matrices: Sequence[Matrix], on_input: Callable[[Matrix, Tensor], None]) -> Iterator[None]:
-    """Call `on_input(matrix, x)` whenever a matrix is about to be applied to x."""
-    with ExitStack() as stack:
-        for matrix in matrices:
-            if matrix.expert is None:
-                hook = matrix.module.register_forward_pre_hook(partial(_first_argument, on_input, matrix))
-                stack.callback(hook.remove)
-        if experts := [m for m in matrices if m.expert is not None]:
-            stack.enter_context(ExpertTap(experts, on_input))
-        yield
-
-
-def _first_argument(on_input: Callable[[Matrix, Tensor], None], matrix: Matrix, _: nn.Module, args: Any) -> None:
-    on_input(matrix, args[0])
 
 
 class HiddenStates:

@@ -118,7 +118,7 @@ def bench_model(
             for _ in range(ROUNDS):
                 for variant, linears in (("dense", dense), ("sparse", sparse)):
                     _exchange(model, linears)
-                    seconds = _generate(model, ids.to(model.device), tokens)
+                    seconds = generation_seconds(model, ids.to(model.device), tokens)
                     for phase in PHASES:
                         times.setdefault((phase, variant), []).append(seconds[phase])
             for phase, count in zip(PHASES, (prompt, tokens), strict=True):
@@ -143,7 +143,7 @@ def machine(device: str = "cpu") -> str:
     return f"{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
 
 
-def _generate(model: Any, ids: torch.Tensor, tokens: int) -> dict[str, float]:
+def generation_seconds(model: Any, ids: torch.Tensor, tokens: int) -> dict[str, float]:
     """Seconds of the prompt, and of `tokens` greedy steps after it."""
     start = _now(model)
     out = model(ids, use_cache=True)

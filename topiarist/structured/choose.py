@@ -76,7 +76,8 @@ def layer_counts(
 ) -> dict[str, int]:
     """{place: units that every group of it keeps}: the same for all layers, whatever the scores, within the budget.
 
-    Coarse units (heads) are rounded to the nearest legal count, and the finest (channels) fill what remains of `keep`.
+    Coarse units (heads) are rounded up to a legal count, and the finest (channels) fill what remains of `keep`: on the
+    demo model at 0.8 two of three KV heads everywhere cost far more than the channels that pay for the third.
     """
     check_keep(keep)
     places = _tied([group for group in groups if group.kind not in DEPTH_KINDS], "place")
@@ -98,7 +99,8 @@ def layer_counts(
                 f"keep {keep} leaves room for no legal number of {ladder.groups[0].kind} ({place}): raise keep, lower "
                 "round_to, or cut other units"
             )
-        best = min(options, key=lambda steps: (abs(ladder.cost(steps) - wanted), steps))
+        enough = [steps for steps in options if ladder.cost(steps) >= wanted * (1 - 1e-12)]
+        best = max(options) if last or not enough else min(enough)
         counts[place] = ladder.units(best)
         budget -= ladder.cost(best)
     return counts

@@ -1,4 +1,7 @@
-"""Methods that score units. A method is a frozen dataclass of its hyper-parameters; METHODS is what CLI and docs read."""
+"""What a method that scores units is: a frozen dataclass of its hyper-parameters; and the two that look at no text.
+
+The table of all methods, which CLI, tests and docs read, is in table.py.
+"""
 
 from __future__ import annotations
 
@@ -95,6 +98,3 @@ class Random(Method):
     def scores(self, task: Task) -> Scores:
         generator = torch.Generator().manual_seed(task.seed)
         return {group.key: torch.rand(group.count, generator=generator) for group in task.groups}
-
-
-METHODS: dict[str, type[Method]] = {"magnitude": Magnitude, "random": Random}
