@@ -117,7 +117,7 @@ def test_families(family: str, tmp_path: Path):
     base = tiny.tiny_checkpoint(tmp_path / "base", family)
     preset = Preset(**{**vars(FAST), "steps": 3, "lr": Schedule(3e-2, 3e-2)})
     report = learn(base, tmp_path / "out", preset=preset, data=tiny.tiny_tokens(40, 32))
-    assert report.flips > 0
+    assert report.history[-1]["flips"] > 0  # on random text the prior may stay the best
     _, audits = audit(tmp_path / "out")
     assert audits and all(a.holds for a in audits)
     before, after = weights_of(base), weights_of(tmp_path / "out")
