@@ -20,7 +20,7 @@ from torch import Tensor
 
 from topiarist.masklearn import kernels, native, noise
 from topiarist.masklearn.layer import LearnedMask
-from topiarist.masklearn.relax import Categorical, Draw
+from topiarist.masklearn.relax import Draw
 
 SHARE = {"logit": 0, "group": 1, "row": 2}
 
@@ -191,8 +191,8 @@ class MaskAdamW(torch.optim.Optimizer):
             grad = layer.logits.grad
             return 0.0 if grad is None else grad.float().square().sum()
         grad, draw = self._pending[position]
-        if native_step_fits(layer, grad):
-            mask = kernels.native_mask(layer.relaxation, layer.matrix, layer.logits, draw)  # pyright: ignore
+        if kernels.native_fits(layer.relaxation, layer.matrix, layer.logits, grad):
+            mask = kernels.native_mask(layer.relaxation, layer.matrix, layer.logits, draw, push=True)
             return native.backward(mask, kernels.native_grad(grad), squares=True)
         return kernels.gradient(layer.relaxation, layer.matrix, layer.logits, grad, draw).square().sum()
 
@@ -202,8 +202,8 @@ class MaskAdamW(torch.optim.Optimizer):
         if position in self._pending:
             grad, draw = self._pending[position]
             grad = grad.contiguous()
-            if native_step_fits(layer, grad):
-                mask = kernels.native_mask(layer.relaxation, layer.matrix, logits, draw)  # pyright: ignore
+            if kernels.native_fits(layer.relaxation, layer.matrix, layer.logits, grad):
+                mask = kernels.native_mask(layer.relaxation, layer.matrix, logits, draw, push=True)
                 native.backward(mask, _native_adam(step, scale, m, v, grad_effective=grad))
                 return
             grad = kernels.gradient(layer.relaxation, layer.matrix, logits, grad, draw)
@@ -219,11 +219,6 @@ class MaskAdamW(torch.optim.Optimizer):
             for name, saved in state_dict["state"][position].items():
                 device = "cpu" if name == "step" else layer.logits.device
                 fresh[name] = saved.detach().to(device=device, copy=True)
-
-
-def native_step_fits(layer: LearnedMask, grad: Tensor) -> bool:
-    """Whether the C++ kernel can do this layer's backward pass and step."""
-    return isinstance(layer.relaxation, Categorical) and native.usable(layer.matrix, layer.logits, grad)
 
 
 def _native_adam(step: Step, scale: float | Tensor, m: Tensor, v: Tensor, grad_effective: Tensor) -> native.Adam:
