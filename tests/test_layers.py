@@ -11,7 +11,7 @@ FLOORS = [
     ["patterns", "gram", "linalg", "models", "data", "store", "sources"],
     ["solvers", "allocate", "masklearn", "structured", "masks", "runtime", "report", "evaluate", "tasks", "pages"],
     ["pipelines"],
-    ["cli_tools", "cli_masks", "cli_runtime", "cli_report", "cli", "__main__", "__init__"],
+    ["cli_tools", "cli_allocate", "cli_masks", "cli_runtime", "cli_report", "cli", "__main__", "__init__"],
 ]
 MAY_USE = {"evaluate": {"report"}, "tasks": {"evaluate"}, "masks": {"masklearn"}}
 NEEDS_NO_MODEL = {"solvers", "masklearn"}

@@ -12,8 +12,8 @@ from topiarist.masklearn.candidates import candidates
 from topiarist.masklearn.descent import descend
 from topiarist.patterns import NM, parse_pattern
 from topiarist.pipelines.masking import targets
-from topiarist.pipelines.oneshot import resolve_patterns
 from topiarist.pipelines.priors import one_shot_masks
+from topiarist.pipelines.setup import resolve_patterns
 from topiarist.solvers import SparseGPT, Wanda
 from topiarist.sources import LoadedModel
 

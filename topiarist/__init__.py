@@ -16,6 +16,7 @@ from topiarist.gram import Gram
 from topiarist.linalg import reconstruction_error
 from topiarist.masklearn import PRESETS, Preset
 from topiarist.patterns import NM, Columns, Pattern, TransposableNM, Unstructured, parse_pattern
+from topiarist.pipelines.allocation import FoundAllocation, find_allocation
 from topiarist.pipelines.learn_report import LearnReport
 from topiarist.pipelines.learned import learn
 from topiarist.pipelines.oneshot import prune, prune_module
@@ -29,6 +30,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "Columns",
+    "FoundAllocation",
     "Gram",
     "LearnReport",
     "NumericalError",
@@ -45,6 +47,7 @@ __all__ = [
     "__version__",
     "allocate",
     "audit",
+    "find_allocation",
     "learn",
     "masks",
     "parse_pattern",

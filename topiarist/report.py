@@ -59,6 +59,8 @@ class Report:
     """The command line that repeats this run."""
     not_in_command: list[str] = field(default_factory=list)
     """What was given as an object, and has a placeholder in the command."""
+    allocation: Mapping[str, Any] = field(default_factory=dict)
+    """Of a run whose patterns a rule chose: the rule, its scores and their standard errors."""
     weights: Mapping[str, Any] = field(default_factory=dict)
     """`bytes` of all weights of the dense model, and the `dtype` of most."""
     run: dict[str, Any] = field(default_factory=dict)
@@ -81,6 +83,7 @@ class Report:
             warnings=plain["warnings"],
             command=plain.get("command", []),
             not_in_command=plain.get("not_in_command", []),
+            allocation=plain.get("allocation", {}),
             weights=plain.get("weights", {}),
             run=json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {},
             output=str(folder),

@@ -44,10 +44,10 @@ from topiarist.pipelines.learn_files import (
 from topiarist.pipelines.learn_job import Job, open_model, prepare
 from topiarist.pipelines.learn_report import LearnReport
 from topiarist.pipelines.masking import MaskedModel, targets
-from topiarist.pipelines.oneshot import resolve_method
 from topiarist.pipelines.priors import given_masks, one_shot_masks, prior_identity
 from topiarist.pipelines.processes import Processes
 from topiarist.pipelines.recover import Recover, recover_weights
+from topiarist.pipelines.setup import resolve_method
 from topiarist.pipelines.sharding import ShardedModel
 from topiarist.pipelines.trainer import MaskTrainer
 from topiarist.report import peak_memory_bytes, reset_peak_memory

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from topiarist.models import Matrix
-from topiarist.patterns import Pattern, parse_pattern
+from topiarist.pipelines.allocation import fixed_patterns
 from topiarist.pipelines.block import BlockPruner
-from topiarist.pipelines.oneshot import open_source, read_windows, resolve_method, resolve_patterns
-from topiarist.pipelines.refine import Refine
+from topiarist.pipelines.options import PruneOptions
+from topiarist.pipelines.setup import open_source
 from topiarist.pipelines.stream import BlockStream, GramGroup
 from topiarist.report import resident_bytes
-from topiarist.solvers import Solver
 from topiarist.sources import block_matrices, eager_experts, num_blocks
 from topiarist.store import Checkpoint
 
@@ -49,30 +46,12 @@ class Plan:
         ]
 
 
-def plan_prune(
-    model: str | Path,
-    *,
-    calibration: Any,
-    method: str | Solver = "alps",
-    pattern: str | float | Pattern = "2:4",
-    allocation: str | Path | Mapping[str, str | None] | None = None,
-    skip: Sequence[str] = (),
-    num_samples: int = 128,
-    window: int | None = None,
-    seed: int = 0,
-    batch_size: int = 8,
-    true_sequential: bool = False,
-    refine: Refine | bool = False,
-    device: str | torch.device | None = None,
-    spill: str | Path | None = None,
-    trust_remote_code: bool = False,
-) -> Plan:
-    """Probe the first block with two windows and extrapolate. Takes what `prune` takes; writes nothing."""
-    solver = resolve_method(method)
-    source, checkpoint, _ = open_source(model, None, device, trust_remote_code, planning=True)
+def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
+    """Probe the first block with two windows and extrapolate. Writes nothing."""
+    source, checkpoint, _ = open_source(model, None, options.device, options.trust_remote_code, planning=True)
     assert isinstance(checkpoint, Checkpoint)
-    patterns, _ = resolve_patterns(source, parse_pattern(pattern), allocation, skip)
-    windows = read_windows(source, checkpoint, calibration, None, num_samples, window, seed)
+    patterns, _ = fixed_patterns(options, source)
+    windows = options.windows(source, checkpoint)
     with eager_experts(source.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a probe of two windows is thin by design
         probe = windows.tokens[:PROBE_WINDOWS]
@@ -88,17 +67,17 @@ def plan_prune(
         advance_seconds = time.perf_counter() - start
         smallest = min(groups, key=lambda g: _work(g.matrices))
         start = time.perf_counter()
-        BlockPruner(solver, patterns).solve([smallest], smallest.matrices, path)
+        BlockPruner(options.solver, patterns).solve([smallest], smallest.matrices, path)
         rate = (time.perf_counter() - start) / _work(smallest.matrices)
     blocks = num_blocks(source)
-    passes = (2.0 if true_sequential else 1.0) * gram_seconds + advance_seconds
-    if refine:  # a step costs about three forwards, a check one
-        passes += advance_seconds * (1 + 4 * (refine.epochs if isinstance(refine, Refine) else Refine().epochs))
+    passes = (2.0 if options.true_sequential else 1.0) * gram_seconds + advance_seconds
+    if refinement := options.refinement:  # a step costs about three forwards, a check one
+        passes += advance_seconds * (1 + 4 * refinement.epochs)
     return Plan(
         blocks=blocks,
         matrices=len(matrices),
         peak_memory_bytes=resident_bytes()
-        + _working_set(source, stream, groups, len(windows.tokens), spill is not None),
+        + _working_set(source, stream, groups, len(windows.tokens), options.spill is not None),
         disk_bytes=checkpoint.weight_bytes(),
         forward_seconds=blocks * passes * len(windows.tokens) / len(probe),
         solver_seconds=blocks * rate * sum(_work(g.matrices) for g in groups),
