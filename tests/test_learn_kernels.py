@@ -88,7 +88,8 @@ def test_cpp_equals_plain_for_the_others(relaxation, shape, weight, logits, plai
     assert (ours - oracle).abs().max() < 1e-3 * oracle.abs().max()  # TopN's 1 / (1 - a) magnifies fp32 rounding
     steep = dataclasses.replace(DRAW, tau=1e-3, kappa=1e3, lam=0.0)
     ours, oracle = kernels.effective(relaxation, W, pi, steep), plain(kernels.effective, relaxation, W, pi, steep)
-    assert (ours != oracle).float().mean() < 0.02 and ours.isfinite().all()
+    apart = (ours.float() - oracle.float()).abs() > 1e-2 * W.float().abs()
+    assert apart.float().mean() < 0.01 and ours.isfinite().all()
     assert kernels.gradient(relaxation, W, pi, G, steep).isfinite().all()
     rows = slice(2, 4)
     part = dataclasses.replace(DRAW, first_row=DRAW.first_row + 2)

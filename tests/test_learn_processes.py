@@ -17,7 +17,14 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 import topiarist as tp
-from topiarist.masklearn import Preset, Schedule
+from topiarist.evaluate import load_model
+from topiarist.masklearn import Preset, Prior, Schedule
+from topiarist.patterns import parse_pattern
+from topiarist.pipelines.masking import targets
+from topiarist.pipelines.processes import Processes
+from topiarist.pipelines.setup import resolve_patterns
+from topiarist.pipelines.sharding import ShardedModel
+from topiarist.sources import LoadedModel
 
 RECIPE = Preset(
     steps=6, sequences=4, length=32, lr=Schedule(2e-2, 0.0, "cosine"), tau=Schedule(1.0, 0.05, "exponential"),
@@ -94,10 +101,26 @@ def test_two_killed_processes_resume(shard: bool, tmp_path: Path):
 
 
 def test_sequences_that_cannot_be_divided_are_refused(tmp_path: Path, monkeypatch):
-    from topiarist.pipelines.processes import Processes
-
     monkeypatch.setattr(Processes, "join", classmethod(lambda cls: cls(rank=0, size=3)))
     monkeypatch.setattr(Processes, "once", lambda self, what: what())
     base = tiny.tiny_checkpoint(tmp_path / "base")
     with pytest.raises(tp.CalibrationError, match="4 sequences a step cannot be divided among 3 processes"):
         run(base, tmp_path / "out", RECIPE)
+
+
+def test_what_cannot_be_sharded_is_refused(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    with pytest.raises(tp.TopiaristError, match="shards need several processes"):
+        run(base, tmp_path / "out", RECIPE, shard=True)
+    for processes, relaxation, pattern, message in (
+        (3, None, "2:4", "cannot be divided among 3 processes"),
+        (2, "bernoulli", "0.5", "looks at whole matrices"),
+    ):
+        source = LoadedModel(load_model(base))
+        patterns, _ = resolve_patterns(source, parse_pattern(pattern), None, [])
+        wanted = [target for block in targets(source, patterns) for target in block]
+        with pytest.raises(tp.PatternError, match=message):
+            ShardedModel(
+                source, wanted, {}, relaxation=relaxation, prior=Prior(), seed=0, dtype=torch.float32,
+                processes=Processes(0, processes),
+            )  # fmt: skip
