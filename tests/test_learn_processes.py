@@ -68,10 +68,18 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("shard", [False, True], ids=["copies", "shards"])
-@pytest.mark.parametrize("sample", ["step", "micro-batch"])
-def test_two_processes_learn_what_one_learns(sample: Any, shard: bool, tmp_path: Path):
-    base = tiny.tiny_checkpoint(tmp_path / "base")
+@pytest.mark.parametrize(
+    "family, sample, shard",
+    [
+        ("llama", "step", False),
+        ("llama", "micro-batch", False),
+        ("llama", "micro-batch", True),
+        ("gpt2", "step", True),  # Conv1D: sharded along its second axis
+        ("mixtral", "step", True),  # fused experts: some of them in each process
+    ],
+)
+def test_two_processes_learn_what_one_learns(family: str, sample: Any, shard: bool, tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base", family)
     recipe = replace(RECIPE, sample=sample)
     # Of two micro-batches the sum is the same in any order; more may differ in the last bit of an fp32 sum.
     exact = replace(recipe, sequences=2)
@@ -101,7 +109,7 @@ def test_two_killed_processes_resume(shard: bool, tmp_path: Path):
 
 
 def test_sequences_that_cannot_be_divided_are_refused(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(Processes, "join", classmethod(lambda cls: cls(rank=0, size=3)))
+    monkeypatch.setattr(Processes, "join", classmethod(lambda cls: Processes(0, 3)))
     monkeypatch.setattr(Processes, "once", lambda self, what: what())
     base = tiny.tiny_checkpoint(tmp_path / "base")
     with pytest.raises(tp.CalibrationError, match="4 sequences a step cannot be divided among 3 processes"):

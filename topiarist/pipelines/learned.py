@@ -11,12 +11,9 @@ exponentially there. 4. Biases stay. 5. A prior that is missing or not of the pa
 
 from __future__ import annotations
 
-import json
-import math
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,39 +21,32 @@ import torch
 from torch import Tensor, nn
 
 from topiarist.data import TextFiles
-from topiarist.errors import NumericalError, TopiaristError
+from topiarist.errors import TopiaristError
 from topiarist.masklearn import Preset, Prior
 from topiarist.patterns import Pattern, parse_pattern
 from topiarist.pipelines.learn_files import (
     PRIOR,
     STATE,
-    OpenedFolder,
     Scalars,
     keep_prior,
     layer_reports,
     mask_in_place,
     model_digest,
     open_output,
-    packed_prior,
     read_state,
     write_result,
 )
-from topiarist.pipelines.learn_job import Job, open_model, prepare
+from topiarist.pipelines.learn_job import open_model, prepare
+from topiarist.pipelines.learn_loop import Progress, Run
 from topiarist.pipelines.learn_report import LearnReport
 from topiarist.pipelines.masking import MaskedModel, targets
-from topiarist.pipelines.priors import given_masks, one_shot_masks, prior_identity
+from topiarist.pipelines.priors import given_masks, prior_identity
 from topiarist.pipelines.processes import Processes
 from topiarist.pipelines.recover import Recover, recover_weights
-from topiarist.pipelines.setup import resolve_method
 from topiarist.pipelines.sharding import ShardedModel
 from topiarist.pipelines.trainer import MaskTrainer
 from topiarist.report import peak_memory_bytes, reset_peak_memory
 from topiarist.solvers import SOLVERS
-from topiarist.sources import LoadedModel
-from topiarist.store import OutputFolder
-
-Progress = Callable[[str, int, int], None]
-"""(what is going on, done, in all)"""
 
 
 def learn(
@@ -162,7 +152,7 @@ def learn(
     saved = PRIOR if sharded else STATE
     state = read_state(output.folder / saved) if output is not None and processes.first else None
     tell = progress or (lambda *_: None)
-    run = _Run(source, job, processes, tell)
+    run = Run(source, job, processes, tell)
     masks = run.prior_masks(given or prior, state, seed)
     given.clear()
     options = Prior(gap=recipe.gap, alpha=recipe.alpha, std=recipe.std)
@@ -218,111 +208,6 @@ def learn(
     if isinstance(model, nn.Module):
         mask_in_place(wanted, final, replaced)
     return report
-
-
-@dataclass
-class _Run:
-    """What the stages of one run share."""
-
-    source: LoadedModel
-    job: Job
-    processes: Processes
-    progress: Progress
-
-    def note(self, message: str) -> None:
-        self.job.notes.append(message)
-        warnings.warn(message, UserWarning, stacklevel=3)
-
-    def prior_masks(
-        self, prior: Any, state: tuple[dict[str, Tensor], dict[str, str]] | None, seed: int
-    ) -> dict[str, Tensor]:
-        """The prior's masks: from a saved state, a file, or a one-shot method on some training sequences.
-
-        The first process finds them and tells the others.
-        """
-        job, wanted = self.job, self.job.targets
-        masks: dict[str, Tensor] = {}
-
-        def find() -> list[str]:
-            if state is not None:
-                masks.update({t.name: t.unpacked(state[0][f"{t.name} prior"]) for t in wanted})
-                job.notes[:] = json.loads(state[1]["notes"])
-            elif isinstance(prior, dict):
-                masks.update(prior)
-            else:
-                order = torch.randperm(len(job.training), generator=torch.Generator().manual_seed(seed))
-                sample = job.training[order[: job.recipe.prior_samples]]
-                found, warned = one_shot_masks(
-                    self.source,
-                    job.blocks,
-                    job.patterns,
-                    sample,
-                    resolve_method(prior),
-                    sweeps=job.recipe.prior_sweeps,
-                    progress=self.progress,
-                )
-                masks.update(found)
-                return warned
-            return []
-
-        self.job.notes.extend(self.processes.once(find))
-        if self.processes.size > 1:
-            for target in wanted:
-                mask = masks.get(target.name, torch.zeros(target.parameter.shape, dtype=torch.bool))
-                told = self.processes.same(mask.to(self.source.device, torch.uint8).contiguous())
-                masks[target.name] = told.bool()
-        return masks
-
-    def resume(
-        self,
-        trainer: MaskTrainer,
-        output: OpenedFolder | None,
-        state: tuple[dict[str, Tensor], dict[str, str]] | None,
-    ) -> None:
-        """Go on from the saved state, if there is one: every process from the first one's, or each with its own rows."""
-        if not isinstance(trainer.masked, ShardedModel):
-            if state is not None:
-                trainer.load(*state)
-            trainer.share()
-        elif output is not None:
-            loop = trainer.masked.load(output.folder, trainer.tensors())
-            if loop is not None:
-                trainer.go_on(loop)
-
-    def loop(self, trainer: MaskTrainer, every: int, stop: bool, output: OpenedFolder | None, scalars: Scalars) -> None:
-        """Steps, evaluations and saved states until the end or the stop rule."""
-        total, on_cpu = trainer.preset.steps, self.source.device.type == "cpu"
-        if not trainer.history:
-            self._look(trainer, output, scalars)
-        while trainer.step < total and not (stop and trainer.settled):
-            loss = trainer.run_step()
-            if on_cpu:  # elsewhere reading the loss would make the host wait for the device
-                self.progress(f"learning, loss {float(loss):.3f}", trainer.step, total)
-            broken = on_cpu and not math.isfinite(float(loss))
-            if trainer.step % every == 0 or trainer.step == total or broken:
-                self._look(trainer, output, scalars)
-
-    def _look(self, trainer: MaskTrainer, output: OpenedFolder | None, scalars: Scalars) -> None:
-        """Evaluate, then save: what is saved is known to be finite."""
-        try:
-            entry = trainer.evaluate()
-        except NumericalError as error:
-            kept = f"; the last good state stays in {output.folder}" if output is not None and trainer.history else ""
-            raise NumericalError(f"{error}{kept}: lower the learning rate, or use another seed") from error
-        scalars.write(entry)
-        if output is not None:
-            self._save(trainer, output)
-        perplexity = math.exp(min(entry["hard_loss"], 700.0))
-        self.progress(f"hard mask {perplexity:.2f}, {entry['flips']:.2%} changed", trainer.step, trainer.preset.steps)
-
-    def _save(self, trainer: MaskTrainer, output: OpenedFolder) -> None:
-        if isinstance(trainer.masked, ShardedModel):
-            trainer.masked.save(output.folder, trainer.step, trainer.tensors(), trainer.progress())
-            return
-        prior = packed_prior(self.job.targets, trainer.masked.prior_bits)
-        notes = {"notes": json.dumps(self.job.notes)}  # a resume does not compute the prior and its warnings again
-        folder = OutputFolder(output.folder, output.fingerprint)
-        self.processes.once(lambda: folder.write_state(STATE, trainer.tensors() | prior, trainer.progress() | notes))
 
 
 def _check_sharding(sharded: bool, processes: Processes, model: Any, recover: Any) -> None:

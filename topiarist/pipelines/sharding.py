@@ -113,7 +113,8 @@ class ShardedModel(MaskedModel):
         for index, (target, kind) in enumerate(zip(wanted, kinds, strict=True)):
             parameter = target.parameter_itself
             assert isinstance(parameter, DTensor)
-            rows = _matrices(parameter.to_local().detach(), target.transposed).flatten(0, -2).clone()
+            rows = _matrices(parameter.to_local().detach(), target.transposed).flatten(0, -2)
+            rows = rows.clone(memory_format=torch.contiguous_format)
             first = processes.rank * len(rows)
             mask = target.rows(masks[target.name])[first : first + len(rows)]
             layer = MaskShard(
@@ -206,6 +207,7 @@ class ShardedModel(MaskedModel):
 
         self.processes.once(point)
 
+    @torch.no_grad()
     def load(self, folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str] | None:
         """Fill `tensors` from the last whole state, whatever number of processes wrote it. What `save` was told, or
         None if there is no state.
@@ -226,6 +228,9 @@ class ShardedModel(MaskedModel):
             load(state, checkpoint_id=folder / STATES / found[0])
         except (OSError, CheckpointException) as error:
             raise CheckpointError(f"cannot read {folder / STATES / found[0]}: {_reason(error)}") from error
+        for key, tensor in tensors.items():  # what lies on another device than the mesh was read into a copy
+            read = state[key]
+            tensor.copy_(read.to_local() if isinstance(read, DTensor) else read)
         return found[1]
 
 
