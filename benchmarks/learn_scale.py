@@ -197,8 +197,8 @@ step of the demo model, four sequences of 512, took {step} s. From 7B on this sa
 ## Time on GPUs
 Not measured: no GPU was at hand. What a step needs is countable: 6 flops a masked weight and token (three products; the weights
 are frozen, but the mask's gradient needs d loss / d(W * M)), 4 for the head, a third more of the first with activation
-checkpointing; and two draws of the mask and one backward pass with Adam a step: about 8 bytes of memory traffic a weight a draw
-and 30 for the backward pass. Divide by what your GPU sustains.
+checkpointing; and two draws of the mask and one backward pass with Adam a step: 10 bytes of memory traffic a weight a draw
+and 28 for the backward pass. Divide by what your GPU sustains.
 """
 
 
