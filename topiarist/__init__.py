@@ -21,6 +21,7 @@ from topiarist.pipelines.learn_report import LearnReport
 from topiarist.pipelines.learned import learn
 from topiarist.pipelines.oneshot import prune, prune_module
 from topiarist.pipelines.recover import Recover
+from topiarist.pipelines.sparsellm import SparseLLM
 from topiarist.report import Report
 from topiarist.solvers import Solution
 
@@ -40,6 +41,7 @@ __all__ = [
     "Recover",
     "Report",
     "Solution",
+    "SparseLLM",
     "TopiaristError",
     "TransposableNM",
     "Unstructured",

@@ -39,7 +39,7 @@ def prune(
     model: Annotated[str, typer.Argument(help="model folder or hub id")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the pruned checkpoint")],
     calibration: Text,
-    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt or alps")] = "alps",
+    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, alps or sparsellm")] = "alps",
     pattern: Annotated[
         str | None, typer.Option(help="2:4 keeps 2 of 4; 0.7 makes 70 % zeros; 0.7/row; default 2:4")
     ] = None,
@@ -120,6 +120,8 @@ def prune(
     out.print(table)
     run = report.run
     out.print(f"{run['seconds']:.0f} s, peak memory {run['peak_memory_bytes'] / 1e9:.2f} GB; written to {output}")
+    if (kept := output.with_name(output.name + ".search")).is_dir():
+        out.print(f"{kept} holds the solutions that the search used: another sparsity needs them, nothing else does")
 
 
 for group in (cli_allocate.COMMANDS, cli_report.COMMANDS, cli_masks.COMMANDS, cli_runtime.COMMANDS):

@@ -34,13 +34,13 @@ def filled(cls: type, option: str, assignments: list[str]) -> Any:
 
 
 def solver_from_text(name: str, assignments: list[str]) -> Any:
-    """A solver from its name and `field=value` texts."""
+    """A method from its name and `field=value` texts."""
     from topiarist.errors import TopiaristError
-    from topiarist.solvers import SOLVERS
+    from topiarist.pipelines.sparsellm import METHODS
 
-    if name not in SOLVERS:
-        raise TopiaristError(f"unknown method {name!r}; choose one of {', '.join(SOLVERS)}")
-    return filled(SOLVERS[name], "--set", assignments)
+    if name not in METHODS:
+        raise TopiaristError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
+    return filled(METHODS[name], "--set", assignments)
 
 
 def rule_from_text(text: str | None) -> Any:

@@ -7,7 +7,7 @@ model over stubs, and matrices are found by type. A row says only what cannot be
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +16,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from topiarist.errors import UnsupportedModel
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Where a block's feed-forward network is: down(act(gate) * up), or down(act(up)) without a gate. Names are relative to
+    the block, and its own activation is used: what the config chose is what runs."""
+
+    first: tuple[str, ...]
+    """The matrices that read its input, gate above up; one name if they are stored as one matrix."""
+    down: str
+    activation: str
+    gated: bool = True
 
 
 @dataclass(frozen=True)
@@ -31,15 +43,20 @@ class Family:
     concatenated along `out`; `{e}` is the expert. Checkpoints that already hold the fused name need nothing."""
     renames: tuple[tuple[str, str], ...] = ()
     """(in checkpoints on disk, in the module) pieces of names."""
+    feed_forward: tuple[FeedForward, ...] = ()
+    """Where its feed-forward network is, in every kind of block it has; experts are not meant."""
 
 
-_LLAMA_LIKE = Family()
+_GATED = FeedForward(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", "mlp.act_fn")
+_GPT2 = FeedForward(("mlp.c_fc",), "mlp.c_proj", "mlp.act", gated=False)
+_LLAMA_LIKE = Family(feed_forward=(_GATED,))
 _QWEN_MOE = Family(
     skip=("mlp.gate", "mlp.shared_expert_gate"),
     experts={
         "mlp.experts.gate_up_proj": ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
         "mlp.experts.down_proj": ("mlp.experts.{e}.down_proj.weight",),
     },
+    feed_forward=(_GATED,),
 )
 _MIXTRAL = Family(
     skip=("mlp.gate",),
@@ -62,18 +79,33 @@ FAMILIES: dict[str, Family] = {
     "gemma": _LLAMA_LIKE,
     "gemma2": _LLAMA_LIKE,
     "gemma3_text": _LLAMA_LIKE,
-    "phi3": _LLAMA_LIKE,
+    "phi3": Family(feed_forward=(FeedForward(("mlp.gate_up_proj",), "mlp.down_proj", "mlp.activation_fn"),)),
     "olmo2": _LLAMA_LIKE,
     "granite": _LLAMA_LIKE,
     "smollm3": _LLAMA_LIKE,
-    "starcoder2": _LLAMA_LIKE,
+    "starcoder2": Family(feed_forward=(_GPT2,)),
     "cohere": _LLAMA_LIKE,
     "stablelm": _LLAMA_LIKE,
-    "opt": Family(blocks="model.decoder.layers"),
-    "gpt2": Family(blocks="transformer.h"),
-    "gpt_neox": Family(blocks="gpt_neox.layers"),
+    "opt": Family(
+        blocks="model.decoder.layers", feed_forward=(FeedForward(("fc1",), "fc2", "activation_fn", gated=False),)
+    ),
+    "gpt2": Family(blocks="transformer.h", feed_forward=(_GPT2,)),
+    "gpt_neox": Family(
+        blocks="gpt_neox.layers",
+        feed_forward=(FeedForward(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", "mlp.act", gated=False),),
+    ),
     "mixtral": _MIXTRAL,
-    "qwen2_moe": _QWEN_MOE,
+    "qwen2_moe": replace(
+        _QWEN_MOE,
+        feed_forward=(
+            _GATED,
+            FeedForward(
+                ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+                "mlp.shared_expert.down_proj",
+                "mlp.shared_expert.act_fn",
+            ),
+        ),
+    ),
     "qwen3_moe": _QWEN_MOE,
     "olmoe": _QWEN_MOE,
 }

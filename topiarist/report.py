@@ -42,6 +42,18 @@ class BlockRefinement:
     """0 if no epoch was better than the unrefined block, which is then kept."""
 
 
+@dataclass(frozen=True)
+class JointBlock:
+    """A feed-forward network that was pruned as a whole."""
+
+    name: str
+    errors: Mapping[str, float]
+    """Relative squared error of its output on the windows that choose, after every step: `local` is the local solver
+    alone, then `epoch 1`, ..., `down_refit`."""
+    best: str
+    """The step that was kept."""
+
+
 @dataclass
 class Report:
     """The result of `prune`. `to_dict` holds only what repeats; seconds and memory stay in `run`."""
@@ -54,6 +66,8 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     refined: list[BlockRefinement] = field(default_factory=list)
     """A BlockRefinement of every block, if refinement was asked for."""
+    joint: list[JointBlock] = field(default_factory=list)
+    """A JointBlock of every feed-forward network, if the method prunes them as a whole."""
     warnings: list[str] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
     """The command line that repeats this run."""
@@ -80,6 +94,7 @@ class Report:
             calibration=plain["calibration"],
             layers=[LayerReport.from_dict(layer) for layer in plain["layers"]],
             refined=[BlockRefinement(**block) for block in plain["refined"]],
+            joint=[JointBlock(**block) for block in plain.get("joint", [])],
             warnings=plain["warnings"],
             command=plain.get("command", []),
             not_in_command=plain.get("not_in_command", []),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import nn
 from topiarist.allocate import Rule, recipe
 from topiarist.data import TextFiles, Windows
 from topiarist.pipelines.options import PruneOptions
-from topiarist.solvers import SOLVERS
+from topiarist.pipelines.sparsellm import METHODS, SparseLLM
+from topiarist.solvers import SOLVERS, Solver
 
 
 def prune_command(
@@ -37,8 +38,13 @@ def prune_command(
         said(None if isinstance(model, nn.Module) else str(model), "MODEL", "a model object"),
     ]
     words.append("OUT")
-    method = next((name for name, cls in SOLVERS.items() if type(solver) is cls), None)
+    method = next((name for name, cls in METHODS.items() if type(solver) is cls), None)
     words += ["--method", said(method, "METHOD", f"the solver {type(solver).__name__}")]
+    if isinstance(solver, SparseLLM) and isinstance(solver.local, Solver):
+        # The command line takes a local solver by its name alone.
+        if solver.local not in [cls() for cls in SOLVERS.values()]:
+            unsaid.append(f"the settings of the local solver {solver.local_name}")
+        solver = replace(solver, local=solver.local_name if solver.local_name in SOLVERS else "sparsegpt")
     words += _settings(solver, "--set")
     if allocation is None or options.pattern is not None or options.rule is not None:
         words += ["--pattern", str(options.base_pattern)]

@@ -17,9 +17,9 @@ from topiarist.pipelines.learn_files import STATE, OpenedFolder, Scalars, packed
 from topiarist.pipelines.learn_job import Job
 from topiarist.pipelines.priors import one_shot_masks
 from topiarist.pipelines.processes import Processes
-from topiarist.pipelines.setup import resolve_method
 from topiarist.pipelines.sharding import ShardedModel
 from topiarist.pipelines.trainer import MaskTrainer
+from topiarist.solvers import SOLVERS
 from topiarist.sources import LoadedModel
 from topiarist.store import OutputFolder
 
@@ -64,7 +64,7 @@ class Run:
                     job.blocks,
                     job.patterns,
                     sample,
-                    resolve_method(prior),
+                    SOLVERS[prior](),
                     sweeps=job.recipe.prior_sweeps,
                     progress=self.progress,
                 )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from topiarist import allocate
 from topiarist.allocate import Rule, recipe
 from topiarist.data import TextFiles
-from topiarist.errors import CalibrationError
+from topiarist.errors import CalibrationError, UnsupportedModel
 from topiarist.models import matrices_of
 from topiarist.patterns import Pattern, parse_pattern
 from topiarist.pipelines.allocation import allocated, fixed_patterns
@@ -22,12 +22,12 @@ from topiarist.pipelines.block import BlockPruner, check_finite
 from topiarist.pipelines.command import prune_command
 from topiarist.pipelines.options import Progress, PruneOptions
 from topiarist.pipelines.refine import Refine
-from topiarist.pipelines.setup import method_name, open_source, resolve_method
+from topiarist.pipelines.setup import open_source, resolve_method
+from topiarist.pipelines.sparsellm import Method, SparseLLM, method_name, settings_of
 from topiarist.pipelines.stream import GramCollector, watch_inputs
 from topiarist.pipelines.walk import Walk
 from topiarist.pipelines.written import finish, save_loaded, weights_of
 from topiarist.report import Report, peak_memory_bytes, reset_peak_memory
-from topiarist.solvers import Solver
 from topiarist.sources import eager_experts
 from topiarist.store import OutputFolder
 
@@ -37,7 +37,7 @@ def prune(
     out: str | Path | None = None,
     *,
     calibration: TextFiles | Tensor | Sequence[str],
-    method: str | Solver = "alps",
+    method: str | Method = "alps",
     pattern: str | float | Pattern | None = None,
     allocation: str | Path | Rule | Mapping[str, str | None] | None = None,
     allocation_work: str | Path | None = None,
@@ -110,7 +110,7 @@ def prune_with(
     command, unsaid = prune_command(model, options, windows)
     report = Report(
         method=method_name(solver),
-        settings=asdict(solver),
+        settings=settings_of(solver),
         pattern="mixed" if options.allocation is not None else str(options.base_pattern),
         model=name,
         calibration={
@@ -125,7 +125,7 @@ def prune_with(
         not_in_command=unsaid,
         weights=weights_of(source.model, checkpoint),
     )
-    pruner = BlockPruner(solver, patterns, refinement)
+    pruner = BlockPruner.of(solver, patterns, refinement, sequential=options.true_sequential)
     for expression in unmatched:
         pruner.warn(f"--skip {expression!r} matches no layer", UserWarning)
     output = None
@@ -149,7 +149,7 @@ def prune_with(
             report.layers = walk.in_memory()
         else:
             report.layers = walk.streamed(checkpoint, output)
-    report.warnings, report.refined = pruner.warned, pruner.refined
+    report.warnings, report.refined, report.joint = pruner.warned, pruner.refined, pruner.joined
     report.output = None if out is None else str(out)
     report.run = {
         "seconds": time.perf_counter() - started,
@@ -170,7 +170,7 @@ def prune_module(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    method: str | Solver = "alps",
+    method: str | Method = "alps",
     pattern: str | float | Pattern = "2:4",
     skip: Sequence[str] = (),
 ) -> Report:
@@ -180,6 +180,10 @@ def prune_module(
     memory at once. Raises CalibrationError if there is no batch.
     """
     solver, base_pattern = resolve_method(method), parse_pattern(pattern)
+    if isinstance(solver, SparseLLM):
+        raise UnsupportedModel(
+            "sparsellm has to know where feed-forward networks are; give any module its local solver"
+        )
     check_finite(model, "")
     matrices = matrices_of(model)
     patterns, _ = allocate.without(allocate.uniform({m.name: m.shape for m in matrices}, base_pattern), skip)

@@ -15,7 +15,7 @@ from topiarist.data import TextFiles, Windows
 from topiarist.patterns import Pattern, parse_pattern
 from topiarist.pipelines.refine import Refine
 from topiarist.pipelines.setup import read_windows, resolve_method
-from topiarist.solvers import Solver
+from topiarist.pipelines.sparsellm import Method
 from topiarist.sources import Source
 from topiarist.store import Checkpoint
 
@@ -28,7 +28,7 @@ class PruneOptions:
     """Everything that `tp.prune` takes beside the model, the output folder and the progress bar; explained there."""
 
     calibration: TextFiles | Tensor | Sequence[str]
-    method: str | Solver = "alps"
+    method: str | Method = "alps"
     pattern: str | float | Pattern | None = None
     allocation: str | Path | Rule | Mapping[str, str | None] | None = None
     allocation_work: str | Path | None = None
@@ -45,7 +45,7 @@ class PruneOptions:
     trust_remote_code: bool = False
 
     @property
-    def solver(self) -> Solver:
+    def solver(self) -> Method:
         return resolve_method(self.method)
 
     @property

@@ -15,22 +15,18 @@ from topiarist.data import TextFiles, Windows, calibration_windows, load_tokeniz
 from topiarist.errors import CalibrationError, CheckpointError, PatternError, TopiaristError
 from topiarist.models import block_names
 from topiarist.patterns import Pattern
-from topiarist.solvers import SOLVERS, Solver
+from topiarist.pipelines.sparsellm import METHODS, Method
 from topiarist.sources import LoadedModel, Source, StreamedModel, block_matrices
 from topiarist.store import Checkpoint, locate
 
 
-def resolve_method(method: str | Solver) -> Solver:
-    """A solver by its name in SOLVERS, or the solver itself."""
-    if isinstance(method, Solver):
+def resolve_method(method: str | Method) -> Method:
+    """A method by its name in METHODS, or the method itself."""
+    if not isinstance(method, str):
         return method
-    if method not in SOLVERS:
-        raise TopiaristError(f"unknown method {method!r}; choose one of {', '.join(SOLVERS)}")
-    return SOLVERS[method]()
-
-
-def method_name(solver: Solver) -> str:
-    return next((name for name, cls in SOLVERS.items() if type(solver) is cls), type(solver).__name__)
+    if method not in METHODS:
+        raise TopiaristError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    return METHODS[method]()
 
 
 def open_source(

@@ -11,7 +11,7 @@ from topiarist.models import block_names
 from topiarist.pipelines.block import BlockPruner
 from topiarist.pipelines.options import Progress, PruneOptions
 from topiarist.pipelines.stream import BlockStream
-from topiarist.report import BlockRefinement, LayerReport
+from topiarist.report import BlockRefinement, JointBlock, LayerReport
 from topiarist.sources import LoadedModel, StreamedModel, block_matrices
 from topiarist.store import Checkpoint, OutputFolder
 
@@ -84,14 +84,17 @@ class Walk:
                 layers += [LayerReport.from_dict(layer) for layer in line["layers"]]
                 self.pruner.warned += line["warnings"]
                 self.pruner.refined += [BlockRefinement(**refined) for refined in line["refined"]]
+                self.pruner.joined += [JointBlock(**joint) for joint in line.get("joint", [])]
             else:
                 warned, refined = len(self.pruner.warned), len(self.pruner.refined)
+                joined = len(self.pruner.joined)
                 new = self._prune_block(stream, index)
                 layers += new
                 info = {
                     "layers": [asdict(layer) for layer in new],
                     "warnings": self.pruner.warned[warned:],
                     "refined": [asdict(done) for done in self.pruner.refined[refined:]],
+                    "joint": [asdict(done) for done in self.pruner.joined[joined:]],
                 }
                 with self.pruner.timed("write"):
                     output.write_shard(_shard_name(number, total), self.source.block_on_disk(index), info)
