@@ -5,28 +5,33 @@
 
 The first learns on the demo's calibration text (or on openwebtext and wikipedia of DIR/train, without every tenth
 document) and keeps the mask of every evaluation; killed, it goes on. The second measures them on the first 16 windows
-of 1024 tokens of the demo's held-out texts and appends the table to docs/results-learn.md.
+of 1024 tokens of the demo's held-out texts, one mask after another (finished ones stay in docs/learn-curve.jsonl), and
+prints the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
 import topiarist as tp
+from benchmarks.learn_cells import cell, demo_windows, finished
 from benchmarks.quality import documents
 from demo.assets import model_dir, text_dir
-from topiarist.data import evaluation_windows, load_tokenizer
 from topiarist.evaluate import load_model
 from topiarist.masklearn import relaxation_for
 from topiarist.masks import read_npz, write_npz
 from topiarist.pipelines.learn_files import STATE
+
+CELLS = Path("docs/learn-curve.jsonl")
 
 
 def keep_mask(out: Path, kept: Path, pattern: str) -> None:
@@ -62,37 +67,36 @@ def run(options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
+    """Every kept mask on text that chose nothing; a mask is measured once, the last first."""
     report = json.loads((options.out / "pruning_report.json").read_text())
-    tokens = {entry["step"]: entry["tokens"] for entry in report["history"]}
-    tokenizer = load_tokenizer(model_dir())
-    texts = {
-        name: evaluation_windows(
-            tp.text_files(text_dir() / f"heldout_{name}.jsonl"), tokenizer, window=1024, max_windows=16
-        )
-        for name in ("c4", "wikipedia")
-    }
-    dense = load_model(model_dir()).state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in dense.items()}
-    lines = ["| step | tokens seen | changed | training slice | c4 | wikipedia |", "|---|---|---|---|---|---|"]
-    entries = {entry["step"]: entry for entry in report["history"]}
-    for path in sorted(options.out.with_name(options.out.name + "-masks").glob("*.npz")):
-        step, model = int(path.stem), load_model(model_dir())
+    settings = report["settings"]
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_model(model_dir()).state_dict().items()}
+    texts = demo_windows(16)
+
+    def perplexities(path: Path) -> dict[str, Any]:
+        model = load_model(model_dir())
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name, mask in read_npz(path, shapes).items():
                 parameters[name].masked_fill_(~mask, 0.0)
-        values = " | ".join(f"{tp.perplexity(model, windows).value:.1f}" for windows in texts.values())
-        entry = entries[step]
-        slice_ = torch.tensor(entry["hard_loss"]).exp()
-        lines.append(f"| {step} | {tokens[step]:,} | {entry['flips']:.2%} | {slice_:.1f} | {values} |")
-        print(lines[-1], flush=True)
-    settings = report["settings"]
-    note = (
-        f"{time.strftime('%Y-%m-%d')}, {settings['preset']}, prior {settings['prior']}, {settings['steps']} steps; "
-        f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
-    )
-    with Path("docs/results-learn.md").open("a") as file:
-        file.write("\n" + note + "\n\n" + "\n".join(lines) + "\n")
+        return {"perplexity": {name: tp.perplexity(model, windows).value for name, windows in texts.items()}}
+
+    run = f"{settings['preset']} {settings['prior']} {settings['steps']} steps {report['data']['digest'][:8]}"
+    entries = {entry["step"]: entry for entry in report["history"]}
+    paths = sorted(options.out.with_name(options.out.name + "-masks").glob("*.npz"))
+    for path in reversed(paths):
+        found = cell(CELLS, f"{run}, step {int(path.stem)}", lambda path=path: perplexities(path))
+        print(f"step {int(path.stem)}: {found['perplexity']}", flush=True)
+    lines = ["| step | tokens seen | changed | training slice | c4 | wikipedia |", "|---|---|---|---|---|---|"]
+    for path in paths:
+        entry = entries[int(path.stem)]
+        value = finished(CELLS)[f"{run}, step {entry['step']}"]["perplexity"]
+        lines.append(
+            f"| {entry['step']} | {entry['tokens']:,} | {entry['flips']:.2%} | {math.exp(entry['hard_loss']):.1f} | "
+            f"{value['c4']:.1f} | {value['wikipedia']:.1f} |"
+        )
+    note = f"{time.strftime('%Y-%m-%d')}, {run}; {platform.machine()}, torch {torch.__version__}"
+    print("\n".join([note, "", *lines]))
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """One masked training step against one full training step of the dense model: same process, model and batch.
 
-    python benchmarks/learn_step.py [--model FOLDER] [--repeat 5] [--threads N] [--lean] [--clip]
+    python benchmarks/learn_step.py [--model FOLDER] [--repeat 5] [--threads N] [--lean] [--clip] [--relaxation topn]
 
 Prints one table and writes it, dated and with the machine named, to benchmarks/results/learn_step.md. Both steps run in
 bf16 on 2,048 tokens: forward, backward, optimiser (AdamW on all weights; on the logits of every linear in the blocks).
@@ -41,7 +41,7 @@ def demo_model(folder: str | None) -> nn.Module:
     return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
-def masked_copy(model: nn.Module, pattern: NM, dtype: torch.dtype) -> nn.Module:
+def masked_copy(model: nn.Module, pattern: NM, dtype: torch.dtype, relaxation: str) -> nn.Module:
     """A copy that shares the frozen weights, with a learned mask on every linear in the blocks."""
     import copy
 
@@ -50,7 +50,7 @@ def masked_copy(model: nn.Module, pattern: NM, dtype: torch.dtype) -> nn.Module:
     linears = [(name, m) for name, m in masked.named_modules() if isinstance(m, nn.Linear) and ".layers." in name]
     for index, (name, linear) in enumerate(linears):
         prior = pattern.mask(linear.weight.float().abs())
-        layer = MaskedLinear.from_module(linear, relaxation_for(pattern), prior, index=index, dtype=dtype)
+        layer = MaskedLinear.from_module(linear, relaxation_for(pattern, relaxation), prior, index=index, dtype=dtype)
         masked.set_submodule(name, layer)
     return masked.train()
 
@@ -68,13 +68,14 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--lean", action="store_true", help="bf16 logits, one second moment per group")
+    parser.add_argument("--relaxation", default="categorical", choices=["categorical", "topn"])
     parser.add_argument("--clip", action="store_true", help="clip the gradient's norm: one more pass over the masks")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
     dense = demo_model(args.model).train()
-    masked = masked_copy(dense, NM(2, 4), torch.bfloat16 if args.lean else torch.float32)
+    masked = masked_copy(dense, NM(2, 4), torch.bfloat16 if args.lean else torch.float32, args.relaxation)
     layers = learned_masks(masked)
     tokens = torch.randint(0, dense.config.vocab_size, (2, 1024))
     dense_optimizer = torch.optim.AdamW(dense.parameters(), lr=0.0)  # rate zero: the shared weights must not move
@@ -105,6 +106,7 @@ def main() -> None:
     best = {name: min(times[1:]) for name, times in phases.items()}
     weights = sum(layer.weight.numel() for layer in layers)
     name = f"{weights / 1e6:.1f} M{' lean' if args.lean else ''}{' clipped' if args.clip else ''}"
+    name += "" if args.relaxation == "categorical" else f" {args.relaxation}"
     seconds = " | ".join(f"{cpu:.2f} ({wall:.2f})" for cpu, wall in best.values())
     lines = [
         f"| masked weights | {' | '.join(best)} | ratio | bytes per weight |",

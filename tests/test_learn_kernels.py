@@ -63,6 +63,41 @@ def test_cpp_equals_plain(pattern, shape, weight, logits, plain):
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    "relaxation, shape",
+    [
+        (TopN(NM(2, 4)), (40, 1200)),
+        (TopN(NM(8, 16)), (5, 48)),
+        (TopN(NM(1, 3)), (4, 30)),
+        (Bernoulli(Unstructured(0.5)), (7, 300)),
+        (Bernoulli(Unstructured(0.8), density_weight=50.0), (33, 20)),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("logits", [torch.float32, torch.bfloat16])
+def test_cpp_equals_plain_for_the_others(relaxation, shape, weight, logits, plain):
+    generator = torch.Generator().manual_seed(0)
+    W, G = (torch.randn(shape, generator=generator).to(weight) for _ in range(2))
+    prior = Prior(gap=None, alpha=2.0)
+    pi = relaxation.init_logits(relaxation.pattern.mask(W.float().abs()), prior, seed=0, layer=0).to(logits)
+    ours, oracle = kernels.effective(relaxation, W, pi, DRAW), plain(kernels.effective, relaxation, W, pi, DRAW)
+    bound = 1e-5 if weight == torch.float32 else 2**-7
+    assert ((ours.float() - oracle.float()).abs() <= bound * W.float().abs() + 1e-30).all()
+    ours, oracle = kernels.gradient(relaxation, W, pi, G, DRAW), plain(kernels.gradient, relaxation, W, pi, G, DRAW)
+    assert (ours - oracle).abs().max() < 1e-3 * oracle.abs().max()  # TopN's 1 / (1 - a) magnifies fp32 rounding
+    steep = dataclasses.replace(DRAW, tau=1e-3, kappa=1e3, lam=0.0)
+    ours, oracle = kernels.effective(relaxation, W, pi, steep), plain(kernels.effective, relaxation, W, pi, steep)
+    apart = (ours.float() - oracle.float()).abs() > 1e-2 * W.float().abs()
+    assert apart.float().mean() < 0.01 and ours.isfinite().all()
+    assert kernels.gradient(relaxation, W, pi, G, steep).isfinite().all()
+    rows = slice(2, 4)
+    part = dataclasses.replace(DRAW, first_row=DRAW.first_row + 2)
+    alone = kernels.effective(relaxation, W[rows], pi[rows], part)
+    assert torch.equal(alone, kernels.effective(relaxation, W, pi, DRAW)[rows])
+
+
+@needs_compiler
 def test_cpp_takes_extreme_and_broken_numbers(plain):
     relaxation, W, _, pi = problem("2:4", (4, 16))
     for tau, kappa in ((1e-3, 1e4), (1e3, 1.0)):

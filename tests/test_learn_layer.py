@@ -170,6 +170,9 @@ def test_schedules():
         0.01
     )
     assert Schedule(1.0, 0.1, "cosine")(5, 11) == pytest.approx(0.55)
+    warm = Schedule(1.0, 0.0, "cosine", warmup=3)
+    assert [warm(step, 1001) for step in range(3)] == pytest.approx([0.25, 0.5, 0.75], abs=1e-4)
+    assert warm(3, 11) == Schedule(1.0, 0.0, "cosine")(3, 11) and warm(10, 11) == 0.0
     for bad in (
         lambda: Schedule(1.0, 0.0, "exponential"),
         lambda: Schedule(1.0, 2.0, "cubic"),

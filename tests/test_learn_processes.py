@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,14 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 import topiarist as tp
-from topiarist.masklearn import Preset, Schedule
+from topiarist.evaluate import load_model
+from topiarist.masklearn import Preset, Prior, Schedule
+from topiarist.patterns import parse_pattern
+from topiarist.pipelines.masking import targets
+from topiarist.pipelines.processes import Processes
+from topiarist.pipelines.setup import resolve_patterns
+from topiarist.pipelines.sharding import ShardedModel
+from topiarist.sources import LoadedModel
 
 RECIPE = Preset(
     steps=6, sequences=4, length=32, lr=Schedule(2e-2, 0.0, "cosine"), tau=Schedule(1.0, 0.05, "exponential"),
@@ -25,28 +33,28 @@ RECIPE = Preset(
 
 
 def run(base: Path, out: Path, recipe: Preset, **options: Any) -> tp.LearnReport:
-    data = tiny.tiny_tokens(40, 32)
+    data = tiny.tiny_tokens(2, 32).repeat(20, 1)  # what is held out is what is learned, so the masks do get better
     return tp.learn(base, out, data=data, preset=recipe, prior="magnitude", evaluate_every=2, **options)
 
 
-def one_of_two(rank: int, port: int, base: Path, out: Path, recipe: Preset, stop_at: int | None) -> None:
+def one_of_two(rank: int, port: int, base: Path, out: Path, recipe: Preset, shard: bool, stop_at: int | None) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
 
     def progress(what: str, done: int, total: int) -> None:
         if stop_at is not None and what.startswith("learning") and done > stop_at:
-            os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    run(base, out, recipe, batch_size=1, progress=progress)
+    run(base, out, recipe, batch_size=1, shard=shard, progress=progress)
     dist.destroy_process_group()
 
 
-def two(base: Path, out: Path, recipe: Preset, stop_at: int | None = None) -> None:
+def two(base: Path, out: Path, recipe: Preset, *, shard: bool, stop_at: int | None = None) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = mp.get_context("fork")  # torch and transformers are there already
-    workers = [context.Process(target=one_of_two, args=(r, port, base, out, recipe, stop_at)) for r in range(2)]
+    workers = [context.Process(target=one_of_two, args=(r, port, base, out, recipe, shard, stop_at)) for r in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -60,14 +68,25 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("sample", ["step", "micro-batch"])
-def test_two_processes_learn_what_one_learns(sample: Any, tmp_path: Path):
-    base = tiny.tiny_checkpoint(tmp_path / "base")
+@pytest.mark.parametrize(
+    "family, sample, shard",
+    [
+        ("llama", "step", False),
+        ("llama", "micro-batch", False),
+        ("llama", "micro-batch", True),
+        ("gpt2", "step", True),  # Conv1D: sharded along its second axis
+        ("mixtral", "step", True),  # fused experts: some of them in each process
+    ],
+)
+def test_two_processes_learn_what_one_learns(family: str, sample: Any, shard: bool, tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base", family)
     recipe = replace(RECIPE, sample=sample)
     # Of two micro-batches the sum is the same in any order; more may differ in the last bit of an fp32 sum.
     exact = replace(recipe, sequences=2)
-    report = run(base, tmp_path / "one", exact, batch_size=1)
-    two(base, tmp_path / "two", exact)
+    # Shards draw one mask for all that runs at a time: with noise for each micro-batch, one forward of both sequences.
+    together = 2 if shard and sample == "micro-batch" else 1
+    report = run(base, tmp_path / "one", exact, batch_size=together)
+    two(base, tmp_path / "two", exact, shard=shard)
     wanted, found = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
     assert report.flips > 0.01 and all(torch.equal(wanted[n], found[n]) for n in wanted)
     history = [tp.LearnReport.from_folder(tmp_path / name).history for name in ("one", "two")]
@@ -76,21 +95,40 @@ def test_two_processes_learn_what_one_learns(sample: Any, tmp_path: Path):
 
 
 @pytest.mark.distributed
-def test_two_processes_resume(tmp_path: Path):
+@pytest.mark.parametrize("shard", [False, True], ids=["copies", "shards"])
+def test_two_killed_processes_resume(shard: bool, tmp_path: Path):
     base = tiny.tiny_checkpoint(tmp_path / "base")
-    two(base, tmp_path / "whole", RECIPE)
-    two(base, tmp_path / "stopped", RECIPE, stop_at=3)
+    two(base, tmp_path / "whole", RECIPE, shard=shard)
+    two(base, tmp_path / "stopped", RECIPE, shard=shard, stop_at=3)
     assert not (tmp_path / "stopped" / "config.json").exists()
-    two(base, tmp_path / "stopped", RECIPE)
+    two(base, tmp_path / "stopped", RECIPE, shard=shard)
     wanted, found = weights_of(tmp_path / "whole"), weights_of(tmp_path / "stopped")
     assert all(torch.equal(wanted[n], found[n]) for n in wanted)
+    names = [sorted(path.name for path in (tmp_path / run).iterdir()) for run in ("whole", "stopped")]
+    assert names[0] == names[1] and not any(name.startswith("learning") for name in names[0])
 
 
 def test_sequences_that_cannot_be_divided_are_refused(tmp_path: Path, monkeypatch):
-    from topiarist.pipelines.processes import Processes
-
-    monkeypatch.setattr(Processes, "join", classmethod(lambda cls: cls(0, 3)))
+    monkeypatch.setattr(Processes, "join", classmethod(lambda cls: Processes(0, 3)))
     monkeypatch.setattr(Processes, "once", lambda self, what: what())
     base = tiny.tiny_checkpoint(tmp_path / "base")
     with pytest.raises(tp.CalibrationError, match="4 sequences a step cannot be divided among 3 processes"):
         run(base, tmp_path / "out", RECIPE)
+
+
+def test_what_cannot_be_sharded_is_refused(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    with pytest.raises(tp.TopiaristError, match="shards need several processes"):
+        run(base, tmp_path / "out", RECIPE, shard=True)
+    for processes, relaxation, pattern, message in (
+        (3, None, "2:4", "cannot be divided among 3 processes"),
+        (2, "bernoulli", "0.5", "looks at whole matrices"),
+    ):
+        source = LoadedModel(load_model(base))
+        patterns, _ = resolve_patterns(source, parse_pattern(pattern), None, [])
+        wanted = [target for block in targets(source, patterns) for target in block]
+        with pytest.raises(tp.PatternError, match=message):
+            ShardedModel(
+                source, wanted, {}, relaxation=relaxation, prior=Prior(), seed=0, dtype=torch.float32,
+                processes=Processes(0, processes),
+            )  # fmt: skip

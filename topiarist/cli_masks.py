@@ -39,6 +39,9 @@ def learn(
     activation_checkpointing: Annotated[
         bool, typer.Option("--activation-checkpointing", help="a third more time, far less memory")
     ] = False,
+    replicate: Annotated[
+        bool, typer.Option("--replicate", help="under torchrun: the whole model in every process, not FSDP2's shards")
+    ] = False,
     tensorboard: Annotated[Path | None, typer.Option(help="folder for TensorBoard scalars")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice")] = None,
@@ -81,6 +84,7 @@ def learn(
             prior=prior,
             recover=recovery,
             evaluate_every=evaluate_every,
+            shard=False if replicate else None,
             tensorboard=tensorboard,
             progress=progress,
             **options,

@@ -1,7 +1,7 @@
 """W * M forward and dpi backward, by the fastest path at hand, and the autograd functions that wrap them.
 
-Paths for `Categorical`: the C++ kernel on a CPU, the Triton kernel on a GPU, plain torch anywhere. They share the noise
-bit by bit and the rest to fp32 rounding. Other relaxations use plain torch.
+Paths: the C++ kernel on a CPU, for `Categorical` the Triton kernel on a GPU, plain torch anywhere. They share the noise bit
+by bit and the rest to fp32 rounding.
 
 Nothing of the mask is saved for backward: the graph holds references to the weight and the logits, and backward draws
 the mask again from the `Draw`. So a layer costs the memory of its input, however many layers are alive at once.
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from topiarist.masklearn import native
 from topiarist.masklearn.candidates import candidates
-from topiarist.masklearn.relax import Categorical, Draw, Relaxation
+from topiarist.masklearn.relax import Bernoulli, Categorical, Draw, Relaxation, TopN
 
 CHUNK = 1 << 18  # logits a plain-torch pass works on at once on a CPU: temporaries stay in the second-level cache
 
@@ -38,16 +38,15 @@ def effective(
     draw: Draw | None,
 ) -> Float[Tensor, "out in"]:
     """W * M in the weight's dtype: the mask of `draw`, or the hard mask if it is None (no noise). No autograd."""
-    if isinstance(relaxation, Categorical):
-        hard = draw is None or draw.straight_through
-        if native.usable(weight, logits):
-            out = torch.empty_like(weight)
-            native.forward(native_mask(relaxation, weight, logits, draw, hard=hard), out)
-            return out
-        if draw is not None and not hard and _triton(weight, logits):
-            from topiarist.masklearn import triton_kernel
+    hard = draw is None or draw.straight_through
+    if (isinstance(relaxation, Categorical) or not hard) and native_fits(relaxation, weight, logits):
+        out = torch.empty_like(weight)
+        native.forward(native_mask(relaxation, weight, logits, draw, hard=hard), out)
+        return out
+    if isinstance(relaxation, Categorical) and draw is not None and not hard and _triton(weight, logits):
+        from topiarist.masklearn import triton_kernel
 
-            return triton_kernel.forward(weight, logits, candidates(relaxation.pattern, weight.device), draw)
+        return triton_kernel.forward(weight, logits, candidates(relaxation.pattern, weight.device), draw)
     if draw is None:
         return relaxation.effective(weight, logits, None)
     parts = [
@@ -66,17 +65,16 @@ def gradient(
     draw: Draw,
 ) -> Float[Tensor, "out classes groups"]:
     """dpi in fp32 for d loss / d(W * M), the regulariser's share included."""
-    if isinstance(relaxation, Categorical):
-        grad_effective = grad_effective.contiguous()
-        if native.usable(weight, logits, grad_effective):
-            out = torch.empty(logits.shape, dtype=torch.float32)
-            native.backward(native_mask(relaxation, weight, logits, draw), native_grad(grad_effective), out)
-            return out
-        if _triton(weight, logits):
-            from topiarist.masklearn import triton_kernel
+    grad_effective = grad_effective.contiguous()
+    if native_fits(relaxation, weight, logits, grad_effective):
+        out = torch.empty(logits.shape, dtype=torch.float32)
+        native.backward(native_mask(relaxation, weight, logits, draw, push=True), native_grad(grad_effective), out)
+        return out
+    if isinstance(relaxation, Categorical) and _triton(weight, logits):
+        from topiarist.masklearn import triton_kernel
 
-            S = candidates(relaxation.pattern, weight.device)
-            return triton_kernel.backward(weight, logits, S, grad_effective, draw)
+        S = candidates(relaxation.pattern, weight.device)
+        return triton_kernel.backward(weight, logits, S, grad_effective, draw)
     parts = [
         relaxation.gradient(weight[rows], logits[rows].float(), grad_effective[rows], part)
         for rows, part in _chunks(relaxation, logits, draw)
@@ -91,16 +89,36 @@ def _triton(*tensors: Tensor) -> bool:
     return place and fits and importlib.util.find_spec("triton") is not None
 
 
+KINDS: dict[type[Relaxation], int] = {Categorical: 0, TopN: 1, Bernoulli: 2}
+
+
+def native_fits(relaxation: Relaxation, *tensors: Tensor) -> bool:
+    """Whether the C++ kernels know this relaxation and take these tensors."""
+    return type(relaxation) in KINDS and native.usable(*tensors)
+
+
 def native_mask(
-    relaxation: Categorical, weight: Tensor, logits: Tensor, draw: Draw | None, *, hard: bool = False
+    relaxation: Relaxation,
+    weight: Tensor,
+    logits: Tensor,
+    draw: Draw | None,
+    *,
+    hard: bool = False,
+    push: bool = False,
 ) -> native.Mask:
-    """The C++ kernel's arguments for one layer and draw."""
+    """The C++ kernel's arguments for one layer and draw. `push`: for a backward pass, so with Bernoulli's density penalty,
+    which needs the mean of the whole mask first."""
+    table = candidates(relaxation.pattern) if isinstance(relaxation, Categorical) else torch.empty(0, dtype=torch.bool)
     draw_or_plain = draw or Draw((0, 0), 1.0, 1.0)
-    return native.mask_args(
-        weight, logits, candidates(relaxation.pattern), kappa=draw_or_plain.kappa, tau=draw_or_plain.tau,
+    mask = native.mask_args(
+        weight, logits, table, kappa=draw_or_plain.kappa, tau=draw_or_plain.tau,
         lam=draw_or_plain.lam, key=draw_or_plain.key, first_row=draw_or_plain.first_row,
-        first_group=draw_or_plain.first_group, noise=draw is not None, hard=hard,
+        first_group=draw_or_plain.first_group, noise=draw is not None, hard=hard, kind=KINDS[type(relaxation)],
+        keep=relaxation.pattern.keep if isinstance(relaxation, TopN) else 0,
     )  # fmt: skip
+    if push and isinstance(relaxation, Bernoulli):
+        mask.push = relaxation.push(native.forward(mask, None))
+    return mask
 
 
 def native_grad(grad_effective: Tensor) -> native.Adam:

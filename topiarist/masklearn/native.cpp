@@ -1,10 +1,14 @@
 // The mask arithmetic of learned masks on a CPU: one pass over memory forward, one backward, one with Adam folded in.
 //
-// The numbers are those of relax.py (Categorical) and noise.py: the noise words are equal in every bit, the rest to
-// fp32 rounding. Rows are independent, so a caller may split them over threads in any way.
+// The numbers are those of relax.py and noise.py: the noise words are equal in every bit, the rest to fp32 rounding. Rows
+// are independent, so a caller may split them over threads in any way. For the relaxation Categorical:
 //
 //   W weight (rows, groups * of)    pi logits (rows, classes, groups)    S table (classes, of)    G gradient by W * M
 //   y = softmax((kappa pi + g) / tau)    M = y S    dM = G W - 2 lam W^2 M    dpi = kappa/tau y (dM S^T - <y, dM S^T>)
+//
+// TopN has one logit a weight (classes = of) and draws `keep` times: a_k = softmax(r_k / tau), r_k+1 = r_k + log(1 - a_k),
+// M = sum a_k. Backward runs the draws in reverse: da = dM - dr / (1 - a), dr += a (da - <a, da>) / tau, dpi = kappa dr.
+// Bernoulli has one gate a weight (classes = of = 1): M = sigmoid((kappa pi + l) / tau), dpi = kappa/tau M (1 - M) dM.
 //
 // A block is BLOCK groups of one row, held class by class in fp32 scratch that fits the first two cache levels; every
 // inner loop runs over the groups of a block, so each is one vector pass. bf16 is a uint16 here.
@@ -82,10 +86,15 @@ inline float exp_negative(float x) {
   return p * as_float((as_bits(shifted) - 0x4b400000U + 127) << 23);
 }
 
-inline float gumbel(uint32_t word) {
-  const float u = (float(int32_t(word >> 9)) + 0.5f) * 0x1p-23f;
-  return -log_positive(-log_positive(u));
+inline float uniform(uint32_t word) { return (float(int32_t(word >> 9)) + 0.5f) * 0x1p-23f; }
+inline float gumbel(uint32_t word) { return -log_positive(-log_positive(uniform(word))); }
+inline float logistic(uint32_t word) {
+  const float u = uniform(word);
+  return log_positive(u) - log_positive(1.0f - u);
 }
+
+enum Kind { CATEGORICAL = 0, TOPN = 1, BERNOULLI = 2 };
+constexpr float ALMOST_ONE = 1.0f - 1e-6f;  // of TopN: log(1 - a) stays finite
 
 }  // namespace
 
@@ -102,7 +111,10 @@ struct Mask {
   uint32_t key0, key1;
   int32_t first_row, first_group;
   int32_t noise;  // 0: the logits as they are, for evaluation
-  int32_t hard;   // 1: the best candidate instead of the mixture
+  int32_t hard;   // 1: the best candidate instead of the mixture (Categorical only)
+  int32_t kind;   // which relaxation
+  int32_t keep;   // TopN: how many draws
+  float push;     // Bernoulli: added to every dM, the gradient of its density penalty
 };
 
 struct Adam {
@@ -159,13 +171,14 @@ inline double sum_of(const float* x, int64_t n, bool squared) {
 struct Block {
   const Mask& a;
   const int of, classes;
-  std::vector<float> flat, W, G, M, y, dy;
+  std::vector<float> flat, W, G, M, y, dy;  // dy is d loss / dy, and for TopN dr
+  std::vector<float> drawn;                 // TopN: a_k of every draw
   alignas(64) float top[BLOCK], total[BLOCK], inner[BLOCK];
   uint32_t k0 = 0, k1 = 0;
 
   explicit Block(const Mask& a)
       : a(a), of(int(a.of)), classes(int(a.classes)), flat(of * BLOCK), W(of * BLOCK), G(of * BLOCK),
-        M(of * BLOCK), y(classes * BLOCK), dy(classes * BLOCK) {}
+        M(of * BLOCK), y(classes * BLOCK), dy(classes * BLOCK), drawn(a.kind == TOPN ? a.keep * of * BLOCK : 0) {}
 
   void start_row(int64_t row) {
     const uint32_t global = uint32_t(row + a.first_row);
@@ -175,24 +188,38 @@ struct Block {
 
   void gather(const void* from, bool is_bf16, int64_t at, float* to, int n) {
     widen(from, is_bf16, at, flat.data(), n * of);
-    if (of == 4) split<4>(flat.data(), to, n, of);
+    if (of == 1) std::memcpy(to, flat.data(), n * sizeof(float));
+    else if (of == 4) split<4>(flat.data(), to, n, of);
     else if (of == 8) split<8>(flat.data(), to, n, of);
     else split<0>(flat.data(), to, n, of);
   }
 
-  // Unnormalised y and its sum, of n groups from `first` on. The largest y of a group is 1 before normalising.
-  void probabilities(int64_t row, int64_t first, int n) {
+  // y = kappa pi + noise of n groups from `first` on, or the logits as they are.
+  void noisy(int64_t row, int64_t first, int n) {
     const int64_t at = row * classes * a.groups + first;
-    for (int g = 0; g < n; ++g) top[g] = -INFINITY;
     for (int c = 0; c < classes; ++c) {
       float* z = &y[c * BLOCK];
       widen(a.logits, a.logits_bf16, at + c * a.groups, z, n);
+      if (!a.noise) continue;
       const uint32_t counter = uint32_t(first + a.first_group) * uint32_t(classes) + uint32_t(c);
-      if (a.noise)
+      if (a.kind == BERNOULLI)
+        for (int g = 0; g < n; ++g) z[g] = a.kappa * z[g] + logistic(mix((counter + uint32_t(g)) ^ k0, k1));
+      else
         for (int g = 0; g < n; ++g)
           z[g] = a.kappa * z[g] + gumbel(mix((counter + uint32_t(g) * uint32_t(classes)) ^ k0, k1));
-      for (int g = 0; g < n; ++g) top[g] = z[g] > top[g] ? z[g] : top[g];
     }
+  }
+
+  void highest(int n) {
+    for (int g = 0; g < n; ++g) top[g] = -INFINITY;
+    for (int c = 0; c < classes; ++c)
+      for (int g = 0; g < n; ++g) top[g] = y[c * BLOCK + g] > top[g] ? y[c * BLOCK + g] : top[g];
+  }
+
+  // Unnormalised y and its sum. The largest y of a group is 1 before normalising.
+  void probabilities(int64_t row, int64_t first, int n) {
+    noisy(row, first, n);
+    highest(n);
     for (int g = 0; g < n; ++g) total[g] = 0.0f;
     if (a.hard) {  // ties go to the first candidate, as argmax does
       for (int c = 0; c < classes; ++c)
@@ -224,12 +251,54 @@ struct Block {
       for (int g = 0; g < n; ++g) M[j * BLOCK + g] *= total[g];
   }
 
-  // Returns the sum over groups of the largest probability.
+  // M of TopN, and a_k of every draw.
+  void draws(int n) {
+    const float sharp = 1.0f / a.tau;
+    std::memset(M.data(), 0, M.size() * sizeof(float));
+    for (int k = 0; k < a.keep; ++k) {
+      float* d = &drawn[k * of * BLOCK];
+      highest(n);
+      for (int g = 0; g < n; ++g) total[g] = 0.0f;
+      for (int j = 0; j < of; ++j)
+        for (int g = 0; g < n; ++g) {
+          d[j * BLOCK + g] = exp_negative((y[j * BLOCK + g] - top[g]) * sharp);
+          total[g] += d[j * BLOCK + g];
+        }
+      for (int g = 0; g < n; ++g) total[g] = 1.0f / total[g];
+      for (int j = 0; j < of; ++j)
+        for (int g = 0; g < n; ++g) {
+          const int i = j * BLOCK + g;
+          d[i] *= total[g];
+          M[i] += d[i];
+          y[i] += log_positive(1.0f - (d[i] < ALMOST_ONE ? d[i] : ALMOST_ONE));
+        }
+    }
+  }
+
+  // M of Bernoulli.
+  void gates(int n) {
+    const float sharp = 1.0f / a.tau;
+    for (int g = 0; g < n; ++g) {
+      const float e = exp_negative(-std::fabs(y[g]) * sharp), one = 1.0f / (1.0f + e);
+      M[g] = y[g] >= 0.0f ? one : e * one;
+    }
+  }
+
+  // Returns the sum over groups of the largest probability (Categorical), or of M (Bernoulli), or nothing of use.
   double forward(int64_t row, int64_t first, int n, void* out) {
-    probabilities(row, first, n);
-    soft_mask(n);
+    if (a.kind == CATEGORICAL) {
+      probabilities(row, first, n);
+      soft_mask(n);
+    } else {
+      noisy(row, first, n);
+      if (a.kind == TOPN) draws(n);
+      else gates(n);
+    }
+    const double sum = sum_of(a.kind == BERNOULLI ? M.data() : total, n, false);
+    if (!out) return sum;
     const int64_t at = (row * a.groups + first) * of;
-    if (of == 4) join<4>(M.data(), flat.data(), n, of);
+    if (of == 1) std::memcpy(flat.data(), M.data(), n * sizeof(float));
+    else if (of == 4) join<4>(M.data(), flat.data(), n, of);
     else if (of == 8) join<8>(M.data(), flat.data(), n, of);
     else join<0>(M.data(), flat.data(), n, of);
     if (a.weight_bf16) {
@@ -241,7 +310,49 @@ struct Block {
       float* to = static_cast<float*>(out) + at;
       for (int i = 0; i < n * of; ++i) to[i] = W[i] * flat[i];
     }
-    return sum_of(total, n, false);
+    return sum;
+  }
+
+  // G becomes dM = (G - 2 lam W M) W, with M at hand.
+  void mask_gradient(int n) {
+    const float twice = 2.0f * a.lam;
+    for (int j = 0; j < of; ++j)
+      for (int g = 0; g < n; ++g) {
+        const int i = j * BLOCK + g;
+        G[i] = (G[i] - twice * W[i] * M[i]) * W[i];
+      }
+  }
+
+  void backward_topn(int n, float* grad) {
+    const float sharp = 1.0f / a.tau;
+    draws(n);
+    mask_gradient(n);
+    std::memset(dy.data(), 0, dy.size() * sizeof(float));
+    for (int k = a.keep - 1; k >= 0; --k) {
+      const float* d = &drawn[k * of * BLOCK];
+      std::memset(inner, 0, sizeof(inner));
+      for (int j = 0; j < of; ++j)
+        for (int g = 0; g < n; ++g) {
+          const int i = j * BLOCK + g;
+          const float through = d[i] < ALMOST_ONE ? dy[i] / (1.0f - d[i]) : 0.0f;
+          y[i] = d[i] * (G[i] - through);  // a da
+          inner[g] += y[i];
+        }
+      for (int j = 0; j < of; ++j)
+        for (int g = 0; g < n; ++g) {
+          const int i = j * BLOCK + g;
+          dy[i] += sharp * (y[i] - d[i] * inner[g]);
+        }
+    }
+    for (int j = 0; j < of; ++j)
+      for (int g = 0; g < n; ++g) grad[j * a.groups + g] = a.kappa * dy[j * BLOCK + g];
+  }
+
+  void backward_bernoulli(int n, float* grad) {
+    const float sharp = a.kappa / a.tau;
+    gates(n);
+    mask_gradient(n);
+    for (int g = 0; g < n; ++g) grad[g] = sharp * M[g] * (1.0f - M[g]) * (G[g] + a.push);
   }
 
   // dpi of n groups into grad, which is a row of (classes, groups) from group `first` on.
@@ -249,15 +360,14 @@ struct Block {
     const int64_t at = (row * a.groups + first) * of;
     gather(a.weight, a.weight_bf16, at, W.data(), n);
     gather(grad_effective, is_bf16, at, G.data(), n);
+    if (a.kind != CATEGORICAL) {
+      noisy(row, first, n);
+      return a.kind == TOPN ? backward_topn(n, grad) : backward_bernoulli(n, grad);
+    }
     probabilities(row, first, n);
     if (a.lam != 0.0f) {
       soft_mask(n);
-      const float twice = 2.0f * a.lam;
-      for (int j = 0; j < of; ++j)
-        for (int g = 0; g < n; ++g) {
-          const int i = j * BLOCK + g;
-          G[i] = (G[i] - twice * W[i] * M[i]) * W[i];
-        }
+      mask_gradient(n);
     } else {
       for (int g = 0; g < n; ++g) total[g] = 1.0f / total[g];
       for (int j = 0; j < of; ++j)
@@ -352,7 +462,7 @@ extern "C" {
 
 int64_t topiarist_abi() { return int64_t(sizeof(Mask)) * 1000 + int64_t(sizeof(Adam)); }
 
-// out = W * M for rows begin..end; *top = sum over groups of the largest probability.
+// out = W * M for rows begin..end, if given; *top = the sum that Block::forward returns.
 void topiarist_forward(const Mask* a, void* out, double* top, int64_t begin, int64_t end) {
   Block block(*a);
   double sum = 0.0;

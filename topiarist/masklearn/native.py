@@ -39,7 +39,8 @@ class Mask(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("weight_bf16", "logits_bf16")),
         *((name, ctypes.c_float) for name in ("kappa", "tau", "lam")),
         *((name, ctypes.c_uint32) for name in ("key0", "key1")),
-        *((name, ctypes.c_int32) for name in ("first_row", "first_group", "noise", "hard")),
+        *((name, ctypes.c_int32) for name in ("first_row", "first_group", "noise", "hard", "kind", "keep")),
+        ("push", ctypes.c_float),
     ]
 
 
@@ -141,21 +142,27 @@ def mask_args(
     first_group: int,
     noise: bool,
     hard: bool,
+    kind: int = 0,
+    keep: int = 0,
 ) -> Mask:
-    """The structure for a weight (out, in), logits (out, classes, groups) and a bool table (classes, of)."""
+    """The structure for a weight (out, in), logits (out, classes, groups) and a bool table (classes, of).
+
+    kind: Categorical (0), TopN (1), Bernoulli (2); only the first reads the table.
+    """
     rows, classes, groups = logits.shape
     arguments = Mask(
-        rows, groups, table.shape[1], classes, table.data_ptr(), weight.data_ptr(), logits.data_ptr(),
+        rows, groups, weight.shape[1] // groups, classes, table.data_ptr(), weight.data_ptr(), logits.data_ptr(),
         weight.dtype == torch.bfloat16, logits.dtype == torch.bfloat16, kappa, tau, lam,
-        key[0] & 0xFFFFFFFF, key[1] & 0xFFFFFFFF, first_row, first_group, noise, hard,
+        key[0] & 0xFFFFFFFF, key[1] & 0xFFFFFFFF, first_row, first_group, noise, hard, kind, keep, 0.0,
     )  # fmt: skip
     arguments.keep_alive = (table, weight, logits)  # the structure holds bare addresses
     return arguments
 
 
-def forward(mask: Mask, out: Tensor) -> float:
-    """Fill `out` with W * M; the mean largest probability of a group."""
-    return sum(_rows("topiarist_forward", mask, out.data_ptr())) / (mask.rows * mask.groups)
+def forward(mask: Mask, out: Tensor | None) -> float:
+    """Fill `out` with W * M, if given. The mean largest probability of a group (Categorical), or mean M (Bernoulli)."""
+    target = out.data_ptr() if out is not None else None
+    return sum(_rows("topiarist_forward", mask, target)) / (mask.rows * mask.groups)
 
 
 def backward(mask: Mask, adam: Adam, out: Tensor | None = None, *, squares: bool = False) -> float:

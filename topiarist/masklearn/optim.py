@@ -20,7 +20,7 @@ from torch import Tensor
 
 from topiarist.masklearn import kernels, native, noise
 from topiarist.masklearn.layer import LearnedMask
-from topiarist.masklearn.relax import Categorical, Draw
+from topiarist.masklearn.relax import Draw
 
 SHARE = {"logit": 0, "group": 1, "row": 2}
 
@@ -50,6 +50,7 @@ class MaskAdamW(torch.optim.Optimizer):
                    logit that matters less to the loss moves less, and the state is smaller.
     moments        torch.bfloat16 with stochastic rounding, or torch.float32.
     max_norm       clip the gradient's norm over all layers; costs one more pass over the masks.
+    add_up         sums a squared norm over processes that hold different rows of the layers.
 
     Works with any learning-rate scheduler. If gradients sit in `logits.grad` (set by other code), it steps on those.
     """
@@ -66,6 +67,7 @@ class MaskAdamW(torch.optim.Optimizer):
         second_moment: str = "logit",
         moments: torch.dtype = torch.bfloat16,
         seed: int = 0,
+        add_up: Callable[[float], float] | None = None,
     ) -> None:
         if second_moment not in SHARE:
             raise ValueError(f"second_moment is one of {', '.join(SHARE)}, got {second_moment!r}")
@@ -73,6 +75,7 @@ class MaskAdamW(torch.optim.Optimizer):
             raise ValueError(f"moments are kept in bfloat16 or float32, got {moments}")
         self.layers = list(layers)
         self.share, self.moments, self.max_norm, self.seed = SHARE[second_moment], moments, max_norm, seed
+        self.add_up = add_up
         self.grad_norm: float | Tensor | None = None
         """Norm of the last step's gradient before clipping; None while max_norm is None."""
         super().__init__(
@@ -175,6 +178,8 @@ class MaskAdamW(torch.optim.Optimizer):
         if self.max_norm is None:
             return 1.0
         squares: float | Tensor = sum(self._squared_norm(position) for position in range(len(self.layers)))
+        if self.add_up is not None:
+            squares = self.add_up(float(squares))
         norm = self.grad_norm = squares**0.5
         if isinstance(norm, Tensor):
             return (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -186,8 +191,8 @@ class MaskAdamW(torch.optim.Optimizer):
             grad = layer.logits.grad
             return 0.0 if grad is None else grad.float().square().sum()
         grad, draw = self._pending[position]
-        if native_step_fits(layer, grad):
-            mask = kernels.native_mask(layer.relaxation, layer.matrix, layer.logits, draw)  # pyright: ignore
+        if kernels.native_fits(layer.relaxation, layer.matrix, layer.logits, grad):
+            mask = kernels.native_mask(layer.relaxation, layer.matrix, layer.logits, draw, push=True)
             return native.backward(mask, kernels.native_grad(grad), squares=True)
         return kernels.gradient(layer.relaxation, layer.matrix, layer.logits, grad, draw).square().sum()
 
@@ -197,8 +202,8 @@ class MaskAdamW(torch.optim.Optimizer):
         if position in self._pending:
             grad, draw = self._pending[position]
             grad = grad.contiguous()
-            if native_step_fits(layer, grad):
-                mask = kernels.native_mask(layer.relaxation, layer.matrix, logits, draw)  # pyright: ignore
+            if kernels.native_fits(layer.relaxation, layer.matrix, layer.logits, grad):
+                mask = kernels.native_mask(layer.relaxation, layer.matrix, logits, draw, push=True)
                 native.backward(mask, _native_adam(step, scale, m, v, grad_effective=grad))
                 return
             grad = kernels.gradient(layer.relaxation, layer.matrix, logits, grad, draw)
@@ -214,11 +219,6 @@ class MaskAdamW(torch.optim.Optimizer):
             for name, saved in state_dict["state"][position].items():
                 device = "cpu" if name == "step" else layer.logits.device
                 fresh[name] = saved.detach().to(device=device, copy=True)
-
-
-def native_step_fits(layer: LearnedMask, grad: Tensor) -> bool:
-    """Whether the C++ kernel can do this layer's backward pass and step."""
-    return isinstance(layer.relaxation, Categorical) and native.usable(layer.matrix, layer.logits, grad)
 
 
 def _native_adam(step: Step, scale: float | Tensor, m: Tensor, v: Tensor, grad_effective: Tensor) -> native.Adam:

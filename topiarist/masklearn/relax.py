@@ -281,9 +281,11 @@ class Bernoulli(Relaxation):
 
     def soft_mask_backward(self, logits: Tensor, draw: Draw, dM: Tensor) -> Tensor:
         M = self.soft_mask(logits, draw)
-        excess = M.mean() - (1.0 - self.pattern.sparsity)
-        dM = dM + 2.0 * self.density_weight * excess
-        return ((draw.kappa / draw.tau) * M * (1.0 - M) * dM).unsqueeze(1)
+        return ((draw.kappa / draw.tau) * M * (1.0 - M) * (dM + self.push(M.mean()))).unsqueeze(1)
+
+    def push(self, density):
+        """What the density penalty adds to every dM, given mean M."""
+        return 2.0 * self.density_weight * (density - (1.0 - self.pattern.sparsity))
 
     def preference(self, mask: Tensor) -> Tensor:
         return mask.float().sub_(0.5).unsqueeze(1)

@@ -22,10 +22,13 @@ from topiarist.masks.files import write_masked
 from topiarist.pages import PAGE, Result, report_page
 from topiarist.pipelines.learn_report import METHOD, LearnedLayer, LearnReport, learned_card
 from topiarist.pipelines.masking import Target
+from topiarist.pipelines.sharding import STATES
 from topiarist.sources import LoadedModel
 from topiarist.store import Checkpoint, OutputFolder
 
 STATE = "learning_state.safetensors"
+PRIOR = "learning_prior.safetensors"
+"""Only of sharded runs, whose states (sharding.py) are the shards' own."""
 MASKS = "masks.safetensors"
 STATE_BYTES = 13
 """Of the state on disk, per masked weight at 2:4: fp32 logits, bf16 moments, the prior's bit."""
@@ -53,12 +56,28 @@ def open_output(
     """Begin the output or open it again. Raises CheckpointError for another run's, and for a disk that is too small."""
     output = OutputFolder(out, fingerprint)
     if output.complete:
-        (out / STATE).unlink(missing_ok=True)  # killed between the last file and this
+        remove_states(out)  # killed between the last file and this
     else:
         weights = sum(target.parameter.numel() for target in wanted)
         # A new state is whole before the old one goes.
         output.begin(2 * STATE_BYTES * weights + (checkpoint.weight_bytes() if checkpoint else 4 * weights))
     return OpenedFolder(out, fingerprint, output.complete)
+
+
+def remove_states(folder: Path) -> None:
+    for name in (STATE, PRIOR):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / STATES, ignore_errors=True)
+
+
+def packed_prior(wanted: Sequence[Target], bits: Sequence[Any]) -> dict[str, Tensor]:
+    return {f"{target.name} prior": torch.from_numpy(packed) for target, packed in zip(wanted, bits, strict=True)}
+
+
+def keep_prior(opened: OpenedFolder, wanted: Sequence[Target], masks: Mapping[str, Tensor], notes: list[str]) -> None:
+    """So that a resumed run of shards does not compute the prior and its warnings again."""
+    bits = packed_prior(wanted, [target.packed(masks[target.name]) for target in wanted])
+    OutputFolder(opened.folder, opened.fingerprint).write_state(PRIOR, bits, {"notes": json.dumps(notes)})
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
@@ -150,7 +169,7 @@ def write_result(
     config = {**checkpoint.config, "pruning_config": report.pruning_config(__about__.__version__)}
     output.finish(checkpoint.folder, config, report.to_dict())
     shutil.rmtree(dense, ignore_errors=True)
-    (output.folder / STATE).unlink(missing_ok=True)
+    remove_states(output.folder)
 
 
 @torch.no_grad()

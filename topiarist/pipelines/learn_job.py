@@ -84,10 +84,22 @@ def _recipe(preset: str | Preset, steps: int | None, lean: bool) -> Preset:
     if isinstance(preset, str) and preset not in PRESETS:
         raise TopiaristError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
     recipe = PRESETS[preset] if isinstance(preset, str) else preset
-    recipe = recipe if steps is None else replace(recipe, steps=steps)
-    if recipe.steps < 1:
-        raise TopiaristError(f"learning takes at least one step, got {recipe.steps}")
+    if steps is not None:
+        if steps < 1:
+            raise TopiaristError(f"learning takes at least one step, got {steps}")
+        recipe = shortened(recipe, steps) if isinstance(preset, str) else replace(recipe, steps=steps)
     return replace(recipe, second_moment="group") if lean else recipe
+
+
+def shortened(recipe: Preset, steps: int) -> Preset:
+    """A preset with another number of steps. With a deterministic prior the learning rate follows as 1 / sqrt(steps): noise
+    then moves a logit by the same part of the prior's gap, and a shorter run still comes far enough to change a mask.
+    """
+    if recipe.gap is None:
+        return replace(recipe, steps=steps)
+    factor = math.sqrt(recipe.steps / steps)
+    lr = replace(recipe.lr, start=recipe.lr.start * factor, end=recipe.lr.end * factor)
+    return replace(recipe, steps=steps, lr=lr)
 
 
 def open_model(

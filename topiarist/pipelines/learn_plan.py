@@ -72,10 +72,7 @@ def plan_learn(
     )  # fmt: skip
     masks = {}
     for target in plan.targets:  # any mask of the pattern costs the same
-        weight = target.parameter.abs().float()
-        rows = weight.T if target.transposed else weight.flatten(0, -2)
-        mask = target.pattern.mask(rows)
-        masks[target.name] = mask.T if target.transposed else mask.view(weight.shape)
+        masks[target.name] = target.unrows(target.pattern.mask(target.rows(target.parameter.abs().float())))
     dtype = torch.bfloat16 if lean else torch.float32
     masked = MaskedModel(
         source, plan.targets, masks, relaxation=relaxation, prior=Prior(), seed=seed, dtype=dtype

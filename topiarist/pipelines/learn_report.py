@@ -73,8 +73,8 @@ class LearnReport:
 
     @property
     def loss(self) -> float:
-        """Loss of the learned mask on the same slice."""
-        return self.history[-1]["hard_loss"]
+        """Loss of the masks that were kept, the best of all evaluations, on the same slice."""
+        return min(entry["hard_loss"] for entry in self.history)
 
     def to_dict(self) -> dict[str, Any]:
         plain = asdict(self)

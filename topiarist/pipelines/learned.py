@@ -11,12 +11,9 @@ exponentially there. 4. Biases stay. 5. A prior that is missing or not of the pa
 
 from __future__ import annotations
 
-import json
-import math
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from topiarist.data import TextFiles
-from topiarist.errors import NumericalError
+from topiarist.errors import TopiaristError
 from topiarist.masklearn import Preset, Prior
 from topiarist.patterns import Pattern, parse_pattern
 from topiarist.pipelines.learn_files import (
+    PRIOR,
     STATE,
-    OpenedFolder,
     Scalars,
+    keep_prior,
     layer_reports,
     mask_in_place,
     model_digest,
@@ -38,20 +36,17 @@ from topiarist.pipelines.learn_files import (
     read_state,
     write_result,
 )
-from topiarist.pipelines.learn_job import Job, open_model, prepare
+from topiarist.pipelines.learn_job import open_model, prepare
+from topiarist.pipelines.learn_loop import Progress, Run
 from topiarist.pipelines.learn_report import LearnReport
-from topiarist.pipelines.masking import MaskedModel
-from topiarist.pipelines.priors import given_masks, one_shot_masks, prior_identity
+from topiarist.pipelines.masking import MaskedModel, targets
+from topiarist.pipelines.priors import given_masks, prior_identity
 from topiarist.pipelines.processes import Processes
 from topiarist.pipelines.recover import Recover, recover_weights
+from topiarist.pipelines.sharding import ShardedModel
 from topiarist.pipelines.trainer import MaskTrainer
 from topiarist.report import peak_memory_bytes, reset_peak_memory
 from topiarist.solvers import SOLVERS
-from topiarist.sources import LoadedModel
-from topiarist.store import OutputFolder
-
-Progress = Callable[[str, int, int], None]
-"""(what is going on, done, in all)"""
 
 
 def learn(
@@ -75,6 +70,7 @@ def learn(
     seed: int = 0,
     lean: bool = False,
     activation_checkpointing: bool = False,
+    shard: bool | None = None,
     tensorboard: str | Path | None = None,
     device: str | torch.device | None = None,
     tokenizer: Any = None,
@@ -94,7 +90,9 @@ def learn(
     saved too. stop: end early once the masks are decided and no longer move. lean: 9 bytes a masked weight instead of 14.
 
     The same call on the same `out` goes on where a killed run saved its state, to the same bits, and returns the report
-    of a finished one. Under `torchrun` the sequences of a step are divided among the processes.
+    of a finished one. The masks of the evaluation with the least loss are the result, so it is never worse than its prior
+    on the held-out sequences. Under `torchrun` the sequences of a step are divided among the processes; `shard` divides the
+    weights and logits too (FSDP2; default: yes, for a model on disk), or leaves each process a copy of the whole.
     Raises a TopiaristError for everything a user can mend.
     """
     started = time.perf_counter()
@@ -102,7 +100,10 @@ def learn(
     processes = Processes.join()
     scalars = Scalars(tensorboard if processes.first else None)
     identity = prior_identity(prior)
-    source, checkpoint, name = open_model(model, out, device, trust_remote_code)
+    sharded = processes.size > 1 and not isinstance(model, nn.Module) if shard is None else shard
+    _check_sharding(sharded, processes, model, recover)
+    # FSDP moves the shards to the accelerator: only the host has to hold the whole model.
+    source, checkpoint, name = open_model(model, out, "cpu" if sharded else device, trust_remote_code)
     job = prepare(
         source, checkpoint, data=data, pattern=parse_pattern(pattern), preset=preset, steps=steps, lean=lean, skip=skip,
         last_block_dense=last_block_dense, batch_size=batch_size, held_out=held_out, processes=processes.size,
@@ -126,6 +127,7 @@ def learn(
         "evaluate_every": every,
         "stop": stop,
         "lean": lean,
+        **({"sharded": True} if sharded else {}),
     }
     calibration = {
         "samples": len(job.training),
@@ -147,35 +149,45 @@ def learn(
         output = processes.once(lambda: open_output(Path(out), fingerprint, checkpoint, wanted))
         if output.complete:
             return LearnReport.from_folder(output.folder)
-    state = read_state(output.folder / STATE) if output is not None and processes.first else None
+    saved = PRIOR if sharded else STATE
+    state = read_state(output.folder / saved) if output is not None and processes.first else None
     tell = progress or (lambda *_: None)
-    run = _Run(source, job, processes, tell)
+    run = Run(source, job, processes, tell)
     masks = run.prior_masks(given or prior, state, seed)
     given.clear()
     options = Prior(gap=recipe.gap, alpha=recipe.alpha, std=recipe.std)
     dtype = torch.bfloat16 if lean else torch.float32
-    masked = MaskedModel(source, wanted, masks, relaxation=relaxation, prior=options, seed=seed, dtype=dtype)
+    first = {"relaxation": relaxation, "prior": options, "seed": seed, "dtype": dtype}
+    masked = (
+        ShardedModel(source, wanted, masks, processes=processes, **first)
+        if sharded
+        else MaskedModel(source, wanted, masks, **first)
+    )
+    if sharded and output is not None:
+        folder = output
+        processes.once(lambda: state is None and keep_prior(folder, wanted, masks, notes))
     del masks
     try:
         trainer = MaskTrainer(
             masked, job.training, job.watching, recipe,
             batch_size=job.batch_size, seed=seed, distill=distill, processes=processes,
         )  # fmt: skip
-        if state is not None:
-            trainer.load(*state)
-        trainer.share()
+        run.resume(trainer, output, state)
         with masked.running(recompute=activation_checkpointing), scalars:
             run.loop(trainer, every, stop, output, scalars)
         report.history = trainer.history
-        final = masked.masks()
+        final = masked.masks(trainer.best_bits)
         report.layers = layer_reports(wanted, final, trainer.flips_by_layer())
     finally:
         masked.restore()
-    if report.loss > report.prior_loss:
+    if report.loss >= report.prior_loss:
         run.note(
-            f"the learned mask is worse than its prior on held-out training text (loss {report.loss:.3f}, prior "
-            f"{report.prior_loss:.3f}): train longer, or with a lower learning rate"
+            f"no mask was better than the prior on held-out training text (loss {report.prior_loss:.3f}, after the last "
+            f"step {report.history[-1]['hard_loss']:.3f}), which is kept: train longer, or with a lower learning rate"
         )
+    if sharded and processes.first:  # the dense weights again, whole
+        source, _, _ = open_model(model, out, "cpu", trust_remote_code)
+        wanted = [target for block in targets(source, job.patterns) for target in block]
     replaced = None
     if recovery is not None:
         replaced = recover_weights(source.model, final, job.training, recovery, job.batch_size, seed, processes, tell)
@@ -198,80 +210,12 @@ def learn(
     return report
 
 
-@dataclass
-class _Run:
-    """What the stages of one run share."""
-
-    source: LoadedModel
-    job: Job
-    processes: Processes
-    progress: Progress
-
-    def note(self, message: str) -> None:
-        self.job.notes.append(message)
-        warnings.warn(message, UserWarning, stacklevel=3)
-
-    def prior_masks(
-        self, prior: Any, state: tuple[dict[str, Tensor], dict[str, str]] | None, seed: int
-    ) -> dict[str, Tensor]:
-        """The prior's masks: from a saved state, a file, or a one-shot method on some training sequences.
-
-        The first process finds them and tells the others.
-        """
-        job, wanted = self.job, self.job.targets
-        masks: dict[str, Tensor] = {}
-
-        def find() -> list[str]:
-            if state is not None:
-                masks.update({t.name: t.unpacked(state[0][f"{t.name} prior"]) for t in wanted})
-                job.notes[:] = json.loads(state[1]["notes"])
-            elif isinstance(prior, dict):
-                masks.update(prior)
-            else:
-                order = torch.randperm(len(job.training), generator=torch.Generator().manual_seed(seed))
-                sample = job.training[order[: job.recipe.prior_samples]]
-                found, warned = one_shot_masks(
-                    self.source, job.blocks, job.patterns, sample, SOLVERS[prior](), progress=self.progress
-                )
-                masks.update(found)
-                return warned
-            return []
-
-        self.job.notes.extend(self.processes.once(find))
-        if self.processes.size > 1:
-            for target in wanted:
-                mask = masks.get(target.name, torch.zeros(target.parameter.shape, dtype=torch.bool))
-                told = self.processes.same(mask.to(self.source.device, torch.uint8).contiguous())
-                masks[target.name] = told.bool()
-        return masks
-
-    def loop(self, trainer: MaskTrainer, every: int, stop: bool, output: OpenedFolder | None, scalars: Scalars) -> None:
-        """Steps, evaluations and saved states until the end or the stop rule."""
-        total, on_cpu = trainer.preset.steps, self.source.device.type == "cpu"
-        if not trainer.history:
-            self._look(trainer, output, scalars)
-        while trainer.step < total and not (stop and trainer.settled):
-            loss = trainer.run_step()
-            if on_cpu:  # elsewhere reading the loss would make the host wait for the device
-                self.progress(f"learning, loss {float(loss):.3f}", trainer.step, total)
-            broken = on_cpu and not math.isfinite(float(loss))
-            if trainer.step % every == 0 or trainer.step == total or broken:
-                self._look(trainer, output, scalars)
-
-    def _look(self, trainer: MaskTrainer, output: OpenedFolder | None, scalars: Scalars) -> None:
-        """Evaluate, then save: what is saved is known to be finite."""
-        try:
-            entry = trainer.evaluate()
-        except NumericalError as error:
-            kept = f"; the last good state stays in {output.folder}" if output is not None and trainer.history else ""
-            raise NumericalError(f"{error}{kept}: lower the learning rate, or use another seed") from error
-        scalars.write(entry)
-        if output is not None:
-            self.processes.once(lambda: self._save(trainer, output))
-        perplexity = math.exp(min(entry["hard_loss"], 700.0))
-        self.progress(f"hard mask {perplexity:.2f}, {entry['flips']:.2%} changed", trainer.step, trainer.preset.steps)
-
-    def _save(self, trainer: MaskTrainer, output: OpenedFolder) -> None:
-        tensors, metadata = trainer.state()
-        notes = {"notes": json.dumps(self.job.notes)}  # a resume does not compute the prior and its warnings again
-        OutputFolder(output.folder, output.fingerprint).write_state(STATE, tensors, metadata | notes)
+def _check_sharding(sharded: bool, processes: Processes, model: Any, recover: Any) -> None:
+    if not sharded:
+        return
+    if processes.size == 1:
+        raise TopiaristError("shards need several processes: start with torchrun --nproc-per-node N -m topiarist learn")
+    if isinstance(model, nn.Module):
+        raise TopiaristError("a model object cannot be sharded and given back: pass its folder, or shard=False")
+    if recover:
+        raise TopiaristError("recovery trains whole weights in every process: leave it out, or use --replicate")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,16 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from topiarist.errors import PatternError
-from topiarist.masklearn import LearnedMask, MaskedLinear, Prior, mask_parameter, relaxation_for
+from topiarist.masklearn import (
+    Annealing,
+    LearnedMask,
+    MaskedLinear,
+    Prior,
+    dense,
+    mask_parameter,
+    relaxation_for,
+    set_draws,
+)
 from topiarist.models import Matrix, block_names
 from topiarist.patterns import Pattern
 from topiarist.sources import LoadedModel, block_matrices
@@ -34,9 +43,14 @@ class Target:
         return self.name.rpartition(".")[0]
 
     @property
+    def parameter_itself(self) -> Tensor:
+        """What the module holds, as FSDP and autograd see it."""
+        return getattr(self.matrices[0].module, self.matrices[0].parameter)
+
+    @property
     def parameter(self) -> Tensor:
         """The stored weight, outside autograd."""
-        return getattr(self.matrices[0].module, self.matrices[0].parameter).detach()
+        return self.parameter_itself.detach()
 
     @property
     def transposed(self) -> bool:
@@ -53,16 +67,26 @@ class Target:
         experts = [m.expert for m in self.matrices]
         return [self.label] if experts == [None] else [f"{self.label}.{e}" for e in experts]
 
+    def rows(self, tensor: Tensor) -> Tensor:
+        """A tensor in the parameter's shape as the (rows, in) matrix whose rows the groups run along."""
+        return (tensor.transpose(-1, -2) if self.transposed else tensor).flatten(0, -2)
+
+    def unrows(self, rows: Tensor) -> Tensor:
+        """The inverse of `rows`."""
+        shape = self.parameter.shape
+        if not self.transposed:
+            return rows.view(shape)
+        return rows.view(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2).contiguous()
+
     def packed(self, mask: Tensor) -> np.ndarray:
-        """One bit a weight, in the order of the (rows, in) form that groups run along."""
-        return np.packbits((mask.T if self.transposed else mask).cpu().numpy())
+        """A mask at one bit a weight: (rows, bytes)."""
+        return np.packbits(self.rows(mask).contiguous().cpu().numpy(), axis=1)
 
     def unpacked(self, bits: Tensor) -> Tensor:
         """The inverse of `packed`: a mask in the parameter's shape."""
         shape = self.parameter.shape
-        rows = (shape[1], shape[0]) if self.transposed else shape
-        mask = torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel())).bool().view(rows)
-        return mask.T.contiguous() if self.transposed else mask
+        width = shape[-2] if self.transposed else shape[-1]
+        return self.unrows(torch.from_numpy(np.unpackbits(bits.numpy(), axis=1, count=width)).bool())
 
     def whole(self, masks: Mapping[str, Tensor], path: str) -> Tensor:
         """The mask in the parameter's shape, from masks (out, in) by matrix name."""
@@ -132,14 +156,35 @@ class MaskedModel:
         self.model.set_submodule(target.module_path, layer)
         return layer
 
-    def masks(self) -> dict[str, Tensor]:
-        """The hard masks by parameter name, in the parameters' shapes, on the CPU."""
-        return {t.name: layer.finalize().cpu() for t, layer in zip(self.targets, self.layers, strict=True)}
+    def masks(self, bits: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        """Masks by parameter name, in the parameters' shapes, on the CPU; `bits` packed as by `Target.packed`."""
+        return {t.name: t.unpacked(torch.from_numpy(b)) for t, b in zip(self.targets, bits, strict=True)}
 
     def train(self, mode: bool = True) -> None:
         """Soft masks (True) or hard ones. Only the masks change mode: dropout of the frozen model stays off."""
         for layer in self.layers:
             layer.train(mode)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens have to be."""
+        return self.source.device
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a process holds some rows of every layer, and not all (sharding.py)."""
+        return False
+
+    def set_draws(self, annealing: Annealing, step: int, total: int, **sample: int) -> None:
+        """Every layer's draw for a step (and micro-batch), see masklearn.set_draws."""
+        set_draws(self.layers, annealing, step, total, **sample)
+
+    def dense(self) -> AbstractContextManager[None]:
+        """Inside, the model runs with its dense weights: a teacher in the same memory."""
+        return dense(self.layers)
+
+    def collect(self) -> None:
+        """After a backward pass: the optimiser has what it needs. Here the layers have told it themselves."""
 
     @contextmanager
     def running(self, *, recompute: bool) -> Iterator[None]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from topiarist import linalg
 from topiarist.errors import CheckpointError, PatternError
+from topiarist.masklearn.candidates import MAX_CLASSES, num_classes
+from topiarist.masklearn.descent import descend
 from topiarist.masks import MaskFile, read_npz, weight_digest
 from topiarist.models import block_names
-from topiarist.patterns import Pattern
+from topiarist.patterns import NM, Pattern
 from topiarist.pipelines.block import BlockPruner
 from topiarist.pipelines.masking import Target
 from topiarist.pipelines.stream import BlockStream
@@ -23,17 +26,28 @@ from topiarist.sources import LoadedModel, block_matrices, eager_experts
 
 @dataclass(frozen=True, kw_only=True)
 class MaskOnly(Solver):
-    """Another solver's mask on the weights as they are: learned masks start from dense weights."""
+    """Another solver's mask on the weights as they are, because learned masks start from dense weights; an N:M mask is
+    then improved by descent (masklearn/descent.py).
+    """
 
     solver: Solver
+    sweeps: int = 0
+    """Passes of descent over the groups; 0 leaves the solver's mask."""
 
     def together(self, weights, gram, patterns) -> list[Solution]:
-        # Differs from the solver's own error: this one is that of the mask without the update.
         found = self.solver.together(weights, gram, patterns)
+        H = gram.matrix.to(weights[0].device)
         return [
-            replace(solution, weight=weight.masked_fill(~solution.mask, 0.0))
-            for weight, solution in zip(weights, found, strict=True)
+            self._on_dense(weight, solution, H, pattern)
+            for weight, solution, pattern in zip(weights, found, patterns, strict=True)
         ]
+
+    def _on_dense(self, weight: Tensor, solution: Solution, H: Tensor, pattern: Pattern) -> Solution:
+        mask = solution.mask
+        if self.sweeps and isinstance(pattern, NM) and num_classes(pattern) <= MAX_CLASSES:
+            mask = descend(weight.detach().float(), H, mask, pattern, sweeps=self.sweeps)
+        kept = weight.masked_fill(~mask, 0.0)
+        return Solution(kept, mask, linalg.reconstruction_error(weight, kept, H))
 
     def solve(self, problem):
         return self.solver.solve(problem)
@@ -47,17 +61,20 @@ def one_shot_masks(
     tokens: Tensor,
     solver: Solver,
     *,
+    sweeps: int = 0,
     batch_size: int = 4,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Masks by parameter name, and warnings. Block by block, each on inputs that passed the masked blocks before it.
+
+    sweeps: passes of descent that fit an N:M mask to weights that are not updated.
 
     The model's weights are as before when this returns: a block is masked in place, run, and put back.
     """
     masks: dict[str, Tensor] = {}
     by_matrix: dict[str, Tensor] = {}
     pruner = BlockPruner(
-        MaskOnly(solver=solver),
+        MaskOnly(solver=solver, sweeps=sweeps),
         patterns,
         on_solution=lambda name, solution: by_matrix.__setitem__(name, solution.mask),
     )
@@ -125,7 +142,7 @@ def given_masks(prior: str | Path | Mapping[str, Tensor], wanted: Sequence[Targe
             raise PatternError(
                 f"{origin}: mask of {target.name} has shape {tuple(mask.shape)}, the weight {shapes[target.name]}"
             )
-        rows = mask.T if target.transposed else mask.flatten(0, -2)
+        rows = target.rows(mask)
         due = target.pattern.num_kept((rows.shape[0], rows.shape[1]))
         if mask.dtype != torch.bool or int(mask.sum()) != due or not target.pattern.holds(rows):
             raise PatternError(

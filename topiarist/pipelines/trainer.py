@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from topiarist.errors import CalibrationError, NumericalError
-from topiarist.masklearn import Annealing, MaskAdamW, Preset, dense, set_draws
+from topiarist.masklearn import Annealing, MaskAdamW, Preset
 from topiarist.pipelines.masking import MaskedModel
 from topiarist.pipelines.processes import Processes
 
@@ -80,13 +80,16 @@ class MaskTrainer:
             max_norm=preset.max_norm,
             second_moment=preset.second_moment,
             seed=seed,
+            add_up=self._over_shards if masked.sharded else None,
         )
-        self.device = masked.source.device
+        self.device = masked.device
         self.step = 0
         """Steps done."""
         self.history: list[dict[str, Any]] = []
         """One entry an evaluation: step, tokens, soft loss since the last one, hard loss, flips, moved, certainty."""
         self._last_bits = self._bits()
+        self.best_bits = [bits.copy() for bits in self._last_bits]
+        """The hard masks of the evaluation with the least loss on held-out sequences, the prior's own among them."""
         self._losses: list[tuple[int, Tensor]] = []
 
     def run_step(self) -> Tensor:
@@ -94,18 +97,24 @@ class MaskTrainer:
         preset, step = self.preset, self.step
         rows = self.batches.rows(step)
         micro = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        shared = preset.sample == "step"
+        shared, split = preset.sample == "step", self.masked.sharded
         self.masked.train()
         self.optimizer.param_groups[0]["lr"] = preset.lr(step, preset.steps)
         total = torch.zeros((), device=self.device)
         for index in range(self.processes.rank, len(micro), self.processes.size):
-            sample = {} if shared else {"sample": index, "samples": len(micro)}
-            set_draws(self.masked.layers, self.annealing, step, preset.steps, seed=self.seed, **sample)
+            # Shards draw one mask together, so a micro-batch of theirs is what all processes run at the same time.
+            number, of = (
+                (index // self.processes.size, len(micro) // self.processes.size) if split else (index, len(micro))
+            )
+            sample = {} if shared else {"sample": number, "samples": of}
+            self.masked.set_draws(self.annealing, step, preset.steps, seed=self.seed, **sample)
             loss = self._loss(self.tokens[micro[index]].to(self.device)) / len(micro)
             loss.backward()
+            self.masked.collect()
             total += loss.detach()
         if self.processes.size > 1:
-            self.optimizer.synchronise(self.processes.add_up, one_draw=shared)
+            if not split:
+                self.optimizer.synchronise(self.processes.add_up, one_draw=shared)
             self.processes.add_up(total)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -117,7 +126,7 @@ class MaskTrainer:
         logits = self._logits(tokens)
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         if self.distill:
-            with torch.no_grad(), dense(self.masked.layers):
+            with torch.no_grad(), self.masked.dense():
                 teacher = self._logits(tokens).log_softmax(-1).flatten(0, 1)
             apart = F.kl_div(logits.log_softmax(-1).flatten(0, 1), teacher, log_target=True, reduction="batchmean")
             loss = (1.0 - self.distill) * loss + self.distill * apart
@@ -131,9 +140,14 @@ class MaskTrainer:
         """Mean loss of the hard masks on the held-out sequences."""
         self.masked.train(False)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index in range(self.processes.rank, len(self.held_out), self.processes.size):
-            tokens = self.held_out[index : index + 1].to(self.device)
-            total += F.cross_entropy(self._logits(tokens).flatten(0, 1), tokens[:, 1:].flatten()).double()
+        for first in range(0, len(self.held_out), self.processes.size):
+            index = first + self.processes.rank
+            if index >= len(self.held_out) and not self.masked.sharded:
+                break  # shards run together or not at all
+            row = min(index, len(self.held_out) - 1)
+            tokens = self.held_out[row : row + 1].to(self.device)
+            loss = F.cross_entropy(self._logits(tokens).flatten(0, 1), tokens[:, 1:].flatten()).double()
+            total += loss if row == index else 0.0
         return float(self.processes.add_up(total)) / len(self.held_out)
 
     def evaluate(self) -> dict[str, Any]:
@@ -143,7 +157,7 @@ class MaskTrainer:
                 raise NumericalError(f"the loss of step {step + 1} is not finite")
         self.masked.train()
         for target, layer in zip(self.masked.targets, self.masked.layers, strict=True):
-            if not bool(torch.isfinite(layer.logits).all()):
+            if self._over_shards(float((~torch.isfinite(layer.logits)).sum())):
                 raise NumericalError(f"logits of {target.label} are not finite after step {self.step}")
         soft = [float(loss) for _, loss in self._losses]
         self._losses.clear()
@@ -158,6 +172,9 @@ class MaskTrainer:
             "moved": self._changed(bits, last),
             "certainty": self._certainty(),
         }
+        if all(entry["hard_loss"] < earlier["hard_loss"] for earlier in self.history):
+            for best, now in zip(self.best_bits, bits, strict=True):
+                best[:] = now
         self.history.append(entry)
         return entry
 
@@ -172,57 +189,66 @@ class MaskTrainer:
         return still and 4 * self.step >= 3 * self.preset.steps and (last[-1]["certainty"] or 0.0) > CERTAIN
 
     def flips_by_layer(self) -> list[float]:
+        """Fraction of each layer's weights whose state in the best masks differs from the prior's."""
         return [
-            _differing(now, then) / layer.matrix.numel()
-            for now, then, layer in zip(self._bits(), self.masked.prior_bits, self.masked.layers, strict=True)
+            self._over_shards(_differing(now, then)) / self._over_shards(layer.matrix.numel())
+            for now, then, layer in zip(self.best_bits, self.masked.prior_bits, self.masked.layers, strict=True)
         ]
 
     def _bits(self) -> list[np.ndarray]:
         """The hard masks at one bit a weight, on the CPU."""
-        return [np.packbits(layer.hard_mask().cpu().numpy()) for layer in self.masked.layers]
+        return [np.packbits(layer.hard_mask().cpu().numpy(), axis=1) for layer in self.masked.layers]
 
     def _changed(self, now: Sequence[np.ndarray], then: Sequence[np.ndarray]) -> float:
         """Fraction of the weights whose state differs."""
         weights = sum(layer.matrix.numel() for layer in self.masked.layers)
-        return sum(map(_differing, now, then)) / weights
+        return self._over_shards(sum(map(_differing, now, then))) / self._over_shards(weights)
 
     def _certainty(self) -> float | None:
         """Mean over weights of the largest probability of their group, in the last step's draw."""
         parts = [(layer.statistics().get("certainty"), layer.matrix.numel()) for layer in self.masked.layers]
         if any(certainty is None for certainty, _ in parts):
             return None
-        return sum(float(c) * n for c, n in parts if c is not None) / sum(n for _, n in parts)
+        certain = sum(float(c) * n for c, n in parts if c is not None)
+        return self._over_shards(certain) / self._over_shards(sum(n for _, n in parts))
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """All that is needed to go on to the same bits: tensors, and metadata as text. Taken after an evaluation."""
-        tensors = {}
-        for index, (key, tensor) in self._tensors():
-            tensors[f"{self.masked.targets[index].name} {key}"] = tensor.detach()
-        for target, bits in zip(self.masked.targets, self.masked.prior_bits, strict=True):
-            tensors[f"{target.name} prior"] = torch.from_numpy(bits)
-        return tensors, {"step": str(self.step), "history": json.dumps(self.history)}
+    def _over_shards(self, value: float) -> float:
+        """The sum over all processes of what each has counted in its rows; the value itself where there are no shards."""
+        if not self.masked.sharded:
+            return value
+        return float(self.processes.add_up(torch.tensor(float(value), dtype=torch.float64, device=self.device)))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Logits, moments, counts and the best masks so far, by parameter name: with `progress`, all that is needed to go
+        on to the same bits. They share memory with the trainer's own.
+        """
+        found = {}
+        for target, layer, best in zip(self.masked.targets, self.masked.layers, self.best_bits, strict=True):
+            parts = {"logits": layer.logits, **self.optimizer.state[layer.logits], "best": torch.from_numpy(best)}
+            found.update({f"{target.name} {key}": tensor.detach() for key, tensor in parts.items()})
+        return found
+
+    def progress(self) -> dict[str, str]:
+        return {"step": str(self.step), "history": json.dumps(self.history)}
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], progress: Mapping[str, str]) -> None:
         """Go on from a state of the same recipe."""
-        for index, (key, tensor) in self._tensors():
-            tensor.copy_(tensors[f"{self.masked.targets[index].name} {key}"])
+        for key, tensor in self.tensors().items():
+            tensor.copy_(tensors[key])
+        self.go_on(progress)
+
+    def go_on(self, progress: Mapping[str, str]) -> None:
+        """Once the tensors are those of a state."""
         self._last_bits = self._bits()
-        self.step, self.history = int(metadata["step"]), json.loads(metadata["history"])
+        self.step, self.history = int(progress["step"]), json.loads(progress["history"])
 
     def share(self) -> None:
         """Every process goes on from the first one's state."""
         if self.processes.size > 1:
-            for _, (_, tensor) in self._tensors():
-                self.processes.same(tensor.data)
-            self.step, self.history = self.processes.once(lambda: (self.step, self.history))
-            self._last_bits = self._bits()
-
-    def _tensors(self) -> Iterator[tuple[int, tuple[str, Tensor]]]:
-        for index, layer in enumerate(self.masked.layers):
-            yield index, ("logits", layer.logits)
-            for key, value in self.optimizer.state[layer.logits].items():
-                yield index, (key, value)
+            for tensor in self.tensors().values():
+                self.processes.same(tensor)
+            self.go_on(self.processes.once(self.progress))
 
 
 def _differing(a: np.ndarray, b: np.ndarray) -> int:

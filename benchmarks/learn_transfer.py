@@ -1,0 +1,90 @@
+"""One base, many masks: a general 2:4 mask, then one for an encyclopaedia and one for code, each measured on both.
+
+    python -m benchmarks.learn_transfer --data DIR [--general 80] [--domain 40] [--windows 16] [--threads N]
+
+DIR/train has wikipedia, openwebtext and c4 (.jsonl.gz, every tenth document held out); code is the standard library of
+the running Python, every tenth file held out. General: preset `quick` on web text from Wanda. Transfer: `--domain` steps
+on the domain from the general mask; scratch: as many from a mask of Wanda on the domain. About 16 CPU seconds a step of
+2,048 tokens: 5 masks, (80 + 4 x 40) steps and 3 priors by default, 75 CPU minutes. Killed, it goes on where it was; finished
+numbers are kept in docs/learn-transfer.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import topiarist as tp
+from benchmarks.learn_cells import cell, finished, python_code, web, wikipedia, windows
+from demo.assets import assets_dir, model_dir
+from topiarist.data import Windows
+from topiarist.evaluate import load_model
+
+CELLS, PAGE = Path("docs/learn-transfer.jsonl"), Path("docs/learn-transfer.md")
+DOMAINS = ("encyclopaedia", "code")
+
+
+def measure(folder: Path, texts: dict[str, Windows]) -> dict[str, Any]:
+    model = load_model(folder)
+    return {"perplexity": {name: tp.perplexity(model, w).value for name, w in texts.items()}}
+
+
+def page() -> str:
+    lines = [
+        "# Masks for domains\n\nDemo model, 2:4, `python -m benchmarks.learn_transfer`; perplexity on held-out text.\n",
+        "| mask | steps | encyclopaedia | code |",
+        "|---|---|---|---|",
+    ]
+    for found in finished(CELLS).values():
+        value = found["perplexity"]
+        name, _, steps = found["name"].partition(" @")
+        lines.append(f"| {name} | {steps} | {value['encyclopaedia']:.1f} | {value['code']:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--general", type=int, default=80)
+    parser.add_argument("--domain", type=int, default=40)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    root = assets_dir() / "learn-transfer"
+    held_out = {"encyclopaedia": wikipedia(options.data, held_out=True), "code": python_code(held_out=True)}
+    texts = {name: windows(documents, options.windows) for name, documents in held_out.items()}
+    training = {
+        "encyclopaedia": wikipedia(options.data, held_out=False)[:400],
+        "code": python_code(held_out=False)[:150],
+        "general": web(options.data)[:400],
+    }
+    # What is measured: name -> where the masked model lies, and how it is made.
+    general = root / f"general-{options.general}"
+    cell(CELLS, "dense @", lambda: measure(model_dir(), texts))
+    PAGE.write_text(page())
+
+    def learned(name: str, out: Path, text: str, prior: Any, steps: int) -> None:
+        def make() -> dict[str, Any]:
+            report = tp.learn(model_dir(), out, data=training[text], prior=prior, preset="quick", steps=steps)
+            return {**measure(out, texts), "flips": report.flips, "losses": [report.prior_loss, report.loss]}
+
+        cell(CELLS, f"{name} @{steps}", make)
+        PAGE.write_text(page())
+
+    learned("general", general, "general", "wanda", options.general)
+    for domain in DOMAINS:
+        short = f"{domain}-{options.domain}"
+        learned(f"{domain}, from the general mask", root / short, domain, general / "masks.safetensors", options.domain)
+        learned(f"{domain}, from Wanda on it", root / f"{short}-scratch", domain, "wanda", options.domain)
+    print(page())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Learned masks on a model that FSDP2 shards: every process holds its rows of each weight and of its logits.
+
+What FSDP gathers for a forward is W * M itself: each process draws the mask of its own rows from its own logits (noise
+is keyed by the global row), writes the product into its shard of the parameter, and FSDP moves 2 bytes a weight, as for
+any model. Its reduce-scatter brings d loss / d(W * M) of those rows, summed in fp32, back to where the logits are. So
+the logits never travel, and the arithmetic of a layer is the same as in one process.
+
+Between steps a process holds 1 / processes of: the weight, W * M, logits and moments; 16 bytes a masked weight in bf16.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from topiarist.errors import CheckpointError, PatternError
+from topiarist.masklearn import Annealing, LearnedMask, Prior, kernels, relaxation_for, set_draws
+from topiarist.models import block_names
+from topiarist.pipelines.masking import MaskedModel, Target
+from topiarist.pipelines.processes import Processes
+from topiarist.sources import LoadedModel
+
+STATES, LATEST, LOOP = "learning_states", "LATEST", "loop.json"
+
+
+class MaskShard(LearnedMask):
+    """The learned mask of some rows of a weight; `parameter` is FSDP's shard of it and holds W * M."""
+
+    def __init__(
+        self, parameter: DTensor, rows: Tensor, transposed: bool, relaxation: Any, mask: Tensor, **options: Any
+    ) -> None:
+        super().__init__(relaxation, mask, **options)
+        self.parameter = [parameter]  # in a list: it stays registered where it was
+        self.rows, self.transposed = rows, transposed
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.rows
+
+    @torch.no_grad()
+    def write(self, *, dense: bool = False) -> None:
+        """Put the current W * M, or W, where FSDP gathers from."""
+        rows = self.rows if dense else kernels.effective(self.relaxation, self.rows, self.logits, self.current_draw)
+        place = _matrices(self.parameter[0].to_local(), self.transposed)
+        place.copy_(rows.view(place.shape))
+
+    def hand_over(self) -> None:
+        """Give d loss / d(W * M) of these rows, which FSDP has summed, to the optimiser."""
+        grad = self.parameter[0].grad
+        if grad is None:
+            return
+        assert isinstance(grad, DTensor) and self.sink is not None and self.current_draw is not None
+        self.sink(_matrices(grad.to_local(), self.transposed).reshape(self.rows.shape), self.current_draw)
+        self.parameter[0].grad = None
+
+
+def _matrices(tensor: Tensor, transposed: bool) -> Tensor:
+    """A view whose last axes are (out, in), in whatever form the module stores them."""
+    return tensor.transpose(-1, -2) if transposed else tensor
+
+
+class ShardedModel(MaskedModel):
+    """A loaded model under FSDP2, one group a block. The model is used up: what remains of it is the result's files."""
+
+    def __init__(
+        self,
+        source: LoadedModel,
+        wanted: Sequence[Target],
+        masks: Mapping[str, Tensor],
+        *,
+        relaxation: str | None,
+        prior: Prior,
+        seed: int,
+        dtype: torch.dtype,
+        processes: Processes,
+    ) -> None:
+        self.model = source.model.requires_grad_(False).eval()
+        self.source, self.targets, self.processes = source, list(wanted), processes
+        kinds = [relaxation_for(target.pattern, relaxation) for target in wanted]
+        self._check(kinds)
+        self.mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (processes.size,))
+        turned = {id(t.parameter_itself) for t in wanted if t.transposed and t.matrices[0].expert is None}
+        for target in wanted:
+            target.parameter_itself.requires_grad_(True)
+        options: dict[str, Any] = {
+            "mesh": self.mesh,
+            "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+            # Always along the mask's rows: no group is cut, and logits are sharded like their weight.
+            "shard_placement_fn": lambda parameter: Shard(1) if id(parameter) in turned else Shard(0),
+        }
+        for name in block_names(self.model, source.family):
+            fully_shard(self.model.get_submodule(name), **options)
+        fully_shard(self.model, **options)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):  # a sum, as in one process, where FSDP would average
+                module.set_force_sum_reduction_for_comms(True)
+                module.set_gradient_divide_factor(1.0)
+        self.layers, self.prior_bits = [], []
+        for index, (target, kind) in enumerate(zip(wanted, kinds, strict=True)):
+            parameter = target.parameter_itself
+            assert isinstance(parameter, DTensor)
+            rows = _matrices(parameter.to_local().detach(), target.transposed).flatten(0, -2)
+            rows = rows.clone(memory_format=torch.contiguous_format)
+            first = processes.rank * len(rows)
+            mask = target.rows(masks[target.name])[first : first + len(rows)]
+            layer = MaskShard(
+                parameter, rows, target.transposed, kind, mask.contiguous().to(rows.device),
+                index=index, prior=prior, seed=seed, dtype=dtype, first_row=first,
+            )  # fmt: skip
+            self.layers.append(layer.to(rows.device))
+            self.prior_bits.append(np.packbits(mask.contiguous().cpu().numpy(), axis=1))
+
+    def _check(self, kinds: Sequence[Any]) -> None:
+        for target, kind in zip(self.targets, kinds, strict=True):
+            shape = tuple(target.parameter.shape)
+            along = shape[1] if target.transposed and len(shape) == 2 else shape[0]
+            if along % self.processes.size:
+                raise PatternError(
+                    f"layer {target.label}: {along} rows cannot be divided among {self.processes.size} processes; use "
+                    "another number, or a whole copy in each (--replicate)"
+                )
+            if not kind.by_row:
+                raise PatternError(f"relaxation {kind.name} looks at whole matrices, which shards are not: --replicate")
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].matrix.device
+
+    @property
+    def sharded(self) -> bool:
+        return True
+
+    def set_draws(self, annealing: Annealing, step: int, total: int, **sample: int) -> None:
+        set_draws(self.layers, annealing, step, total, **sample)
+        self._write()
+
+    def _write(self, *, dense: bool = False) -> None:
+        for layer in self.layers:
+            assert isinstance(layer, MaskShard)
+            layer.write(dense=dense)
+
+    def train(self, mode: bool = True) -> None:
+        super().train(mode)
+        if not mode:
+            self._write()
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        self._write(dense=True)
+        try:
+            yield
+        finally:
+            self._write()  # before backward, which gathers again
+
+    def collect(self) -> None:
+        for layer in self.layers:
+            assert isinstance(layer, MaskShard)
+            layer.hand_over()
+
+    def masks(self, bits: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        whole = [self._whole(torch.from_numpy(b).to(self.device)).full_tensor().cpu().numpy() for b in bits]
+        return super().masks(whole)
+
+    def restore(self) -> None:
+        """Nothing: FSDP's modules stay what they are."""
+
+    def _whole(self, shard: Tensor) -> DTensor:
+        return DTensor.from_local(shard, self.mesh, [Shard(0)])
+
+    def _state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: self._whole(tensor) if tensor.ndim else tensor for key, tensor in tensors.items()}
+
+    def save(self, folder: Path, step: int, tensors: Mapping[str, Tensor], loop: Mapping[str, str]) -> None:
+        """One folder a state, by torch.distributed.checkpoint; the name of the last whole one is written after it.
+
+        Raises CheckpointError in every process if it fails in one; the state before it is then untouched.
+        """
+        place = folder / STATES / f"{step:08d}"
+        state = self._state(tensors)
+        try:
+            save(state, checkpoint_id=place)
+        except (OSError, CheckpointException) as error:
+            raise CheckpointError(f"cannot write {place}: {_reason(error)}; the state before it is kept") from error
+
+        def point() -> None:
+            (place / LOOP).write_text(json.dumps(dict(loop)))
+            temporary = folder / STATES / f"{LATEST}.tmp"
+            temporary.write_text(place.name)
+            temporary.replace(folder / STATES / LATEST)
+            for other in (folder / STATES).iterdir():
+                if other.is_dir() and other != place:
+                    shutil.rmtree(other)
+
+        self.processes.once(point)
+
+    @torch.no_grad()
+    def load(self, folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str] | None:
+        """Fill `tensors` from the last whole state, whatever number of processes wrote it. What `save` was told, or
+        None if there is no state.
+        """
+
+        def find() -> tuple[str, dict[str, str]] | None:
+            latest = folder / STATES / LATEST
+            if not latest.is_file():
+                return None
+            name = latest.read_text()
+            return name, json.loads((folder / STATES / name / LOOP).read_text())
+
+        found = self.processes.once(find)
+        if found is None:
+            return None
+        state = self._state(tensors)
+        try:
+            load(state, checkpoint_id=folder / STATES / found[0])
+        except (OSError, CheckpointException) as error:
+            raise CheckpointError(f"cannot read {folder / STATES / found[0]}: {_reason(error)}") from error
+        for key, tensor in tensors.items():  # what lies on another device than the mesh was read into a copy
+            read = state[key]
+            tensor.copy_(read.to_local() if isinstance(read, DTensor) else read)
+        return found[1]
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
