@@ -1,6 +1,6 @@
 """SparseLLM step by step: what every round does to the error of a feed-forward network, from cells that quality.py made.
 
-    python -m benchmarks.quality --methods sparsellm sparsellm:down_refit=true --patterns 2:4 0.7
+    python -m benchmarks.quality --methods sparsellm sparsellm:epochs=0 --patterns 2:4 0.7
     python -m benchmarks.sparsellm --out docs/sparsellm-steps
 
 Writes OUT.svg (a panel a pattern, a line a method: the median over blocks, relative to the local solver alone, with the middle

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import topiarist as tp
-from topiarist import allocate
+from topiarist import allocate, cli
 from topiarist.allocate.budget import budget, fit, mixture
 from topiarist.allocate.fixed import kept_by
 from topiarist.allocate.scores import Scores, outlier_ratio, probe, random_signs
@@ -322,6 +323,11 @@ def test_skipped_layers_are_outside_the_budget(tmp_path: Path):
     assert len(report.layers) == 12 and report.sparsity == pytest.approx(0.5, abs=1e-4)
 
 
+def test_everything_may_be_skipped():
+    found = tp.find_allocation(tiny.tiny_model(), "owl", pattern=0.5, calibration=tiny.tiny_tokens(2, 16), skip=["."])
+    assert set(found.patterns.values()) == {None} and found.zeros == 0 and found.sparsity == 0
+
+
 def test_a_run_by_rule_resumes_without_measuring_again(tmp_path: Path, monkeypatch):
     from topiarist.pipelines import allocation
     from topiarist.pipelines.block import BlockPruner
@@ -345,3 +351,56 @@ def test_a_run_by_rule_resumes_without_measuring_again(tmp_path: Path, monkeypat
     assert tp.prune(base, tmp_path / "out", **options).to_dict() == resumed.to_dict()
     with pytest.raises(tp.CheckpointError, match="allocation was"):
         tp.prune(base, tmp_path / "out", **{**options, "allocation": allocate.Owl(threshold=3)})
+
+
+# The command line and the page
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    tiny.tiny_checkpoint(tmp_path / "base", num_hidden_layers=3)
+    tiny.tiny_text(tmp_path, "text.txt")
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["topiarist", *words, "--calibration", "text.txt", "--samples", "8"])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(stop.value.code or 0), printed.out, printed.err
+
+    return run
+
+
+def test_allocate_writes_what_prune_reads(call, tmp_path: Path):
+    code, printed, error = call(
+        "allocate", "base", "a.json", "--rule", "sensitivity:probes=1,sequences=2,level=block", "--pattern", "0.7"
+    )
+    assert code == 0 and "70.00" in printed and "mean standard error" in printed and "written a.json" in printed, error
+    code, printed, error = call(
+        "prune", "base", "out", "--method", "wanda", "--allocation", "a.json", "--pattern", "0.7"
+    )
+    assert code == 0 and "70.00% zeros" in printed, error
+    code, _, error = call("prune", "base", "no", "--allocation", "a.json", "--pattern", "0.5")
+    assert code == 2 and "asks for 0.5" in error and len(error.strip().splitlines()) == 1
+    code, _, error = call("allocate", "base", "b.json", "--rule", "owl:lambda=3")
+    assert code == 2 and "Owl has no field 'lambda'; it has min_sparsity" in error
+    code, _, error = call("allocate", "base", "b.json", "--rule", "owls")
+    assert code == 2 and "unknown allocation rule 'owls'; choose one of uniform, linear, owl" in error
+    code, _, error = call("allocate", "base", "b.json", "--rule", "owl:max_sparsity=0.6", "--pattern", "0.7")
+    assert code == 2 and "cannot be met" in error and not (tmp_path / "b.json").exists()
+
+
+def test_the_page_shows_densities_and_scores_and_repeats_the_run(call, tmp_path: Path):
+    rule = ("--allocation", "owl:threshold=3.0,level=matrix", "--pattern", "0.7", "--method", "wanda")
+    code, _, error = call("prune", "base", "out", *rule)
+    assert code == 0, error
+    html = (tmp_path / "out" / "pruning_report.html").read_text()
+    assert "Where the zeros are" in html and "What the allocation went by" in html and "% kept, mean error" in html
+    command = json.loads((tmp_path / "out" / "pruning_report.json").read_text())["command"]
+    words = ["again" if word == "OUT" else word for word in command[1:]]
+    at = words.index("--calibration")
+    code, _, error = call(*words[:at], *words[at + 4 :])
+    assert code == 0, error
+    assert (tmp_path / "again" / "pruning_report.html").read_text() == html

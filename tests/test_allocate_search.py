@@ -45,7 +45,7 @@ def test_nothing_can_move_where_there_is_one_level():
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    return tiny.tiny_checkpoint(tmp_path / "base", num_hidden_layers=4)
+    return tiny.tiny_checkpoint(tmp_path / "base", num_hidden_layers=3)
 
 
 def find(base, work: Path | None, *, pattern="0.6", method="wanda", **rule) -> tp.FoundAllocation:
@@ -114,14 +114,16 @@ def test_stopped_and_resumed_to_the_same_result(base: Path, tmp_path: Path, monk
 
 def test_the_database_is_written_once_and_grows(base: Path, tmp_path: Path, monkeypatch):
     find(base, tmp_path / "work")
-    files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "work" / "solutions").glob("*.safetensors")}
-    assert len(files) == 4 * 7
+    files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("solutions-*/*.safetensors")}
+    assert len(files) == 3 * 7
     monkeypatch.setattr(search_pipeline, "evolve", lambda *_: tp.allocate.Scores(dict.fromkeys(_NAMES(base), 0.4), {}))
     find(base, tmp_path / "work", pattern="0.7")
-    grown = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "work" / "solutions").glob("*.safetensors")}
-    assert len(grown) == 4 * 9 and all(grown[name] == when for name, when in files.items())
-    with pytest.raises(tp.CheckpointError, match="solutions of another method"):
-        find(base, tmp_path / "work", method="magnitude")
+    grown = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("solutions-*/*.safetensors")}
+    assert len(grown) == 3 * 9 and all(grown[name] == when for name, when in files.items())
+    find(base, tmp_path / "work", method="magnitude", generations=0)
+    assert len(list((tmp_path / "work").glob("solutions-*"))) == 2, "another method's solutions stand apart"
+    find(base, tmp_path / "work", method="alps", solver="wanda")
+    assert len(list((tmp_path / "work").glob("solutions-*"))) == 2
 
 
 def _NAMES(base: Path) -> list[str]:
@@ -133,7 +135,7 @@ def test_prune_by_search_keeps_its_work_and_resumes(base: Path, tmp_path: Path):
         "method": "wanda", "pattern": 0.6, "allocation": Search(**QUICK), "calibration": tiny.tiny_tokens(10, 32),
     }  # fmt: skip
     report = tp.prune(base, tmp_path / "out", **options)
-    assert report.sparsity == pytest.approx(0.6, abs=1e-4) and (tmp_path / "out.search" / "solutions").is_dir()
+    assert report.sparsity == pytest.approx(0.6, abs=1e-4) and list((tmp_path / "out.search").glob("solutions-*"))
     assert report.allocation["notes"]["divergence"] > 0
     again = tp.prune(base, tmp_path / "again", allocation_work=tmp_path / "out.search", **options)
     assert [layer.pattern for layer in again.layers] == [layer.pattern for layer in report.layers]

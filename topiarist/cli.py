@@ -120,15 +120,12 @@ def prune(
     out.print(table)
     run = report.run
     out.print(f"{run['seconds']:.0f} s, peak memory {run['peak_memory_bytes'] / 1e9:.2f} GB; written to {output}")
+    if (kept := output.with_name(output.name + ".search")).is_dir():
+        out.print(f"{kept} holds the solutions that the search used: another sparsity needs them, nothing else does")
 
 
-for group in (
-    cli_allocate.COMMANDS,
-    cli_report.COMMANDS,
-    cli_masks.COMMANDS,
-    cli_shrink.COMMANDS,
-    cli_runtime.COMMANDS,
-):
+COMMAND_GROUPS = (cli_allocate, cli_report, cli_masks, cli_shrink, cli_runtime)
+for group in (module.COMMANDS for module in COMMAND_GROUPS):
     for name, command in group.items():
         app.command(name)(command)
 

@@ -66,6 +66,8 @@ class Rule(ABC):
 
         Raises PatternError if bounds or choices cannot meet the sparsity that `pattern` asks for.
         """
+        if not shapes:
+            return {}
         total = sum(out * width for out, width in shapes.values())
         sparsity = 1 - budget(shapes, pattern) / total
         wanted = self.wanted({name: depths[name] for name in shapes}, sparsity, scores or {})
@@ -146,8 +148,9 @@ class Sensitivity(Rule):
     """Calibration windows that the trace is taken over."""
     probes: int = 8
     """Random vectors for every sequence."""
-    step: float = 1e-2
-    """Of the finite difference, as a fraction of the root mean square of all measured weights."""
+    step: float = 1e-3
+    """Of the finite difference, as a fraction of the root mean square of all measured weights. Its error grows with
+    the square: 9 % at 0.01 on the demo model, below 0.1 % here (benchmarks/curvature.py)."""
     tokens: int = 512
     """Windows are cut to so many tokens."""
     measured_by: ClassVar[tuple[str, ...]] = ("estimate", "sequences", "probes", "step", "tokens")
@@ -200,10 +203,12 @@ class Search(Rule):
     """Candidates of a generation."""
     finalists: int = 2
     """How many of them are judged on all selection windows."""
+    solver: str = ""
+    """Name of the method that solves the database; the run's own if empty. A quick one finds allocations for a slow one."""
     sequences: int = 4
     """Calibration windows that select; the others make the Grams."""
     measured_by: ClassVar[tuple[str, ...]] = ("level", "grid", "half_width", "seconds", "generations", "children",
-                                              "finalists", "sequences")  # fmt: skip
+                                              "finalists", "solver", "sequences")  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

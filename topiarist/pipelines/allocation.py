@@ -186,7 +186,7 @@ def apply_rule(
         for m in block_matrices(source, index)
     }
     scores = Scores({}, {})
-    if rule.measured_by:
+    if rule.measured_by and counted:
         # Before the slow part: a budget that cannot be met, or a pattern that does not fit, is said at once.
         rule.patterns(counted, depths, pattern, dict.fromkeys(counted, 0.5))
         with eager_experts(source.model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from topiarist.errors import CalibrationWarning, CheckpointError
+from topiarist.errors import CalibrationWarning
 from topiarist.masks.bitpack import BITMAP, pack, unpack
 from topiarist.models import block_names
 from topiarist.pages import write_atomically
@@ -31,21 +32,16 @@ _ANY = Unstructured(0.0)
 class Database:
     """A folder with a file for every block and level: the kept values and a bitmap of where they are.
 
-    Files appear whole or not at all, so a run that was stopped goes on with the first one missing, and another sparsity
-    adds the levels that it needs. Raises CheckpointError if the folder was made of another model, method or text.
+    Every model, method and text has a folder of its own inside `work`, and `database.json` there says which. Files
+    appear whole or not at all, so a run that was stopped goes on with the first one missing, and another sparsity adds
+    the levels that it needs.
     """
 
-    def __init__(self, folder: Path, made_of: Mapping[str, Any]) -> None:
-        self.folder = folder
-        recipe = folder / "database.json"
-        wanted = json.loads(json.dumps(made_of))
-        if recipe.is_file():
-            found = json.loads(recipe.read_text(encoding="utf-8"))
-            if differing := [key for key in wanted if found.get(key) != wanted[key]]:
-                raise CheckpointError(f"{folder} holds solutions of another {differing[0]}; choose another work folder")
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(recipe, json.dumps(wanted, indent=2) + "\n")
+    def __init__(self, work: Path, made_of: Mapping[str, Any]) -> None:
+        text = json.dumps(made_of, sort_keys=True, indent=2) + "\n"
+        self.folder = work / f"solutions-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "database.json", text)
 
     def path(self, block: int, pattern: Pattern) -> Path:
         return self.folder / f"{block:05d}-{str(pattern).replace(':', 'of').replace('/', '-')}.safetensors"

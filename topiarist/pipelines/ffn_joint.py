@@ -79,13 +79,13 @@ class JointSolver:
             if current is None:
                 break
             sums = self._move(current.weights, keep=epoch < settings.epochs)
-            current = self._attempt(partial(self._refitted, *sums), f"{name}: epoch {epoch}", warn)
+            build = partial(self._refitted, *sums)
+            current = self._attempt(build, settings.ridge, f"{name}: epoch {epoch}", warn)
             if current is not None:
                 tried[f"epoch {epoch}"] = current
         if settings.down_refit:
-            refitted = self._attempt(
-                partial(self._with_down_refit, self._best(tried)[1].first), f"{name}: down_refit", warn
-            )
+            build = partial(self._with_down_refit, self._best(tried)[1].first)
+            refitted = self._attempt(build, settings.down_ridge, f"{name}: down_refit", warn)
             if refitted is not None:
                 tried["down_refit"] = refitted
         best, chosen = self._best(tried)
@@ -98,13 +98,17 @@ class JointSolver:
         return min(tried.items(), key=lambda step: step[1].error)
 
     def _attempt(
-        self, build: Callable[[float], Candidate], what: str, warn: Callable[[str, type[Warning]], None]
+        self,
+        build: Callable[[float], Candidate],
+        ridge: float,
+        what: str,
+        warn: Callable[[str, type[Warning]], None],
     ) -> Candidate | None:
         """A candidate with the ridge that was asked for, or ten times that; None, with a warning, if neither is finite."""
         try:
-            return build(self.settings.ridge)
+            return build(ridge)
         except NumericalError as first:
-            ridge = 10 * (self.settings.ridge or 1e-6)
+            ridge = 10 * (ridge or 1e-6)
             try:
                 candidate = build(ridge)
             except NumericalError as second:
@@ -119,12 +123,12 @@ class JointSolver:
 
     def _plain(self) -> Candidate:
         """What the local solver alone gives."""
-        return self._candidate(self._first(self.dense.first), self._down(self.dense.down, self.gram_p))
+        return self._candidate(self._first(self.dense.first, self.gram_X), self._down(self.dense.down, self.gram_p))
 
     def _refitted(self, C_A: Tensor, C_Y: Tensor, gram_p: Gram, ridge: float) -> Candidate:
         """Weights refitted to the auxiliaries, then pruned."""
-        first = self._first(refit(self.gram_X.matrix, C_A, self.dense.first, ridge))
-        return self._candidate(first, self._down(refit(gram_p.matrix, C_Y, self.dense.down, ridge), gram_p))
+        first = self._first(*self._refit(self.gram_X, C_A, self.dense.first, ridge))
+        return self._candidate(first, self._down(*self._refit(gram_p, C_Y, self.dense.down, ridge)))
 
     def _with_down_refit(self, first: list[Solution], ridge: float) -> Candidate:
         """The last matrix refitted to Y on the activations of the pruned first ones, then pruned."""
@@ -134,11 +138,19 @@ class JointSolver:
             p = self.network.activate(x @ pruned.T + self.bias_first)
             gram.add(p)
             C_Y.addmm_((y - self.bias_down).T, p)
-        return self._candidate(first, self._down(refit(gram.matrix, C_Y, self.dense.down, ridge), gram))
+        return self._candidate(first, self._down(*self._refit(gram, C_Y, self.dense.down, ridge)))
 
-    def _first(self, weights: Tensor) -> list[Solution]:
+    def _refit(self, gram: Gram, C: Tensor, dense: Tensor, ridge: float) -> tuple[Tensor, Gram]:
+        """A refitted weight, and the Gram that says what leaving it costs: the ridge is part of both."""
+        share = ridge * gram.in_features / gram.tokens
+        H = gram.matrix
+        weight = refit(H, C, dense, share)
+        H.diagonal().mul_(1 + share)
+        return weight, Gram.from_matrix(H, tokens=gram.tokens)
+
+    def _first(self, weights: Tensor, gram: Gram) -> list[Solution]:
         rows = [matrix.shape[0] for matrix in self.network.first]
-        return self._pruned(self.network.first, weights.split(rows), self.gram_X)
+        return self._pruned(self.network.first, weights.split(rows), gram)
 
     def _down(self, weight: Tensor, gram: Gram) -> Solution:
         return self._pruned([self.network.down], [weight], gram)[0]

@@ -25,6 +25,7 @@ from topiarist.patterns import NM, Columns, Pattern, TransposableNM, Unstructure
 from topiarist.pipelines.database import Database, fill
 from topiarist.pipelines.measure import layers_of, whole_model
 from topiarist.pipelines.options import Progress, PruneOptions
+from topiarist.pipelines.setup import resolve_method
 from topiarist.pipelines.sparsellm import SparseLLM, method_name
 from topiarist.sources import Source
 
@@ -72,11 +73,12 @@ def search(
     levels = levels_of(rule, options.base_pattern)
     with ExitStack() as stack:
         folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        chosen = resolve_method(rule.solver) if rule.solver else options.solver
         # Solutions of single layers are what is stored, so of a joint method the local solver makes them.
-        solver = options.solver.solver if isinstance(options.solver, SparseLLM) else options.solver
+        solver = chosen.solver if isinstance(chosen, SparseLLM) else chosen
         method = {"name": method_name(solver), **asdict(solver)}
         solved = {**made_of, "method": method, "layers": sorted(shapes), "windows": len(tokens) - rule.sequences}
-        database = Database(folder / "solutions", solved)
+        database = Database(folder, solved)
         grams = tokens[: -rule.sequences]
         wanted = [p for p in levels if p is not None]
         fill(database, source, solver, grams, shapes, wanted, batch_size=options.batch_size, progress=progress)

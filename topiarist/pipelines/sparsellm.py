@@ -17,8 +17,9 @@ class SparseLLM:
     Minimises beta ||Wd p - Y||^2 + gamma ||p - act(s) z||^2 + alpha (||z - Wu X||^2 + ||s - Wg X||^2) over sparse weights and
     auxiliary activations p, z, s in turns (SparseLLM, arXiv 2402.17946; the steps are in `solvers/auxiliary.py`): weights
     are refitted to the auxiliaries and pruned by the local solver, then the auxiliaries move. Y is the dense network's
-    output. Choose `down_refit` first, it is cheaper and gains more. Cost: about epochs + 1 times the local solver, and
-    as many passes over the tokens in fp32.
+    output. At the end the last matrix is refitted to what the pruned first ones really give (`down_refit`; with `epochs` = 0
+    that is all that is done, for most of the gain). Cost: about epochs + 2 times the local solver, and as many passes over
+    the tokens in fp32.
 
     Differs from the authors' code in: 1. the attention of the block is pruned first, and the network's inputs and target are
     taken after that (`recompute_after_attention`). 2. The epoch with the smallest error of the network itself wins
@@ -27,13 +28,14 @@ class SparseLLM:
     ridge towards the dense weights instead of a pseudo-inverse, and OPT's second matrix is refitted like any other. 5. All
     sums and auxiliaries are fp32 or better, every solve starts from the undamped Gram. 6. No block is an exception. 7. What
     they run and do not use (the auxiliaries of the last epoch) is left out: `epochs` is their number of passes less one.
+    8. `down_refit`, which is not in the paper.
     """
 
     local: str | Solver = "sparsegpt"
     """The solver of every single matrix: a name of the table, or a value."""
     epochs: int = 3
     """Rounds of auxiliary updates after the plain local solution; 0 leaves only `down_refit`."""
-    alpha: float = 1.0
+    alpha: float = 0.1
     """Price of pre-activations that differ from what the first matrices give."""
     beta: float = 1.0
     """Price of an output that differs from the target."""
@@ -42,10 +44,12 @@ class SparseLLM:
     gate_steps: int = 2
     gate_rate: float | None = None
     """Rate of plain gradient steps on the gate; None: Gauss-Newton."""
-    ridge: float = 1e-3
-    """Of the refits, as a fraction of every input's own energy, towards the dense weights."""
-    down_refit: bool = False
+    ridge: float = 0.01
+    """Of the refits to auxiliaries, towards the dense weights; 1 raises each input's own energy by inputs / tokens of it."""
+    down_refit: bool = True
     """At the end, refit the last matrix to the target on the activations of the already pruned first ones, and prune it."""
+    down_ridge: float = 4.0
+    """Of that refit, which has only real activations to go by."""
     recompute_after_attention: bool = True
     """Take the network's inputs after the rest of the block was pruned, not before."""
     target: Literal["current", "dense"] = "current"
@@ -61,8 +65,8 @@ class SparseLLM:
         for name in ("alpha", "beta", "gamma"):
             if not getattr(self, name) > 0:
                 raise TopiaristError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if self.epochs < 0 or self.gate_steps < 0 or self.ridge < 0:
-            raise TopiaristError("epochs, gate_steps and ridge must not be below 0")
+        if min(self.epochs, self.gate_steps, self.ridge, self.down_ridge) < 0:
+            raise TopiaristError("epochs, gate_steps, ridge and down_ridge must not be below 0")
         if not 0 <= self.held_out < 1:
             raise TopiaristError(f"held_out is {self.held_out}; it must be a share from 0 to below 1")
 
