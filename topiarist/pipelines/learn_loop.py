@@ -128,5 +128,9 @@ class Run:
             return
         prior = packed_prior(self.job.targets, trainer.masked.prior_bits)
         notes = {"notes": json.dumps(self.job.notes)}  # a resume does not compute the prior and its warnings again
-        folder = OutputFolder(output.folder, output.fingerprint)
-        self.processes.once(lambda: folder.write_state(STATE, trainer.tensors() | prior, trainer.progress() | notes))
+
+        def write() -> None:  # opening the folder clears what a killed run left: for the first process alone
+            folder = OutputFolder(output.folder, output.fingerprint)
+            folder.write_state(STATE, trainer.tensors() | prior, trainer.progress() | notes)
+
+        self.processes.once(write)
