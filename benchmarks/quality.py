@@ -3,7 +3,8 @@
     python -m benchmarks.quality --protocol openwebtext
     python -m benchmarks.quality --protocol standard --data DIR --patterns 2:4 0.7 --methods wanda sparsegpt alps
 
-A method is a name of the solver table with fields after it: `sparsegpt`, `wanda:refit=true`, `alps:preset=best`;
+A method is a name with fields after it: `sparsegpt`, `wanda:refit=true`, `alps:preset=best`,
+`sparsellm:local=alps,epochs=0`;
 `+refine` or `+refine:epochs=4` adds block refinement.
 `openwebtext` is the protocol of the originals' published-here numbers (128 x 512 tokens of the demo's calibration text,
 the first 16 windows of 1024 of its held-out C4 text). `standard` takes DIR with train/c4.jsonl.gz, train/wikipedia.jsonl.gz
@@ -18,6 +19,7 @@ import argparse
 import gzip
 import json
 import platform
+import re
 import shutil
 import time
 from pathlib import Path
@@ -69,12 +71,22 @@ def measure(folder: Path, windows: dict[str, Windows]) -> dict[str, float]:
 
 
 def run_cell(
-    options: argparse.Namespace, method: str, pattern: str, calibration: list[str], windows: Any
+    options: argparse.Namespace,
+    method: str,
+    pattern: str,
+    calibration: list[str],
+    windows: Any,
+    *,
+    label: str = "",
+    **more: Any,
 ) -> dict[str, Any]:
-    """Prune with one method and pattern, measure, throw the checkpoint away."""
+    """Prune with one method and pattern (and what else `tp.prune` takes), measure, throw the checkpoint away.
+
+    label: tells cells apart that differ in nothing else, while they lie on disk.
+    """
     if method == "dense":
         return {"perplexity": measure(model_dir(), windows)}
-    out = assets_dir() / "quality" / f"{method}-{pattern}".replace(":", "_").replace("=", "_").replace(",", "_")
+    out = assets_dir() / "quality" / re.sub("[:=,/]", "_", f"{method}-{pattern}{label}")
     cpu = time.process_time()
     solver, refine = method_from_text(method)
     report = tp.prune(
@@ -88,6 +100,7 @@ def run_cell(
         window=options.window,
         batch_size=4,
         true_sequential=options.true_sequential,
+        **more,
     )
     cell = {
         "cpu_seconds": time.process_time() - cpu,
@@ -97,6 +110,8 @@ def run_cell(
         "mean_error": report.mean_error,
         "perplexity": measure(out, windows),
     }
+    if report.joint:
+        cell["joint"] = [dict(block.errors) for block in report.joint]
     shutil.rmtree(out)
     return cell
 
@@ -112,29 +127,31 @@ def table(rows: dict[str, dict[str, Any]], options: argparse.Namespace, windows:
         if "cpu_seconds" in cell:
             costs = [f"{cell['cpu_seconds']:.0f}", f"{cell['by_activity']['solver']:.0f}", f"{cell['peak_gb']:.2f}"]
         lines.append(f"| {' | '.join([method, pattern.replace('-', ''), *numbers, *costs])} |")
+    return "\n".join([*lines, "", note(options, windows)])
+
+
+def note(options: argparse.Namespace, windows: dict[str, Windows]) -> str:
+    """When, where and on what: the line below a table."""
     tokens = ", ".join(f"{name} {w.tokens.numel():,} tokens (sha256 {w.digest[:8]})" for name, w in windows.items())
-    note = (
+    return (
         f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {options.threads} thread(s), torch {torch.__version__}; "
         f"calibration {options.samples} x {options.window}; windows of 1024 without overlap: {tokens}."
     )
-    return "\n".join([*lines, "", note])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_protocol(parser: argparse.ArgumentParser, *, samples: int, eval_windows: int) -> None:
+    """What is calibrated and evaluated on; other benchmarks of quality take the same."""
     parser.add_argument("--protocol", choices=("openwebtext", "standard"), default="openwebtext")
     parser.add_argument("--data", type=Path, help="folder with train/ and eval/ for --protocol standard")
-    parser.add_argument("--methods", nargs="+", default=list(DEFAULT_METHODS))
-    parser.add_argument("--patterns", nargs="+", default=["2:4", "0.5", "0.7"])
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=samples)
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--eval-windows", type=int, default=16, help="windows of each text; 0 for all")
+    parser.add_argument("--eval-windows", type=int, default=eval_windows, help="windows of each text; 0 for all")
     parser.add_argument("--true-sequential", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--results", type=Path, default=Path("docs/quality.jsonl"), help="finished cells; the table is beside"
-    )
-    options = parser.parse_args()
+
+
+def prepare(options: argparse.Namespace) -> tuple[list[str], dict[str, Windows], list[Any]]:
+    """Calibration documents, evaluation windows, and the settings that a stored cell must share to count."""
     options.eval_windows = options.eval_windows or None
     torch.set_num_threads(options.threads)
     from transformers.utils import logging
@@ -142,16 +159,36 @@ def main() -> None:
     logging.disable_progress_bar()
     calibration, windows = load_texts(options, load_tokenizer(model_dir()))
     settings = [options.protocol, options.samples, options.window, options.eval_windows, options.true_sequential]
-    stored = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
-    rows = {line["cell"]: line for line in stored if line["settings"] == settings}
+    return calibration, windows, settings
+
+
+def stored_cells(path: Path, settings: list[Any]) -> dict[str, dict[str, Any]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {line["cell"]: line for line in lines if line["settings"] == settings}
+
+
+def keep_cell(path: Path, key: str, settings: list[Any], cell: dict[str, Any]) -> None:
+    with path.open("a") as stream:
+        stream.write(json.dumps({"cell": key, "settings": settings, **cell}) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_protocol(parser, samples=128, eval_windows=16)
+    parser.add_argument("--methods", nargs="+", default=list(DEFAULT_METHODS))
+    parser.add_argument("--patterns", nargs="+", default=["2:4", "0.5", "0.7"])
+    parser.add_argument(
+        "--results", type=Path, default=Path("docs/quality.jsonl"), help="finished cells; the table is beside"
+    )
+    options = parser.parse_args()
+    calibration, windows, settings = prepare(options)
+    rows = stored_cells(options.results, settings)
     wanted = [("dense", "-")] + [(method, pattern) for pattern in options.patterns for method in options.methods]
     for method, pattern in wanted:
         key = f"{method} {pattern}"
         if key not in rows:
             rows[key] = run_cell(options, method, pattern, calibration, windows)
-            line = {"cell": key, "settings": settings, **rows[key]}
-            with options.results.open("a") as stream:
-                stream.write(json.dumps(line) + "\n")
+            keep_cell(options.results, key, settings, rows[key])
         print(key, {k: round(v, 2) for k, v in rows[key]["perplexity"].items()}, flush=True)
     text = table({key: rows[key] for key in (f"{m} {p}" for m, p in wanted)}, options, windows)
     options.results.with_name(f"{options.results.stem}-{options.protocol}.md").write_text(text + "\n")

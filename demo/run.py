@@ -22,7 +22,7 @@ from topiarist.evaluate import held_out_windows, load_model
 PATTERNS = ("2:4", "0.7")
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
 EVAL_WINDOW = 1024
-TEXTS = {"c4": 16, "wikipedia": 8}
+TEXTS = {"c4": 8, "wikipedia": 4}
 """Held-out texts and how many of their windows are evaluated."""
 Cell = dict[str, float | str]
 

@@ -11,7 +11,17 @@ FLOORS = [
     ["patterns", "gram", "linalg", "models", "data", "store", "modeling_pruned", "sources"],
     ["solvers", "allocate", "masklearn", "structured", "masks", "runtime", "report", "evaluate", "tasks", "pages"],
     ["pipelines"],
-    ["cli_tools", "cli_masks", "cli_shrink", "cli_runtime", "cli_report", "cli", "__main__", "__init__"],
+    [
+        "cli_tools",
+        "cli_allocate",
+        "cli_masks",
+        "cli_shrink",
+        "cli_runtime",
+        "cli_report",
+        "cli",
+        "__main__",
+        "__init__",
+    ],
 ]
 MAY_USE = {"evaluate": {"report"}, "tasks": {"evaluate"}, "masks": {"masklearn"}}
 NEEDS_NO_MODEL = {"solvers", "masklearn"}

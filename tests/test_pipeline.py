@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 
 import topiarist as tp
 from topiarist.models import Matrix, capture_calls, family_of
+from topiarist.pipelines.options import PruneOptions
 from topiarist.pipelines.stream import BlockStream
 from topiarist.sources import LoadedModel, block_matrices
 
@@ -159,6 +162,16 @@ def test_any_torch_module_can_be_pruned():
     assert tp.NM(2, 4).holds(model[0].weight != 0)
     with pytest.raises(tp.CalibrationError, match="no batches"):
         tp.prune_module(model, [])
+
+
+def test_options_are_the_keywords_of_prune():
+    """One list of options: PruneOptions and the public signature have the same names and defaults."""
+    public = dict(inspect.signature(tp.prune).parameters)
+    for name in ("model", "out", "progress"):
+        public.pop(name)
+    held = {field.name: field.default for field in fields(PruneOptions)}
+    assert list(held) == list(public)
+    assert all(public[name].default == default for name, default in held.items() if default is not MISSING)
 
 
 def test_conv1d_is_seen_transposed():

@@ -12,7 +12,7 @@ from reference import baselines, brute
 from torch import Tensor
 
 from topiarist import Gram, linalg, parse_pattern
-from topiarist.errors import CalibrationWarning, NumericalError, NumericalWarning, PatternError
+from topiarist.errors import CalibrationWarning, NumericalError, NumericalWarning, PatternError, TopiaristError
 from topiarist.solvers import ALPS, SOLVERS, Magnitude, SparseGPT, Wanda
 
 METHODS = {name: solver() for name, solver in SOLVERS.items()} | {
@@ -212,6 +212,31 @@ def test_sparsegpt_unstructured_matches_but_for_its_miscount():
     ours = SparseGPT()(problem.weight, problem.gram, parse_pattern("0.7"))
     assert 0 <= int(ours.mask.sum()) - int(mask.sum()) <= 4, "one weight too many is pruned in each block of columns"
     assert ours.error == pytest.approx(fp64_error(problem.weight, theirs, problem.gram), rel=1e-2)
+
+
+@pytest.mark.parametrize("text", ["2:4", "0.7", "0.7/row", "0.5/columns"])
+def test_isc_counts_exactly_and_knows_its_units(text):
+    """Twice the units of an input and half its weights: no mask changes (the published form, 1 / U_jj, would)."""
+    problem = problems.make(64, 128, seed=13, tokens=4096)
+    pattern, W, H = parse_pattern(text), problem.weight, problem.gram.matrix
+    solver = SparseGPT(saliency="isc", damping=1e-9)
+    ours = solver(W, problem.gram, pattern)
+    assert int(ours.mask.sum()) == pattern.num_kept((64, 128))
+    scale = torch.where(torch.arange(128) % 3 == 0, 2.0, 1.0)
+    other = solver(W / scale, Gram.from_matrix(H * scale * scale[:, None], tokens=4096), pattern)
+    assert (other.mask == ours.mask).float().mean() > 0.999
+    with pytest.raises(TopiaristError, match="'obs' or 'isc'"):
+        SparseGPT(saliency="wanda")
+
+
+def test_isc_equals_its_formula_in_the_first_block():
+    """w^2 (H_jj + 1 / U_jj^2), of the undamped H; with one block of columns it decides the whole mask."""
+    problem = problems.make(16, 48, seed=13, tokens=4096)
+    W, H = problem.weight, problem.gram.matrix
+    U = torch.linalg.cholesky(torch.linalg.inv(H.double() + 0.01 * H.diagonal().mean() * torch.eye(48)), upper=True)
+    score = W.double().square() * (H.double().diagonal() + 1 / U.diagonal().square())
+    found = SparseGPT(saliency="isc", block_size=48)(W, problem.gram, parse_pattern("0.5"))
+    assert torch.equal(found.mask, parse_pattern("0.5").mask(score.sqrt()))
 
 
 def test_magnitude_and_wanda_match_their_scripts_where_those_count_right():

@@ -214,6 +214,15 @@ def test_a_config_that_knows_few_head_counts_gets_the_nearest():
     assert report.result.config.num_attention_heads == 4
 
 
+def test_a_model_object_can_be_saved_and_its_run_found_again(tmp_path: Path):
+    model = tiny.tiny_model()
+    first = run(model, tmp_path / "out", tokenizer=tiny.tiny_tokenizer())
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(value, opened.state_dict()[name]) for name, value in first.result.state_dict().items())
+    again = run(model, tmp_path / "out")
+    assert json.dumps(again.to_dict()) == json.dumps(first.to_dict())
+
+
 def test_another_recipe_and_another_model_are_refused(tmp_path: Path):
     tiny.tiny_checkpoint(tmp_path / "base")
     run(tmp_path / "base", tmp_path / "out")

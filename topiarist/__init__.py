@@ -17,12 +17,14 @@ from topiarist.gram import Gram
 from topiarist.linalg import reconstruction_error
 from topiarist.masklearn import PRESETS, Preset
 from topiarist.patterns import NM, Columns, Pattern, TransposableNM, Unstructured, parse_pattern
+from topiarist.pipelines.allocation import FoundAllocation, find_allocation
 from topiarist.pipelines.distill import Distill
 from topiarist.pipelines.learn_report import LearnReport
 from topiarist.pipelines.learned import learn
 from topiarist.pipelines.oneshot import prune, prune_module
 from topiarist.pipelines.recover import Recover
 from topiarist.pipelines.shrink_report import ShrinkReport
+from topiarist.pipelines.sparsellm import SparseLLM
 from topiarist.pipelines.structured import shrink
 from topiarist.report import Report
 from topiarist.solvers import Solution
@@ -34,6 +36,7 @@ __all__ = [
     "CheckpointError",
     "Columns",
     "Distill",
+    "FoundAllocation",
     "Gram",
     "LearnReport",
     "NumericalError",
@@ -44,6 +47,7 @@ __all__ = [
     "Report",
     "ShrinkReport",
     "Solution",
+    "SparseLLM",
     "TopiaristError",
     "TransposableNM",
     "Unstructured",
@@ -51,6 +55,7 @@ __all__ = [
     "__version__",
     "allocate",
     "audit",
+    "find_allocation",
     "learn",
     "load_pruned",
     "masks",

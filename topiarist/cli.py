@@ -11,9 +11,19 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from topiarist import cli_masks, cli_report, cli_runtime, cli_shrink
+from topiarist import cli_allocate, cli_masks, cli_report, cli_runtime, cli_shrink
 from topiarist.__about__ import __version__
-from topiarist.cli_tools import Text, err, filled, out, progress_bar, quiet, set_threads
+from topiarist.cli_tools import (
+    Text,
+    err,
+    filled,
+    out,
+    progress_bar,
+    quiet,
+    rule_from_text,
+    set_threads,
+    solver_from_text,
+)
 
 app = typer.Typer(
     help="Prune Hugging Face causal language models, and measure what it cost.",
@@ -29,12 +39,24 @@ def prune(
     model: Annotated[str, typer.Argument(help="model folder or hub id")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the pruned checkpoint")],
     calibration: Text,
-    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt or alps")] = "alps",
-    pattern: Annotated[str, typer.Option(help="2:4 keeps 2 of 4; 0.7 makes 70 % zeros; 0.7/row")] = "2:4",
+    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, alps or sparsellm")] = "alps",
+    pattern: Annotated[
+        str | None, typer.Option(help="2:4 keeps 2 of 4; 0.7 makes 70 % zeros; 0.7/row; default 2:4")
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--set", help="a field of the method, e.g. refit=true; may be repeated")
     ] = None,
-    allocation: Annotated[Path | None, typer.Option(help="JSON of layer name -> pattern, instead of --pattern")] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RULE|FILE",
+            help="how much each layer gets: uniform, linear, owl, sensitivity or search (owl:threshold=7,level=matrix sets "
+            "fields), or a JSON of layer name -> pattern",
+        ),
+    ] = None,
+    allocation_work: Annotated[
+        Path | None, typer.Option(help="folder for what a rule takes long to get; search: default OUT.search")
+    ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="regular expression of layers that stay dense")] = None,
     samples: Annotated[int, typer.Option(help="calibration windows")] = 128,
     window: Annotated[int | None, typer.Option(help="tokens a window; default min(2048, the model's limit)")] = None,
@@ -57,33 +79,36 @@ def prune(
 ) -> None:
     """Prune MODEL to OUT with a one-shot method. The same command resumes a run that was stopped."""
     import topiarist as tp
+    from topiarist.pipelines.oneshot import prune_with
+    from topiarist.pipelines.options import PruneOptions
     from topiarist.pipelines.plan import plan_prune
     from topiarist.pipelines.refine import Refine
 
     set_threads(threads)
     quiet()
-    options: dict[str, Any] = {
-        "calibration": tp.text_files(calibration),
-        "method": _solver(method, option or []),
-        "refine": filled(Refine, "--refine-set", refine_option or []) if refine or refine_option else False,
-        "pattern": pattern,
-        "allocation": allocation,
-        "skip": skip or [],
-        "num_samples": samples,
-        "window": window,
-        "seed": seed,
-        "batch_size": batch_size,
-        "true_sequential": true_sequential,
-        "device": device,
-        "spill": spill,
-        "trust_remote_code": trust_remote_code,
-    }
+    options = PruneOptions(
+        calibration=tp.text_files(calibration),
+        method=solver_from_text(method, option or []),
+        refine=filled(Refine, "--refine-set", refine_option or []) if refine or refine_option else False,
+        pattern=pattern,
+        allocation=rule_from_text(allocation),
+        allocation_work=allocation_work,
+        skip=skip or [],
+        num_samples=samples,
+        window=window,
+        seed=seed,
+        batch_size=batch_size,
+        true_sequential=true_sequential,
+        device=device,
+        spill=spill,
+        trust_remote_code=trust_remote_code,
+    )
     if plan:
-        for name, value in plan_prune(model, **options).lines():
+        for name, value in plan_prune(model, options).lines():
             out.print(f"{name:<34} {value}", highlight=False)
         return
     with progress_bar() as progress:
-        report = tp.prune(model, output, progress=progress, **options)
+        report = prune_with(options, model, output, progress=progress)
     table = Table(title=f"{method} {report.pattern}: {len(report.layers)} matrices, {report.sparsity:.2%} zeros")
     for column in ("layer kind", "matrices", "sparsity", "mean error", "worst error"):
         table.add_column(column, justify="left" if column == "layer kind" else "right")
@@ -95,9 +120,12 @@ def prune(
     out.print(table)
     run = report.run
     out.print(f"{run['seconds']:.0f} s, peak memory {run['peak_memory_bytes'] / 1e9:.2f} GB; written to {output}")
+    if (kept := output.with_name(output.name + ".search")).is_dir():
+        out.print(f"{kept} holds the solutions that the search used: another sparsity needs them, nothing else does")
 
 
-for group in (cli_report.COMMANDS, cli_masks.COMMANDS, cli_shrink.COMMANDS, cli_runtime.COMMANDS):
+COMMAND_GROUPS = (cli_allocate, cli_report, cli_masks, cli_shrink, cli_runtime)
+for group in (module.COMMANDS for module in COMMAND_GROUPS):
     for name, command in group.items():
         app.command(name)(command)
 
@@ -117,17 +145,7 @@ def method_from_text(text: str) -> tuple[Any, Any]:
     name, _, fields = solver.partition(":")
     settings = [field for field in refine.lstrip(":").split(",") if field]
     wanted = filled(Refine, "+refine", settings) if "+refine" in text else False
-    return _solver(name, [field for field in fields.split(",") if field]), wanted
-
-
-def _solver(name: str, assignments: list[str]) -> Any:
-    """A solver from its name and `field=value` texts."""
-    from topiarist.errors import TopiaristError
-    from topiarist.solvers import SOLVERS
-
-    if name not in SOLVERS:
-        raise TopiaristError(f"unknown method {name!r}; choose one of {', '.join(SOLVERS)}")
-    return filled(SOLVERS[name], "--set", assignments)
+    return solver_from_text(name, [field for field in fields.split(",") if field]), wanted
 
 
 def main() -> None:

@@ -33,6 +33,26 @@ def filled(cls: type, option: str, assignments: list[str]) -> Any:
         raise TopiaristError(f"{option} {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
+def solver_from_text(name: str, assignments: list[str]) -> Any:
+    """A method from its name and `field=value` texts."""
+    from topiarist.errors import TopiaristError
+    from topiarist.pipelines.sparsellm import METHODS
+
+    if name not in METHODS:
+        raise TopiaristError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
+    return filled(METHODS[name], "--set", assignments)
+
+
+def rule_from_text(text: str | None) -> Any:
+    """A rule of allocation from `name:field=value,...`; any other text as it is: it names a file."""
+    from topiarist.allocate import ALLOCATIONS
+
+    name, _, fields = (text or "").partition(":")
+    if name not in ALLOCATIONS:
+        return text
+    return filled(ALLOCATIONS[name], name, [field for field in fields.split(",") if field])
+
+
 def set_threads(threads: int | None) -> None:
     if threads is not None:
         import torch

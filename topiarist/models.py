@@ -34,20 +34,22 @@ class Attention:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """A feed-forward layer of a block: `down(act(up))` or `down(act(gate) * up)`. Names are relative to the block."""
+    """Where a block's feed-forward network is: down(act(gate) * up), or down(act(up)) without a gate. Names are relative to
+    the block, and its own activation is used: what the config chose is what runs."""
 
-    up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    """One matrix a name; one that holds gate and up as two halves is known by its rows."""
-    down: str = "mlp.down_proj"
+    first: tuple[str, ...]
+    """The matrices that read its input, gate above up; one name if they are stored as one matrix."""
+    down: str
+    activation: str
+    gated: bool = True
     width: str = "intermediate_size"
     """What the config calls the number of its channels."""
-    modules: tuple[str, ...] = ("mlp",)
-    """All that goes when the layer is removed; the output of the last one is what it adds to the hidden states."""
 
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts whose matrices are fused 3-D parameters (expert, out, in)."""
+    """A mixture of experts whose matrices are fused 3-D parameters (expert, out, in). Names in the config: of their number,
+    of how many a token goes to, and of their channels."""
 
     module: str = "mlp.experts"
     router: str = "mlp.gate"
@@ -69,28 +71,33 @@ class Family:
     concatenated along `out`; `{e}` is the expert. Checkpoints that already hold the fused name need nothing."""
     renames: tuple[tuple[str, str], ...] = ()
     """(in checkpoints on disk, in the module) pieces of names."""
+    feed_forward: tuple[FeedForward, ...] = ()
+    """Where its feed-forward network is, in every kind of block it has; experts are not meant."""
     attention: Attention = Attention()
-    feed_forward: tuple[FeedForward, ...] = (FeedForward(),)
-    """Those that a block may have; a block has the ones whose `down` it holds."""
     mixture: Experts | None = None
+    ffn: tuple[str, ...] = ("mlp",)
+    """Modules of the feed-forward sublayer, experts and all; the output of the last is what it adds to the hidden states."""
     relabel: str | None = None
     """A model type of the same function whose config accepts head counts that this one's refuses."""
 
 
-_LLAMA_LIKE = Family()
+_GATED = FeedForward(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", "mlp.act_fn")
+_GPT2 = FeedForward(("mlp.c_fc",), "mlp.c_proj", "mlp.act", gated=False)
+_LLAMA_LIKE = Family(feed_forward=(_GATED,))
 _SHARED_EXPERT = FeedForward(
     ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
     "mlp.shared_expert.down_proj",
-    "shared_expert_intermediate_size",
+    "mlp.shared_expert.act_fn",
+    width="shared_expert_intermediate_size",
 )
 _QWEN_MOE = Family(
     skip=("mlp.gate", "mlp.shared_expert_gate"),
-    feed_forward=(FeedForward(), _SHARED_EXPERT),
     mixture=Experts(),
     experts={
         "mlp.experts.gate_up_proj": ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
         "mlp.experts.down_proj": ("mlp.experts.{e}.down_proj.weight",),
     },
+    feed_forward=(_GATED,),
 )
 _MIXTRAL = Family(
     skip=("mlp.gate",),
@@ -106,7 +113,7 @@ _MIXTRAL = Family(
 )
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(relabel="mistral"),
+    "llama": Family(feed_forward=(_GATED,), relabel="mistral"),
     "mistral": _LLAMA_LIKE,
     "ministral": _LLAMA_LIKE,
     "qwen2": _LLAMA_LIKE,
@@ -114,30 +121,34 @@ FAMILIES: dict[str, Family] = {
     "gemma": _LLAMA_LIKE,
     "gemma2": _LLAMA_LIKE,
     "gemma3_text": _LLAMA_LIKE,
-    "phi3": Family(attention=Attention(qkv=("qkv_proj",)), feed_forward=(FeedForward(("mlp.gate_up_proj",)),)),
+    "phi3": Family(
+        attention=Attention(qkv=("qkv_proj",)),
+        feed_forward=(FeedForward(("mlp.gate_up_proj",), "mlp.down_proj", "mlp.activation_fn"),),
+    ),
     "olmo2": _LLAMA_LIKE,
     "granite": _LLAMA_LIKE,
     "smollm3": _LLAMA_LIKE,
-    "starcoder2": Family(feed_forward=(FeedForward(("mlp.c_fc",), "mlp.c_proj"),)),
+    "starcoder2": Family(feed_forward=(_GPT2,)),
     "cohere": _LLAMA_LIKE,
     "stablelm": _LLAMA_LIKE,
     "opt": Family(
         blocks="model.decoder.layers",
         attention=Attention(out="out_proj"),
-        feed_forward=(FeedForward(("fc1",), "fc2", "ffn_dim", ("fc1", "fc2")),),
+        feed_forward=(FeedForward(("fc1",), "fc2", "activation_fn", gated=False, width="ffn_dim"),),
+        ffn=("fc1", "fc2"),
     ),
     "gpt2": Family(
         blocks="transformer.h",
         attention=Attention("attn", ("c_attn",), "c_proj"),
-        feed_forward=(FeedForward(("mlp.c_fc",), "mlp.c_proj", "n_inner"),),
+        feed_forward=(replace(_GPT2, width="n_inner"),),
     ),
     "gpt_neox": Family(
         blocks="gpt_neox.layers",
         attention=Attention("attention", ("query_key_value",), "dense", interleaved=True),
-        feed_forward=(FeedForward(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),),
+        feed_forward=(FeedForward(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", "mlp.act", gated=False),),
     ),
     "mixtral": _MIXTRAL,
-    "qwen2_moe": _QWEN_MOE,
+    "qwen2_moe": replace(_QWEN_MOE, feed_forward=(_GATED, _SHARED_EXPERT)),
     "qwen3_moe": _QWEN_MOE,
     "olmoe": replace(_QWEN_MOE, mixture=Experts(width="intermediate_size")),
 }

@@ -63,7 +63,7 @@ class Unstructured(Pattern):
             raise PatternError(f"Unstructured.per is 'matrix' or 'row', got {self.per!r}")
 
     def __str__(self) -> str:
-        return f"{self.sparsity:g}" + ("/row" if self.per == "row" else "")
+        return _decimal(self.sparsity) + ("/row" if self.per == "row" else "")
 
     def num_kept(self, shape: tuple[int, ...]) -> int:
         if self.per == "row":
@@ -176,7 +176,7 @@ class Columns(Pattern):
             raise PatternError(f"column sparsity {self.sparsity} is not in [0, 1)")
 
     def __str__(self) -> str:
-        return f"{self.sparsity:g}/columns"
+        return f"{_decimal(self.sparsity)}/columns"
 
     def num_kept(self, shape: tuple[int, ...]) -> int:
         return shape[0] * (shape[1] - _round(self.sparsity * shape[1]))
@@ -210,6 +210,12 @@ def parse_pattern(text: str | float | Pattern) -> Pattern:
     )
 
 
+def _decimal(x: float) -> str:
+    """As short as it can be without becoming another number: a pattern's text says its exact count of zeros."""
+    short = f"{x:g}"
+    return short if float(short) == x else repr(x)
+
+
 def _round(x: float) -> int:
     return math.floor(x + 0.5)
 
@@ -237,7 +243,9 @@ def _kth_largest(values: Tensor, k: int) -> Tensor:
     """The k-th largest of a long vector: a sample brackets it, and only what lies in the bracket is searched."""
     total = len(values)
     if total >= 2**16:
-        sample = values[:: max(1, total // 2**14)].sort(descending=True).values
+        # Multiples of a large prime visit every column of a matrix; a plain stride may see few of them.
+        scattered = torch.arange(2**14, device=values.device) * 2_654_435_761 % total
+        sample = values[scattered].sort(descending=True).values
         at, spread = len(sample) * k / total, 4 * math.sqrt(len(sample) * k / total * (1 - k / total)) + 4
         low = sample[min(int(at + spread), len(sample) - 1)]
         high = sample[max(int(at - spread), 0)]

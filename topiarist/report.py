@@ -42,6 +42,18 @@ class BlockRefinement:
     """0 if no epoch was better than the unrefined block, which is then kept."""
 
 
+@dataclass(frozen=True)
+class JointBlock:
+    """A feed-forward network that was pruned as a whole."""
+
+    name: str
+    errors: Mapping[str, float]
+    """Relative squared error of its output on the windows that choose, after every step: `local` is the local solver
+    alone, then `epoch 1`, ..., `down_refit`."""
+    best: str
+    """The step that was kept."""
+
+
 @dataclass
 class Report:
     """The result of `prune`. `to_dict` holds only what repeats; seconds and memory stay in `run`."""
@@ -54,11 +66,15 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     refined: list[BlockRefinement] = field(default_factory=list)
     """A BlockRefinement of every block, if refinement was asked for."""
+    joint: list[JointBlock] = field(default_factory=list)
+    """A JointBlock of every feed-forward network, if the method prunes them as a whole."""
     warnings: list[str] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
     """The command line that repeats this run."""
     not_in_command: list[str] = field(default_factory=list)
     """What was given as an object, and has a placeholder in the command."""
+    allocation: Mapping[str, Any] = field(default_factory=dict)
+    """Of a run whose patterns a rule chose: the rule, its scores and their standard errors."""
     weights: Mapping[str, Any] = field(default_factory=dict)
     """`bytes` of all weights of the dense model, and the `dtype` of most."""
     run: dict[str, Any] = field(default_factory=dict)
@@ -78,9 +94,11 @@ class Report:
             calibration=plain["calibration"],
             layers=[LayerReport.from_dict(layer) for layer in plain["layers"]],
             refined=[BlockRefinement(**block) for block in plain["refined"]],
+            joint=[JointBlock(**block) for block in plain.get("joint", [])],
             warnings=plain["warnings"],
             command=plain.get("command", []),
             not_in_command=plain.get("not_in_command", []),
+            allocation=plain.get("allocation", {}),
             weights=plain.get("weights", {}),
             run=json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {},
             output=str(folder),

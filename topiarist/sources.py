@@ -52,7 +52,7 @@ class StreamedModel:
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self.checkpoint, self.device = checkpoint, device
+        self.checkpoint, self.device, self.trust_remote_code = checkpoint, device, trust_remote_code
         self.family = family_of(str(checkpoint.config.get("model_type")))
         if "quantization_config" in checkpoint.config:
             raise UnsupportedModel(f"{checkpoint.folder} is quantised; prune the original weights, then quantise")

@@ -134,6 +134,36 @@ def curve(values: Sequence[tuple[float, float]]) -> Curve | None:
 
 
 @dataclass(frozen=True)
+class Rounds:
+    """Errors of many networks over the same steps, each relative to its first; points lie in the unit square."""
+
+    steps: list[str]
+    lines: list[tuple[str, list[tuple[float, float]]]]
+    """(title, points); a network whose later steps failed has fewer points."""
+    median: list[tuple[float, float]]
+    low: float
+    high: float
+
+
+def rounds(blocks: Sequence[Mapping[str, Any]]) -> Rounds | None:
+    """Lines of the blocks' `errors` (step -> error); None if there is but one step, or no error to begin with."""
+    known = [block for block in blocks if next(iter(block["errors"].values())) > 0]
+    steps = max((list(block["errors"]) for block in known), key=len, default=[])
+    if len(steps) < 2:
+        return None
+    ratios = [[error / next(iter(b["errors"].values())) for error in b["errors"].values()] for b in known]
+    low, high = min(min(r) for r in ratios), max(max(r) for r in ratios)
+
+    def points(values: Sequence[float]) -> list[tuple[float, float]]:
+        return [(i / (len(steps) - 1), (v - low) / ((high - low) or 1.0)) for i, v in enumerate(values)]
+
+    titles = [f"{b['name']}: " + ", ".join(f"{step} {error:.3g}" for step, error in b["errors"].items()) for b in known]
+    whole = [r for r in ratios if len(r) == len(steps)]
+    median = [sorted(values)[len(values) // 2] for values in zip(*whole, strict=True)]
+    return Rounds(steps, list(zip(titles, map(points, ratios), strict=True)), points(median), low, high)
+
+
+@dataclass(frozen=True)
 class Dot:
     """A result in a panel of the comparison, at a place in the unit square."""
 

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from topiarist.pages.figures import Panel, by_place, curve, heat_map, panel
+from topiarist.pages.figures import Panel, by_place, curve, heat_map, panel, place_of, rounds
 from topiarist.pages.result import PAGE, Result
 
 LISTED = 400
@@ -40,12 +40,16 @@ def report_page(result: Result) -> str:
             density=heat_map(layers, "sparsity", percent, logarithmic=False)
             if spread and max(spread) - min(spread) > 0.005
             else None,
+            blocks=_blocks(layers),
+            **_allocation(result.report.get("allocation", {})),
             kept=heat_map(_kept_shares(result), "kept", percent, logarithmic=False),
             kinds=_kinds(layers, score),
             score=score,
             ranked=ranked[:LISTED],
             num_ranked=len(ranked),
             refined=_refined(result.report.get("refined", [])),
+            joined=rounds(result.report.get("joint", [])),
+            kept_steps=Counter(block["best"] for block in result.report.get("joint", [])).most_common(),
             learning=curve(history),
             learned=[perplexity for _, perplexity in history[:1] + history[-1:]],
             command=command_text(result.report.get("command", [])),
@@ -160,6 +164,34 @@ def _kinds(layers: Sequence[Mapping[str, Any]], score: str) -> list[dict[str, An
             }
         )
     return lines
+
+
+def _blocks(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Share kept of every block's pruned matrices, and their mean error if it is stated."""
+    found: dict[int, list[Mapping[str, Any]]] = {}
+    for layer in layers:
+        found.setdefault(place_of(layer["name"])[0], []).append(layer)
+    rows = []
+    for number, own in sorted(found.items()):
+        sizes = [math.prod(layer["shape"]) for layer in own]
+        zeros = sum(size * layer["sparsity"] for size, layer in zip(sizes, own, strict=True))
+        errors = [layer["error"] for layer in own if layer.get("error") is not None]
+        error = sum(errors) / len(errors) if errors else None
+        rows.append({"number": number, "kept": 1 - zeros / sum(sizes), "error": error})
+    return rows
+
+
+def _allocation(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A map of the scores that a rule went by, and how uncertain they are: standard error over score, in the median."""
+    scores, errors = facts.get("scores", {}), facts.get("standard_errors", {})
+    shares = sorted(abs(errors[name] / scores[name]) for name in errors if scores.get(name))
+    # The densities that a search chose are shown already.
+    shown = [] if facts.get("rule", {}).get("name") == "search" else scores.items()
+    layers = [{"name": name, "score": value} for name, value in shown]
+    return {
+        "scores": heat_map(layers, "score", error_text, logarithmic=True),
+        "uncertain": shares[len(shares) // 2] if shares else None,
+    }
 
 
 def _refined(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -6,18 +6,23 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from topiarist.errors import CalibrationWarning, NumericalError, NumericalWarning, TopiaristError
 from topiarist.gram import Gram
+from topiarist.linalg import reconstruction_error
 from topiarist.models import Matrix
 from topiarist.patterns import Pattern
+from topiarist.pipelines.ffn_joint import JointSolver, Network
 from topiarist.pipelines.refine import Refine, refine_block
-from topiarist.pipelines.stream import BlockStream, GramGroup
-from topiarist.report import BlockRefinement, LayerReport
+from topiarist.pipelines.sparsellm import Method, SparseLLM
+from topiarist.pipelines.stream import BlockStream, GramGroup, HiddenStates
+from topiarist.report import BlockRefinement, JointBlock, LayerReport
 from topiarist.solvers import Solution, Solver
 
 
@@ -28,13 +33,38 @@ class BlockPruner:
     solver: Solver
     patterns: Mapping[str, Pattern | None]
     refine: Refine | None = None
+    joint: SparseLLM | None = None
+    """Prunes feed-forward networks as a whole; `solver` is then its local solver."""
     on_solution: Callable[[str, Solution], None] = lambda *_: None
     """Sees every solution with its layer's name: a mask is not always where the weight is not zero."""
     refined: list[BlockRefinement] = field(default_factory=list)
+    joined: list[JointBlock] = field(default_factory=list)
     warned: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls,
+        method: Method,
+        patterns: Mapping[str, Pattern | None],
+        refine: Refine | None = None,
+        *,
+        sequential: bool = False,
+    ) -> BlockPruner:
+        """For anything that `METHODS` holds. Raises TopiaristError on what contradicts itself."""
+        if not isinstance(method, SparseLLM):
+            return cls(method, patterns, refine)
+        if sequential and not method.recompute_after_attention:
+            raise TopiaristError(
+                "true_sequential takes every input after what comes before it was pruned, recompute_after_attention=false "
+                "does not; drop one of them"
+            )
+        return cls(method.solver, patterns, refine, method)
+
     def warn(self, message: str, category: type[Warning]) -> None:
+        """Once for each message, so that the rounds of a joint solve do not repeat themselves."""
+        if message in self.warned:
+            return
         self.warned.append(message)
         warnings.warn(message, category, stacklevel=2)
 
@@ -61,10 +91,16 @@ class BlockPruner:
         wanted = [m for m in matrices if self.patterns[f"{path}.{m.name}"] is not None]
         if not wanted:
             return []
-        stages = [wanted]
-        if sequential:
+        network = None if self.joint is None else self._network(stream, block, wanted, path)
+        alone = [m for m in wanted if network is None or m not in network.matrices]
+        before = None
+        if network is not None and self.joint is not None and self.joint.needs_dense_inputs:
             with self.timed("forward"):
-                stages = stream.stages(index, block, wanted)
+                before = stream.inputs(index, block, network.first[0])
+        stages = [alone] if alone else []
+        if sequential and alone:
+            with self.timed("forward"):
+                stages = stream.stages(index, block, alone)
         targets = None
         if self.refine is not None:
             with self.timed("refine"):
@@ -75,6 +111,8 @@ class BlockPruner:
                 early = all(m.expert is None for m in stage)
                 groups = stream.grams(index, block, stage, stop_early=early)
             layers += self.solve(groups, stage, path)
+        if network is not None:
+            layers += self._prune_jointly(stream, index, block, network, before, path)
         if self.refine is not None and targets is not None:
             with self.timed("refine"):
                 self.refined.append(refine_block(self.refine, stream, index, block, wanted, targets, path))
@@ -96,21 +134,84 @@ class BlockPruner:
         return [layers[m] for m in matrices]
 
     def _solve_group(self, group: GramGroup, path: str) -> dict[Matrix, LayerReport]:
-        names = [_join(path, m.name) for m in group.matrices]
-        patterns = [self.patterns[name] for name in names]
-        with self._named(group, names):
-            solutions = self.solver.together([m.weight for m in group.matrices], group.gram, patterns)  # pyright: ignore[reportArgumentType]
-        reports = {}
-        for matrix, name, pattern, solution in zip(group.matrices, names, patterns, solutions, strict=True):
-            matrix.assign(solution.weight)
-            self.on_solution(name, solution)
-            zeros = 1.0 - float((solution.weight != 0).float().mean(dtype=torch.float64))
-            reports[matrix] = LayerReport(name, matrix.shape, str(pattern), zeros, solution.error, group.gram.tokens)
+        solutions = self._solutions(path, group.matrices, [m.weight for m in group.matrices], group.gram)
+        return {
+            matrix: self._take(path, matrix, solution, group.gram.tokens)
+            for matrix, solution in zip(group.matrices, solutions, strict=True)
+        }
+
+    def _solutions(
+        self, path: str, matrices: Sequence[Matrix], weights: Sequence[Tensor], gram: Gram
+    ) -> list[Solution]:
+        """The local solver's, for weights that need not be those the matrices hold."""
+        names = [_join(path, m.name) for m in matrices]
+        with self._named(matrices, names):
+            return self.solver.together(weights, gram, [self.patterns[name] for name in names])  # pyright: ignore[reportArgumentType]
+
+    def _take(self, path: str, matrix: Matrix, solution: Solution, tokens: int) -> LayerReport:
+        """Put a solution into the model."""
+        name = _join(path, matrix.name)
+        matrix.assign(solution.weight)
+        self.on_solution(name, solution)
+        zeros = 1.0 - float((solution.weight != 0).float().mean(dtype=torch.float64))
+        return LayerReport(name, matrix.shape, str(self.patterns[name]), zeros, solution.error, tokens)
+
+    def _network(self, stream: BlockStream, block: nn.Module, wanted: Sequence[Matrix], path: str) -> Network | None:
+        """The block's feed-forward network, if it can be pruned as a whole; says plainly what cannot."""
+        config: Any = stream.source.model.config
+        rows, kind = stream.source.family.feed_forward, config.model_type
+        network = Network.find(block, rows, wanted)
+        name = type(self.solver).__name__
+        if any(matrix.expert is not None for matrix in wanted):
+            self.warn(f"{kind}: experts are pruned one by one by {name}, not as networks", UserWarning)
+        elif network is None:
+            parts = {part for row in rows for part in (*row.first, row.down)}
+            missing = (
+                "stays dense in part"
+                if parts & {m.name for m in wanted}
+                else f"of {kind} has no row in models.FAMILIES"
+            )
+            self.warn(
+                f"{path}: its feed-forward network {missing}, so {name} prunes its matrices one by one", UserWarning
+            )
+        return network
+
+    def _prune_jointly(
+        self,
+        stream: BlockStream,
+        index: int,
+        block: nn.Module,
+        network: Network,
+        before: HiddenStates | None,
+        path: str,
+    ) -> list[LayerReport]:
+        """Prune a feed-forward network as a whole. `before`: its inputs before the rest of the block was pruned."""
+        assert self.joint is not None
+        with self.timed("forward"):
+            now = stream.inputs(index, block, network.first[0]) if self.joint.recompute_after_attention else before
+            asked = before if self.joint.target == "dense" else now
+            assert now is not None and asked is not None
+            targets = stream.new_states(network.down.shape[0])
+            network.outputs(asked.values, targets.values)
+        with self.timed("solver"):
+            solver = JointSolver(
+                self.joint, network, now.values, targets.values, partial(self._solutions, path), stream.new_states
+            )
+            groups = [GramGroup(network.first, solver.gram_X), GramGroup([network.down], solver.gram_p)]
+            self._warn_of_thin(groups, network.matrices, path)
+            solutions, record = solver.run(path, self.warn)
+        self.joined.append(record)
+        grams = [solver.gram_X] * len(network.first) + [solver.gram_p]
+        reports = []
+        for matrix, solution, gram in zip(network.matrices, solutions, grams, strict=True):
+            # The local solver may have been given a refitted weight: the error told is that against the dense one.
+            error = reconstruction_error(matrix.weight, solution.weight, gram)
+            reports.append(self._take(path, matrix, replace(solution, error=error), gram.tokens))
         return reports
 
     @contextmanager
-    def _named(self, group: GramGroup, names: Sequence[str]) -> Iterator[None]:
-        shapes = " and ".join(sorted({f"{m.shape[0]}x{m.shape[1]}" for m in group.matrices}))
+    def _named(self, matrices: Sequence[Matrix], names: Sequence[str]) -> Iterator[None]:
+        shapes = " and ".join(sorted({f"{m.shape[0]}x{m.shape[1]}" for m in matrices}))
         context = f"layer {', '.join(names)} ({shapes}), {type(self.solver).__name__}"
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", NumericalWarning)

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from topiarist.data import TextFiles
-from topiarist.pipelines.refine import Refine
+from topiarist.allocate import Rule, recipe
+from topiarist.data import TextFiles, Windows
+from topiarist.pipelines.options import PruneOptions
+from topiarist.pipelines.sparsellm import METHODS, SparseLLM
 from topiarist.solvers import SOLVERS, Solver
 
 
 def prune_command(
-    model: Any,
-    *,
-    calibration: Any,
-    solver: Solver,
-    pattern: str,
-    allocation: str | Path | Mapping[str, str | None] | None,
-    skip: Sequence[str],
-    refine: Refine | None,
-    num_samples: int,
-    window: int,
-    seed: int,
-    batch_size: int,
-    true_sequential: bool,
+    model: str | Path | nn.Module,
+    options: PruneOptions,
+    windows: Windows,
 ) -> tuple[list[str], list[str]]:
     """The words of the command, and what in the call no command can say: those have a placeholder in capitals.
 
     Settings of a method are named where they are not its defaults; the window always, for its default is the model's.
     """
     unsaid: list[str] = []
+    solver, allocation, calibration = options.solver, options.allocation, options.calibration
 
     def said(word: str | None, placeholder: str, what: str) -> str:
         if word is None:
@@ -46,15 +38,20 @@ def prune_command(
         said(None if isinstance(model, nn.Module) else str(model), "MODEL", "a model object"),
     ]
     words.append("OUT")
-    method = next((name for name, cls in SOLVERS.items() if type(solver) is cls), None)
+    method = next((name for name, cls in METHODS.items() if type(solver) is cls), None)
     words += ["--method", said(method, "METHOD", f"the solver {type(solver).__name__}")]
+    if isinstance(solver, SparseLLM) and isinstance(solver.local, Solver):
+        # The command line takes a local solver by its name alone.
+        if solver.local not in [cls() for cls in SOLVERS.values()]:
+            unsaid.append(f"the settings of the local solver {solver.local_name}")
+        solver = replace(solver, local=solver.local_name if solver.local_name in SOLVERS else "sparsegpt")
     words += _settings(solver, "--set")
-    if allocation is None:
-        words += ["--pattern", pattern]
-    else:
-        named = str(allocation) if isinstance(allocation, str | Path) else None
+    if allocation is None or options.pattern is not None or options.rule is not None:
+        words += ["--pattern", str(options.base_pattern)]
+    if allocation is not None:
+        named = str(allocation) if isinstance(allocation, str | Path) else _rule_text(options.rule)
         words += ["--allocation", said(named, "ALLOCATION", "an allocation given as a dictionary")]
-    for expression in skip:
+    for expression in options.skip:
         words += ["--skip", expression]
     if isinstance(calibration, TextFiles):
         for path in calibration.paths:
@@ -63,18 +60,26 @@ def prune_command(
         words += ["--calibration", said(None, "TEXT", "calibration text given in memory")]
     words += [
         "--samples",
-        str(num_samples),
+        str(len(windows.tokens)),
         "--window",
-        str(window),
+        str(windows.window),
         "--seed",
-        str(seed),
+        str(options.seed),
         "--batch-size",
-        str(batch_size),
+        str(options.batch_size),
     ]
-    words += ["--true-sequential"] if true_sequential else []
-    if refine is not None:
-        words += ["--refine", *_settings(refine, "--refine-set")]
+    words += ["--true-sequential"] if options.true_sequential else []
+    if options.refinement is not None:
+        words += ["--refine", *_settings(options.refinement, "--refine-set")]
     return words, unsaid
+
+
+def _rule_text(rule: Rule | None) -> str | None:
+    """`name:field=value,...`, as --allocation takes it."""
+    if rule is None:
+        return None
+    settings = [word for word in _settings(rule, "") if word]
+    return recipe(rule)["name"] + ":" * bool(settings) + ",".join(settings)
 
 
 def _settings(value: Any, option: str) -> list[str]:

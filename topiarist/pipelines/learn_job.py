@@ -21,7 +21,7 @@ from topiarist.masklearn import PRESETS, Preset
 from topiarist.models import block_names
 from topiarist.patterns import Pattern
 from topiarist.pipelines.masking import Target, targets
-from topiarist.pipelines.oneshot import resolve_patterns
+from topiarist.pipelines.setup import resolve_patterns
 from topiarist.sources import LoadedModel
 from topiarist.store import Checkpoint, locate
 

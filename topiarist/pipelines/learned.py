@@ -41,7 +41,6 @@ from topiarist.pipelines.learn_files import (
 from topiarist.pipelines.learn_job import Job, open_model, prepare
 from topiarist.pipelines.learn_report import LearnReport
 from topiarist.pipelines.masking import MaskedModel
-from topiarist.pipelines.oneshot import resolve_method
 from topiarist.pipelines.priors import given_masks, one_shot_masks, prior_identity
 from topiarist.pipelines.processes import Processes
 from topiarist.pipelines.recover import Recover, recover_weights
@@ -232,7 +231,7 @@ class _Run:
                 order = torch.randperm(len(job.training), generator=torch.Generator().manual_seed(seed))
                 sample = job.training[order[: job.recipe.prior_samples]]
                 found, warned = one_shot_masks(
-                    self.source, job.blocks, job.patterns, sample, resolve_method(prior), progress=self.progress
+                    self.source, job.blocks, job.patterns, sample, SOLVERS[prior](), progress=self.progress
                 )
                 masks.update(found)
                 return warned

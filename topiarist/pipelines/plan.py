@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from topiarist.models import Matrix
-from topiarist.patterns import Pattern, parse_pattern
+from topiarist.pipelines.allocation import fixed_patterns
 from topiarist.pipelines.block import BlockPruner
-from topiarist.pipelines.oneshot import open_source, read_windows, resolve_method, resolve_patterns
-from topiarist.pipelines.refine import Refine
+from topiarist.pipelines.options import PruneOptions
+from topiarist.pipelines.setup import open_source
+from topiarist.pipelines.sparsellm import SparseLLM
 from topiarist.pipelines.stream import BlockStream, GramGroup
 from topiarist.report import resident_bytes
-from topiarist.solvers import Solver
 from topiarist.sources import block_matrices, eager_experts, num_blocks
 from topiarist.store import Checkpoint
 
@@ -49,30 +47,13 @@ class Plan:
         ]
 
 
-def plan_prune(
-    model: str | Path,
-    *,
-    calibration: Any,
-    method: str | Solver = "alps",
-    pattern: str | float | Pattern = "2:4",
-    allocation: str | Path | Mapping[str, str | None] | None = None,
-    skip: Sequence[str] = (),
-    num_samples: int = 128,
-    window: int | None = None,
-    seed: int = 0,
-    batch_size: int = 8,
-    true_sequential: bool = False,
-    refine: Refine | bool = False,
-    device: str | torch.device | None = None,
-    spill: str | Path | None = None,
-    trust_remote_code: bool = False,
-) -> Plan:
-    """Probe the first block with two windows and extrapolate. Takes what `prune` takes; writes nothing."""
-    solver = resolve_method(method)
-    source, checkpoint, _ = open_source(model, None, device, trust_remote_code, planning=True)
+def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
+    """Probe the first block with two windows and extrapolate. Writes nothing."""
+    joint = options.solver if isinstance(options.solver, SparseLLM) else None
+    source, checkpoint, _ = open_source(model, None, options.device, options.trust_remote_code, planning=True)
     assert isinstance(checkpoint, Checkpoint)
-    patterns, _ = resolve_patterns(source, parse_pattern(pattern), allocation, skip)
-    windows = read_windows(source, checkpoint, calibration, None, num_samples, window, seed)
+    patterns, _ = fixed_patterns(options, source)
+    windows = options.windows(source, checkpoint)
     with eager_experts(source.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a probe of two windows is thin by design
         probe = windows.tokens[:PROBE_WINDOWS]
@@ -88,20 +69,25 @@ def plan_prune(
         advance_seconds = time.perf_counter() - start
         smallest = min(groups, key=lambda g: _work(g.matrices))
         start = time.perf_counter()
-        BlockPruner(solver, patterns).solve([smallest], smallest.matrices, path)
+        BlockPruner.of(options.solver, patterns).solve([smallest], smallest.matrices, path)
         rate = (time.perf_counter() - start) / _work(smallest.matrices)
     blocks = num_blocks(source)
-    passes = (2.0 if true_sequential else 1.0) * gram_seconds + advance_seconds
-    if refine:  # a step costs about three forwards, a check one
-        passes += advance_seconds * (1 + 4 * (refine.epochs if isinstance(refine, Refine) else Refine().epochs))
+    solves = sum(_work(g.matrices) for g in groups)
+    if joint is not None:  # as if all of a block were its feed-forward network, which is most of it
+        solves *= 1 + joint.down_refit + joint.epochs
+    passes = (2.0 if options.true_sequential else 1.0) * gram_seconds + advance_seconds
+    if refinement := options.refinement:  # a step costs about three forwards, a check one
+        passes += advance_seconds * (1 + 4 * refinement.epochs)
+    if joint is not None:  # a round in fp32 does the work of about three forwards, a refit that of one
+        passes += advance_seconds * (2 + joint.down_refit + 3 * joint.epochs)
     return Plan(
         blocks=blocks,
         matrices=len(matrices),
         peak_memory_bytes=resident_bytes()
-        + _working_set(source, stream, groups, len(windows.tokens), spill is not None),
+        + _working_set(source, stream, groups, len(windows.tokens), options.spill is not None, joint),
         disk_bytes=checkpoint.weight_bytes(),
         forward_seconds=blocks * passes * len(windows.tokens) / len(probe),
-        solver_seconds=blocks * rate * sum(_work(g.matrices) for g in groups),
+        solver_seconds=blocks * rate * solves,
     )
 
 
@@ -111,9 +97,15 @@ def _work(matrices: Sequence[Matrix]) -> float:
     return width**3 + 30.0 * width**2 * sum(m.shape[0] for m in matrices)
 
 
-def _working_set(source: Any, stream: BlockStream, groups: Sequence[GramGroup], samples: int, spilled: bool) -> int:
+def _working_set(
+    source: Any, stream: BlockStream, groups: Sequence[GramGroup], samples: int, spilled: bool, joint: SparseLLM | None
+) -> int:
     """Bytes that come on top of the process as it is: hidden states, Grams, the solver's copies, the embeddings."""
     hidden = 0 if spilled else stream.hidden[0].numel() * stream.hidden.element_size() * samples
+    if joint is not None:  # inputs and fp32 outputs of a network, and its fp32 auxiliaries if rounds follow one another
+        tokens = 0 if spilled else samples * stream.hidden.shape[1]
+        rows = max(sum(m.shape[0] for m in g.matrices) for g in groups) if joint.epochs > 1 else 0
+        hidden += (1 + joint.needs_dense_inputs) * hidden + 4 * tokens * (stream.hidden.shape[2] + rows)
     grams = sum(4 * g.gram.in_features**2 for g in groups)
     largest = max(4 * (g.gram.in_features**2 + sum(m.weight.numel() for m in g.matrices)) for g in groups)
     embeddings = sum(p.numel() * p.element_size() for p in source.embedding_parameters())

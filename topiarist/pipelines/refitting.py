@@ -40,9 +40,9 @@ def refit_consumers(
     load, save: what an earlier try finished, block by block. Returns what was done, and warnings.
     """
     reports: list[Refitted] = []
-    thin: list[str] = []
-    wanted = [group for group in groups if group.kind in (*STAGES[0], *STAGES[1])]
-    if all(bool(kept[group.key].all()) for group in wanted):
+    kinds = (*STAGES[0], *STAGES[1])
+    wanted = [group for group in groups if group.kind in kinds and not bool(kept[group.key].all())]
+    if not wanted:
         return [], []
     with eager_experts(source.model):
         stream = BlockStream(source, tokens, batch_size=batch_size, device=source.device)

@@ -80,7 +80,7 @@ class BlockStream:
     def __init__(
         self, source: Source, tokens: Tensor, *, batch_size: int, device: torch.device, spill: Path | None = None
     ) -> None:
-        self.source, self.device = source, device
+        self.source, self.device, self._spill = source, device, spill
         self._batches = [slice(s, min(s + batch_size, len(tokens))) for s in range(0, len(tokens), batch_size)]
         self._calls: list[list[BlockCall]] = []
         self._hidden: HiddenStates | None = None
@@ -141,6 +141,26 @@ class BlockStream:
             rows, _, out = self.run_batch(index, block, batch)
             targets[rows] = out.cpu()
         return targets
+
+    def new_states(self, width: int, dtype: torch.dtype = torch.float32) -> HiddenStates:
+        """Room for (num, window, width) values beside the hidden states: in memory, or in a file if those are in one."""
+        return HiddenStates((*self.hidden.shape[:2], width), dtype, self._spill)  # pyright: ignore[reportArgumentType]
+
+    @torch.no_grad()
+    def inputs(self, index: int, block: nn.Module, matrix: Matrix) -> HiddenStates:
+        """What `matrix` reads, for all windows (num, window, in), in the model's dtype."""
+        found = self.new_states(matrix.shape[1], self.hidden.dtype)
+        rows = slice(0)
+
+        def on_input(_: Matrix, x: Tensor) -> None:
+            found.values[rows] = x.reshape(rows.stop - rows.start, -1, x.shape[-1]).cpu()
+            raise _StopForward
+
+        with watch_inputs([matrix], on_input):
+            for rows, calls in zip(self._batches, self._calls, strict=True):
+                with suppress(_StopForward):
+                    calls[index].run(block, self.hidden[rows].to(self.device))
+        return found
 
     @torch.no_grad()
     def grams(

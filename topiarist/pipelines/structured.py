@@ -19,8 +19,8 @@ from topiarist.errors import CalibrationError, TopiaristError, UnsupportedModel
 from topiarist.evaluate import load_model
 from topiarist.pipelines.distill import Distill, distill
 from topiarist.pipelines.learn_files import model_digest
-from topiarist.pipelines.oneshot import open_source, read_windows
 from topiarist.pipelines.refitting import Saved, refit_consumers
+from topiarist.pipelines.setup import open_source, read_windows
 from topiarist.pipelines.shrink_files import FolderState, write_shrunk
 from topiarist.pipelines.shrink_plan import method_name, plan_choice, refuse_pruned, remember, resolve_method
 from topiarist.pipelines.shrink_report import ShrinkReport, shrink_command
@@ -88,7 +88,9 @@ def shrink(
     reset_peak_memory()
     scorer = resolve_method(method)
     recovery = Distill(kind=recover) if isinstance(recover, str) else recover
-    source, checkpoint, name = open_source(model, out, device, trust_remote_code)
+    # A model object's own folder may be there: it resumes too.
+    target = None if isinstance(model, nn.Module) else out
+    source, checkpoint, name = open_source(model, target, device, trust_remote_code)
     refuse_pruned(source.model.config, name)
     notes: list[str] = []
     groups, counts, scope = plan_choice(source.model, scorer, keep, layout, units, scope, round_to, notes)

@@ -22,12 +22,12 @@ from topiarist.patterns import Pattern
 from topiarist.solvers.base import Problem, Solver
 
 PRESETS: dict[str, dict[str, float]] = {
-    "fast": {"ridge": 0.02, "rho_start": 0.15, "rho_end": 0.45, "iterations": 12, "relaxation": 1.8, "refit_steps": 3},
-    "best": {"ridge": 0.01, "rho_start": 0.07, "rho_end": 0.45, "iterations": 99, "relaxation": 1.1, "refit_steps": 12},
+    "fast": {"ridge": 0.03, "rho_start": 0.06, "rho_end": 0.6, "iterations": 24, "relaxation": 1.12, "refit_steps": 4},
+    "best": {"ridge": 0.02, "rho_start": 0.07, "rho_end": 0.45, "iterations": 99, "relaxation": 1.1, "refit_steps": 12},
 }
 FROM_PRESET: Any = None
 REFIT_TOLERANCE = 1e-5
-LIFT = 1.9
+LIFT = 1.7
 """rho_end is at least this many typical eigenvalues of Hs; below, the support cycles where inputs hardly correlate."""
 UNSETTLED = 0.2
 """Fraction of the support on which dense iterate and projection may still disagree at the end without a warning."""
@@ -61,7 +61,7 @@ class ALPS(Solver):
     """Last penalty, and the one whose resolvent is exact. Higher freezes the support sooner."""
     iterations: int = FROM_PRESET
     """ADMM steps, rounded down to whole levels of rho."""
-    rho_every: int = 3
+    rho_every: int = 2
     """Steps at each level of rho."""
     relaxation: float = FROM_PRESET
     """Over-relaxation of the dense iterate, between 1 (none) and 2."""

@@ -212,6 +212,6 @@ def absent_modules(groups: Sequence[UnitGroup], kept: Kept, family: Family) -> l
     for group in groups:
         if group.kind in ("attention", "ffn") and not bool(kept[group.key].all()):
             path = f"{family.blocks}.{group.block}"
-            modules = (family.attention.module,) if group.kind == "attention" else family.feed_forward[0].modules
+            modules = (family.attention.module,) if group.kind == "attention" else family.ffn
             found += [(f"{path}.{name}", "inside") for name in modules[:-1]] + [(f"{path}.{modules[-1]}", group.kind)]
     return found

@@ -254,7 +254,7 @@ class _Finder:
         down = self._part(ffn.down, 0, 1, inputs=True)
         width = self.parameters[f"{ffn.down}.weight"].shape[down[0].axis]
         parts: list[Part] = []
-        for name in ffn.up:
+        for name in ffn.first:
             rows = self._part(name, 0, 1)
             halves = self.parameters[f"{name}.weight"].shape[rows[0].axis] // width
             for half in range(halves):
@@ -280,7 +280,7 @@ class _Finder:
         return self._sublayer("attention", (self.family.attention.module,))
 
     def ffn(self) -> list[UnitGroup]:
-        return self._sublayer("ffn", self.family.feed_forward[0].modules)
+        return self._sublayer("ffn", self.family.ffn)
 
     def block(self) -> list[UnitGroup]:
         return self._sublayer("block", ("",))

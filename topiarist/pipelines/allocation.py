@@ -1,0 +1,235 @@
+"""From a model, a rule and calibration text to a pattern for every layer; what was measured on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topiarist import allocate
+from topiarist.allocate import Rule, Scores, Search
+from topiarist.allocate.fixed import kept_by
+from topiarist.data import TextFiles, Windows
+from topiarist.errors import TopiaristError
+from topiarist.models import block_names
+from topiarist.pages import write_atomically
+from topiarist.patterns import Pattern
+from topiarist.pipelines.learn_files import model_digest
+from topiarist.pipelines.measure import measure
+from topiarist.pipelines.options import Progress, PruneOptions
+from topiarist.pipelines.search import search
+from topiarist.pipelines.setup import layer_shapes, open_source, resolve_patterns
+from topiarist.solvers import Solver
+from topiarist.sources import Source, block_matrices, eager_experts
+from topiarist.store import Checkpoint, OutputFolder
+
+FILE = "pruning_allocation.json"
+
+
+@dataclass(frozen=True)
+class FoundAllocation:
+    """What a rule gave: exact patterns, and the scores it went by."""
+
+    rule: Mapping[str, Any]
+    pattern: str
+    """The one that says how many weights are kept in all."""
+    shapes: Mapping[str, tuple[int, int]]
+    patterns: Mapping[str, Pattern | None]
+    skipped: Sequence[str]
+    """Layers left dense that the budget does not count."""
+    scores: Scores
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over all layers that were not skipped."""
+        total = sum(out * width for name, (out, width) in self.shapes.items() if name not in set(self.skipped))
+        return self.zeros / total if total else 0.0
+
+    @property
+    def zeros(self) -> int:
+        total = sum(out * width for out, width in self.shapes.values())
+        return total - kept_by(self.shapes, self.patterns)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is written to a file, which `allocation=` of `prune` takes."""
+        return {
+            "rule": dict(self.rule),
+            "pattern": self.pattern,
+            "sparsity": self.sparsity,
+            "zeros": self.zeros,
+            "skipped": list(self.skipped),
+            "patterns": {name: None if p is None else str(p) for name, p in self.patterns.items()},
+            "scores": dict(self.scores.values),
+            "standard_errors": dict(self.scores.errors),
+            **({"notes": dict(self.scores.notes)} if self.scores.notes else {}),
+        }
+
+    def save(self, path: str | Path) -> None:
+        write_atomically(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
+
+
+def fixed_patterns(options: PruneOptions, source: Source) -> tuple[dict[str, Pattern | None], list[str]]:
+    """The patterns that need no measurement, and expressions of `skip` that match nothing.
+
+    Of a rule they are those before it: `pattern` everywhere.
+    """
+    said = None if options.rule is not None else options.allocation
+    assert not isinstance(said, Rule)
+    return resolve_patterns(
+        source, options.base_pattern, said, options.skip, budgeted=said is not None and options.pattern is not None
+    )
+
+
+def allocated(
+    options: PruneOptions,
+    rule: Rule,
+    source: Source,
+    checkpoint: Checkpoint | None,
+    windows: Windows,
+    output: OutputFolder | None,
+    progress: Progress,
+) -> tuple[dict[str, Pattern | None], dict[str, Any]]:
+    """The rule's patterns for a run, and what its report says of them. A resumed run reads them from its folder."""
+    shapes, stored = layer_shapes(source), None if output is None else output.folder / FILE
+    if stored is None or not stored.is_file():
+        if isinstance(rule, Search) and options.allocation_work is None and output is not None:
+            options = replace(options, allocation_work=output.folder.with_name(output.folder.name + ".search"))
+        found = apply_rule(options, rule, source, checkpoint, windows, progress)
+        if output is None or checkpoint is None:
+            return dict(found.patterns), _facts(found.to_dict())
+        output.begin(int(checkpoint.weight_bytes() * 1.01))
+        output.write_text(FILE, json.dumps(found.to_dict(), indent=2) + "\n")
+    assert stored is not None
+    facts = _facts(json.loads(stored.read_text(encoding="utf-8")))
+    return allocate.from_file(shapes, stored), facts
+
+
+def _facts(plain: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in plain.items() if key != "patterns"}
+
+
+def find_allocation(
+    model: str | Path | nn.Module,
+    rule: str | Rule,
+    *,
+    pattern: str | float | Pattern,
+    calibration: TextFiles | Tensor | Sequence[str],
+    method: str | Solver = "alps",
+    skip: Sequence[str] = (),
+    num_samples: int = 128,
+    window: int | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    work: str | Path | None = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> FoundAllocation:
+    """How much each layer should get by a rule of `tp.allocate.ALLOCATIONS`, without pruning anything.
+
+    pattern: says how many weights are kept in all. method: solves the database of `search`. work: a folder for what is
+    slow to get (scores, that database, the search's state); another call with it resumes and reuses.
+    """
+    options = PruneOptions(
+        calibration=calibration,
+        method=method,
+        pattern=pattern,
+        allocation=rule,
+        allocation_work=work,
+        skip=skip,
+        num_samples=num_samples,
+        window=window,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
+    )
+    return find_allocation_with(options, model, progress=progress)
+
+
+def find_allocation_with(
+    options: PruneOptions, model: str | Path | nn.Module, *, progress: Progress | None = None
+) -> FoundAllocation:
+    """`find_allocation`, its options as one value."""
+    if options.rule is None:
+        raise TopiaristError(
+            f"unknown allocation rule {options.allocation!r}; choose one of {', '.join(allocate.ALLOCATIONS)}"
+        )
+    source, checkpoint, _ = open_source(model, None, options.device, options.trust_remote_code, planning=True)
+    windows = options.windows(source, checkpoint)
+    return apply_rule(options, options.rule, source, checkpoint, windows, progress or (lambda *_: None))
+
+
+def apply_rule(
+    options: PruneOptions,
+    rule: Rule,
+    source: Source,
+    checkpoint: Checkpoint | None,
+    windows: Windows,
+    progress: Progress,
+) -> FoundAllocation:
+    """Measure what the rule asks for (or read it from the work folder), and let it say the patterns."""
+    shapes, pattern = layer_shapes(source), options.base_pattern
+    pruned, _ = allocate.without(dict.fromkeys(shapes, pattern), options.skip)
+    counted = {name: shapes[name] for name, wanted in pruned.items() if wanted is not None}
+    depths = {
+        f"{path}.{m.name}": index
+        for index, path in enumerate(block_names(source.model, source.family))
+        for m in block_matrices(source, index)
+    }
+    scores = Scores({}, {})
+    if rule.measured_by and counted:
+        # Before the slow part: a budget that cannot be met, or a pattern that does not fit, is said at once.
+        rule.patterns(counted, depths, pattern, dict.fromkeys(counted, 0.5))
+        with eager_experts(source.model):
+            scores = _scores(options, rule, source, checkpoint, windows, counted, depths, progress)
+    patterns = rule.patterns(counted, depths, pattern, scores.values)
+    return FoundAllocation(
+        rule=allocate.recipe(rule),
+        pattern=str(pattern),
+        shapes=shapes,
+        patterns={name: patterns.get(name) for name in shapes},
+        skipped=[name for name in shapes if name not in counted],
+        scores=scores,
+    )
+
+
+def _scores(
+    options: PruneOptions,
+    rule: Rule,
+    source: Source,
+    checkpoint: Checkpoint | None,
+    windows: Windows,
+    shapes: Mapping[str, tuple[int, int]],
+    depths: Mapping[str, int],
+    progress: Progress,
+) -> Scores:
+    """What the rule measures, read from the work folder if the same was measured before."""
+    made_of = {
+        "model": model_digest(source.model) if checkpoint is None else checkpoint.digest(),
+        "calibration": windows.digest,
+        "seed": options.seed,
+    }
+    work = None if options.allocation_work is None else Path(options.allocation_work)
+    if isinstance(rule, Search):
+        return search(rule, options, source, windows.tokens, shapes, depths, made_of, work, progress)
+    rule_fields = {key: value for key, value in allocate.recipe(rule).items() if key in ("name", *rule.measured_by)}
+    recipe = json.dumps({**made_of, "rule": rule_fields, "layers": sorted(shapes)})
+    stored = None if work is None else work / f"scores-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.json"
+    if stored is not None and stored.is_file():
+        return Scores(**json.loads(stored.read_text(encoding="utf-8")))
+    scores = measure(
+        rule, source, windows.tokens, list(shapes), batch_size=options.batch_size, seed=options.seed, progress=progress
+    )
+    if stored is not None:
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(stored, json.dumps(asdict(scores)))
+    return scores

@@ -1,0 +1,111 @@
+"""Every layer solved at several levels from the dense model's Grams, on disk: what a search puts candidates together from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from topiarist.errors import CalibrationWarning
+from topiarist.masks.bitpack import BITMAP, pack, unpack
+from topiarist.models import block_names
+from topiarist.pages import write_atomically
+from topiarist.patterns import Pattern, Unstructured
+from topiarist.pipelines.block import BlockPruner
+from topiarist.pipelines.options import Progress
+from topiarist.pipelines.stream import BlockStream
+from topiarist.solvers import Solution, Solver
+from topiarist.sources import Source, block_matrices
+
+_ANY = Unstructured(0.0)
+"""Masks are stored as bitmaps, whatever their pattern."""
+
+
+class Database:
+    """A folder with a file for every block and level: the kept values and a bitmap of where they are.
+
+    Every model, method and text has a folder of its own inside `work`, and `database.json` there says which. Files
+    appear whole or not at all, so a run that was stopped goes on with the first one missing, and another sparsity adds
+    the levels that it needs.
+    """
+
+    def __init__(self, work: Path, made_of: Mapping[str, Any]) -> None:
+        text = json.dumps(made_of, sort_keys=True, indent=2) + "\n"
+        self.folder = work / f"solutions-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "database.json", text)
+
+    def path(self, block: int, pattern: Pattern) -> Path:
+        return self.folder / f"{block:05d}-{str(pattern).replace(':', 'of').replace('/', '-')}.safetensors"
+
+    def write(self, block: int, pattern: Pattern, solutions: Mapping[str, Solution]) -> None:
+        tensors: dict[str, Tensor] = {}
+        for name, solution in solutions.items():
+            mask = solution.mask.cpu()
+            tensors[f"{name}|values"] = solution.weight.cpu()[mask]
+            tensors[f"{name}|mask"] = pack(mask, _ANY)[0]
+        path = self.path(block, pattern)
+        temporary = path.with_suffix(".tmp")
+        save_file(tensors, temporary)
+        temporary.replace(path)
+
+    def read(self, block: int, pattern: Pattern, name: str, shape: tuple[int, int]) -> Tensor:
+        """The pruned weight of a layer, (out, in)."""
+        with safe_open(self.path(block, pattern), framework="pt") as reader:
+            values, packed = reader.get_tensor(f"{name}|values"), reader.get_tensor(f"{name}|mask")
+        return torch.zeros(shape, dtype=values.dtype).masked_scatter_(unpack(packed, shape, _ANY, BITMAP), values)
+
+    def missing(self, blocks: Iterable[int], patterns: Sequence[Pattern]) -> dict[int, list[Pattern]]:
+        """Levels that are not there yet, by block."""
+        absent = {block: [p for p in patterns if not self.path(block, p).is_file()] for block in blocks}
+        return {block: levels for block, levels in absent.items() if levels}
+
+
+@torch.no_grad()
+def fill(
+    database: Database,
+    source: Source,
+    solver: Solver,
+    tokens: Tensor,
+    names: Iterable[str],
+    patterns: Sequence[Pattern],
+    *,
+    batch_size: int,
+    progress: Progress,
+) -> None:
+    """Solve what is missing, block by block; every block is put back as it was and run dense for the next."""
+    paths, wanted = block_names(source.model, source.family), set(names)
+    missing = database.missing(range(len(paths)), patterns)
+    if not missing:
+        return
+    stream = BlockStream(source, tokens, batch_size=batch_size, device=source.device)
+    for index in range(max(missing) + 1):
+        progress("solving every level", index, max(missing) + 1)
+        path, block = paths[index], source.load(index)
+        matrices = [m for m in block_matrices(source, index) if f"{path}.{m.name}" in wanted]
+        if index in missing:
+            groups = stream.grams(index, block, matrices)
+            dense = {m: m.weight.clone() for m in matrices}
+            for number, pattern in enumerate(missing[index]):
+                found: dict[str, Solution] = {}
+                pruner = BlockPruner(solver, dict.fromkeys(wanted, pattern), on_solution=found.__setitem__)
+                try:
+                    with warnings.catch_warnings():
+                        if number:  # thin Grams are said once a block, not once a level
+                            warnings.simplefilter("ignore", CalibrationWarning)
+                        pruner.solve(groups, matrices, path)
+                finally:
+                    for matrix, weight in dense.items():
+                        matrix.assign(weight)
+                database.write(index, pattern, found)
+        if index < max(missing):
+            stream.advance(index, block)
+        source.release(index)

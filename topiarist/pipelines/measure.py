@@ -1,0 +1,159 @@
+"""What allocation rules measure on a dense model: the sizes of its inputs, block by block, and the curvature of its loss."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topiarist.allocate import Owl, Rule, Scores, Sensitivity
+from topiarist.allocate.scores import outlier_ratio, probe, random_signs
+from topiarist.errors import NumericalError
+from topiarist.evaluate import load_model
+from topiarist.models import Matrix, block_names, watch_inputs
+from topiarist.pipelines.options import Progress
+from topiarist.pipelines.stream import BlockStream
+from topiarist.sources import LoadedModel, Source, StreamedModel, block_matrices
+
+
+def measure(
+    rule: Rule, source: Source, tokens: Tensor, names: Sequence[str], *, batch_size: int, seed: int, progress: Progress
+) -> Scores:
+    """The scores of the layers `names` that a rule asks for, on calibration windows (num, window)."""
+    if isinstance(rule, Owl):
+        return outliers(rule, source, tokens, names, batch_size, progress)
+    assert isinstance(rule, Sensitivity)
+    if rule.estimate == "input_trace":
+        return input_traces(source, tokens[: rule.sequences, : rule.tokens], names, progress)
+    return loss_traces(rule, source, tokens[: rule.sequences, : rule.tokens], names, seed, progress)
+
+
+class InputSquares:
+    """Sum over tokens of x^2 for every input channel, and the mean of x^2 of every forward by itself."""
+
+    def __init__(self, width: int) -> None:
+        self.sums = torch.zeros(width, dtype=torch.float64)
+        self.means: list[float] = []
+
+    def add(self, x: Tensor) -> None:
+        squares = x.reshape(-1, x.shape[-1]).float().square().sum(0, dtype=torch.float64).cpu()
+        self.sums += squares
+        self.means.append(float(squares.sum()) / max(x.numel(), 1))
+
+
+def dense_inputs(
+    source: Source, tokens: Tensor, names: Sequence[str], batch_size: int, progress: Progress
+) -> Iterator[dict[str, tuple[Matrix, InputSquares]]]:
+    """Run the dense model over the windows, block by block; of every block the wanted matrices and their inputs."""
+    stream, wanted = BlockStream(source, tokens, batch_size=batch_size, device=source.device), set(names)
+    paths = block_names(source.model, source.family)
+    for index, path in enumerate(paths):
+        progress("measuring the dense model", index, len(paths))
+        block = source.load(index)
+        matrices = [m for m in block_matrices(source, index) if f"{path}.{m.name}" in wanted]
+        seen = {m: InputSquares(m.shape[1]) for m in matrices}
+        with watch_inputs(matrices, lambda matrix, x, seen=seen: seen[matrix].add(x)):
+            stream.advance(index, block)
+        yield {f"{path}.{m.name}": (m, squares) for m, squares in seen.items()}
+        source.release(index)
+
+
+def outliers(
+    rule: Owl, source: Source, tokens: Tensor, names: Sequence[str], batch_size: int, progress: Progress
+) -> Scores:
+    """The outlier ratio of every block, stated for each of its layers, or of every layer."""
+    values: dict[str, float] = {}
+    for block in dense_inputs(source, tokens, names, batch_size, progress):
+        for group in [block] if rule.level == "block" else [{name: found} for name, found in block.items()]:
+            weights = [m.weight for m, _ in group.values()]
+            norms = [squares.sums.sqrt().to(source.device) for _, squares in group.values()]
+            if group:
+                values.update(dict.fromkeys(group, outlier_ratio(weights, norms, rule.threshold)))
+    return Scores(values, {})
+
+
+def input_traces(source: Source, tokens: Tensor, names: Sequence[str], progress: Progress) -> Scores:
+    """Mean of x^2 over the inputs of every layer: the trace, by weight, of the Hessian of its own squared output error."""
+    blocks = dense_inputs(source, tokens, names, 1, progress)
+    return Scores.of_samples({n: squares.means or [0.0] for block in blocks for n, (_, squares) in block.items()})
+
+
+def loss_traces(
+    rule: Sensitivity, source: Source, tokens: Tensor, names: Sequence[str], seed: int, progress: Progress
+) -> Scores:
+    """Trace, divided by the number of weights, of every layer's block of the Hessian of the mean next-token loss.
+
+    `hutchinson`: a sample is the mean over the probes of one sequence. `fisher`: a sample is window * g^2, g the
+    gradient of one sequence's mean loss; the factor puts it in the units of the Hessian if tokens are independent.
+    The model runs in fp32: bf16 needs steps so large that they are a fifth off. Raises NumericalError if it is not finite.
+    """
+    model = whole_model(source).float()
+    matrices = layers_of(model, source, names)
+    weights = [m.tensor for m in matrices.values()]
+    sizes = [w.numel() for w in weights]
+    scale = rule.step * (sum(float(w.square().sum()) for w in weights) / sum(sizes)) ** 0.5
+    samples: dict[str, list[float]] = {name: [] for name in matrices}
+    passes = rule.probes if rule.estimate == "hutchinson" else 1
+    for number, window in enumerate(tokens):
+        gradients = loss_gradients(model, list(matrices.values()), window[None].to(source.device))
+        total = torch.zeros(len(weights), dtype=torch.float64)
+        for index in range(passes):
+            progress("measuring the loss's curvature", number * passes + index, len(tokens) * passes)
+            if rule.estimate == "fisher":
+                drawn = [len(window) * float(g.square().sum(dtype=torch.float64)) for g in gradients()]
+            else:
+                generator = torch.Generator().manual_seed((seed * 1_000_003 + number) * 1_000_003 + index)
+                drawn = probe(gradients, weights, [random_signs(w.shape, generator) for w in weights], scale)
+            total += torch.tensor(drawn, dtype=torch.float64) / passes
+        for name, value, size in zip(matrices, total.tolist(), sizes, strict=True):
+            samples[name].append(value / size)
+    scores = Scores.of_samples(samples)
+    if broken := [name for name, value in scores.values.items() if not torch.isfinite(torch.tensor(value))]:
+        raise NumericalError(f"the trace of {broken[0]} is not finite: the model's loss overflows on this text")
+    return scores
+
+
+def whole_model(source: Source) -> Any:
+    """The dense model in memory, apart from the source: it may be changed."""
+    if isinstance(source, StreamedModel):
+        return load_model(source.checkpoint.folder, device=source.device, trust_remote_code=source.trust_remote_code)
+    return copy.deepcopy(source.model).eval()
+
+
+def layers_of(model: nn.Module, source: Source, names: Sequence[str]) -> dict[str, Matrix]:
+    """The matrices of a whole model by full name, for those named."""
+    whole, wanted = LoadedModel(model), set(names)
+    found = {
+        f"{path}.{m.name}": m
+        for index, path in enumerate(block_names(model, source.family))
+        for m in block_matrices(whole, index)
+    }
+    return {name: matrix for name, matrix in found.items() if name in wanted}
+
+
+def loss_gradients(model: Any, matrices: Sequence[Matrix], tokens: Tensor) -> Callable[[], list[Tensor]]:
+    """A function that gives the gradients of the mean next-token loss on (batch, window) tokens, at the weights as they
+    are when it is called; of a matrix that no token reached it is zero."""
+    model.requires_grad_(False)
+    parameters: dict[int, nn.Parameter] = {}
+    for matrix in matrices:
+        parameter = getattr(matrix.module, matrix.parameter).requires_grad_(True)
+        parameters[id(parameter)] = parameter
+
+    def gradients() -> list[Tensor]:
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        by_id = dict(
+            zip(parameters, torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True), strict=True)
+        )
+        return [_part(by_id, matrix) for matrix in matrices]
+
+    return gradients
+
+
+def _part(gradients: Mapping[int, Tensor], matrix: Matrix) -> Tensor:
+    whole = gradients[id(getattr(matrix.module, matrix.parameter))]
+    return whole if matrix.expert is None else whole[matrix.expert]

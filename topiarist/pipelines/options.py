@@ -1,0 +1,71 @@
+"""What a one-shot run is asked for, as one value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topiarist.allocate import ALLOCATIONS, Rule
+from topiarist.data import TextFiles, Windows
+from topiarist.patterns import Pattern, parse_pattern
+from topiarist.pipelines.refine import Refine
+from topiarist.pipelines.setup import read_windows, resolve_method
+from topiarist.pipelines.sparsellm import Method
+from topiarist.sources import Source
+from topiarist.store import Checkpoint
+
+Progress = Callable[[str, int, int], None]
+"""(what is going on, steps done, steps in all)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions:
+    """Everything that `tp.prune` takes beside the model, the output folder and the progress bar; explained there."""
+
+    calibration: TextFiles | Tensor | Sequence[str]
+    method: str | Method = "alps"
+    pattern: str | float | Pattern | None = None
+    allocation: str | Path | Rule | Mapping[str, str | None] | None = None
+    allocation_work: str | Path | None = None
+    skip: Sequence[str] = ()
+    num_samples: int = 128
+    window: int | None = None
+    seed: int = 0
+    batch_size: int = 8
+    true_sequential: bool = False
+    refine: Refine | bool = False
+    device: str | torch.device | None = None
+    spill: str | Path | None = None
+    tokenizer: Any = None
+    trust_remote_code: bool = False
+
+    @property
+    def solver(self) -> Method:
+        return resolve_method(self.method)
+
+    @property
+    def base_pattern(self) -> Pattern:
+        return parse_pattern("2:4" if self.pattern is None else self.pattern)
+
+    @property
+    def rule(self) -> Rule | None:
+        """The allocation if it is a rule, by name or as a value; None if it is a file or a mapping."""
+        if isinstance(self.allocation, str) and self.allocation in ALLOCATIONS:
+            return ALLOCATIONS[self.allocation]()
+        return self.allocation if isinstance(self.allocation, Rule) else None
+
+    @property
+    def refinement(self) -> Refine | None:
+        if isinstance(self.refine, bool):
+            return Refine() if self.refine else None
+        return self.refine
+
+    def windows(self, source: Source, checkpoint: Checkpoint | None) -> Windows:
+        return read_windows(
+            source, checkpoint, self.calibration, self.tokenizer, self.num_samples, self.window, self.seed
+        )

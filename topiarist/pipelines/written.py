@@ -1,0 +1,66 @@
+"""What a one-shot run leaves beside the weights: report, page, card, config."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from topiarist import __about__
+from topiarist.data import Windows
+from topiarist.errors import CheckpointError
+from topiarist.pages import PAGE, Result, model_card, report_page
+from topiarist.report import Report
+from topiarist.store import Checkpoint, OutputFolder
+
+
+def finish(output: OutputFolder, checkpoint: Checkpoint, report: Report, windows: Windows) -> None:
+    for name, text in _side_texts(report, windows).items():
+        output.write_text(name, text)
+    config = {**checkpoint.config, "pruning_config": report.pruning_config(__about__.__version__)}
+    output.finish(checkpoint.folder, config, report.to_dict())
+
+
+def save_loaded(model: Any, tokenizer: Any, out: Path, report: Report, windows: Windows) -> None:
+    """save_pretrained beside `out`, then one rename: `out` is whole or not there."""
+    temporary = out.with_name(out.name + ".tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        config = json.loads((temporary / "config.json").read_text())
+        config["pruning_config"] = report.pruning_config(__about__.__version__)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (temporary / "pruning_report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        for name, text in _side_texts(report, windows).items():
+            (temporary / name).write_text(text)
+        temporary.replace(out)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"cannot write to {out}: {error}") from error
+
+
+def weights_of(model: nn.Module, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """Size and dtype of the dense model, for the report."""
+    if checkpoint is not None:
+        return {"bytes": checkpoint.weight_bytes(), "dtype": str(checkpoint.dtype()).removeprefix("torch.")}
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return {"bytes": sum(p.nbytes for p in model.parameters()), "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _side_texts(report: Report, windows: Windows) -> dict[str, str]:
+    # Without the timings, so that the same run writes the same page; `topiarist report` shows them.
+    result = Result(report.to_dict(), __about__.__version__)
+    return {
+        "README.md": model_card(result),
+        PAGE: report_page(result),
+        "pruning_run.json": json.dumps(report.run, indent=2) + "\n",
+        "pruning_calibration.json": json.dumps(
+            {"digest": windows.digest, "line_hashes": [f"{h:016x}" for h in sorted(windows.line_hashes)]}
+        )
+        + "\n",
+    }
