@@ -41,7 +41,7 @@ PROMPT, DECODED, ROUNDS = 128, 32, 3
 VARIANTS = ("cut", "refit", "recover")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Given(Method):
     """The units of a PruneSpec."""
 
@@ -109,7 +109,7 @@ def run_cell(
         if not spec.exists():
             raise SystemExit(f"{method} {keep}: run the variant cut before {variant}")
         units = PruneSpec.load(spec).units
-        scorer = Given(str(spec), units, scorer.scope)
+        scorer = Given(path=str(spec), kinds=units, scope=scorer.scope)
     cpu = time.process_time()
     report = tp.shrink(
         model_dir(),

@@ -64,11 +64,11 @@ class PolicyGradient(Method):
     """T of the moving average."""
     normalise: bool = True
     """Divide by the running size of loss - baseline."""
-    learning_rate: float = 0.04
+    learning_rate: float = 0.02
     """The largest step of a probability; falls as a cosine to 0."""
     init: str = "occlusion"
     spread: str = "logistic"
-    sharpness: float = 6.0
+    sharpness: float = 12.0
     """Of the logistic start: 0 knows nothing but the budget; the larger, the more is decided."""
     init_tokens: int = 16384
     """Calibration tokens that a start from activations looks at; occlusion and hybrid say themselves."""
