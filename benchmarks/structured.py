@@ -35,6 +35,7 @@ from topiarist.evaluate import load_model
 from topiarist.runtime.bench import PHASES, generation_seconds, machine
 from topiarist.structured import KINDS, METHODS, Method, PruneSpec, Scores, Task
 from topiarist.structured.trial import short_windows
+from topiarist.tasks import compare_tasks
 
 WINDOWS = (1024, 128)
 PROMPT, DECODED, ROUNDS = 128, 32, 3
@@ -85,7 +86,7 @@ def measure(folder: Path, options: argparse.Namespace, texts: dict[str, Windows]
     parameters = sum({id(p): p.numel() for p in model.parameters()}.values())
     found = {"perplexity": perplexities(model, texts), "parameters": parameters, "tokens_per_second": speeds(model)}
     if options.tasks:
-        results = tp.tasks.compare_tasks(
+        results = compare_tasks(
             [str(folder)], options.tasks, files=options.task_files, limit=options.limit, reference=False,
             trust_remote_code=True,
         )  # fmt: skip
