@@ -35,6 +35,7 @@ from topiarist.evaluate import load_model
 from topiarist.runtime.bench import PHASES, generation_seconds, machine
 from topiarist.structured import KINDS, METHODS, Method, PruneSpec, Scores, Task
 from topiarist.structured.trial import short_windows
+from topiarist.tasks import compare_tasks
 
 WINDOWS = (1024, 128)
 PROMPT, DECODED, ROUNDS = 128, 32, 3
@@ -85,7 +86,7 @@ def measure(folder: Path, options: argparse.Namespace, texts: dict[str, Windows]
     parameters = sum({id(p): p.numel() for p in model.parameters()}.values())
     found = {"perplexity": perplexities(model, texts), "parameters": parameters, "tokens_per_second": speeds(model)}
     if options.tasks:
-        results = tp.tasks.compare_tasks(
+        results = compare_tasks(
             [str(folder)], options.tasks, files=options.task_files, limit=options.limit, reference=False,
             trust_remote_code=True,
         )  # fmt: skip
@@ -110,7 +111,6 @@ def run_cell(
             raise SystemExit(f"{method} {keep}: run the variant cut before {variant}")
         units = PruneSpec.load(spec).units
         scorer = Given(path=str(spec), kinds=units, scope=scorer.scope)
-    cpu = time.process_time()
     report = tp.shrink(
         model_dir(),
         out,
@@ -125,11 +125,10 @@ def run_cell(
         batch_size=4,
         progress=(lambda *what: print(*what, flush=True)) if options.verbose else None,
     )
-    seconds = time.process_time() - cpu
     if variant == "cut":
         shutil.copy(out / "pruning_spec.json", spec)
     cell = {
-        "cpu_seconds": seconds,
+        "seconds": report.run["seconds"],
         "by_activity": report.run["seconds_by_activity"],
         "peak_gb": report.run["peak_memory_bytes"] / 1e9,
         "kept": {kind: counts[0] / counts[1] for kind, counts in report.counts().items()},
@@ -142,14 +141,14 @@ def run_cell(
 def table(rows: dict[str, dict[str, Any]], options: argparse.Namespace, texts: dict[str, Windows]) -> str:
     names = [f"{name}@{window}" for name in texts for window in WINDOWS]
     tasks = sorted({task for cell in rows.values() for task in cell.get("tasks", {})})
-    head = ["method", "keep", "variant", *names, *tasks, "M params", "prefill/s", "decode/s", "CPU min", "peak GB"]
+    head = ["method", "keep", "variant", *names, *tasks, "M params", "prefill/s", "decode/s", "min", "peak GB"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for key, cell in rows.items():
         numbers = [f"{cell['perplexity'][name]:.2f}" for name in names]
         numbers += [f"{cell['tasks'][task]:.3f}" if task in cell.get("tasks", {}) else "" for task in tasks]
         numbers.append(f"{cell['parameters'] / 1e6:.1f}")
         numbers += [f"{cell['tokens_per_second'][phase]:.0f}" for phase in PHASES]
-        numbers += [f"{cell['cpu_seconds'] / 60:.1f}", f"{cell['peak_gb']:.2f}"] if "cpu_seconds" in cell else ["", ""]
+        numbers += [f"{cell['seconds'] / 60:.1f}", f"{cell['peak_gb']:.2f}"] if "seconds" in cell else ["", ""]
         lines.append(f"| {' | '.join([*key.split(' '), *numbers])} |")
     tokens = ", ".join(f"{name} {w.tokens.numel():,} tokens (sha256 {w.digest[:8]})" for name, w in texts.items())
     note = (

@@ -31,7 +31,7 @@ class Occlusion(Method):
     """
 
     scope: ClassVar[str] = "parameters"
-    windows: int = 2
+    windows: int = 4
     window: int = 128
     slices: int = 4
     metric_tokens: int = 8192

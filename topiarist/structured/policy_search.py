@@ -50,7 +50,7 @@ class PolicyGradient(Method):
     """
 
     scope: ClassVar[str] = "parameters"
-    steps: int = 400
+    steps: int = 250
     samples: int = 4
     """Masks a step, all on the same windows."""
     windows: int = 1
@@ -76,7 +76,7 @@ class PolicyGradient(Method):
     """Channels that share one probability; by default those that the rounding moves together."""
     held_out: int = 32
     """Windows that only choose among masks."""
-    evaluations: int = 8
+    evaluations: int = 6
 
     def __post_init__(self) -> None:
         for name, value, table in (
