@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import topiarist as tp
-from topiarist import allocate, cli
+from topiarist import allocate, cli, cli_tools
 from topiarist.allocate.budget import budget, fit, mixture
 from topiarist.allocate.fixed import kept_by
 from topiarist.allocate.scores import Scores, outlier_ratio, probe, random_signs
@@ -359,7 +359,7 @@ def test_a_run_by_rule_resumes_without_measuring_again(tmp_path: Path, monkeypat
 @pytest.fixture
 def call(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli_tools.out, "width", 200)  # one console for the process: it reads COLUMNS but once
     tiny.tiny_checkpoint(tmp_path / "base", num_hidden_layers=3)
     tiny.tiny_text(tmp_path, "text.txt")
 
