@@ -270,9 +270,9 @@ def test_evaluating_on_the_calibration_text_is_refused(call, folder: Path):
 def test_a_full_disk_keeps_what_is_done(call, folder: Path, monkeypatch):
     import errno
 
-    import topiarist.store
+    import topiarist.output
 
-    real, written = topiarist.store.save_file, []
+    real, written = topiarist.output.save_file, []
 
     def fails_on_the_second(tensors, path, **options):
         if len(written) == 1:  # the tensors outside the blocks are copied, not saved
@@ -281,11 +281,11 @@ def test_a_full_disk_keeps_what_is_done(call, folder: Path, monkeypatch):
         written.append(path)
         real(tensors, path, **options)
 
-    monkeypatch.setattr(topiarist.store, "save_file", fails_on_the_second)
+    monkeypatch.setattr(topiarist.output, "save_file", fails_on_the_second)
     code, _, error = call(*PRUNE, "--method", "wanda")
     assert code == 2 and "the disk is full" in error and "same command" in error
     assert len(list((folder / "out").glob("*.safetensors"))) == 2 and not list((folder / "out").glob("*.tmp"))
-    monkeypatch.setattr(topiarist.store, "save_file", real)
+    monkeypatch.setattr(topiarist.output, "save_file", real)
     assert call(*PRUNE, "--method", "wanda")[0] == 0
 
 

@@ -353,9 +353,9 @@ def test_a_broken_loss_stops_and_keeps_the_last_good_state(base: Path, tmp_path:
 
 
 def test_a_full_disk_keeps_the_last_state(base: Path, tmp_path: Path, monkeypatch):
-    import topiarist.store as store
+    import topiarist.output as output
 
-    whole, calls = store.save_file, []
+    whole, calls = output.save_file, []
 
     def full(*args: Any, **kwargs: Any) -> None:
         calls.append(args)
@@ -364,7 +364,7 @@ def test_a_full_disk_keeps_the_last_state(base: Path, tmp_path: Path, monkeypatc
         whole(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "save_file", full)
+        patch.setattr(output, "save_file", full)
         with pytest.raises(tp.CheckpointError, match="the disk is full"):
             learn(base, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.tmp"))

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from reference import brute
 
 from topiarist.errors import PatternError
-from topiarist.patterns import NM, Columns, TransposableNM, Unstructured, keep_largest, parse_pattern
+from topiarist.patterns import NM, Columns, TransposableNM, Unstructured, parse_pattern
+from topiarist.selection import keep_largest
 
 
 def tied_scores(rows: int, cols: int, levels: int, seed: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 import topiarist as tp
-from topiarist.store import JOURNAL
+from topiarist.output import JOURNAL
 
 
 def contents(folder: Path) -> dict[str, str]:

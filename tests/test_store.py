@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import topiarist as tp
-from topiarist.store import Checkpoint, OutputFolder, locate
+from topiarist.output import OutputFolder
+from topiarist.store import Checkpoint, locate
 
 
 def test_a_hub_id_is_fetched_without_pickles(tmp_path: Path, monkeypatch):

@@ -53,11 +53,12 @@ def shrink(
 ) -> None:
     """Cut whole heads, channels, experts or blocks out of MODEL: a smaller dense OUT. The same command resumes."""
     import topiarist as tp
-    from topiarist.pipelines.shrink_plan import resolve_method
+    from topiarist.structured import METHODS
+    from topiarist.tables import look_up
 
     set_threads(threads)
     quiet()
-    scorer = filled(type(resolve_method(method)), "--set", option or [])
+    scorer = filled(look_up(METHODS, method), "--set", option or [])
     recovery = None
     if recover is not None or recover_option:
         recovery = filled(tp.Distill, "--recover-set", [*(recover_option or []), f"kind={recover or 'lora'}"])

@@ -35,12 +35,10 @@ def filled(cls: type, option: str, assignments: list[str]) -> Any:
 
 def solver_from_text(name: str, assignments: list[str]) -> Any:
     """A method from its name and `field=value` texts."""
-    from topiarist.errors import TopiaristError
     from topiarist.pipelines.sparsellm import METHODS
+    from topiarist.tables import look_up
 
-    if name not in METHODS:
-        raise TopiaristError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
-    return filled(METHODS[name], "--set", assignments)
+    return filled(look_up(METHODS, name), "--set", assignments)
 
 
 def rule_from_text(text: str | None) -> Any:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 
 @dataclass(frozen=True)
@@ -142,32 +138,3 @@ class Report:
             "modules": {layer.name: round(layer.sparsity, 6) for layer in self.layers},
             **({"patterns": {layer.name: layer.pattern for layer in self.layers}} if self.pattern == "mixed" else {}),
         }
-
-
-def reset_peak_memory() -> None:
-    """Forget the peak so far, where the system can (Linux); `peak_memory_bytes` then speaks of what follows."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident size of this process, plus the GPU's own peak if one was used."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        host = int(line.split()[1]) * 1024
-    else:
-        import resource
-
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return host + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
-
-
-def resident_bytes() -> int:
-    """Resident size of this process now."""
-    pages = Path("/proc/self/statm")
-    if not pages.exists():
-        return peak_memory_bytes()
-    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -23,9 +23,10 @@ from topiarist.__about__ import __version__
 from topiarist.errors import CheckpointError, PatternError, TopiaristError
 from topiarist.masklearn.candidates import ORDER
 from topiarist.masks.bitpack import pack, unpack
+from topiarist.output import OutputFolder
 from topiarist.patterns import Pattern, parse_pattern
 from topiarist.sources import StreamedModel
-from topiarist.store import Checkpoint, OutputFolder, locate
+from topiarist.store import Checkpoint, locate
 
 FORMAT = "topiarist_masks"
 SHARD_BYTES = 1 << 30

@@ -16,8 +16,8 @@ from topiarist import allocate
 from topiarist.allocate import Rule, Scores, Search
 from topiarist.allocate.fixed import kept_by
 from topiarist.data import TextFiles, Windows
-from topiarist.errors import TopiaristError
 from topiarist.models import block_names
+from topiarist.output import OutputFolder
 from topiarist.pages import write_atomically
 from topiarist.patterns import Pattern
 from topiarist.pipelines.learn_files import model_digest
@@ -27,7 +27,8 @@ from topiarist.pipelines.search import search
 from topiarist.pipelines.setup import layer_shapes, open_source, resolve_patterns
 from topiarist.solvers import Solver
 from topiarist.sources import Source, block_matrices, eager_experts
-from topiarist.store import Checkpoint, OutputFolder
+from topiarist.store import Checkpoint
+from topiarist.tables import look_up
 
 FILE = "pruning_allocation.json"
 
@@ -159,13 +160,10 @@ def find_allocation_with(
     options: PruneOptions, model: str | Path | nn.Module, *, progress: Progress | None = None
 ) -> FoundAllocation:
     """`find_allocation`, its options as one value."""
-    if options.rule is None:
-        raise TopiaristError(
-            f"unknown allocation rule {options.allocation!r}; choose one of {', '.join(allocate.ALLOCATIONS)}"
-        )
+    rule = options.rule or look_up(allocate.ALLOCATIONS, str(options.allocation), "allocation rule")()
     source, checkpoint, _ = open_source(model, None, options.device, options.trust_remote_code, planning=True)
     windows = options.windows(source, checkpoint)
-    return apply_rule(options, options.rule, source, checkpoint, windows, progress or (lambda *_: None))
+    return apply_rule(options, rule, source, checkpoint, windows, progress or (lambda *_: None))
 
 
 def apply_rule(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from topiarist.errors import CalibrationWarning, NumericalError, NumericalWarning, TopiaristError
 from topiarist.gram import Gram
 from topiarist.linalg import reconstruction_error
+from topiarist.meter import Meter
 from topiarist.models import Matrix
 from topiarist.patterns import Pattern
 from topiarist.pipelines.ffn_joint import JointSolver, Network
@@ -40,7 +40,7 @@ class BlockPruner:
     refined: list[BlockRefinement] = field(default_factory=list)
     joined: list[JointBlock] = field(default_factory=list)
     warned: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
+    meter: Meter = field(default_factory=Meter)
 
     @classmethod
     def of(
@@ -68,14 +68,6 @@ class BlockPruner:
         self.warned.append(message)
         warnings.warn(message, category, stacklevel=2)
 
-    @contextmanager
-    def timed(self, activity: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[activity] = self.seconds.get(activity, 0.0) + time.perf_counter() - start
-
     def prune(
         self,
         stream: BlockStream,
@@ -95,26 +87,26 @@ class BlockPruner:
         alone = [m for m in wanted if network is None or m not in network.matrices]
         before = None
         if network is not None and self.joint is not None and self.joint.needs_dense_inputs:
-            with self.timed("forward"):
+            with self.meter.timed("forward"):
                 before = stream.inputs(index, block, network.first[0])
         stages = [alone] if alone else []
         if sequential and alone:
-            with self.timed("forward"):
+            with self.meter.timed("forward"):
                 stages = stream.stages(index, block, alone)
         targets = None
         if self.refine is not None:
-            with self.timed("refine"):
+            with self.meter.timed("refine"):
                 targets = stream.outputs(index, block)
         layers: list[LayerReport] = []
         for stage in stages:
-            with self.timed("forward"):
+            with self.meter.timed("forward"):
                 early = all(m.expert is None for m in stage)
                 groups = stream.grams(index, block, stage, stop_early=early)
             layers += self.solve(groups, stage, path)
         if network is not None:
             layers += self._prune_jointly(stream, index, block, network, before, path)
         if self.refine is not None and targets is not None:
-            with self.timed("refine"):
+            with self.meter.timed("refine"):
                 self.refined.append(refine_block(self.refine, stream, index, block, wanted, targets, path))
         return layers
 
@@ -128,7 +120,7 @@ class BlockPruner:
             if m not in reached
         ]
         layers: dict[Matrix, LayerReport] = {}
-        with self.timed("solver"):
+        with self.meter.timed("solver"):
             for group in [*groups, *unseen]:
                 layers.update(self._solve_group(group, path))
         return [layers[m] for m in matrices]
@@ -187,13 +179,13 @@ class BlockPruner:
     ) -> list[LayerReport]:
         """Prune a feed-forward network as a whole. `before`: its inputs before the rest of the block was pruned."""
         assert self.joint is not None
-        with self.timed("forward"):
+        with self.meter.timed("forward"):
             now = stream.inputs(index, block, network.first[0]) if self.joint.recompute_after_attention else before
             asked = before if self.joint.target == "dense" else now
             assert now is not None and asked is not None
             targets = stream.new_states(network.down.shape[0])
             network.outputs(asked.values, targets.values)
-        with self.timed("solver"):
+        with self.meter.timed("solver"):
             solver = JointSolver(
                 self.joint, network, now.values, targets.values, partial(self._solutions, path), stream.new_states
             )

@@ -13,6 +13,7 @@ from topiarist.data import TextFiles, Windows
 from topiarist.pipelines.options import PruneOptions
 from topiarist.pipelines.sparsellm import METHODS, SparseLLM
 from topiarist.solvers import SOLVERS, Solver
+from topiarist.tables import key_of
 
 
 def prune_command(
@@ -38,7 +39,7 @@ def prune_command(
         said(None if isinstance(model, nn.Module) else str(model), "MODEL", "a model object"),
     ]
     words.append("OUT")
-    method = next((name for name, cls in METHODS.items() if type(solver) is cls), None)
+    method = key_of(METHODS, solver)
     words += ["--method", said(method, "METHOD", f"the solver {type(solver).__name__}")]
     if isinstance(solver, SparseLLM) and isinstance(solver.local, Solver):
         # The command line takes a local solver by its name alone.

@@ -19,12 +19,13 @@ from topiarist.data import Windows
 from topiarist.errors import CheckpointError, TopiaristError
 from topiarist.masks import MaskFile, save_masks, weight_digest
 from topiarist.masks.files import write_masked
+from topiarist.output import OutputFolder
 from topiarist.pages import PAGE, Result, report_page
 from topiarist.pipelines.learn_report import METHOD, LearnedLayer, LearnReport, learned_card
 from topiarist.pipelines.masking import Target
 from topiarist.pipelines.sharding import STATES
 from topiarist.sources import LoadedModel
-from topiarist.store import Checkpoint, OutputFolder
+from topiarist.store import Checkpoint
 
 STATE = "learning_state.safetensors"
 PRIOR = "learning_prior.safetensors"

@@ -24,6 +24,7 @@ from topiarist.pipelines.masking import Target, targets
 from topiarist.pipelines.setup import resolve_patterns
 from topiarist.sources import LoadedModel
 from topiarist.store import Checkpoint, locate
+from topiarist.tables import look_up
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,7 @@ def prepare(
 
 
 def _recipe(preset: str | Preset, steps: int | None, lean: bool) -> Preset:
-    if isinstance(preset, str) and preset not in PRESETS:
-        raise TopiaristError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
-    recipe = PRESETS[preset] if isinstance(preset, str) else preset
+    recipe = look_up(PRESETS, preset, "preset") if isinstance(preset, str) else preset
     if steps is not None:
         if steps < 1:
             raise TopiaristError(f"learning takes at least one step, got {steps}")

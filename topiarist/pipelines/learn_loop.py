@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from topiarist.errors import NumericalError
+from topiarist.output import OutputFolder
 from topiarist.pipelines.learn_files import STATE, OpenedFolder, Scalars, packed_prior
 from topiarist.pipelines.learn_job import Job
 from topiarist.pipelines.priors import one_shot_masks
@@ -21,7 +22,6 @@ from topiarist.pipelines.sharding import ShardedModel
 from topiarist.pipelines.trainer import MaskTrainer
 from topiarist.solvers import SOLVERS
 from topiarist.sources import LoadedModel
-from topiarist.store import OutputFolder
 
 Progress = Callable[[str, int, int], None]
 """(what is going on, done, in all)"""

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from topiarist.masklearn import Preset, Prior, resident_bytes
+from topiarist.meter import peak_memory_bytes
 from topiarist.patterns import parse_pattern
 from topiarist.pipelines.learn_files import STATE_BYTES
 from topiarist.pipelines.learn_job import open_model, prepare
 from topiarist.pipelines.masking import MaskedModel
 from topiarist.pipelines.plan import duration
 from topiarist.pipelines.trainer import MaskTrainer
-from topiarist.report import peak_memory_bytes
 
 
 @dataclass(frozen=True)

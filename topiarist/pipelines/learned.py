@@ -11,7 +11,6 @@ exponentially there. 4. Biases stay. 5. A prior that is missing or not of the pa
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from topiarist.data import TextFiles
 from topiarist.errors import TopiaristError
 from topiarist.masklearn import Preset, Prior
+from topiarist.meter import Meter, reset_peak_memory
 from topiarist.patterns import Pattern, parse_pattern
 from topiarist.pipelines.learn_files import (
     PRIOR,
@@ -45,7 +45,6 @@ from topiarist.pipelines.processes import Processes
 from topiarist.pipelines.recover import Recover, recover_weights
 from topiarist.pipelines.sharding import ShardedModel
 from topiarist.pipelines.trainer import MaskTrainer
-from topiarist.report import peak_memory_bytes, reset_peak_memory
 from topiarist.solvers import SOLVERS
 
 
@@ -95,7 +94,7 @@ def learn(
     weights and logits too (FSDP2; default: yes, for a model on disk), or leaves each process a copy of the whole.
     Raises a TopiaristError for everything a user can mend.
     """
-    started = time.perf_counter()
+    meter = Meter()
     reset_peak_memory()
     processes = Processes.join()
     scalars = Scalars(tensorboard if processes.first else None)
@@ -191,14 +190,7 @@ def learn(
     replaced = None
     if recovery is not None:
         replaced = recover_weights(source.model, final, job.training, recovery, job.batch_size, seed, processes, tell)
-    report.run = {
-        "seconds": time.perf_counter() - started,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "threads": torch.get_num_threads(),
-        "processes": processes.size,
-        "device": str(source.device),
-        "torch": torch.__version__,
-    }
+    report.run = {**meter.run(source.device), "processes": processes.size}
     if output is not None:
         report.output = str(out)
         folder = output

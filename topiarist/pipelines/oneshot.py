@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,21 +14,23 @@ from topiarist import allocate
 from topiarist.allocate import Rule, recipe
 from topiarist.data import TextFiles
 from topiarist.errors import CalibrationError, UnsupportedModel
+from topiarist.meter import Meter, reset_peak_memory
 from topiarist.models import matrices_of, watch_inputs
+from topiarist.output import OutputFolder
 from topiarist.patterns import Pattern, parse_pattern
 from topiarist.pipelines.allocation import allocated, fixed_patterns
 from topiarist.pipelines.block import BlockPruner, check_finite
 from topiarist.pipelines.command import prune_command
 from topiarist.pipelines.options import Progress, PruneOptions
 from topiarist.pipelines.refine import Refine
-from topiarist.pipelines.setup import open_source, resolve_method
-from topiarist.pipelines.sparsellm import Method, SparseLLM, method_name, settings_of
+from topiarist.pipelines.setup import open_source
+from topiarist.pipelines.sparsellm import METHODS, Method, SparseLLM, settings_of
 from topiarist.pipelines.stream import GramCollector
 from topiarist.pipelines.walk import Walk
 from topiarist.pipelines.written import finish, save_loaded, weights_of
-from topiarist.report import Report, peak_memory_bytes, reset_peak_memory
+from topiarist.report import Report
 from topiarist.sources import eager_experts
-from topiarist.store import OutputFolder
+from topiarist.tables import name_of, resolve
 
 
 def prune(
@@ -99,7 +100,7 @@ def prune_with(
     progress: Progress | None = None,
 ) -> Report:
     """`prune`, its options as one value."""
-    started = time.perf_counter()
+    meter = Meter()
     reset_peak_memory()
     solver, refinement, rule = options.solver, options.refinement, options.rule
     source, checkpoint, name = open_source(model, out, options.device, options.trust_remote_code)
@@ -109,7 +110,7 @@ def prune_with(
     windows = options.windows(source, checkpoint)
     command, unsaid = prune_command(model, options, windows)
     report = Report(
-        method=method_name(solver),
+        method=name_of(METHODS, solver),
         settings=settings_of(solver),
         pattern="mixed" if options.allocation is not None else str(options.base_pattern),
         model=name,
@@ -126,6 +127,7 @@ def prune_with(
         weights=weights_of(source.model, checkpoint),
     )
     pruner = BlockPruner.of(solver, patterns, refinement, sequential=options.true_sequential)
+    pruner.meter = meter
     for expression in unmatched:
         pruner.warn(f"--skip {expression!r} matches no layer", UserWarning)
     output = None
@@ -151,14 +153,7 @@ def prune_with(
             report.layers = walk.streamed(checkpoint, output)
     report.warnings, report.refined, report.joint = pruner.warned, pruner.refined, pruner.joined
     report.output = None if out is None else str(out)
-    report.run = {
-        "seconds": time.perf_counter() - started,
-        "seconds_by_activity": dict(pruner.seconds),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "threads": torch.get_num_threads(),
-        "device": str(source.device),
-        "torch": torch.__version__,
-    }
+    report.run = pruner.meter.run(source.device)
     if checkpoint is not None and output is not None:
         finish(output, checkpoint, report, windows)
     elif out is not None:
@@ -179,7 +174,7 @@ def prune_module(
     A batch is a tensor, a tuple of positional or a dict of keyword arguments. All Grams are of the dense model and in
     memory at once. Raises CalibrationError if there is no batch.
     """
-    solver, base_pattern = resolve_method(method), parse_pattern(pattern)
+    solver, base_pattern = resolve(METHODS, method), parse_pattern(pattern)
     if isinstance(solver, SparseLLM):
         raise UnsupportedModel(
             "sparsellm has to know where feed-forward networks are; give any module its local solver"
@@ -190,7 +185,7 @@ def prune_module(
     wanted = [m for m in matrices if patterns[m.name] is not None]
     collector, count = GramCollector(wanted), 0
     pruner = BlockPruner(solver, patterns)
-    with torch.no_grad(), watch_inputs(wanted, collector.on_input), pruner.timed("forward"):
+    with torch.no_grad(), watch_inputs(wanted, collector.on_input), pruner.meter.timed("forward"):
         for batch in batches:
             if isinstance(batch, Mapping):
                 model(**batch)
@@ -201,7 +196,9 @@ def prune_module(
     if not count:
         raise CalibrationError("no batches given: a Gram needs inputs")
     layers = pruner.solve(collector.groups, wanted, "")
-    report = Report(method_name(solver), asdict(solver), str(base_pattern), type(model).__name__, {"batches": count})
+    report = Report(
+        name_of(METHODS, solver), asdict(solver), str(base_pattern), type(model).__name__, {"batches": count}
+    )
     report.layers, report.warnings = layers, pruner.warned
-    report.run = {"seconds_by_activity": dict(pruner.seconds)}
+    report.run = {"seconds_by_activity": dict(pruner.meter.seconds)}
     return report

@@ -14,10 +14,11 @@ from topiarist.allocate import ALLOCATIONS, Rule
 from topiarist.data import TextFiles, Windows
 from topiarist.patterns import Pattern, parse_pattern
 from topiarist.pipelines.refine import Refine
-from topiarist.pipelines.setup import read_windows, resolve_method
-from topiarist.pipelines.sparsellm import Method
+from topiarist.pipelines.setup import read_windows
+from topiarist.pipelines.sparsellm import METHODS, Method
 from topiarist.sources import Source
 from topiarist.store import Checkpoint
+from topiarist.tables import resolve
 
 Progress = Callable[[str, int, int], None]
 """(what is going on, steps done, steps in all)"""
@@ -46,7 +47,7 @@ class PruneOptions:
 
     @property
     def solver(self) -> Method:
-        return resolve_method(self.method)
+        return resolve(METHODS, self.method)
 
     @property
     def base_pattern(self) -> Pattern:

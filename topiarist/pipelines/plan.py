@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from topiarist.meter import resident_bytes
 from topiarist.models import Matrix
 from topiarist.pipelines.allocation import fixed_patterns
 from topiarist.pipelines.block import BlockPruner
@@ -16,7 +17,6 @@ from topiarist.pipelines.options import PruneOptions
 from topiarist.pipelines.setup import open_source
 from topiarist.pipelines.sparsellm import SparseLLM
 from topiarist.pipelines.stream import BlockStream, GramGroup
-from topiarist.report import resident_bytes
 from topiarist.sources import block_matrices, eager_experts, num_blocks
 from topiarist.store import Checkpoint
 

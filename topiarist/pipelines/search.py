@@ -25,9 +25,9 @@ from topiarist.patterns import NM, Columns, Pattern, TransposableNM, Unstructure
 from topiarist.pipelines.database import Database, fill
 from topiarist.pipelines.measure import layers_of, whole_model
 from topiarist.pipelines.options import Progress, PruneOptions
-from topiarist.pipelines.setup import resolve_method
-from topiarist.pipelines.sparsellm import SparseLLM, method_name
+from topiarist.pipelines.sparsellm import METHODS, SparseLLM
 from topiarist.sources import Source
+from topiarist.tables import name_of, resolve
 
 ROWS = 128
 """Tokens whose predictions are compared at once."""
@@ -73,10 +73,10 @@ def search(
     levels = levels_of(rule, options.base_pattern)
     with ExitStack() as stack:
         folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        chosen = resolve_method(rule.solver) if rule.solver else options.solver
+        chosen = resolve(METHODS, rule.solver) if rule.solver else options.solver
         # Solutions of single layers are what is stored, so of a joint method the local solver makes them.
         solver = chosen.solver if isinstance(chosen, SparseLLM) else chosen
-        method = {"name": method_name(solver), **asdict(solver)}
+        method = {"name": name_of(METHODS, solver), **asdict(solver)}
         solved = {**made_of, "method": method, "layers": sorted(shapes), "windows": len(tokens) - rule.sequences}
         database = Database(folder, solved)
         grams = tokens[: -rule.sequences]

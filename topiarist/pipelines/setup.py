@@ -12,21 +12,11 @@ from torch import Tensor, nn
 from topiarist import allocate
 from topiarist.allocate.fixed import check_budget, read_file
 from topiarist.data import TextFiles, Windows, calibration_windows, load_tokenizer
-from topiarist.errors import CalibrationError, CheckpointError, PatternError, TopiaristError
+from topiarist.errors import CalibrationError, CheckpointError, PatternError
 from topiarist.models import block_names
 from topiarist.patterns import Pattern
-from topiarist.pipelines.sparsellm import METHODS, Method
 from topiarist.sources import LoadedModel, Source, StreamedModel, block_matrices
 from topiarist.store import Checkpoint, locate
-
-
-def resolve_method(method: str | Method) -> Method:
-    """A method by its name in METHODS, or the method itself."""
-    if not isinstance(method, str):
-        return method
-    if method not in METHODS:
-        raise TopiaristError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
-    return METHODS[method]()
 
 
 def open_source(

@@ -14,9 +14,10 @@ from torch import Tensor
 from topiarist import __about__, modeling_pruned
 from topiarist.data import Windows
 from topiarist.errors import CheckpointError
+from topiarist.output import OutputFolder
 from topiarist.pages import PAGE, Result, measured, report_page
 from topiarist.pipelines.shrink_report import ShrinkReport, shrunk_card
-from topiarist.store import Checkpoint, OutputFolder
+from topiarist.store import Checkpoint
 from topiarist.structured import PruneSpec, SavedState
 from topiarist.structured.spec import SPEC
 

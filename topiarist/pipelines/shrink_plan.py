@@ -23,19 +23,7 @@ from topiarist.structured import (
     units_of,
 )
 from topiarist.structured.units import WIDTH_KINDS, check_kinds
-
-
-def resolve_method(method: str | Method) -> Method:
-    """A method by its name in METHODS, or the method itself."""
-    if isinstance(method, Method):
-        return method
-    if method not in METHODS:
-        raise TopiaristError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
-    return METHODS[method]()
-
-
-def method_name(method: Method) -> str:
-    return next((name for name, cls in METHODS.items() if type(method) is cls), type(method).__name__)
+from topiarist.tables import name_of
 
 
 def plan_choice(
@@ -52,7 +40,7 @@ def plan_choice(
     kinds = tuple(units) if units else tuple(k for k in default_kinds(model) if k in method.kinds) or method.kinds[:1]
     kinds = check_kinds(kinds)
     if unfit := [kind for kind in kinds if kind not in method.kinds]:
-        raise TopiaristError(f"{method_name(method)} cannot score {unfit[0]}; it scores {', '.join(method.kinds)}")
+        raise TopiaristError(f"{name_of(METHODS, method)} cannot score {unfit[0]}; it scores {', '.join(method.kinds)}")
     check_layout(layout, kinds)
     groups = units_of(model, kinds)
     if inexact := [group.key for group in groups if not group.exact]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from topiarist.data import TextFiles
 from topiarist.structured import METHODS, Method
+from topiarist.tables import key_of
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def shrink_command(
     if isinstance(model, nn.Module):
         unsaid.append("a model object")
     words += ["MODEL" if isinstance(model, nn.Module) else str(model), "OUT"]
-    name = next((name for name, cls in METHODS.items() if type(method) is cls), None)
+    name = key_of(METHODS, method)
     if name is None:
         unsaid.append(f"the method {type(method).__name__}")
     words += ["--method", name or "METHOD", *_settings(method, "--set")]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from topiarist.errors import TopiaristError
 from topiarist.solvers import SOLVERS, Solver
+from topiarist.tables import look_up, name_of, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +61,8 @@ class SparseLLM:
     """Share of the calibration windows that fit nothing and only choose the epoch; 0: all fit, and choose."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.local, str) and self.local not in SOLVERS:
-            raise TopiaristError(f"unknown local solver {self.local!r}; choose one of {', '.join(SOLVERS)}")
+        if isinstance(self.local, str):
+            look_up(SOLVERS, self.local, "local solver")
         for name in ("alpha", "beta", "gamma"):
             if not getattr(self, name) > 0:
                 raise TopiaristError(f"{name} is {getattr(self, name)}; it must be above 0")
@@ -73,11 +74,11 @@ class SparseLLM:
     @property
     def solver(self) -> Solver:
         """The local solver as a value."""
-        return SOLVERS[self.local]() if isinstance(self.local, str) else self.local
+        return resolve(SOLVERS, self.local)
 
     @property
     def local_name(self) -> str:
-        return self.local if isinstance(self.local, str) else method_name(self.local)
+        return self.local if isinstance(self.local, str) else name_of(SOLVERS, self.local)
 
     @property
     def needs_dense_inputs(self) -> bool:
@@ -88,10 +89,6 @@ class SparseLLM:
 Method = Solver | SparseLLM
 METHODS: dict[str, type[Solver] | type[SparseLLM]] = {**SOLVERS, "sparsellm": SparseLLM}
 """What prunes a model: solvers work matrix by matrix, SparseLLM block by block."""
-
-
-def method_name(method: Method) -> str:
-    return next((name for name, cls in METHODS.items() if type(method) is cls), type(method).__name__)
 
 
 def settings_of(method: Method) -> Mapping[str, Any]:

@@ -8,12 +8,13 @@ from pathlib import Path
 from torch import Tensor
 
 from topiarist.models import block_names
+from topiarist.output import OutputFolder
 from topiarist.pipelines.block import BlockPruner
 from topiarist.pipelines.options import Progress, PruneOptions
 from topiarist.pipelines.stream import BlockStream
 from topiarist.report import BlockRefinement, JointBlock, LayerReport
 from topiarist.sources import LoadedModel, StreamedModel, block_matrices
-from topiarist.store import Checkpoint, OutputFolder
+from topiarist.store import Checkpoint
 
 OUTER_SHARD_BYTES = 1 << 29
 """Tensors outside the blocks are copied in shards of about this size, so that copying needs little memory."""
@@ -35,7 +36,7 @@ class Walk:
 
     def _start(self) -> BlockStream:
         self.progress("reading the calibration text", 0, len(self.names))
-        with self.pruner.timed("forward"):
+        with self.pruner.meter.timed("forward"):
             spill = None if self.options.spill is None else Path(self.options.spill)
             return BlockStream(
                 self.source, self.tokens, batch_size=self.options.batch_size, device=self.source.device, spill=spill
@@ -43,7 +44,7 @@ class Walk:
 
     def _prune_block(self, stream: BlockStream, index: int) -> list[LayerReport]:
         self.progress("pruning", index, len(self.names))
-        with self.pruner.timed("read"):
+        with self.pruner.meter.timed("read"):
             block = self.source.load(index)
         matrices = block_matrices(self.source, index)
         return self.pruner.prune(
@@ -52,7 +53,7 @@ class Walk:
 
     def _advance(self, stream: BlockStream, index: int) -> None:
         if index + 1 < len(self.names):
-            with self.pruner.timed("forward"):
+            with self.pruner.meter.timed("forward"):
                 stream.advance(index, self.source.model.get_submodule(self.names[index]))
 
     def in_memory(self) -> list[LayerReport]:
@@ -72,14 +73,14 @@ class Walk:
         output.begin(int(checkpoint.weight_bytes() * 1.01))
         for number, names in enumerate(outer):
             if output.shard_is_done(number) is None:
-                with self.pruner.timed("write"):
+                with self.pruner.meter.timed("write"):
                     output.copy_shard(_shard_name(number, total), checkpoint, names)
         stream, layers = self._start(), []
         for index in range(len(self.names)):
             number = len(outer) + index
             if line := output.shard_is_done(number):
                 self.progress("catching up", index, len(self.names))
-                with self.pruner.timed("read"):
+                with self.pruner.meter.timed("read"):
                     self.source.load(index, Checkpoint.of_shard(output.folder / line["file"]))
                 layers += [LayerReport.from_dict(layer) for layer in line["layers"]]
                 self.pruner.warned += line["warnings"]
@@ -96,7 +97,7 @@ class Walk:
                     "refined": [asdict(done) for done in self.pruner.refined[refined:]],
                     "joint": [asdict(done) for done in self.pruner.joined[joined:]],
                 }
-                with self.pruner.timed("write"):
+                with self.pruner.meter.timed("write"):
                     output.write_shard(_shard_name(number, total), self.source.block_on_disk(index), info)
             self._advance(stream, index)
             self.source.release(index)

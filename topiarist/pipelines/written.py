@@ -12,9 +12,10 @@ from torch import nn
 from topiarist import __about__
 from topiarist.data import Windows
 from topiarist.errors import CheckpointError
+from topiarist.output import OutputFolder
 from topiarist.pages import PAGE, Result, model_card, report_page
 from topiarist.report import Report
-from topiarist.store import Checkpoint, OutputFolder
+from topiarist.store import Checkpoint
 
 
 def finish(output: OutputFolder, checkpoint: Checkpoint, report: Report, windows: Windows) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from topiarist import linalg
 from topiarist.errors import TopiaristError
-from topiarist.patterns import NM, Pattern, Unstructured, keep_largest, keep_largest_per_row
+from topiarist.patterns import NM, Pattern, Unstructured
+from topiarist.selection import keep_largest, keep_largest_per_row
 from topiarist.solvers.base import Problem, Solver
 
 

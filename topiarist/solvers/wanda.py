@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from topiarist.patterns import Unstructured, keep_largest_evenly
+from topiarist.patterns import Unstructured
+from topiarist.selection import keep_largest_evenly
 from topiarist.solvers.base import Problem, Solver
 
 

@@ -1,0 +1,126 @@
+"""The stages of a structural run on a model in memory: choose, plan, refit, cut. Each goes on from what was saved."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topiarist.data import Windows
+from topiarist.errors import UnsupportedModel
+from topiarist.meter import Meter
+from topiarist.output import OutputFolder
+from topiarist.pipelines.refitting import Saved, refit_consumers
+from topiarist.pipelines.shrink_files import FolderState
+from topiarist.pipelines.shrink_plan import remember
+from topiarist.sources import LoadedModel
+from topiarist.structured import Kept, Method, Plan, Task, UnitGroup, choose, mask_in_place, plan_layout, shrunk
+
+Progress = Callable[[str, int, int], None]
+
+
+class ShrinkRun:
+    """The stages, for a model in memory."""
+
+    def __init__(
+        self,
+        source: LoadedModel,
+        groups: Sequence[UnitGroup],
+        method: Method,
+        output: OutputFolder | None,
+        windows: Windows | None,
+        batch_size: int,
+        seed: int,
+        progress: Progress,
+        notes: list[str],
+        meter: Meter,
+    ) -> None:
+        self.source, self.groups, self.method, self.output = source, groups, method, output
+        self.tokens = torch.zeros(0, 0, dtype=torch.int64) if windows is None else windows.tokens
+        self.batch_size, self.seed, self.progress, self.notes = batch_size, seed, progress, notes
+        self.meter = meter
+
+    def choice(
+        self, keep: float, scope: str, counts: Mapping[str, int] | None, round_to: int | None, *, with_biases: bool
+    ) -> tuple[Kept, dict[str, Tensor]]:
+        """What stays, and the method's biases, from its scores; those of an earlier try if it got so far."""
+        saved = None if self.output is None else FolderState(self.output, "kept")
+        if saved is not None and (found := saved.load()) is not None:
+            self.notes += [note for note in json.loads(found[1]["notes"]) if note not in self.notes]
+            kept = {group.key: found[0][group.key] for group in self.groups}
+            return kept, {name: bias for name, bias in found[0].items() if name not in kept}
+        task = Task(
+            self.source.model, self.groups, self.tokens, keep, scope, counts, round_to, self.batch_size, self.seed,
+            self.progress,
+        )  # fmt: skip
+        if self.output is not None:
+            task.state = FolderState(self.output, "method")
+        with self.meter.timed("scores"), _caught(self.notes):
+            scores = self.method.scores(task)
+            kept = choose(self.groups, scores, keep, scope=scope, round_to=round_to, counts=counts)
+            biases = self.method.biases(task, kept) if with_biases else {}
+        if saved is not None:
+            saved.save({**kept, **biases}, {"notes": json.dumps(self.notes)})
+        return kept, biases
+
+    def plan(self, kept: Kept, layout: str, max_waste: float, biases: dict[str, Tensor]) -> Plan:
+        """The layout; without the biases, and a warning, where the family has no room for them."""
+        model = self.source.model
+        try:
+            plan = plan_layout(model, self.groups, kept, layout, max_waste=max_waste, biased=list(biases))
+        except UnsupportedModel as error:
+            if not biases:
+                raise
+            plan = plan_layout(model, self.groups, kept, layout, max_waste=max_waste)
+            remember(self.notes, f"the biases that make up for what was cut are left out: {error}")
+            biases.clear()
+        for note in plan.warnings:
+            remember(self.notes, note)
+        return plan
+
+    def consumers(self) -> dict[str, Tensor]:
+        """The weights that a refit changes, to be put back into the caller's model."""
+        names = {group.parts[-1].parameter for group in self.groups if group.width}
+        return {name: self.source.model.get_parameter(name).data.clone() for name in names}
+
+    def refit(self, kept: Kept) -> list[Any]:
+        def load(index: int) -> Saved | None:
+            found = None if self.output is None else FolderState(self.output, f"refit-{index:05d}").load()
+            return None if found is None else (found[0], json.loads(found[1]["rows"]))
+
+        def save(index: int, done: Saved) -> None:
+            if self.output is not None:
+                weights = {name: weight.cpu().contiguous() for name, weight in done[0].items()}
+                FolderState(self.output, f"refit-{index:05d}").save(weights, {"rows": json.dumps(done[1])})
+
+        with self.meter.timed("refit"):
+            layers, notes = refit_consumers(
+                self.source, self.groups, kept, self.tokens,
+                batch_size=self.batch_size, load=load, save=save, progress=self.progress,
+            )  # fmt: skip
+        self.notes += notes
+        return layers
+
+    def cut(self, kept: Kept, plan: Plan, biases: Mapping[str, Tensor]) -> Any:
+        model = self.source.model
+        with self.meter.timed("cut"):
+            if plan.layout != "masked":
+                return shrunk(model, self.groups, kept, plan, biases)
+            mask_in_place(model, self.groups, kept)
+            everything = {key: torch.ones_like(mask) for key, mask in kept.items()}
+            return shrunk(model, self.groups, everything, plan, biases) if biases else model
+
+
+@contextmanager
+def _caught(notes: list[str]) -> Iterator[None]:
+    """Warnings of a method are told, and noted for the report."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        remember(notes, str(warning.message), warning.category)
