@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,3 +19,21 @@ install_import_hook("topiarist", "typecheck.tower")
 def one_thread():
     """The same arithmetic on every machine, and no fight over cores between workers."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Runs `topiarist WORDS...` in this process; returns (exit code, stdout, stderr)."""
+    from topiarist import cli, cli_tools
+
+    for console in (cli_tools.out, cli_tools.err):  # made once for the process, and read COLUMNS then
+        monkeypatch.setattr(console, "width", 200)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["topiarist", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(stop.value.code or 0), printed.out, printed.err
+
+    return run

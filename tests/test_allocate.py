@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import topiarist as tp
-from topiarist import allocate, cli, cli_tools
+from topiarist import allocate
 from topiarist.allocate.budget import budget, fit, mixture
 from topiarist.allocate.fixed import kept_by
 from topiarist.allocate.scores import Scores, outlier_ratio, probe, random_signs
@@ -357,20 +356,11 @@ def test_a_run_by_rule_resumes_without_measuring_again(tmp_path: Path, monkeypat
 
 
 @pytest.fixture
-def call(tmp_path: Path, monkeypatch, capsys):
+def call(tmp_path: Path, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli_tools.out, "width", 200)  # one console for the process: it reads COLUMNS but once
     tiny.tiny_checkpoint(tmp_path / "base", num_hidden_layers=3)
     tiny.tiny_text(tmp_path, "text.txt")
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["topiarist", *words, "--calibration", "text.txt", "--samples", "8"])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        printed = capsys.readouterr()
-        return int(stop.value.code or 0), printed.out, printed.err
-
-    return run
+    return lambda *words: command(*words, "--calibration", "text.txt", "--samples", "8")
 
 
 def test_allocate_writes_what_prune_reads(call, tmp_path: Path):

@@ -27,22 +27,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def call(folder: Path, monkeypatch, capsys):
-    """Run a command line in `folder`; returns (exit code, stdout, stderr)."""
+def call(folder: Path, command, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["topiarist", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+    return command
 
 
 PRUNE = ("prune", "model", "out", "--calibration", "calibration.txt", "--samples", "8", "--window", "32")

@@ -7,8 +7,21 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "topiarist"
 FLOORS = [
-    ["__about__", "errors", "tables", "meter"],
-    ["selection", "patterns", "gram", "linalg", "models", "data", "store", "output", "modeling_pruned", "sources"],
+    ["__about__", "errors"],
+    [
+        "tables",
+        "meter",
+        "selection",
+        "patterns",
+        "gram",
+        "linalg",
+        "models",
+        "data",
+        "store",
+        "output",
+        "modeling_pruned",
+        "sources",
+    ],
     ["solvers", "allocate", "masklearn", "structured", "masks", "runtime", "report", "evaluate", "tasks", "pages"],
     ["pipelines"],
     [

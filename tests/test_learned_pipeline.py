@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import random
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from killing import assert_kills_change_nothing, contents
 from safetensors.torch import load_file
 
 import topiarist as tp
@@ -60,14 +56,6 @@ DATA = language(120, 32)
 def learn(model: Any, out: Path | None, **options: Any) -> tp.LearnReport:
     defaults = {"data": DATA, "held_out": 4, "preset": FAST, "prior": "magnitude", "evaluate_every": 8}
     return tp.learn(model, out, **(defaults | options))
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.iterdir())
-        if path.name != "pruning_run.json"
-    }
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -144,35 +132,8 @@ def test_a_model_object_is_masked_in_place_and_otherwise_as_it_was(base: Path, l
 SHORT: dict[str, Any] = {"steps": 6, "evaluate_every": 2, "held_out": 2}
 
 
-def run_and_kill(base: Path, out: Path, delay: float) -> bool:
-    """Learn in a forked process and SIGKILL it after `delay` seconds. True if it was killed before it finished."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            learn(base, out, **SHORT)
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    time.sleep(delay)
-    os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0, "a resumed run failed"
-    return os.WIFSIGNALED(status)
-
-
 def test_killed_at_random_points_ends_in_the_same_bytes(base: Path, tmp_path: Path):
-    started = time.perf_counter()
-    learn(base, tmp_path / "whole", **SHORT)
-    duration = time.perf_counter() - started
-    expected = contents(tmp_path / "whole")
-    generator, kills, rounds = random.Random(0), 0, 0
-    while kills < 4:
-        out = tmp_path / f"killed-{rounds}"
-        rounds += 1
-        for _ in range(3):
-            kills += run_and_kill(base, out, generator.uniform(0.02, 1.1) * duration)
-        learn(base, out, **SHORT)
-        assert contents(out) == expected
+    assert_kills_change_nothing(lambda out: learn(base, out, **SHORT), tmp_path, kills=4, each=3)
 
 
 def test_the_best_evaluation_is_kept(base: Path, tmp_path: Path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pytest
 import tiny
 
 import topiarist as tp
-from topiarist import cli
 from topiarist.pages import Result, compare_page, report_page, save_benchmark, save_evaluation
 from topiarist.pages.figures import curve, heat_map, nice_ticks, panel, place_of
 from topiarist.pages.render import percent, short, size_text
@@ -69,18 +67,9 @@ def root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def call(root: Path, monkeypatch, capsys):
+def call(root: Path, command, monkeypatch):
     monkeypatch.chdir(root)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["topiarist", *words])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        printed = capsys.readouterr()
-        return int(stop.value.code or 0), printed.out, printed.err
-
-    return run
+    return command
 
 
 def test_a_run_writes_a_page_that_is_whole(root: Path, tmp_path: Path):

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import random
-import signal
-import time
 from pathlib import Path
 
 import pytest
 import tiny
+from killing import assert_kills_change_nothing, contents
 
 import topiarist as tp
 from topiarist.output import JOURNAL
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Hashes of every file; only the timings may differ between runs."""
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.iterdir())
-        if path.name != "pruning_run.json"
-    }
 
 
 @pytest.fixture
@@ -35,41 +23,10 @@ def run(base: Path, out: Path, **options) -> tp.Report:
     return tp.prune(base, out, **(defaults | options))
 
 
-def run_and_kill(base: Path, out: Path, delay: float) -> bool:
-    """Prune in a forked process and SIGKILL it after `delay` seconds. True if it was killed before it finished."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            run(base, out)
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    time.sleep(delay)
-    os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0, "a resumed run failed"
-    return os.WIFSIGNALED(status)
-
-
 def test_killed_at_random_points_ends_in_the_same_bytes(base: Path, tmp_path: Path):
-    run(base, tmp_path / "warm-up")
-    started = time.perf_counter()
-    run(base, tmp_path / "whole")
-    duration = time.perf_counter() - started
-    expected = contents(tmp_path / "whole")
-
-    generator, kills, rounds = random.Random(0), 0, 0
-    while kills < 20:
-        out = tmp_path / f"killed-{rounds}"
-        rounds += 1
-        # Several kills into one folder, short ones too, so that a resume is itself interrupted.
-        for _ in range(5):
-            kills += run_and_kill(base, out, generator.uniform(0.02, 1.1) * duration)
-        resumed = run(base, out)
-        assert contents(out) == expected
-        assert len(resumed.layers) == 6 * 7
-        assert not (out / JOURNAL).exists()
-    assert rounds >= 4
+    assert_kills_change_nothing(lambda out: run(base, out), tmp_path, kills=20, each=5)
+    assert not list(tmp_path.glob(f"*/{JOURNAL}"))
+    assert len(run(base, tmp_path / "killed-0").layers) == 6 * 7
 
 
 def test_a_finished_run_is_not_done_again(base: Path, tmp_path: Path):

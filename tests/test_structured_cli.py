@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 
-from topiarist import cli
-
 
 @pytest.fixture
-def call(tmp_path: Path, monkeypatch, capsys):
-    """Run a command line beside a tiny model; returns (exit code, stdout, stderr)."""
+def call(tmp_path: Path, command, monkeypatch):
     tiny.tiny_checkpoint(tmp_path / "model")
     tiny.tiny_text(tmp_path, "text.txt")
     tiny.tiny_text(tmp_path, "other.txt", seed=1)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["topiarist", *arguments])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+    return command
 
 
 SHRINK = ("shrink", "model", "out", "--method", "magnitude", "--data", "text.txt", "--samples", "8", "--window", "32")

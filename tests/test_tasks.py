@@ -12,7 +12,7 @@ import tiny
 import torch
 
 import topiarist as tp
-from topiarist import cli, tasks
+from topiarist import tasks
 from topiarist.pages import Result
 
 PIQA = [{"goal": f"goal {i}", "sol1": f"first {i}", "sol2": f"the second {i * 7}", "label": i % 2} for i in range(6)]
@@ -39,25 +39,16 @@ def items(tmp_path: Path) -> Path:
     return folder
 
 
-def call(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(sys, "argv", ["topiarist", "eval", *words])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    printed = capsys.readouterr()
-    return int(stop.value.code or 0), printed.out, printed.err
-
-
-def test_without_the_harness_one_line_says_what_to_install(items: Path, tmp_path: Path, monkeypatch, capsys):
+def test_without_the_harness_one_line_says_what_to_install(items: Path, tmp_path: Path, monkeypatch, command):
     tiny.tiny_checkpoint(tmp_path / "base")
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # importing it now raises ImportError
-    code, _, error = call(monkeypatch, capsys, str(tmp_path / "base"), "--tasks", "piqa", "--task-files", str(items))
+    code, _, error = command("eval", str(tmp_path / "base"), "--tasks", "piqa", "--task-files", str(items))
     lines = [line for line in error.splitlines() if "error" in line]
     assert code == 2 and len(lines) == 1 and lines[0].endswith("pip install 'topiarist[eval]'")
 
 
-def test_nothing_to_evaluate_on(tmp_path: Path, monkeypatch, capsys):
-    code, _, error = call(monkeypatch, capsys, str(tmp_path))
+def test_nothing_to_evaluate_on(tmp_path: Path, command):
+    code, _, error = command("eval", str(tmp_path))
     assert code == 2 and "name --text" in error and "--tasks" in error
 
 
@@ -97,14 +88,14 @@ def log_likelihood(model, context: str, continuation: str) -> float:
 
 
 @pytest.mark.slow
-def test_scores_agree_with_a_plain_loop(items: Path, tmp_path: Path, monkeypatch, capsys):
+def test_scores_agree_with_a_plain_loop(items: Path, tmp_path: Path, monkeypatch, command):
     pytest.importorskip("lm_eval")
     monkeypatch.chdir(tmp_path)
     tiny.tiny_checkpoint(tmp_path / "base")
     tp.prune("base", "out", method="magnitude", calibration=tiny.tiny_tokens(4, 16))
     names = ",".join(task for task in tasks.FORMATS if task != "arc_challenge")
     words = ("out", "--tasks", names, "--task-files", str(items), "--save", "--json")
-    code, printed, error = call(monkeypatch, capsys, *words)
+    code, printed, error = command("eval", *words)
     assert code == 0, error
     dense, pruned = json.loads(printed)
     assert (dense["dense"], pruned["dense"]) == (True, False)
@@ -130,8 +121,8 @@ def test_scores_agree_with_a_plain_loop(items: Path, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
-def test_the_harness_s_refusal_is_one_line(tmp_path: Path, monkeypatch, capsys):
+def test_the_harness_s_refusal_is_one_line(tmp_path: Path, command):
     pytest.importorskip("lm_eval")
     tiny.tiny_checkpoint(tmp_path / "base")
-    code, _, error = call(monkeypatch, capsys, str(tmp_path / "base"), "--tasks", "no_such_task")
+    code, _, error = command("eval", str(tmp_path / "base"), "--tasks", "no_such_task")
     assert code == 2 and "no_such_task" in error and "--task-files" in error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import topiarist as tp
-from topiarist import cli
 from topiarist.masks import save_masks, verify
 
 UP = "model.layers.1.mlp.up_proj"
@@ -49,26 +47,17 @@ def fill_row(weight: torch.Tensor) -> None:
     weight[3] = 1.0
 
 
-def call(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(sys, "argv", ["topiarist", "inspect", *words])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    printed = capsys.readouterr()
-    return int(stop.value.code or 0), printed.out, printed.err
-
-
-def test_what_was_pruned_holds(pruned: Path, monkeypatch, capsys):
+def test_what_was_pruned_holds(pruned: Path, command):
     found = verify(pruned)
     assert found.holds and (found.patterns, found.masks) == (14, 0)
     write_masks(pruned)
     found = verify(pruned)
     assert found.holds and (found.patterns, found.masks) == (14, 14), "masks beside the model are held too"
-    code, printed, _ = call(monkeypatch, capsys, str(pruned), "--verify")
+    code, printed, _ = command("inspect", str(pruned), "--verify")
     assert code == 0 and "14 patterns and 14 masks: held" in printed
 
 
-def test_weights_that_came_back_are_counted_and_named(pruned: Path, monkeypatch, capsys):
+def test_weights_that_came_back_are_counted_and_named(pruned: Path, command):
     masks = write_masks(pruned)
     edit(pruned, f"{UP}.weight", fill_row)
     by_pattern, by_mask = verify(pruned, masks).breaches
@@ -76,9 +65,9 @@ def test_weights_that_came_back_are_counted_and_named(pruned: Path, monkeypatch,
     assert "1 of 64 rows" in by_pattern.where and "row 3, columns 0-3" in by_pattern.where
     assert (by_mask.name, by_mask.came_back, by_mask.of) == (f"{UP}.weight", 16, 64 * 16)
     assert "first at [3, " in by_mask.where
-    code, printed, _ = call(monkeypatch, capsys, str(pruned), "--verify")
+    code, printed, _ = command("inspect", str(pruned), "--verify")
     assert code == 1 and f"{UP}: 16 of 1,024 weights came back against 2:4" in printed
-    code, printed, _ = call(monkeypatch, capsys, str(pruned), "--verify", "--json")
+    code, printed, _ = command("inspect", str(pruned), "--verify", "--json")
     assert code == 1 and json.loads(printed)["holds"] is False
 
 
@@ -146,11 +135,11 @@ def test_what_cannot_be_compared_is_a_breach_that_says_so(pruned: Path):
     assert "stored in a quantised format" in str(verify(pruned).breaches[0])
 
 
-def test_nothing_to_verify(pruned: Path, tmp_path: Path, monkeypatch, capsys):
-    code, _, error = call(monkeypatch, capsys, str(tmp_path / "base"), "--verify")
+def test_nothing_to_verify(pruned: Path, tmp_path: Path, command):
+    code, _, error = command("inspect", str(tmp_path / "base"), "--verify")
     assert code == 2 and "claims no pattern" in error and "--masks" in error
     masks = write_masks(pruned)
-    code, printed, _ = call(monkeypatch, capsys, str(tmp_path / "base"), "--masks", str(masks))
+    code, printed, _ = command("inspect", str(tmp_path / "base"), "--masks", str(masks))
     assert code == 1 and "14 masks: broken in 14 tensors" in printed
-    code, _, error = call(monkeypatch, capsys, str(pruned), "--masks", "nowhere.safetensors")
+    code, _, error = command("inspect", str(pruned), "--masks", "nowhere.safetensors")
     assert code == 2 and "does not exist" in error
