@@ -10,6 +10,7 @@ FLOORS = [
     ["__about__", "errors"],
     [
         "tables",
+        "compiled",
         "meter",
         "selection",
         "patterns",

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from topiarist import runtime
+from topiarist.compiled import NoKernels
 from topiarist.errors import CheckpointError
 from topiarist.patterns import NM
 from topiarist.runtime import bench, cpu
 from topiarist.runtime.bench import BenchReport, Speed, bench_model
-from topiarist.runtime.build import NoKernels, load_kernels
+from topiarist.runtime.build import load_kernels
 
 
 def tiny_llama(*, pruned: bool = True) -> nn.Module:

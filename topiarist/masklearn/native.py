@@ -8,12 +8,7 @@ beside torch's.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
 import platform
-import shutil
-import subprocess
-import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -22,11 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from topiarist.compiled import NoKernels, compiled
 from topiarist.masklearn.noise import Key
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 # No -ffast-math: NaN must stay NaN so that a diverged run is noticed, and sums must not be reordered between machines.
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++17")
 MIN_ROWS = 16  # per thread
 
 
@@ -60,44 +56,16 @@ class Adam(ctypes.Structure):
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None, after one warning, where none can be had. Never if TOPIARIST_NATIVE=0."""
-    if os.environ.get("TOPIARIST_NATIVE") == "0":
-        return None
-    names = filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++"))
-    compiler = next(filter(None, map(shutil.which, names)), None)
-    if compiler is None:
-        warnings.warn(
-            "no C++ compiler (g++, clang++ or c++) found: learned masks use plain torch, with the same numbers but "
-            "about ten times slower; install one, e.g. apt-get install g++",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
+    """The compiled kernels; None, after one warning, where none can be had."""
     try:
-        return _load(_compile(compiler))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = error.stderr.strip()[-300:] if isinstance(error, subprocess.CalledProcessError) else error
+        return _load(compiled(SOURCE, FLAGS, machine=_cpu()))
+    except (OSError, NoKernels) as error:
         warnings.warn(
-            f"{compiler} cannot compile {SOURCE.name}: learned masks use plain torch (same numbers, slower): {reason}",
+            f"learned masks use plain torch, with the same numbers but about ten times slower: {error}",
             RuntimeWarning,
             stacklevel=2,
         )
         return None
-
-
-def _compile(compiler: str) -> Path:
-    """Path of the shared library, from the cache if this source was compiled on this kind of machine before."""
-    what = "\n".join([SOURCE.read_text(), *FLAGS, compiler, _cpu()])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "topiarist"
-    target = cache / f"masks-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            built = Path(folder) / target.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            os.replace(built, target)  # atomic: several processes may build at once
-    return target
 
 
 def _cpu() -> str:

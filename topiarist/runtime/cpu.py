@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from topiarist.compiled import NoKernels
 from topiarist.runtime.bits import describe
-from topiarist.runtime.build import LEVELS, TYPES, NoKernels, load_kernels
+from topiarist.runtime.build import LEVELS, TYPES, load_kernels
 from topiarist.runtime.linear import PackedLinear
 
 MIN_SPARSITY = 0.25
