@@ -70,6 +70,8 @@ def test_parts_in_several_files_and_names_with_weight(tmp_path):
     src = legacy_folder(tmp_path / "old", {"a.weight.compressed": by_hand()["compressed"]}, "sparse-bitmask")
     rest = {f"a.weight.{part}": tensor for part, tensor in by_hand().items() if part != "compressed"}
     save_file(rest | {"b": torch.ones(1)}, src / "model-2.safetensors")
+    weight_map = {"a.weight.compressed": "model.safetensors"} | dict.fromkeys([*rest, "b"], "model-2.safetensors")
+    (src / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert dict(legacy.read_legacy(src)).keys() == {"a.weight", "b"}
 
 

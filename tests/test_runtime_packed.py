@@ -160,12 +160,17 @@ def model_folder(tmp_path: Path) -> Path:
         folder / "model-00002-of-00002.safetensors",
     )
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    (folder / "model.safetensors.index.json").write_text("{}")
+    files = sorted(folder.glob("*.safetensors"))
+    weight_map = {name: file.name for file in files for name in load_file(file)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    save_file({"a.weight": torch.ones(4, dtype=torch.uint8)}, folder / "masks.safetensors")
     return folder
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor for file in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(file).items()
+    }
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 6000, 1 << 30])
@@ -179,12 +184,13 @@ def test_folder_round_trip(model_folder, tmp_path, shard_bytes):
     assert not (tmp_path / "back" / packed.MANIFEST).exists()
     assert report.num_packed == 3 and report.num_tensors == 6
     assert report.packed_bytes < report.dense_bytes == sum(tensor.nbytes for tensor in before.values())
-    files = sorted(file.name for file in (tmp_path / "back").glob("*.safetensors"))
+    files = sorted(file.name for file in (tmp_path / "back").glob("model*.safetensors"))
     if len(files) > 1:
         index = json.loads((tmp_path / "back/model.safetensors.index.json").read_text())
         assert sorted(set(index["weight_map"].values())) == files and index["weight_map"].keys() == before.keys()
     else:
         assert files == ["model.safetensors"]
+    assert (tmp_path / "back/masks.safetensors").read_bytes() == (model_folder / "masks.safetensors").read_bytes()
 
 
 def test_a_packed_folder_has_no_file_that_transformers_takes_for_weights(model_folder, tmp_path):
@@ -204,7 +210,7 @@ def test_refusals(model_folder, tmp_path):
     with pytest.raises(CheckpointError, match="not a packed model"):
         packed.unpack_folder(model_folder, tmp_path / "x")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"no \.safetensors"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
         packed.pack_folder(tmp_path / "empty", tmp_path / "x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "model", "packed"], "nothing is left behind"
 
@@ -222,7 +228,7 @@ def test_another_version_is_refused(model_folder, tmp_path, version):
 def test_another_version_of_one_shard_is_refused(model_folder, tmp_path):
     out = tmp_path / "packed"
     packed.pack_folder(model_folder, out)
-    shard = next(out.glob("*.safetensors"))
+    shard = next(out.glob("packed-*.safetensors"))
     with safe_open(shard, "pt") as handle:
         metadata = handle.metadata()
     header = json.loads(metadata["topiarist_packed"]) | {"version": 9}
@@ -235,7 +241,7 @@ def test_another_version_of_one_shard_is_refused(model_folder, tmp_path):
 def test_truncated(model_folder, tmp_path, fraction):
     out = tmp_path / "packed"
     packed.pack_folder(model_folder, out)
-    shard = next(out.glob("*.safetensors"))
+    shard = next(out.glob("packed-*.safetensors"))
     shard.write_bytes(shard.read_bytes()[: int(fraction * shard.stat().st_size)])
     with pytest.raises(CheckpointError, match=r"damaged|truncated"):
         packed.unpack_folder(out, tmp_path / "back")
@@ -245,7 +251,7 @@ def test_truncated(model_folder, tmp_path, fraction):
 def test_missing_shard(model_folder, tmp_path):
     out = tmp_path / "packed"
     packed.pack_folder(model_folder, out, shard_bytes=1)
-    next(out.glob("*.safetensors")).unlink()
+    next(out.glob("packed-*.safetensors")).unlink()
     with pytest.raises(CheckpointError, match="lacks"):
         dict(packed.read_packed(out))
 
@@ -255,7 +261,7 @@ def test_any_flipped_bit_is_refused_or_harmless(model_folder, tmp_path):
     out = tmp_path / "packed"
     packed.pack_folder(model_folder, out)
     expected = dict(packed.read_packed(out))
-    shard = next(out.glob("*.safetensors"))
+    shard = next(out.glob("packed-*.safetensors"))
     good, refused, draw = shard.read_bytes(), 0, random.Random(0)
     header = int.from_bytes(good[:8], "little") + 8
     for place in [draw.randrange(header) for _ in range(150)] + [draw.randrange(header, len(good)) for _ in range(50)]:

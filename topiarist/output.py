@@ -24,6 +24,8 @@ from topiarist.store import INDEX, Checkpoint, file_digest
 
 JOURNAL = "pruning_journal.jsonl"
 REPORT = "pruning_report.json"
+MASKS = "masks.safetensors"
+"""Beside a model whose masks were learned, or for another copy of its base."""
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 

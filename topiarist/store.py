@@ -34,7 +34,7 @@ class Checkpoint:
         """A single finished shard, read by the same names."""
         shard = cls.__new__(cls)
         shard.folder, shard.config = path.parent, {}
-        with _opened(path) as reader:
+        with opened(path) as reader:
             shard.files = dict.fromkeys(reader.keys(), path)
         return shard
 
@@ -64,7 +64,7 @@ class Checkpoint:
             files = {name: self.folder / shard for name, shard in weight_map.items()}
         elif (self.folder / "model.safetensors").is_file():
             path = self.folder / "model.safetensors"
-            with _opened(path) as reader:
+            with opened(path) as reader:
                 files = dict.fromkeys(reader.keys(), path)
         elif pickles := sorted(p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
             raise CheckpointError(
@@ -77,7 +77,7 @@ class Checkpoint:
         for path in sorted(set(files.values())):
             if not path.is_file():
                 raise CheckpointError(f"shard {path.name} is named in the index but missing in {self.folder}")
-            with _opened(path) as reader:
+            with opened(path) as reader:
                 held.update(reader.keys())
         if missing := sorted(set(files) - held):
             raise CheckpointError(f"tensor {missing[0]} is in the index of {self.folder} but in no shard")
@@ -88,7 +88,7 @@ class Checkpoint:
 
     def read(self, name: str, *, mapped: bool = False) -> Tensor:
         """One tensor: its own memory, or (`mapped`) a read-only view of the file that costs only the pages touched."""
-        with _opened(self.files[name]) as reader:
+        with opened(self.files[name]) as reader:
             tensor = reader.get_tensor(name)
             return tensor if mapped else tensor.clone()
 
@@ -168,12 +168,12 @@ class Checkpoint:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as reader:
             yield reader
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({error}); download it again") from error
+        raise CheckpointError(f"{path} is truncated or damaged ({error}); download or copy it again") from error
 
 
 def file_digest(path: Path) -> str:

@@ -12,11 +12,11 @@ from torch import Tensor
 from topiarist.errors import CheckpointError, PatternError
 from topiarist.masks.files import MaskFile, read_whole
 from topiarist.models import block_names
+from topiarist.output import MASKS
 from topiarist.patterns import NM, Columns, Pattern, Unstructured, parse_pattern
 from topiarist.sources import StreamedModel, block_matrices
 from topiarist.store import Checkpoint, locate
 
-MASKS = "masks.safetensors"
 _EIGHT_BIT = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 

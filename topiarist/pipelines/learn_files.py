@@ -19,7 +19,7 @@ from topiarist.data import Windows
 from topiarist.errors import CheckpointError, TopiaristError
 from topiarist.masks import MaskFile, save_masks, weight_digest
 from topiarist.masks.files import write_masked
-from topiarist.output import OutputFolder
+from topiarist.output import MASKS, OutputFolder
 from topiarist.pages import PAGE, Result, report_page
 from topiarist.pipelines.learn_report import METHOD, LearnedLayer, LearnReport, learned_card
 from topiarist.pipelines.masking import Target
@@ -30,7 +30,6 @@ from topiarist.store import Checkpoint
 STATE = "learning_state.safetensors"
 PRIOR = "learning_prior.safetensors"
 """Only of sharded runs, whose states (sharding.py) are the shards' own."""
-MASKS = "masks.safetensors"
 STATE_BYTES = 13
 """Of the state on disk, per masked weight at 2:4: fp32 logits, bf16 moments, the prior's bit."""
 

@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from topiarist.errors import CheckpointError
 from topiarist.runtime.bits import raw_bits
 from topiarist.runtime.packed import SHARD_BYTES, copy_other_files, new_folder, write_dense
+from topiarist.store import Checkpoint
 
 FORMATS = ("sparse-bitmask", "sparse-24-bitmask")
 PARTS = ("compressed", "bitmask", "shape", "row_offsets")
@@ -63,32 +63,29 @@ def convert_legacy(src: Path | str, out: Path | str, *, shard_bytes: int = SHARD
 
 def read_legacy(folder: Path | str) -> Iterator[tuple[str, Tensor]]:
     """Every tensor, dense, one at a time; parts of a weight may lie in different files."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} has no .safetensors file")
-    weights: dict[str, dict[str, Path]] = defaultdict(dict)
-    plain: list[tuple[str, Path]] = []
-    for file in files:
-        for name in _names(file):
-            stem, _, part = name.rpartition(".")
-            if part in PARTS and stem:
-                weights[stem][part] = file
-            else:
-                plain.append((name, file))
+    checkpoint = Checkpoint(folder)
+    weights: dict[str, list[str]] = defaultdict(list)
+    plain: list[str] = []
+    for name in checkpoint.files:
+        stem, _, part = name.rpartition(".")
+        if part in PARTS and stem:
+            weights[stem].append(part)
+        else:
+            plain.append(name)
     for stem, parts in weights.items():
-        missing = {"compressed", "bitmask", "shape"} - parts.keys()
+        missing = {"compressed", "bitmask", "shape"} - set(parts)
         if missing:
             raise CheckpointError(
                 f"{stem} in {folder} lacks its {' and '.join(sorted(missing))}; copy the folder again"
             )
-        tensors = {part: _get(file, f"{stem}.{part}") for part, file in parts.items()}
+        tensors = {part: checkpoint.read(f"{stem}.{part}") for part in parts}
         try:
             weight = decode(**tensors)
         except (ValueError, RuntimeError) as error:
             raise CheckpointError(f"{stem} in {folder} is damaged ({error}); copy the folder again") from None
         yield stem if stem.endswith(".weight") else f"{stem}.weight", weight
-    for name, file in plain:
-        yield name, _get(file, name)
+    for name in plain:
+        yield name, checkpoint.read(name)
 
 
 def decode(compressed: Tensor, bitmask: Tensor, shape: Tensor, row_offsets: Tensor | None = None) -> Tensor:
@@ -126,19 +123,3 @@ def _read_config(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {folder / 'config.json'} ({error})") from None
-
-
-def _names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return list(handle.keys())
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is truncated or damaged ({error}); copy the file again") from None
-
-
-def _get(file: Path, name: str) -> Tensor:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return handle.get_tensor(name)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is truncated or damaged ({error}); copy the file again") from None

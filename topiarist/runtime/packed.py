@@ -20,12 +20,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from topiarist.errors import CheckpointError, UnsupportedModel
+from topiarist.output import MASKS
 from topiarist.runtime.bits import PackedTensor, describe, nonzero_mask, pack, raw_bits, unpack
+from topiarist.store import Checkpoint, opened
 
 VERSION = 1
 MANIFEST = "packed.json"
@@ -65,15 +67,17 @@ class PackReport:
 def pack_folder(src: Path | str, out: Path | str, *, shard_bytes: int = SHARD_BYTES) -> PackReport:
     """Write a packed copy of the model folder `src` to `out`, which must not exist.
 
-    Raises CheckpointError if `src` has no readable safetensors or is packed already, or if `out` exists.
+    Raises CheckpointError if `src` is no readable checkpoint or is packed already, or if `out` exists.
     """
     src = Path(src)
     if (src / MANIFEST).exists():
         raise CheckpointError(f"{src} is packed already; unpack it first")
+    checkpoint = Checkpoint(src)
     sizes: list[tuple[str, int, int]] = []
     with new_folder(out) as partial:
         shards = _ShardWriter(partial, "packed-{:05d}.safetensors", shard_bytes)
-        for name, tensor in read_dense(src):
+        for name in checkpoint.files:
+            tensor = checkpoint.read(name)
             stored, entry = _pack_one(name, tensor)
             sizes.append((entry.form, tensor.nbytes, sum(part.nbytes for part in stored.values())))
             shards.add(name, stored, asdict(entry))
@@ -138,17 +142,6 @@ def read_packed(folder: Path | str) -> Iterator[tuple[str, Tensor]]:
         yield from _read_shard(folder / shard, names)
 
 
-def read_dense(folder: Path | str) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a folder of safetensors, file by file in name order."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} has no .safetensors file; save the model with save_pretrained first")
-    for file in files:
-        with _open(file) as handle:
-            for name in handle.keys():  # noqa: SIM118 (a safe_open is no dict)
-                yield name, handle.get_tensor(name)
-
-
 def write_dense(tensors: Iterator[tuple[str, Tensor]], folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write tensors as `model*.safetensors`, with the index that transformers wants if there are several files."""
     shards = _ShardWriter(folder, "model-{:05d}.safetensors", shard_bytes)
@@ -168,9 +161,10 @@ def write_dense(tensors: Iterator[tuple[str, Tensor]], folder: Path, *, shard_by
 
 
 def copy_other_files(src: Path, out: Path) -> None:
-    """Copy config, tokenizer and the like: every top-level file that holds no weights."""
+    """Copy config, tokenizer, masks and the like: every top-level file that holds no weights."""
     for file in sorted(src.iterdir()):
-        if file.is_file() and file.name != MANIFEST and not file.name.endswith(_WEIGHT_FILES):
+        other = file.name == MASKS or not file.name.endswith(_WEIGHT_FILES)
+        if file.is_file() and file.name != MANIFEST and other:
             shutil.copy(file, out / file.name)
 
 
@@ -237,7 +231,7 @@ def _pack_one(name: str, tensor: Tensor) -> tuple[dict[str, Tensor], Entry]:
 
 
 def _read_shard(file: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    with _open(file) as handle:
+    with opened(file) as handle:
         try:
             header = json.loads(handle.metadata()[_KEY])
             version = header["version"]
@@ -272,12 +266,3 @@ def _digest(name: str, form: str, dtype: str, shape: list[int], stored: Sequence
     for part in stored:
         digest.update(raw_bits(part).reshape(-1).numpy().data)
     return digest.hexdigest()
-
-
-@contextmanager
-def _open(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            yield handle
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is truncated or damaged ({error}); copy the file again") from None
