@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from topiarist.data import TextFiles, Windows, evaluation_windows, load_tokenizer
-from topiarist.errors import CalibrationError, CheckpointError, TopiaristError, UnsupportedModel
+from topiarist.errors import CalibrationError, TopiaristError, UnsupportedModel
 from topiarist.evaluate import load_model
 from topiarist.masklearn import PRESETS, Preset
 from topiarist.models import block_names
 from topiarist.patterns import Pattern
 from topiarist.pipelines.masking import Target, targets
-from topiarist.pipelines.setup import resolve_patterns
+from topiarist.pipelines.setup import object_name, open_checkpoint, resolve_patterns
 from topiarist.sources import LoadedModel
-from topiarist.store import Checkpoint, locate
+from topiarist.store import Checkpoint
 from topiarist.tables import look_up
 
 
@@ -111,13 +111,8 @@ def open_model(
 ) -> tuple[LoadedModel, Checkpoint | None, str]:
     """The whole model in memory, its checkpoint if it is on disk, its name."""
     if isinstance(model, nn.Module):
-        name = str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
-        return LoadedModel(model), None, name
-    if out is None and not planning:
-        raise CheckpointError("learning the masks of a checkpoint needs an output folder")
-    checkpoint = Checkpoint(locate(model))
-    if out is not None and Path(out).resolve() == checkpoint.folder.resolve():
-        raise CheckpointError(f"{out} is the model itself; choose another output folder")
+        return LoadedModel(model), None, object_name(model)
+    checkpoint = open_checkpoint(model, out, planning=planning)
     if "quantization_config" in checkpoint.config:
         raise UnsupportedModel(f"{checkpoint.folder} is quantised; learn on the original weights, then quantise")
     local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"

@@ -31,15 +31,25 @@ def open_source(
     if isinstance(model, nn.Module):
         if out is not None and Path(out).exists():
             raise CheckpointError(f"{out} exists; choose another output for a model that is in memory")
-        name = str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
-        return LoadedModel(model), None, name
+        return LoadedModel(model), None, object_name(model)
+    checkpoint = open_checkpoint(model, out, planning=planning)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return StreamedModel(checkpoint, device=where, trust_remote_code=trust_remote_code), checkpoint, str(model)
+
+
+def object_name(model: nn.Module) -> str:
+    """What a model object says it is."""
+    return str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
+
+
+def open_checkpoint(model: str | Path, out: str | Path | None, *, planning: bool = False) -> Checkpoint:
+    """The model on disk. Raises CheckpointError without an output folder beside it, unless nothing is written."""
     if out is None and not planning:
-        raise CheckpointError("pruning a checkpoint needs an output folder")
+        raise CheckpointError("a checkpoint needs an output folder")
     checkpoint = Checkpoint(locate(model))
     if out is not None and Path(out).resolve() == checkpoint.folder.resolve():
         raise CheckpointError(f"{out} is the model itself; choose another output folder")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return StreamedModel(checkpoint, device=where, trust_remote_code=trust_remote_code), checkpoint, str(model)
+    return checkpoint
 
 
 def layer_shapes(source: Source) -> dict[str, tuple[int, int]]:
