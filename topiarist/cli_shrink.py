@@ -14,7 +14,7 @@ from topiarist.cli_tools import filled, out, progress_bar, quiet, set_threads
 def shrink(
     model: Annotated[str, typer.Argument(help="model folder or hub id")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the smaller model")],
-    method: Annotated[str, typer.Option(help="what scores the units; an unknown name lists all")],
+    method: Annotated[str, typer.Option(help="what scores the units; an unknown name lists all")] = "hybrid",
     data: Annotated[
         list[Path] | None, typer.Option(help=".txt, .jsonl, .jsonl.gz or a datasets folder; may be repeated")
     ] = None,

@@ -45,7 +45,7 @@ def shrink(
     model: str | Path | nn.Module,
     out: str | Path | None = None,
     *,
-    method: str | Method,
+    method: str | Method = "hybrid",
     keep: float = 0.8,
     data: TextFiles | Tensor | Sequence[str] | None = None,
     layout: str = "uniform",
