@@ -19,7 +19,7 @@ from demo.assets import model_dir, text_dir
 from topiarist.allocate.scores import probe, random_signs
 from topiarist.data import calibration_windows, load_tokenizer
 from topiarist.evaluate import load_model
-from topiarist.pipelines.measure import layers_of, loss_gradients
+from topiarist.pipelines.allocating.measure import layers_of, loss_gradients
 from topiarist.pipelines.setup import layer_shapes
 from topiarist.sources import LoadedModel
 

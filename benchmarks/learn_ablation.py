@@ -23,7 +23,7 @@ from benchmarks.learn_cells import cell, demo_training_text, demo_windows, finis
 from demo.assets import assets_dir, model_dir
 from topiarist.evaluate import load_model
 from topiarist.masklearn import PRESETS, Preset, Schedule
-from topiarist.pipelines.learn_job import shortened
+from topiarist.pipelines.learning.job import shortened
 
 CELLS, PAGE = Path("docs/learn-ablation.jsonl"), Path("docs/learn-ablation.md")
 

@@ -29,7 +29,7 @@ from demo.assets import model_dir, text_dir
 from topiarist.evaluate import load_model
 from topiarist.masklearn import relaxation_for
 from topiarist.masks import read_npz, write_npz
-from topiarist.pipelines.learn_files import STATE
+from topiarist.pipelines.learning.files import STATE
 
 CELLS = Path("docs/learn-curve.jsonl")
 

@@ -23,7 +23,7 @@ import torch
 
 from topiarist.masklearn import Annealing, MaskAdamW, MaskedLinear, relaxation_for, resident_bytes, set_draws
 from topiarist.patterns import NM
-from topiarist.pipelines.learn_files import STATE_BYTES
+from topiarist.pipelines.learning.files import STATE_BYTES
 
 CELLS, PAGE = Path("docs/scale.jsonl"), Path("docs/scale.md")
 TOKENS, ROWS = 512, 1024

@@ -328,7 +328,7 @@ def test_everything_may_be_skipped():
 
 
 def test_a_run_by_rule_resumes_without_measuring_again(tmp_path: Path, monkeypatch):
-    from topiarist.pipelines import allocation
+    from topiarist.pipelines.allocating import allocation
     from topiarist.pipelines.block import BlockPruner
 
     base, real = tiny.tiny_checkpoint(tmp_path / "base"), BlockPruner.prune

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 import topiarist as tp
 from topiarist.allocate import Search
 from topiarist.allocate.evolve import mutate, spent, starts
-from topiarist.pipelines import search as search_pipeline
-from topiarist.pipelines.database import Database
-from topiarist.pipelines.search import Judge, levels_of
+from topiarist.pipelines.allocating import search as search_pipeline
+from topiarist.pipelines.allocating.database import Database
+from topiarist.pipelines.allocating.search import Judge, levels_of
 
 QUICK = {"seconds": 1e6, "generations": 5, "children": 3, "finalists": 1, "sequences": 2}
 

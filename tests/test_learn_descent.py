@@ -11,8 +11,8 @@ from topiarist.evaluate import load_model
 from topiarist.masklearn.candidates import candidates
 from topiarist.masklearn.descent import descend
 from topiarist.patterns import NM, parse_pattern
-from topiarist.pipelines.masking import targets
-from topiarist.pipelines.priors import one_shot_masks
+from topiarist.pipelines.learning.masking import targets
+from topiarist.pipelines.learning.priors import one_shot_masks
 from topiarist.pipelines.setup import resolve_patterns
 from topiarist.solvers import SparseGPT, Wanda
 from topiarist.sources import LoadedModel

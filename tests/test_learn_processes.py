@@ -20,10 +20,10 @@ import topiarist as tp
 from topiarist.evaluate import load_model
 from topiarist.masklearn import Preset, Prior, Schedule
 from topiarist.patterns import parse_pattern
-from topiarist.pipelines.masking import targets
-from topiarist.pipelines.processes import Processes
+from topiarist.pipelines.learning.masking import targets
+from topiarist.pipelines.learning.processes import Processes
+from topiarist.pipelines.learning.sharding import ShardedModel
 from topiarist.pipelines.setup import resolve_patterns
-from topiarist.pipelines.sharding import ShardedModel
 from topiarist.sources import LoadedModel
 
 RECIPE = Preset(

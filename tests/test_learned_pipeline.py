@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 import topiarist as tp
 from topiarist.evaluate import audit, load_model
 from topiarist.masklearn import PRESETS, Preset, Schedule
-from topiarist.pipelines.learn_files import MASKS, STATE
-from topiarist.pipelines.trainer import Batches
+from topiarist.pipelines.learning.files import MASKS, STATE
+from topiarist.pipelines.learning.trainer import Batches
 
 FAST = Preset(
     steps=24, sequences=4, length=32, lr=Schedule(1e-2, 0.0, "cosine"), tau=Schedule(1.0, 0.05, "exponential"),
@@ -297,7 +297,7 @@ def test_user_errors(base: Path, learned: Path, tmp_path: Path):
 
 
 def test_a_broken_loss_stops_and_keeps_the_last_good_state(base: Path, tmp_path: Path, monkeypatch):
-    from topiarist.pipelines.trainer import MaskTrainer
+    from topiarist.pipelines.learning.trainer import MaskTrainer
 
     whole = MaskTrainer._loss
 

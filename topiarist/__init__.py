@@ -17,15 +17,15 @@ from topiarist.gram import Gram
 from topiarist.linalg import reconstruction_error
 from topiarist.masklearn import PRESETS, Preset
 from topiarist.patterns import NM, Columns, Pattern, TransposableNM, Unstructured, parse_pattern
-from topiarist.pipelines.allocation import FoundAllocation, find_allocation
-from topiarist.pipelines.distill import Distill
-from topiarist.pipelines.learn_report import LearnReport
-from topiarist.pipelines.learned import learn
+from topiarist.pipelines.allocating.allocation import FoundAllocation, find_allocation
+from topiarist.pipelines.learning.learn import learn
+from topiarist.pipelines.learning.recover import Recover
+from topiarist.pipelines.learning.report import LearnReport
 from topiarist.pipelines.oneshot import prune, prune_module
-from topiarist.pipelines.recover import Recover
-from topiarist.pipelines.shrink_report import ShrinkReport
+from topiarist.pipelines.shrinking.distill import Distill
+from topiarist.pipelines.shrinking.report import ShrinkReport
+from topiarist.pipelines.shrinking.shrink import shrink
 from topiarist.pipelines.sparsellm import SparseLLM
-from topiarist.pipelines.structured import shrink
 from topiarist.report import Report
 from topiarist.solvers import Solution
 

@@ -50,8 +50,8 @@ def learn(
 ) -> None:
     """Learn MODEL's masks on text, from a one-shot prior, and write OUT. The same command resumes a stopped run."""
     import topiarist as tp
-    from topiarist.pipelines.learn_plan import plan_learn
-    from topiarist.pipelines.processes import Processes
+    from topiarist.pipelines.learning.plan import plan_learn
+    from topiarist.pipelines.learning.processes import Processes
 
     set_threads(threads)
     quiet()

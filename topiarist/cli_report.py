@@ -213,11 +213,12 @@ def report(
     ] = None,
 ) -> None:
     """Pages to look at: each DIR's own again, with what is measured by now; of several, quality by size and by speed."""
-    from topiarist.pages import Result, compare_page, write_atomically
+    from topiarist.output import write_atomically
+    from topiarist.pages import Result, compare_page, refresh
 
     results = [Result.from_folder(folder) for folder in folders]
-    for result in results:
-        out.print(f"written {result.refresh()}", highlight=False, soft_wrap=True)
+    for folder in folders:
+        out.print(f"written {refresh(folder)}", highlight=False, soft_wrap=True)
     if len(results) > 1 or output is not None:
         page = output or Path("pruning_comparison.html")
         write_atomically(page, compare_page(results, links_from=page.parent))

@@ -187,6 +187,17 @@ class OutputFolder:
             ) from error
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """The old file or the new one, never half of it. Raises CheckpointError if it cannot be written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+
+
 def _is_side_file(path: Path) -> bool:
     """Tokenizer, generation config, custom code: all that is neither weights nor written by us."""
     return not (

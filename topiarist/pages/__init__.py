@@ -1,12 +1,13 @@
 """Things to look at: the page and the model card of a result, and one page over several results.
 
-result = Result.from_folder("OUT"); result.refresh()     # pruning_report.html and README.md again, with what is measured
+refresh("OUT")                                          # pruning_report.html and README.md again, with what is measured
 compare_page([Result.from_folder(d) for d in folders])   # quality against size and speed
 """
 
 from topiarist.pages.card import measured, model_card
 from topiarist.pages.render import compare_page, report_page
-from topiarist.pages.result import PAGE, Result, save_benchmark, save_evaluation, write_atomically
+from topiarist.pages.result import PAGE, Result
+from topiarist.pages.saved import refresh, save_benchmark, save_evaluation
 
 __all__ = [
     "PAGE",
@@ -14,8 +15,8 @@ __all__ = [
     "compare_page",
     "measured",
     "model_card",
+    "refresh",
     "report_page",
     "save_benchmark",
     "save_evaluation",
-    "write_atomically",
 ]

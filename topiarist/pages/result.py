@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,35 +38,20 @@ class Result:
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(f"result folder {folder} does not exist")
-        report = _read(folder / REPORT)
+        report = read_json(folder / REPORT)
         if not report:
             raise CheckpointError(f"{folder} has no {REPORT}: not a finished result of topiarist")
-        config = _read(folder / "config.json").get("pruning_config", {})
+        config = read_json(folder / "config.json").get("pruning_config", {})
         facts = {"pattern": "?", "warnings": [], **config, **report.get("pruning_config", {}), **report}
         facts.setdefault("model", facts.get("base_model", "?"))
         return cls(
             facts,
             str(config.get("version", "?")),
-            _read(folder / EVALUATION),
-            _read(folder / BENCHMARK),
-            _read(folder / RUN),
+            read_json(folder / EVALUATION),
+            read_json(folder / BENCHMARK),
+            read_json(folder / RUN),
             folder,
         )
-
-    def refresh(self) -> Path:
-        """Write the page again, and the measured part of the model card; the rest of the card stays as it is.
-
-        Returns the page's path.
-        """
-        from topiarist.pages.card import with_measurements
-        from topiarist.pages.render import report_page
-
-        assert self.folder is not None
-        write_atomically(self.folder / PAGE, report_page(self))
-        card = self.folder / CARD
-        if card.is_file():
-            write_atomically(card, with_measurements(card.read_text(encoding="utf-8"), self))
-        return self.folder / PAGE
 
     @property
     def name(self) -> str:
@@ -129,47 +113,7 @@ class Result:
         return min(decode, key=lambda speed: speed["batch"]) if decode else None
 
 
-def save_evaluation(folder: str | Path, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
-    """Put measurements beside a checkpoint and show them on its page. What was measured the same way is replaced.
-
-    found: {"perplexity": [...], "tasks": [...]}, each entry with the dense model's figure under "dense".
-    """
-    path = Path(folder) / EVALUATION
-    known = _read(path)
-    identity = {
-        "perplexity": ("digest", "window", "dtype"),
-        "tasks": ("task", "metric", "digest", "num_items", "dtype"),
-    }
-    merged = {}
-    for kind, keys in identity.items():
-        entries = {tuple(entry[k] for k in keys): entry for entry in [*known.get(kind, []), *found.get(kind, [])]}
-        merged[kind] = list(entries.values())
-    write_atomically(path, json.dumps(merged, indent=2) + "\n")
-    if (path.parent / REPORT).is_file():
-        Result.from_folder(folder).refresh()
-    return path
-
-
-def save_benchmark(folder: str | Path, found: Mapping[str, Any]) -> Path:
-    """Put speeds beside a checkpoint (machine, verdict, speeds, ...) and show them on its page."""
-    path = Path(folder) / BENCHMARK
-    write_atomically(path, json.dumps(found, indent=2) + "\n")
-    if (path.parent / REPORT).is_file():
-        Result.from_folder(folder).refresh()
-    return path
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; {} if there is no file."""
     if not path.is_file():
         return {}

@@ -18,7 +18,7 @@ from topiarist.meter import Meter, reset_peak_memory
 from topiarist.models import matrices_of, watch_inputs
 from topiarist.output import OutputFolder
 from topiarist.patterns import Pattern, parse_pattern
-from topiarist.pipelines.allocation import allocated, fixed_patterns
+from topiarist.pipelines.allocating.allocation import allocated, fixed_patterns
 from topiarist.pipelines.block import BlockPruner, check_finite
 from topiarist.pipelines.command import prune_command
 from topiarist.pipelines.options import Progress, PruneOptions

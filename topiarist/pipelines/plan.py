@@ -11,7 +11,7 @@ from typing import Any
 
 from topiarist.meter import resident_bytes
 from topiarist.models import Matrix
-from topiarist.pipelines.allocation import fixed_patterns
+from topiarist.pipelines.allocating.allocation import fixed_patterns
 from topiarist.pipelines.block import BlockPruner
 from topiarist.pipelines.options import PruneOptions
 from topiarist.pipelines.setup import open_source

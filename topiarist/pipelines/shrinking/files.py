@@ -16,7 +16,7 @@ from topiarist.data import Windows
 from topiarist.errors import CheckpointError
 from topiarist.output import OutputFolder
 from topiarist.pages import PAGE, Result, measured, report_page
-from topiarist.pipelines.shrink_report import ShrinkReport, shrunk_card
+from topiarist.pipelines.shrinking.report import ShrinkReport, shrunk_card
 from topiarist.store import Checkpoint
 from topiarist.structured import PruneSpec, SavedState
 from topiarist.structured.spec import SPEC

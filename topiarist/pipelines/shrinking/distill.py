@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from topiarist.errors import TopiaristError
 from topiarist.models import Matrix, family_of, matrices_of
-from topiarist.pipelines.processes import Processes
-from topiarist.pipelines.recover import Loss, Recover, descend, recover_weights
+from topiarist.pipelines.learning.processes import Processes
+from topiarist.pipelines.learning.recover import Loss, Recover, descend, recover_weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ from topiarist.allocate.budget import Shapes, budget
 from topiarist.allocate.evolve import Genome, mutate, starts
 from topiarist.errors import CalibrationError, NumericalError
 from topiarist.patterns import NM, Columns, Pattern, TransposableNM, Unstructured
-from topiarist.pipelines.database import Database, fill
-from topiarist.pipelines.measure import layers_of, whole_model
+from topiarist.pipelines.allocating.database import Database, fill
+from topiarist.pipelines.allocating.measure import layers_of, whole_model
 from topiarist.pipelines.options import Progress, PruneOptions
 from topiarist.pipelines.sparsellm import METHODS, SparseLLM
 from topiarist.sources import Source

@@ -14,7 +14,7 @@ from topiarist.errors import CalibrationWarning, NumericalError
 from topiarist.gram import Gram
 from topiarist.linalg import reconstruction_error
 from topiarist.models import Matrix
-from topiarist.pipelines.shrink_report import Refitted
+from topiarist.pipelines.shrinking.report import Refitted
 from topiarist.pipelines.stream import BlockStream
 from topiarist.sources import LoadedModel, block_matrices, eager_experts, num_blocks
 from topiarist.structured import Kept, UnitGroup

@@ -21,9 +21,9 @@ from topiarist.masks import MaskFile, save_masks, weight_digest
 from topiarist.masks.files import write_masked
 from topiarist.output import MASKS, OutputFolder
 from topiarist.pages import PAGE, Result, report_page
-from topiarist.pipelines.learn_report import METHOD, LearnedLayer, LearnReport, learned_card
-from topiarist.pipelines.masking import Target
-from topiarist.pipelines.sharding import STATES
+from topiarist.pipelines.learning.masking import Target
+from topiarist.pipelines.learning.report import METHOD, LearnedLayer, LearnReport, learned_card
+from topiarist.pipelines.learning.sharding import STATES
 from topiarist.sources import LoadedModel
 from topiarist.store import Checkpoint
 

@@ -17,13 +17,12 @@ from topiarist.allocate import Rule, Scores, Search
 from topiarist.allocate.fixed import kept_by
 from topiarist.data import TextFiles, Windows
 from topiarist.models import block_names
-from topiarist.output import OutputFolder
-from topiarist.pages import write_atomically
+from topiarist.output import OutputFolder, write_atomically
 from topiarist.patterns import Pattern
-from topiarist.pipelines.learn_files import model_digest
-from topiarist.pipelines.measure import measure
+from topiarist.pipelines.allocating.measure import measure
+from topiarist.pipelines.allocating.search import search
+from topiarist.pipelines.learning.files import model_digest
 from topiarist.pipelines.options import Progress, PruneOptions
-from topiarist.pipelines.search import search
 from topiarist.pipelines.setup import layer_shapes, open_source, resolve_patterns
 from topiarist.solvers import Solver
 from topiarist.sources import Source, block_matrices, eager_experts

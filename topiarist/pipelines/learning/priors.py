@@ -18,7 +18,7 @@ from topiarist.masks import MaskFile, read_npz, weight_digest
 from topiarist.models import block_names
 from topiarist.patterns import NM, Pattern
 from topiarist.pipelines.block import BlockPruner
-from topiarist.pipelines.masking import Target
+from topiarist.pipelines.learning.masking import Target
 from topiarist.pipelines.stream import BlockStream
 from topiarist.solvers import SOLVERS, Solution, Solver
 from topiarist.sources import LoadedModel, block_matrices, eager_experts

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from topiarist.errors import NumericalError
-from topiarist.pipelines.processes import Processes
-from topiarist.pipelines.trainer import Batches
+from topiarist.pipelines.learning.processes import Processes
+from topiarist.pipelines.learning.trainer import Batches
 
 
 @dataclass(frozen=True, kw_only=True)

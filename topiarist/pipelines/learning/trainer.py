@@ -19,8 +19,8 @@ from torch import Tensor
 
 from topiarist.errors import CalibrationError, NumericalError
 from topiarist.masklearn import Annealing, MaskAdamW, Preset
-from topiarist.pipelines.masking import MaskedModel
-from topiarist.pipelines.processes import Processes
+from topiarist.pipelines.learning.masking import MaskedModel
+from topiarist.pipelines.learning.processes import Processes
 
 CERTAIN, STILL = 0.99, 1e-6
 """The stop rule: mean largest probability above the one, changed weights since the last evaluation below the other."""

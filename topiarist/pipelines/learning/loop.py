@@ -14,12 +14,12 @@ from torch import Tensor
 
 from topiarist.errors import NumericalError
 from topiarist.output import OutputFolder
-from topiarist.pipelines.learn_files import STATE, OpenedFolder, Scalars, packed_prior
-from topiarist.pipelines.learn_job import Job
-from topiarist.pipelines.priors import one_shot_masks
-from topiarist.pipelines.processes import Processes
-from topiarist.pipelines.sharding import ShardedModel
-from topiarist.pipelines.trainer import MaskTrainer
+from topiarist.pipelines.learning.files import STATE, OpenedFolder, Scalars, packed_prior
+from topiarist.pipelines.learning.job import Job
+from topiarist.pipelines.learning.priors import one_shot_masks
+from topiarist.pipelines.learning.processes import Processes
+from topiarist.pipelines.learning.sharding import ShardedModel
+from topiarist.pipelines.learning.trainer import MaskTrainer
 from topiarist.solvers import SOLVERS
 from topiarist.sources import LoadedModel
 

@@ -16,13 +16,13 @@ from topiarist.errors import CalibrationError, TopiaristError
 from topiarist.evaluate import load_model
 from topiarist.meter import Meter, reset_peak_memory
 from topiarist.output import OutputFolder
-from topiarist.pipelines.distill import Distill, distill
-from topiarist.pipelines.learn_files import model_digest
+from topiarist.pipelines.learning.files import model_digest
 from topiarist.pipelines.setup import open_source, read_windows
-from topiarist.pipelines.shrink_files import write_shrunk
-from topiarist.pipelines.shrink_plan import plan_choice, refuse_pruned
-from topiarist.pipelines.shrink_report import ShrinkReport, shrink_command
-from topiarist.pipelines.shrink_run import ShrinkRun
+from topiarist.pipelines.shrinking.distill import Distill, distill
+from topiarist.pipelines.shrinking.files import write_shrunk
+from topiarist.pipelines.shrinking.plan import plan_choice, refuse_pruned
+from topiarist.pipelines.shrinking.report import ShrinkReport, shrink_command
+from topiarist.pipelines.shrinking.run import ShrinkRun
 from topiarist.sources import LoadedModel
 from topiarist.structured import (
     METHODS,

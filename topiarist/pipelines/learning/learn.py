@@ -24,7 +24,7 @@ from topiarist.errors import TopiaristError
 from topiarist.masklearn import Preset, Prior
 from topiarist.meter import Meter, reset_peak_memory
 from topiarist.patterns import Pattern, parse_pattern
-from topiarist.pipelines.learn_files import (
+from topiarist.pipelines.learning.files import (
     PRIOR,
     STATE,
     Scalars,
@@ -36,15 +36,15 @@ from topiarist.pipelines.learn_files import (
     read_state,
     write_result,
 )
-from topiarist.pipelines.learn_job import open_model, prepare
-from topiarist.pipelines.learn_loop import Progress, Run
-from topiarist.pipelines.learn_report import LearnReport
-from topiarist.pipelines.masking import MaskedModel, targets
-from topiarist.pipelines.priors import given_masks, prior_identity
-from topiarist.pipelines.processes import Processes
-from topiarist.pipelines.recover import Recover, recover_weights
-from topiarist.pipelines.sharding import ShardedModel
-from topiarist.pipelines.trainer import MaskTrainer
+from topiarist.pipelines.learning.job import open_model, prepare
+from topiarist.pipelines.learning.loop import Progress, Run
+from topiarist.pipelines.learning.masking import MaskedModel, targets
+from topiarist.pipelines.learning.priors import given_masks, prior_identity
+from topiarist.pipelines.learning.processes import Processes
+from topiarist.pipelines.learning.recover import Recover, recover_weights
+from topiarist.pipelines.learning.report import LearnReport
+from topiarist.pipelines.learning.sharding import ShardedModel
+from topiarist.pipelines.learning.trainer import MaskTrainer
 from topiarist.solvers import SOLVERS
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from topiarist.errors import CalibrationWarning
 from topiarist.masks.bitpack import BITMAP, pack, unpack
 from topiarist.models import block_names
-from topiarist.pages import write_atomically
+from topiarist.output import write_atomically
 from topiarist.patterns import Pattern, Unstructured
 from topiarist.pipelines.block import BlockPruner
 from topiarist.pipelines.options import Progress

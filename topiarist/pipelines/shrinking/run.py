@@ -15,9 +15,9 @@ from topiarist.data import Windows
 from topiarist.errors import UnsupportedModel
 from topiarist.meter import Meter
 from topiarist.output import OutputFolder
-from topiarist.pipelines.refitting import Saved, refit_consumers
-from topiarist.pipelines.shrink_files import FolderState
-from topiarist.pipelines.shrink_plan import remember
+from topiarist.pipelines.shrinking.files import FolderState
+from topiarist.pipelines.shrinking.plan import remember
+from topiarist.pipelines.shrinking.refit import Saved, refit_consumers
 from topiarist.sources import LoadedModel
 from topiarist.structured import Kept, Method, Plan, Task, UnitGroup, choose, mask_in_place, plan_layout, shrunk
 

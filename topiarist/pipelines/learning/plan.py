@@ -12,11 +12,11 @@ import torch
 from topiarist.masklearn import Preset, Prior, resident_bytes
 from topiarist.meter import peak_memory_bytes
 from topiarist.patterns import parse_pattern
-from topiarist.pipelines.learn_files import STATE_BYTES
-from topiarist.pipelines.learn_job import open_model, prepare
-from topiarist.pipelines.masking import MaskedModel
+from topiarist.pipelines.learning.files import STATE_BYTES
+from topiarist.pipelines.learning.job import open_model, prepare
+from topiarist.pipelines.learning.masking import MaskedModel
+from topiarist.pipelines.learning.trainer import MaskTrainer
 from topiarist.pipelines.plan import duration
-from topiarist.pipelines.trainer import MaskTrainer
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from topiarist.evaluate import load_model
 from topiarist.masklearn import PRESETS, Preset
 from topiarist.models import block_names
 from topiarist.patterns import Pattern
-from topiarist.pipelines.masking import Target, targets
+from topiarist.pipelines.learning.masking import Target, targets
 from topiarist.pipelines.setup import object_name, open_checkpoint, resolve_patterns
 from topiarist.sources import LoadedModel
 from topiarist.store import Checkpoint

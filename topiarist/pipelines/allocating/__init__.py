@@ -1,0 +1,1 @@
+"""Measuring a model for the rules of allocation, and searching for the best."""

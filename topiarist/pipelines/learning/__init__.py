@@ -1,0 +1,1 @@
+"""Learning masks: the job, the loop, its processes and files."""

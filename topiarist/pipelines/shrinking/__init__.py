@@ -1,0 +1,1 @@
+"""Structural pruning end to end."""
