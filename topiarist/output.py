@@ -24,6 +24,8 @@ from topiarist.store import INDEX, Checkpoint, file_digest
 
 JOURNAL = "pruning_journal.jsonl"
 REPORT = "pruning_report.json"
+SHOWN = 3
+"""Differences between two runs that a refusal names."""
 MASKS = "masks.safetensors"
 """Beside a model whose masks were learned, or for another copy of its base."""
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -62,14 +64,11 @@ class OutputFolder:
             raise CheckpointError(f"{self.folder} exists and is not a topiarist run; choose another output or empty it")
 
     def _compare(self, found: Mapping[str, Any]) -> None:
-        differing = [
-            f"{key} was {found.get(key)!r} and is {self.fingerprint.get(key)!r}"
-            for key in sorted({*found, *self.fingerprint})
-            if found.get(key) != self.fingerprint.get(key)
-        ]
+        differing = list(_differences(found, self.fingerprint))
         if differing:
+            more = f" (and {len(differing) - SHOWN} more)" if len(differing) > SHOWN else ""
             raise CheckpointError(
-                f"{self.folder} holds another run: {'; '.join(differing)}. Choose another output, or delete it"
+                f"{self.folder} holds another run: {'; '.join(differing[:SHOWN])}{more}. Choose another output, or delete it"
             )
 
     def begin(self, expected_bytes: int) -> None:
@@ -185,6 +184,16 @@ class OutputFolder:
             raise CheckpointError(
                 f"cannot write to {self.folder}: {cause}; finished blocks are kept: mend it and run the same command again"
             ) from error
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """What differs between two runs, a sentence each, down to single entries."""
+    for key in sorted({*found, *wanted}):
+        was, now = found.get(key), wanted.get(key)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            yield from _differences(was, now, f"{path}{key} ")
+        elif was != now:
+            yield f"{path}{key} was {was!r} and is {now!r}"
 
 
 def write_atomically(path: Path, text: str) -> None:

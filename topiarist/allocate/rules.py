@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from topiarist.allocate.budget import Shapes, budget, fit
 from topiarist.errors import TopiaristError
 from topiarist.patterns import NM, Pattern, TransposableNM, parse_pattern
+from topiarist.tables import name_of
 
 Depths = Mapping[str, int]
 """Layer name -> number of its block."""
@@ -233,4 +234,4 @@ ALLOCATIONS: dict[str, type[Rule]] = {
 
 def recipe(rule: Rule) -> dict[str, Any]:
     """The rule's name in the table and all its settings."""
-    return {"name": next(name for name, cls in ALLOCATIONS.items() if type(rule) is cls), **asdict(rule)}
+    return {"name": name_of(ALLOCATIONS, rule), **asdict(rule)}
