@@ -348,7 +348,7 @@ def test_a_run_by_rule_resumes_without_measuring_again(tmp_path: Path, monkeypat
     resumed = tp.prune(base, tmp_path / "out", **options)
     assert resumed.to_dict() | {"command": 0} == whole.to_dict() | {"command": 0}
     assert tp.prune(base, tmp_path / "out", **options).to_dict() == resumed.to_dict()
-    with pytest.raises(tp.CheckpointError, match="allocation was"):
+    with pytest.raises(tp.CheckpointError, match="allocation threshold was"):
         tp.prune(base, tmp_path / "out", **{**options, "allocation": allocate.Owl(threshold=3)})
 
 
