@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("docs/allocation.jsonl"), help="the table is beside")
     options = parser.parse_args()
     calibration, windows, settings = quality.prepare(options)
-    rows, cells = quality.stored_cells(options.results, settings), {}
+    rows = quality.stored_cells(options.results, settings)
     for pattern, method, rule in (
         (pattern, method, rule) for pattern in options.patterns for method in options.methods for rule in options.rules
     ):
@@ -103,10 +103,10 @@ def main() -> None:
         if key not in rows:
             rows[key] = run_cell(options, method, rule, pattern, calibration, windows)
             quality.keep_cell(options.results, key, settings, rows[key])
-        cells[pattern, method, rule] = rows[key]
         print(key, {name: round(value, 2) for name, value in rows[key]["perplexity"].items()}, flush=True)
-    text = table(cells, options, windows)
-    options.results.with_name(f"{options.results.stem}-{options.protocol}.md").write_text(text + "\n")
+    known = sorted((key.split(" ") for key in rows), key=lambda words: words[:2])  # within a group, as they were made
+    text = table({tuple(words): rows[" ".join(words)] for words in known}, options, windows)
+    quality.page(options).write_text(text + "\n")
     print(text)
 
 

@@ -162,6 +162,12 @@ def prepare(options: argparse.Namespace) -> tuple[list[str], dict[str, Windows],
     return calibration, windows, settings
 
 
+def page(options: argparse.Namespace) -> Path:
+    """The table's file: one for each protocol and calibration."""
+    name = f"{options.results.stem}-{options.protocol}-{options.samples}x{options.window}.md"
+    return options.results.with_name(name)
+
+
 def stored_cells(path: Path, settings: list[Any]) -> dict[str, dict[str, Any]]:
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return {line["cell"]: line for line in lines if line["settings"] == settings}
@@ -190,8 +196,9 @@ def main() -> None:
             rows[key] = run_cell(options, method, pattern, calibration, windows)
             keep_cell(options.results, key, settings, rows[key])
         print(key, {k: round(v, 2) for k, v in rows[key]["perplexity"].items()}, flush=True)
-    text = table({key: rows[key] for key in (f"{m} {p}" for m, p in wanted)}, options, windows)
-    options.results.with_name(f"{options.results.stem}-{options.protocol}.md").write_text(text + "\n")
+    ordered = dict(sorted(rows.items(), key=lambda row: row[0].split(" ")[1]))  # all that is known, a pattern at a time
+    text = table(ordered, options, windows)
+    page(options).write_text(text + "\n")
     print(text)
 
 
