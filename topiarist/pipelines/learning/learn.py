@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from topiarist.data import TextFiles
 from topiarist.errors import TopiaristError
-from topiarist.masklearn import Preset, Prior
+from topiarist.masklearn import Preset
 from topiarist.meter import Meter, reset_peak_memory
 from topiarist.patterns import Pattern, parse_pattern
 from topiarist.pipelines.learning.files import (
@@ -38,12 +38,11 @@ from topiarist.pipelines.learning.files import (
 )
 from topiarist.pipelines.learning.job import open_model, prepare
 from topiarist.pipelines.learning.loop import Progress, Run
-from topiarist.pipelines.learning.masking import MaskedModel, targets
+from topiarist.pipelines.learning.masking import targets
 from topiarist.pipelines.learning.priors import given_masks, prior_identity
 from topiarist.pipelines.learning.processes import Processes
 from topiarist.pipelines.learning.recover import Recover, recover_weights
 from topiarist.pipelines.learning.report import LearnReport
-from topiarist.pipelines.learning.sharding import ShardedModel
 from topiarist.pipelines.learning.trainer import MaskTrainer
 from topiarist.solvers import SOLVERS
 
@@ -154,14 +153,7 @@ def learn(
     run = Run(source, job, processes, tell)
     masks = run.prior_masks(given or prior, state, seed)
     given.clear()
-    options = Prior(gap=recipe.gap, alpha=recipe.alpha, std=recipe.std)
-    dtype = torch.bfloat16 if lean else torch.float32
-    first = {"relaxation": relaxation, "prior": options, "seed": seed, "dtype": dtype}
-    masked = (
-        ShardedModel(source, wanted, masks, processes=processes, **first)
-        if sharded
-        else MaskedModel(source, wanted, masks, **first)
-    )
+    masked = run.masked(masks, relaxation, seed, lean=lean, sharded=sharded)
     if sharded and output is not None:
         folder = output
         processes.once(lambda: state is None and keep_prior(folder, wanted, masks, notes))
@@ -179,11 +171,7 @@ def learn(
         report.layers = layer_reports(wanted, final, trainer.flips_by_layer())
     finally:
         masked.restore()
-    if report.loss >= report.prior_loss:
-        run.note(
-            f"no mask was better than the prior on held-out training text (loss {report.prior_loss:.3f}, after the last "
-            f"step {report.history[-1]['hard_loss']:.3f}), which is kept: train longer, or with a lower learning rate"
-        )
+    run.note_if_useless(report)
     if sharded and processes.first:  # the dense weights again, whole
         source, _, _ = open_model(model, out, "cpu", trust_remote_code)
         wanted = [target for block in targets(source, job.patterns) for target in block]

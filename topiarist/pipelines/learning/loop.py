@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from topiarist.errors import NumericalError
+from topiarist.masklearn import Prior
 from topiarist.output import OutputFolder
 from topiarist.pipelines.learning.files import STATE, OpenedFolder, Scalars, packed_prior
 from topiarist.pipelines.learning.job import Job
+from topiarist.pipelines.learning.masking import MaskedModel
 from topiarist.pipelines.learning.priors import one_shot_masks
 from topiarist.pipelines.learning.processes import Processes
+from topiarist.pipelines.learning.report import LearnReport
 from topiarist.pipelines.learning.sharding import ShardedModel
 from topiarist.pipelines.learning.trainer import MaskTrainer
 from topiarist.solvers import SOLVERS
@@ -39,6 +42,28 @@ class Run:
     def note(self, message: str) -> None:
         self.job.notes.append(message)
         warnings.warn(message, UserWarning, stacklevel=3)
+
+    def note_if_useless(self, report: LearnReport) -> None:
+        if report.loss >= report.prior_loss:
+            self.note(
+                f"no mask was better than the prior on held-out training text (loss {report.prior_loss:.3f}, after the last "
+                f"step {report.history[-1]['hard_loss']:.3f}), which is kept: train longer, or with a lower learning rate"
+            )
+
+    def masked(
+        self, masks: Mapping[str, Tensor], relaxation: str | None, seed: int, *, lean: bool, sharded: bool
+    ) -> MaskedModel:
+        """The model with its targets as masked layers, each process' share of it if `sharded`."""
+        recipe = self.job.recipe
+        options: dict[str, Any] = {
+            "relaxation": relaxation,
+            "prior": Prior(gap=recipe.gap, alpha=recipe.alpha, std=recipe.std),
+            "seed": seed,
+            "dtype": torch.bfloat16 if lean else torch.float32,
+        }
+        if sharded:
+            return ShardedModel(self.source, self.job.targets, masks, processes=self.processes, **options)
+        return MaskedModel(self.source, self.job.targets, masks, **options)
 
     def prior_masks(
         self, prior: Any, state: tuple[dict[str, Tensor], dict[str, str]] | None, seed: int

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from topiarist.data import Windows
 from topiarist.errors import UnsupportedModel
 from topiarist.meter import Meter
 from topiarist.output import OutputFolder
+from topiarist.pipelines.shrinking.distill import Distill, distill
 from topiarist.pipelines.shrinking.files import FolderState
 from topiarist.pipelines.shrinking.plan import remember
 from topiarist.pipelines.shrinking.refit import Saved, refit_consumers
@@ -22,6 +23,8 @@ from topiarist.sources import LoadedModel
 from topiarist.structured import Kept, Method, Plan, Task, UnitGroup, choose, mask_in_place, plan_layout, shrunk
 
 Progress = Callable[[str, int, int], None]
+LOGGED = 20
+"""Losses of a recovery in the report, about."""
 
 
 class ShrinkRun:
@@ -83,10 +86,16 @@ class ShrinkRun:
             remember(self.notes, note)
         return plan
 
-    def consumers(self) -> dict[str, Tensor]:
-        """The weights that a refit changes, to be put back into the caller's model."""
-        names = {group.parts[-1].parameter for group in self.groups if group.width}
-        return {name: self.source.model.get_parameter(name).data.clone() for name in names}
+    @contextmanager
+    def consumers_restored(self, wanted: bool) -> Iterator[None]:
+        """At the end, the weights that a refit changes are put back into the caller's model, if wanted."""
+        names = {group.parts[-1].parameter for group in self.groups if group.width and wanted}
+        before = {name: self.source.model.get_parameter(name).data.clone() for name in names}
+        try:
+            yield
+        finally:
+            for name, weight in before.items():
+                self.source.model.get_parameter(name).data = weight
 
     def refit(self, kept: Kept) -> list[Any]:
         def load(index: int) -> Saved | None:
@@ -114,6 +123,27 @@ class ShrinkRun:
             mask_in_place(model, self.groups, kept)
             everything = {key: torch.ones_like(mask) for key, mask in kept.items()}
             return shrunk(model, self.groups, everything, plan, biases) if biases else model
+
+    def recover(self, small: Any, teacher: Any, settings: Distill) -> list[dict[str, float]]:
+        """Train the small model in place; some of the losses on the way."""
+        with self.meter.timed("recovery"):
+            losses = distill(small, teacher, self.tokens, settings, self.batch_size, self.seed, self.progress)
+        every = max(1, len(losses) // LOGGED)
+        shown = [step for step in range(1, len(losses) + 1) if step % every == 0 or step == len(losses)]
+        return [{"step": step, "loss": losses[step - 1]} for step in shown]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards as it was."""
+    training, wanted = model.training, [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter in wanted:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

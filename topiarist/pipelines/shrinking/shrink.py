@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,11 @@ from topiarist.meter import Meter, reset_peak_memory
 from topiarist.output import OutputFolder
 from topiarist.pipelines.learning.files import model_digest
 from topiarist.pipelines.setup import open_source, read_windows
-from topiarist.pipelines.shrinking.distill import Distill, distill
+from topiarist.pipelines.shrinking.distill import Distill
 from topiarist.pipelines.shrinking.files import write_shrunk
 from topiarist.pipelines.shrinking.plan import plan_choice, refuse_pruned
 from topiarist.pipelines.shrinking.report import ShrinkReport, shrink_command
-from topiarist.pipelines.shrinking.run import ShrinkRun
+from topiarist.pipelines.shrinking.run import ShrinkRun, frozen
 from topiarist.sources import LoadedModel
 from topiarist.structured import (
     METHODS,
@@ -37,8 +36,6 @@ from topiarist.structured.units import DEPTH_KINDS
 from topiarist.tables import name_of, resolve
 
 Progress = Callable[[str, int, int], None]
-LOGGED = 20
-"""Losses of a recovery in the report, about."""
 
 
 def shrink(
@@ -95,13 +92,8 @@ def shrink(
     windows = None
     if data is not None:
         windows = read_windows(source, checkpoint, data, tokenizer, num_samples, window, seed)
-    elif scorer.needs_data or refit or recovery:
-        what = (
-            "recovery" if recovery else "the refit" if not scorer.needs_data else f"method {name_of(METHODS, scorer)}"
-        )
-        raise CalibrationError(
-            f"{what} needs text: name --data FILE" + (", or --no-refit" if what == "the refit" else "")
-        )
+    else:
+        _refuse_without_text(scorer, refit, recovery)
     calibration = _calibration(windows, seed, batch_size)
     kinds = tuple(dict.fromkeys(group.kind for group in groups))
     said = {
@@ -135,17 +127,13 @@ def shrink(
     run = ShrinkRun(
         source, groups, scorer, output, windows, batch_size, seed, progress or (lambda *_: None), notes, meter
     )
-    with _frozen(source.model):
+    with frozen(source.model):
         kept, biases = run.choice(keep, scope, counts, round_to, with_biases=not refit)
         plan = run.plan(kept, layout, max_waste, biases)
-        before = {} if checkpoint is not None or layout == "masked" else run.consumers()
-        try:
+        with run.consumers_restored(checkpoint is None and layout != "masked"):
             if refit:
                 report.layers = run.refit(kept)
             small = run.cut(kept, plan, biases)
-        finally:
-            for path, weight in before.items():
-                source.model.get_parameter(path).data = weight
     dense, dense_bytes, where = _numel(source.model), _bytes(source.model), source.device
     if recovery is not None:
         if checkpoint is not None:
@@ -153,14 +141,7 @@ def shrink(
             teacher = load_model(checkpoint.folder, device=where, trust_remote_code=trust_remote_code)
         else:
             teacher = model
-        with meter.timed("recovery"):
-            losses = distill(small, teacher, run.tokens, recovery, batch_size, seed, run.progress)
-        every = max(1, len(losses) // LOGGED)
-        report.recovered = [
-            {"step": step, "loss": loss}
-            for step, loss in enumerate(losses, 1)
-            if step % every == 0 or step == len(losses)
-        ]
+        report.recovered = run.recover(small, teacher, recovery)
     report.parameters = {**predicted_parameters(dense, groups, kept, plan.slots), "stored": _numel(small)}
     spec = PruneSpec(
         name, digest, report.method, report.settings, keep, scope, layout, kinds, report.parameters,
@@ -176,17 +157,16 @@ def shrink(
     return report
 
 
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards as it was."""
-    training, wanted = model.training, [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        model.train(training)
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+def _refuse_without_text(scorer: Method, refit: bool, recovery: Distill | None) -> None:
+    if recovery:
+        what, cure = "recovery", ""
+    elif scorer.needs_data:
+        what, cure = f"method {name_of(METHODS, scorer)}", ""
+    elif refit:
+        what, cure = "the refit", ", or --no-refit"
+    else:
+        return
+    raise CalibrationError(f"{what} needs text: name --data FILE{cure}")
 
 
 def _calibration(windows: Windows | None, seed: int, batch_size: int) -> dict[str, Any]:
