@@ -121,6 +121,10 @@ def conjugate_gradients(
     return X
 
 
+ERROR_ROWS = 1024
+"""Rows of a weight whose error is taken at once: fewer copies of a large weight in memory."""
+
+
 def reconstruction_error(
     weight: Float[Tensor, "out in"], new_weight: Float[Tensor, "out in"], gram: Gram | Float[Tensor, "in in"]
 ) -> float:
@@ -131,10 +135,13 @@ def reconstruction_error(
     H = gram.matrix if isinstance(gram, Gram) else gram
     small = weight.numel() * H.shape[0] < 2**31
     dtype = torch.float64 if small and H.device.type == "cpu" else torch.float32
-    W = weight.to(H.device, dtype)
     H = H.to(dtype)
-    dense = energy(W, H)
-    return max(energy(W - new_weight.to(W), H), 0.0) / dense if dense > 0 else 0.0
+    dense = lost = 0.0
+    for W, new in zip(weight.split(ERROR_ROWS), new_weight.split(ERROR_ROWS), strict=True):
+        W = W.to(H.device, dtype)
+        dense += energy(W, H)
+        lost += energy(W - new.to(W), H)
+    return max(lost, 0.0) / dense if dense > 0 else 0.0
 
 
 def energy(D: Float[Tensor, "out in"], H: Float[Tensor, "in in"]) -> float:

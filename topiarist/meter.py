@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import time
 from collections.abc import Iterator
@@ -60,6 +62,20 @@ def peak_memory_bytes() -> int:
 
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return host + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+def return_freed_memory() -> None:
+    """Give memory that was freed back to the system: glibc keeps pieces below 32 MB, and they add up over the blocks."""
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):  # not glibc
+        return None
 
 
 def resident_bytes() -> int:

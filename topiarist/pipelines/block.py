@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from topiarist.errors import CalibrationWarning, NumericalError, NumericalWarning, TopiaristError
 from topiarist.gram import Gram
 from topiarist.linalg import reconstruction_error
-from topiarist.meter import Meter
+from topiarist.meter import Meter, return_freed_memory
 from topiarist.models import Matrix
 from topiarist.patterns import Pattern
 from topiarist.pipelines.ffn_joint import JointSolver, Network
@@ -120,6 +120,7 @@ class BlockPruner:
             if m not in reached
         ]
         layers: dict[Matrix, LayerReport] = {}
+        return_freed_memory()
         with self.meter.timed("solver"):
             for group in [*groups, *unseen]:
                 layers.update(self._solve_group(group, path))

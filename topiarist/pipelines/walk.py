@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from topiarist.meter import return_freed_memory
 from topiarist.models import block_names
 from topiarist.output import OutputFolder
 from topiarist.pipelines.block import BlockPruner
@@ -101,6 +102,7 @@ class Walk:
                     output.write_shard(_shard_name(number, total), self.source.block_on_disk(index), info)
             self._advance(stream, index)
             self.source.release(index)
+            return_freed_memory()
         self.progress("done", len(self.names), len(self.names))
         return layers
 
