@@ -3,8 +3,7 @@
     python -m benchmarks.memory --folder /tmp/three-billion [--blocks 26] [--stop-after 6] [--method wanda]
 
 Writes the checkpoint shard by shard (bf16, about 6 GB for 3B parameters), prunes it in a process of its own with 32 x 512
-calibration tokens, and prints that process' peak every few seconds. `--stop-after N` ends the run after N blocks: the
-peak does not grow any more by then, for every block is like the one before.
+calibration tokens, and prints that process' peak after every block. `--stop-after N` ends the run after N blocks.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ print(report.run)
 def peak_of(pid: int) -> float:
     """Peak resident size of a process in GB (Linux)."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next((int(line.split()[1]) / 1e6 for line in lines if line.startswith("VmHWM")), 0.0)
+    return next((int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM")), 0.0)
 
 
 def main() -> None:
