@@ -72,7 +72,7 @@ def test_two_runs_and_a_resumed_one_write_the_same_bytes(tmp_path: Path, monkeyp
         if path.name != "pruning_run.json":
             for folder in ("again", "out"):
                 assert path.read_bytes() == (tmp_path / folder / path.name).read_bytes(), (folder, path.name)
-    with pytest.raises(tp.CheckpointError, match="method was"):
+    with pytest.raises(tp.CheckpointError, match=r"method .* was"):
         tp.prune(tmp_path / "llama", tmp_path / "out", **(options | {"method": tp.SparseLLM(epochs=1)}))
 
 
