@@ -9,7 +9,6 @@ once for every order and kept beside the assets; a finished choice is a line of 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 import topiarist as tp
+from benchmarks.quality import keep_cell, stored_cells
 from demo.assets import assets_dir, model_dir, text_dir
 from topiarist.data import calibration_windows, load_tokenizer
 from topiarist.evaluate import load_model
@@ -79,8 +79,7 @@ def main() -> None:
     groups = units_of(model, ("heads", "channels"))
     _, watching = split(short_windows(tokens, 128), options.held_out)
     settings = [options.samples, options.held_out]
-    stored = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
-    rows = {line["cell"]: line["loss"] for line in stored if line["settings"] == settings}
+    rows = {key: cell["loss"] for key, cell in stored_cells(options.results, settings).items()}
     known: dict[str, Any] = {}
     names = candidates(options)
     columns = [(keep, scope) for keep in options.keeps for scope in options.scopes]
@@ -97,8 +96,7 @@ def main() -> None:
             found = scores(name, task, options, known)
             with gates(model, groups) as masks:
                 rows[key] = gated_loss(task, masks, chosen(task, found), watching)
-            with options.results.open("a") as stream:
-                stream.write(json.dumps({"cell": key, "settings": settings, "loss": rows[key]}) + "\n")
+            keep_cell(options.results, key, settings, {"loss": rows[key]})
             print(key, round(rows[key], 3), flush=True)
     lines = [
         f"| scores | {' | '.join(f'{keep} {scope}' for keep, scope in columns)} |",

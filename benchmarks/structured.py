@@ -15,7 +15,6 @@ Finished cells are kept in a JSON-lines file and not run again; a killed cell go
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import time
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 
 import topiarist as tp
-from benchmarks.quality import load_texts
+from benchmarks.quality import keep_cell, load_texts, stored_cells
 from demo.assets import assets_dir, model_dir
 from topiarist.cli_tools import filled
 from topiarist.data import Windows, load_tokenizer
@@ -35,6 +34,7 @@ from topiarist.evaluate import load_model
 from topiarist.runtime.bench import PHASES, generation_seconds, machine
 from topiarist.structured import KINDS, METHODS, Method, PruneSpec, Scores, Task
 from topiarist.structured.trial import short_windows
+from topiarist.tables import look_up
 from topiarist.tasks import compare_tasks
 
 WINDOWS = (1024, 128)
@@ -56,9 +56,7 @@ class Given(Method):
 
 def method_of(text: str) -> Method:
     name, _, fields = text.partition(":")
-    if name not in METHODS:
-        raise SystemExit(f"unknown method {name!r}; choose from {', '.join(METHODS)}")
-    return filled(METHODS[name], "--methods", [field for field in fields.split(",") if field])
+    return filled(look_up(METHODS, name), "--methods", [field for field in fields.split(",") if field])
 
 
 def perplexities(model: Any, texts: dict[str, Windows]) -> dict[str, float]:
@@ -190,16 +188,14 @@ def main() -> None:
         options.protocol, options.layout, options.samples, options.window, options.eval_windows, options.recover_steps,
         [*options.tasks, options.limit] if options.tasks else [],
     ]  # fmt: skip
-    stored = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
-    rows = {line["cell"]: line for line in stored if line["settings"] == settings}
+    rows = stored_cells(options.results, settings)
     wanted = [("dense", 1.0, "-")]
     wanted += [(m, keep, variant) for keep in options.keeps for m in options.methods for variant in options.variants]
     for method, keep, variant in wanted:
         key = f"{method} {keep} {variant}"
         if key not in rows:
             rows[key] = run_cell(options, method, keep, variant, calibration, texts)
-            with options.results.open("a") as stream:
-                stream.write(json.dumps({"cell": key, "settings": settings, **rows[key]}) + "\n")
+            keep_cell(options.results, key, settings, rows[key])
         print(key, {k: round(v, 2) for k, v in rows[key]["perplexity"].items()}, flush=True)
     text = table({key: rows[key] for key in (f"{m} {k} {v}" for m, k, v in wanted)}, options, texts)
     options.results.with_name(f"{options.results.stem}-{options.layout}-{options.protocol}.md").write_text(text + "\n")

@@ -15,7 +15,7 @@ from topiarist.masklearn.candidates import candidates
 from topiarist.masklearn.relax import Bernoulli, Categorical, Draw, Prior, TopN
 from topiarist.patterns import NM, Unstructured, parse_pattern
 
-needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(native.load() is None, reason="no C++ compiler")
 RECORDED = [0.9921393, 0.9534005, 0.0481385, 0.0063218, 0.5083727, 0.7201622, 0.5805369, 0.1909281]
 DRAW = Draw(noise.noise_key(3, 1, 4), kappa=150.0, tau=0.7, lam=1e-2, first_row=3, first_group=2)
 CASES = [("2:4", (40, 1200)), ("2:4", (17, 20)), ("1:4", (8, 576)), ("4:8", (4, 96)), ("3:6", (5, 30))]
@@ -35,7 +35,7 @@ def plain(monkeypatch):
 
     def call(function, *args):
         with monkeypatch.context() as patch:
-            patch.setattr(native, "library", lambda: None)
+            patch.setattr(native, "load", lambda: None)
             return function(*args)
 
     return call
@@ -205,12 +205,12 @@ def test_without_a_compiler_there_is_one_warning_and_the_same_answer(environment
     oracle = relaxation.effective(W, pi, DRAW)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    native.library.cache_clear()
+    native.load.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="plain torch"):
             assert torch.equal(kernels.effective(relaxation, W, pi, DRAW), oracle)
     finally:
-        native.library.cache_clear()
+        native.load.cache_clear()
 
 
 def test_candidates_table_is_bytes():

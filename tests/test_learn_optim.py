@@ -45,7 +45,7 @@ def train(chain, optimizer, steps, *, first=0, split=1, total=6, per_sample=Fals
 @pytest.mark.parametrize("native_path", [True, False])
 def test_it_is_torch_adamw(native_path, monkeypatch):
     if not native_path:
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(native, "load", lambda: None)
     ours, theirs = layers(), layers()
     train(ours, MaskAdamW(ours, lr=1e-2, moments=torch.float32, weight_decay=0.1), 4)
     adamw = torch.optim.AdamW([layer.logits for layer in theirs], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
@@ -87,7 +87,7 @@ def test_micro_batches_of_their_own_draw_add_up_in_the_logits():
         assert torch.allclose(a.logits, b.logits, atol=2e-6)
 
 
-@pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+@pytest.mark.skipif(native.load() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("share", ["logit", "group", "row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -96,7 +96,7 @@ def test_cpp_step_equals_plain_step(moments, share, dtype, monkeypatch):
     options = {"lr": 1e-2, "moments": moments, "second_moment": share}
     fast_optimizer = MaskAdamW(fast, **options)
     train(fast, fast_optimizer, 3)
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "load", lambda: None)
     plain_optimizer = MaskAdamW(plain, **options)
     train(plain, plain_optimizer, 3)
     for a, b in zip(fast, plain, strict=True):
@@ -186,7 +186,7 @@ def test_schedulers_and_wrong_options():
 def test_two_shards_learn_what_the_whole_learns(share, native_path, monkeypatch):
     """Rows split over two layers that know where they begin: logits and lean states equal bit by bit."""
     if not native_path:
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(native, "load", lambda: None)
     W, mask = torch.randn(32, 64), PATTERN.mask(torch.rand(32, 64))
     parts = [slice(0, 12), slice(12, 32)]
     prior = Prior(gap=None)

@@ -376,7 +376,7 @@ def test_source_that_does_not_compile(monkeypatch, tmp_path):
 
 @needs_kernels
 def test_an_old_processor(monkeypatch):
-    monkeypatch.setattr(cpu, "load_kernels", lambda: build.Kernels(load_kernels().library, level=0, threaded=True))
+    monkeypatch.setattr(cpu, "load_kernels", lambda: build.Kernels(load_kernels().code, level=0, threaded=True))
     with pytest.warns(UserWarning, match="neither AVX2 nor AVX-512"):
         report = cpu.accelerate(toy_model())
     assert report.num_packed == 0 and report.instruction_set == "plain C++"

@@ -48,6 +48,11 @@ class Windows:
     def window(self) -> int:
         return self.tokens.shape[1]
 
+    def record(self) -> str:
+        """JSON of what an evaluation needs to tell its text from this one; kept beside the result."""
+        lines = [f"{h:016x}" for h in sorted(self.line_hashes)]
+        return json.dumps({"digest": self.digest, "line_hashes": lines}) + "\n"
+
 
 def text_files(paths: str | Path | Iterable[str | Path]) -> TextFiles:
     """Name one or several text sources. Raises CalibrationError if one does not exist."""

@@ -17,7 +17,7 @@ from topiarist.data import MAX_SHARED, TextFiles, Windows, evaluation_windows, l
 from topiarist.errors import CalibrationError, CheckpointError, NumericalError, PatternError
 from topiarist.models import block_names
 from topiarist.patterns import parse_pattern
-from topiarist.sources import StreamedModel, block_matrices
+from topiarist.sources import StreamedModel, block_matrices, device_or_default
 from topiarist.store import Checkpoint, locate
 
 
@@ -180,7 +180,7 @@ def compare(
         ]
         for name, _ in named
     }
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = device_or_default(device)
     rows = []
     for name, dense in named:
         model = load_model(name, device=where, trust_remote_code=trust_remote_code)

@@ -15,6 +15,11 @@ from topiarist.models import Matrix, family_of, matrices_of
 from topiarist.store import Checkpoint
 
 
+def device_or_default(device: str | torch.device | None) -> torch.device:
+    """The device that was asked for; otherwise a GPU if there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 @contextmanager
 def eager_experts(model: nn.Module) -> Iterator[None]:
     """Experts run one by one while inside, so that each expert's input can be seen."""

@@ -19,6 +19,7 @@ from typing import Any
 from topiarist.data import load_tokenizer
 from topiarist.errors import CalibrationError, TopiaristError
 from topiarist.evaluate import load_model, with_reference
+from topiarist.sources import device_or_default
 from topiarist.store import file_digest, locate
 
 BOOTSTRAP = 1000
@@ -141,9 +142,7 @@ def compare_tasks(
     harness = _harness()
     specs = [task if files is None else local_task(task, files) for task in tasks]
     digests = {spec["task"]: spec["metadata"]["sha256"] for spec in specs if not isinstance(spec, str)}
-    import torch
-
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = device_or_default(device)
     named = with_reference(models, reference)
     results = []
     for number, (name, dense) in enumerate(named):

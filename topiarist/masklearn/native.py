@@ -55,7 +55,7 @@ class Adam(ctypes.Structure):
 
 
 @lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | None:
+def load() -> ctypes.CDLL | None:
     """The compiled kernels; None, after one warning, where none can be had."""
     try:
         return _load(compiled(SOURCE, FLAGS, machine=_cpu()))
@@ -94,7 +94,7 @@ def usable(*tensors: Tensor) -> bool:
     """Whether the kernels take these tensors: contiguous, on the CPU, fp32 or bf16; and a compiler was found."""
     dtypes = (torch.float32, torch.bfloat16)
     fits = all(t.device.type == "cpu" and t.dtype in dtypes and t.is_contiguous() for t in tensors)
-    return fits and library() is not None
+    return fits and load() is not None
 
 
 def mask_args(
@@ -146,7 +146,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 def _rows(name: str, mask: Mask, *args, squares: bool = True) -> list[float]:
     """Call a kernel on all rows, split over torch's number of threads; one double comes back from each thread."""
-    function = getattr(library(), name)
+    function = getattr(load(), name)
     structures = [ctypes.byref(arg) if isinstance(arg, ctypes.Structure) else arg for arg in (mask, *args)]
     threads = max(1, min(torch.get_num_threads(), mask.rows // MIN_ROWS))
     bounds = [mask.rows * i // threads for i in range(threads + 1)]

@@ -15,7 +15,7 @@ from topiarist.data import TextFiles, Windows, calibration_windows, load_tokeniz
 from topiarist.errors import CalibrationError, CheckpointError, PatternError
 from topiarist.models import block_names
 from topiarist.patterns import Pattern
-from topiarist.sources import LoadedModel, Source, StreamedModel, block_matrices
+from topiarist.sources import LoadedModel, Source, StreamedModel, block_matrices, device_or_default
 from topiarist.store import Checkpoint, locate
 
 
@@ -33,8 +33,11 @@ def open_source(
             raise CheckpointError(f"{out} exists; choose another output for a model that is in memory")
         return LoadedModel(model), None, object_name(model)
     checkpoint = open_checkpoint(model, out, planning=planning)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return StreamedModel(checkpoint, device=where, trust_remote_code=trust_remote_code), checkpoint, str(model)
+    return (
+        StreamedModel(checkpoint, device=device_or_default(device), trust_remote_code=trust_remote_code),
+        checkpoint,
+        str(model),
+    )
 
 
 def object_name(model: nn.Module) -> str:

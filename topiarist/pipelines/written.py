@@ -60,8 +60,5 @@ def _side_texts(report: Report, windows: Windows) -> dict[str, str]:
         "README.md": model_card(result),
         PAGE: report_page(result),
         "pruning_run.json": json.dumps(report.run, indent=2) + "\n",
-        "pruning_calibration.json": json.dumps(
-            {"digest": windows.digest, "line_hashes": [f"{h:016x}" for h in sorted(windows.line_hashes)]}
-        )
-        + "\n",
+        "pruning_calibration.json": windows.record(),
     }

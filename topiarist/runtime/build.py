@@ -32,7 +32,7 @@ _FLAGS = ("-std=c++17", "-O3")
 class Kernels:
     """The loaded library and the best instruction set of this processor, an index of LEVELS."""
 
-    library: ctypes.CDLL
+    code: ctypes.CDLL
     level: int
     threaded: bool
 
@@ -45,7 +45,7 @@ class Kernels:
         tiles, blocks = -(-rows // TILE_ROWS), -(-cols // BLOCK_COLS)
         masks = torch.empty(tiles * blocks * TILE_ROWS, dtype=torch.int32)
         counts = torch.empty(tiles, dtype=torch.int64)
-        dense, library = weight.data_ptr(), self.library
+        dense, library = weight.data_ptr(), self.code
         library.topiarist_find_masks(type_code, rows, cols, dense, masks.data_ptr(), counts.data_ptr(), threads)
         ends = counts.cumsum(0)
         starts = ends - counts
@@ -60,7 +60,7 @@ class Kernels:
         x: Tensor, bias: Tensor | None, y: Tensor, threads: int, level: int | None = None,
     ) -> None:  # fmt: skip
         """y (batch, rows) = x (batch, cols) W^T + bias. All contiguous, x and y and bias of W's type."""
-        self.library.topiarist_multiply(
+        self.code.topiarist_multiply(
             self.level if level is None else level, type_code, rows, cols, masks.data_ptr(), values.data_ptr(),
             starts.data_ptr(), x.data_ptr(), x.shape[0], None if bias is None else bias.data_ptr(), y.data_ptr(),
             threads,
@@ -71,7 +71,7 @@ class Kernels:
         tiles: range, out: Tensor, threads: int, level: int | None = None,
     ) -> None:  # fmt: skip
         """Write the dense rows of some tiles of four rows to `out` (rows, cols), contiguous."""
-        self.library.topiarist_expand(
+        self.code.topiarist_expand(
             self.level if level is None else level, type_code, rows, cols, masks.data_ptr(), values.data_ptr(),
             starts.data_ptr(), tiles.start, tiles.stop, out.data_ptr(), threads,
         )  # fmt: skip

@@ -161,11 +161,10 @@ def write_result(
             raise CheckpointError(f"cannot write {dense}: {error}; the learned state is kept") from error
         checkpoint = Checkpoint(dense)
     write_masked(output, checkpoint, MaskFile(output.folder / MASKS), replaced=replaced)
-    lines = [f"{h:016x}" for h in sorted(windows.line_hashes)]
     output.write_text("README.md", learned_card(report, __about__.__version__))
     output.write_text(PAGE, report_page(Result({**report.to_dict(), "method": METHOD}, __about__.__version__)))
     output.write_text("pruning_run.json", json.dumps(report.run, indent=2) + "\n")
-    output.write_text("pruning_calibration.json", json.dumps({"digest": windows.digest, "line_hashes": lines}) + "\n")
+    output.write_text("pruning_calibration.json", windows.record())
     config = {**checkpoint.config, "pruning_config": report.pruning_config(__about__.__version__)}
     output.finish(checkpoint.folder, config, report.to_dict())
     shutil.rmtree(dense, ignore_errors=True)

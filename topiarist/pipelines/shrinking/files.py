@@ -76,8 +76,7 @@ def write_shrunk(
         "pruning_run.json": json.dumps(report.run, indent=2) + "\n",
     }
     if windows is not None:
-        lines = [f"{h:016x}" for h in sorted(windows.line_hashes)]
-        texts["pruning_calibration.json"] = json.dumps({"digest": windows.digest, "line_hashes": lines}) + "\n"
+        texts["pruning_calibration.json"] = windows.record()
     config = {**fresh.config, "pruning_config": report.pruning_config(__about__.__version__)}
     if str(config["model_type"]).startswith(modeling_pruned.PREFIX):
         base = config["model_type"].removeprefix(modeling_pruned.PREFIX)

@@ -22,7 +22,8 @@ from topiarist.pipelines.shrinking.files import write_shrunk
 from topiarist.pipelines.shrinking.plan import plan_choice, refuse_pruned
 from topiarist.pipelines.shrinking.report import ShrinkReport, shrink_command
 from topiarist.pipelines.shrinking.run import ShrinkRun, frozen
-from topiarist.sources import LoadedModel
+from topiarist.pipelines.written import weights_of
+from topiarist.sources import LoadedModel, device_or_default
 from topiarist.structured import (
     METHODS,
     Method,
@@ -119,10 +120,10 @@ def shrink(
         output = OutputFolder(Path(out), fingerprint)
         if output.complete:
             return ShrinkReport.from_folder(output.folder)
-        output.begin(int(2.1 * (checkpoint.weight_bytes() if checkpoint else _bytes(source.model))))
+        output.begin(int(2.1 * weights_of(source.model, checkpoint)["bytes"]))
     if checkpoint is not None:
         del source
-        loaded = load_model(checkpoint.folder, device=_device(device), trust_remote_code=trust_remote_code)
+        loaded = load_model(checkpoint.folder, device=device_or_default(device), trust_remote_code=trust_remote_code)
         source = LoadedModel(loaded)
     run = ShrinkRun(
         source, groups, scorer, output, windows, batch_size, seed, progress or (lambda *_: None), notes, meter
@@ -134,7 +135,7 @@ def shrink(
             if refit:
                 report.layers = run.refit(kept)
             small = run.cut(kept, plan, biases)
-    dense, dense_bytes, where = _numel(source.model), _bytes(source.model), source.device
+    dense, dense_bytes, where = _numel(source.model), weights_of(source.model, None)["bytes"], source.device
     if recovery is not None:
         if checkpoint is not None:
             del source, run.source  # the dense model again, before anything was refit
@@ -149,7 +150,7 @@ def shrink(
     )  # fmt: skip
     report.blocks, report.warnings = spec.by_block(), notes
     report.tensor_parallel = _tensor_parallel(groups, plan)
-    report.weights = {"dense": dense_bytes, "bytes": _bytes(small), "dtype": _dtype(small)}
+    report.weights = {"dense": dense_bytes, **weights_of(small, None)}
     report.output, report.result = None if out is None else str(out), None if checkpoint else small
     report.run = meter.run(where)
     if output is not None:
@@ -189,15 +190,3 @@ def _tensor_parallel(groups: Sequence[UnitGroup], plan: Plan) -> list[int]:
 
 def _numel(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def _dtype(model: nn.Module) -> str:
-    return str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
