@@ -1,12 +1,12 @@
 """Every solver against literal transcriptions of the originals: error, held-out error, CPU seconds, ratios.
 
-    python benchmarks/solvers.py                                  # small shapes, all patterns, three seeds
-    python benchmarks/solvers.py --shapes 1024x4096 --patterns 0.7 2:4 --seeds 11
-    python benchmarks/solvers.py --llama8b --device cuda          # Llama-3-8B's layers, and a projected time for the model
+    python -m benchmarks.solvers                                  # small shapes, all patterns, three seeds
+    python -m benchmarks.solvers --shapes 1024x4096 --patterns 0.7 2:4 --seeds 11
+    python -m benchmarks.solvers --llama8b --device cuda          # Llama-3-8B's layers, and a projected time for the model
 
 Every problem comes from problems.py. All methods of a cell run one after the other in this process, in turn; times are medians
 over the rounds, CPU seconds of the process on a CPU and synchronised wall seconds on a GPU. The Gram is given; the reported
-error of our solvers is part of their time.
+error is part of the time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import datetime
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,14 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import problems  # noqa: E402
-from reference import alps as original_alps  # noqa: E402
-from reference import baselines  # noqa: E402
-
-import topiarist as tp  # noqa: E402
+import topiarist as tp
+from benchmarks import problems
+from benchmarks.originals import OriginalALPS, OriginalSparseGPT
 
 SHAPES = ["576x576", "1536x576", "576x1536"]
 PATTERNS = ["0.5", "0.7", "0.9", "2:4", "4:8"]
@@ -41,27 +35,22 @@ LLAMA_8B_BLOCKS = 32
 
 Method = Callable[[problems.LayerProblem, str], Tensor]
 
-
 SLOW = ("alps original", "alps best")
 
 
-def ours(solver: tp.solvers.Solver) -> Method:
+def solved_by(solver: tp.solvers.Solver) -> Method:
     return lambda problem, pattern: solver(problem.weight, problem.gram, tp.parse_pattern(pattern)).weight
 
 
-def original(pattern: str) -> dict:
-    return {"nm": tuple(map(int, pattern.split(":")))} if ":" in pattern else {"sparsity": float(pattern)}
-
-
 METHODS: dict[str, Method] = {
-    "alps original": lambda p, s: original_alps.alps(p.weight, p.gram.matrix, **original(s), with_diagnostics=True)[0],
-    "sparsegpt original": lambda p, s: baselines.sparsegpt(p.weight, p.gram.matrix, **original(s))[0],
-    "magnitude": ours(tp.solvers.Magnitude()),
-    "wanda": ours(tp.solvers.Wanda()),
-    "wanda + refit": ours(tp.solvers.Wanda(refit=True)),
-    "sparsegpt": ours(tp.solvers.SparseGPT()),
-    "alps fast": ours(tp.solvers.ALPS()),
-    "alps best": ours(tp.solvers.ALPS(preset="best")),
+    "alps original": solved_by(OriginalALPS()),
+    "sparsegpt original": solved_by(OriginalSparseGPT()),
+    "magnitude": solved_by(tp.solvers.Magnitude()),
+    "wanda": solved_by(tp.solvers.Wanda()),
+    "wanda + refit": solved_by(tp.solvers.Wanda(refit=True)),
+    "sparsegpt": solved_by(tp.solvers.SparseGPT()),
+    "alps fast": solved_by(tp.solvers.ALPS()),
+    "alps best": solved_by(tp.solvers.ALPS(preset="best")),
 }
 
 
