@@ -1,12 +1,12 @@
 """MaskAdamW is AdamW, its lean states round without bias, and its memory is what its docstring says."""
 
-import copy
+import importlib.util
 
 import pytest
 import torch
 from torch import nn
 
-from topiarist.masklearn import native, noise
+from topiarist.masklearn import eight_bit, native, noise
 from topiarist.masklearn.layer import Annealing, MaskedLinear, set_draws
 from topiarist.masklearn.optim import MaskAdamW, Step, _write, adamw_, resident_bytes
 from topiarist.masklearn.relax import Categorical, Prior, TopN
@@ -14,6 +14,7 @@ from topiarist.masklearn.schedule import Schedule
 from topiarist.patterns import NM
 
 PATTERN = NM(2, 4)
+EIGHT_BIT = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 
 
 def layers(count=2, dtype=torch.float32, weight=torch.float32, shape=(32, 64), relaxation=None):
@@ -110,8 +111,9 @@ def test_cpp_step_equals_plain_step(moments, share, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_resume_is_bit_equal(steps, tmp_path):
-    options = {"lr": 1e-2, "second_moment": "logit"}
+@pytest.mark.parametrize("moments", [torch.bfloat16, pytest.param(torch.uint8, marks=EIGHT_BIT)])
+def test_resume_is_bit_equal(steps, moments, tmp_path):
+    options = {"lr": 1e-2, "second_moment": "logit", "moments": moments}
     straight = layers(dtype=torch.bfloat16)
     train(straight, MaskAdamW(straight, **options), 5)
     first = layers(dtype=torch.bfloat16)
@@ -123,7 +125,7 @@ def test_resume_is_bit_equal(steps, tmp_path):
     for layer, state in zip(second, states, strict=True):
         layer.load_state_dict(state)
     resumed = MaskAdamW(second, **options)
-    resumed.load_state_dict(copy.deepcopy(optimizer_state))
+    resumed.load_state_dict(optimizer_state)
     train(second, resumed, 5 - steps, first=steps)
     for a, b in zip(straight, second, strict=True):
         assert torch.equal(a.logits, b.logits)
@@ -152,6 +154,9 @@ def test_small_updates_count_in_bf16():
 @pytest.mark.parametrize("options, dtype, bound", [
     ({}, torch.float32, 14.0),
     ({"second_moment": "group"}, torch.bfloat16, 9.0),
+    # codes, their fp32 scales (one for 96 values here) and a table of 1 KB a moment
+    pytest.param({"moments": torch.uint8}, torch.float32, 11.2, marks=EIGHT_BIT),
+    pytest.param({"moments": torch.uint8, "second_moment": "group"}, torch.bfloat16, 7.6, marks=EIGHT_BIT),
 ])  # fmt: skip
 def test_resident_bytes_per_masked_weight(options, dtype, bound):
     """Over a bf16 weight, between two steps, everything that lives counted. The original keeps 31."""
@@ -166,6 +171,36 @@ def test_resident_bytes_per_masked_weight(options, dtype, bound):
     assert resident_bytes(chain, optimizer) <= bound + step_counters
     topn = layers(dtype=dtype, weight=torch.bfloat16, shape=(256, 64), relaxation=TopN(NM(2, 4)))
     assert resident_bytes(topn, MaskAdamW(topn, **options)) < bound
+
+
+@EIGHT_BIT
+@pytest.mark.parametrize("share", ["logit", "group"])
+def test_eight_bit_moments_are_those_of_fp32_within_their_codes(share):
+    """After ten steps with gradients over three decades, the logits are where exact moments take them."""
+    torch.manual_seed(0)
+    exact, coded = torch.zeros(8, 6, 48), torch.zeros(8, 6, 48)
+    kept = (8, 6, 48) if share == "logit" else (8, 48)
+    m, v = torch.zeros(8, 6, 48), torch.zeros(kept)
+    m8 = eight_bit.zeros(m.shape, signed=True, device=m.device)
+    v8 = eight_bit.zeros(kept, signed=False, device=m.device) if share == "logit" else torch.zeros(kept)
+    scale = 10.0 ** torch.empty(8, 6, 48).uniform_(-3, 0)
+    for count in range(1, 11):
+        step = Step(0.1, 0.9, 0.95, 1e-12, 0.0, count, (0, 0), (0, 0), share=int(share == "group"))
+        grad = scale * (1 + 0.1 * torch.randn(8, 6, 48))
+        adamw_(exact, grad, m, v, step)
+        adamw_(coded, grad, m8, v8, step)
+    apart = (exact - coded).abs()
+    assert apart.mean() < 0.03 * exact.abs().mean() and apart.max() < 0.2 * exact.abs().max()
+
+
+@EIGHT_BIT
+def test_shards_of_rows_hold_the_eight_bit_blocks_of_the_whole():
+    whole, upper = (eight_bit.zeros((rows, 6, 24), signed=True, device=torch.device("cpu")) for rows in (8, 3))
+    values = torch.randn(8, 6, 24)
+    whole.copy_(values)
+    upper.copy_(values[:3])
+    assert torch.equal(whole.dequantize()[:3], upper.dequantize())
+    assert [eight_bit.block_size(row) for row in (6144, 864, 144, 863, 40)] == [256, 216, 144, 863, 40]
 
 
 def test_schedulers_and_wrong_options():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,14 @@ def test_a_resume_does_not_compute_the_prior_again(base: Path, learned: Path, tm
     assert contents(tmp_path / "out") == contents(learned)
 
 
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+def test_a_run_with_eight_bit_moments_resumes(base: Path, tmp_path: Path):
+    learn(base, tmp_path / "straight", eight_bit=True)
+    stopped(base, tmp_path / "out", 10, eight_bit=True)
+    learn(base, tmp_path / "out", eight_bit=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -233,6 +242,7 @@ def test_variants_run(base: Path, tmp_path: Path):
         "recomputed": {"activation_checkpointing": True},
         "small batches": {"batch_size": 1},
         "lean": {"lean": True},
+        **({"eight bits": {"eight_bit": True}} if find_spec("torchao") else {}),
         "topn": {"relaxation": "topn"},
         "distilled": {"distill": 0.5},
         "noise per micro-batch": {"preset": Preset(**{**vars(FAST), "sample": "micro-batch", "gap": None})},

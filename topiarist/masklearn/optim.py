@@ -6,19 +6,20 @@ and applies it at once, so a gradient of the logits (1.5 values per weight at 2:
 Resident bytes per weight at 2:4 over a bf16 weight (2 bytes), 1.5 logits a weight:
     default   logits fp32 6, moments bf16 3 + 3                                            14
     lean      logits bf16 3, first moment bf16 3, one fp32 second moment a group 1          9
+    8-bit     moments 1.5 + 1.5, or 1.5 + 1 when lean (eight_bit.py)                        11, lean 7.5
 Everything in bf16 is written with stochastic rounding, so small updates count in expectation; plain rounding would lose
 them (at |pi| = 0.25 one bf16 step is 1e-3 to 2e-3, an update less).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from topiarist.masklearn import kernels, native, noise
+from topiarist.masklearn import eight_bit, kernels, native, noise
 from topiarist.masklearn.layer import LearnedMask
 from topiarist.masklearn.relax import Draw
 
@@ -48,7 +49,8 @@ class MaskAdamW(torch.optim.Optimizer):
     second_moment  "logit": Adam itself. "group", "row": one second moment (the mean square) for all logits of a group
                    or of a weight row. Adam moves every logit by about lr whatever its gradient; with a shared moment a
                    logit that matters less to the loss moves less, and the state is smaller.
-    moments        torch.bfloat16 with stochastic rounding, or torch.float32.
+    moments        torch.bfloat16 with stochastic rounding, torch.float32, or torch.uint8: torchao's eight-bit codes, which
+                   the fused C++ step does not know, so a step on the CPU takes plain torch's time.
     max_norm       clip the gradient's norm over all layers; costs one more pass over the masks.
     add_up         sums a squared norm over processes that hold different rows of the layers.
 
@@ -71,8 +73,8 @@ class MaskAdamW(torch.optim.Optimizer):
     ) -> None:
         if second_moment not in SHARE:
             raise ValueError(f"second_moment is one of {', '.join(SHARE)}, got {second_moment!r}")
-        if moments not in (torch.bfloat16, torch.float32):
-            raise ValueError(f"moments are kept in bfloat16 or float32, got {moments}")
+        if moments not in (torch.bfloat16, torch.float32, torch.uint8):
+            raise ValueError(f"moments are kept in bfloat16, float32 or uint8, got {moments}")
         self.layers = list(layers)
         self.share, self.moments, self.max_norm, self.seed = SHARE[second_moment], moments, max_norm, seed
         self.add_up = add_up
@@ -91,11 +93,16 @@ class MaskAdamW(torch.optim.Optimizer):
         logits = layer.logits
         out, _, groups = logits.shape
         shape = [logits.shape, (out, groups), (out,)][self.share]
-        dtype = torch.float32 if self.share else self.moments
+
+        def zeros(shape: Sequence[int], dtype: torch.dtype, *, signed: bool) -> Tensor:
+            if dtype == torch.uint8:
+                return eight_bit.zeros(shape, signed=signed, device=logits.device)
+            return torch.zeros(shape, dtype=dtype, device=logits.device)
+
         return {
             "step": torch.zeros((), dtype=torch.int64),
-            "m": torch.zeros(logits.shape, dtype=self.moments, device=logits.device),
-            "v": torch.zeros(shape, dtype=dtype, device=logits.device),
+            "m": zeros(logits.shape, self.moments, signed=True),
+            "v": zeros(shape, torch.float32 if self.share else self.moments, signed=False),
         }
 
     def _take(self, position: int, grad: Tensor, draw: Draw) -> None:
@@ -202,7 +209,8 @@ class MaskAdamW(torch.optim.Optimizer):
         if position in self._pending:
             grad, draw = self._pending[position]
             grad = grad.contiguous()
-            if kernels.native_fits(layer.relaxation, layer.matrix, layer.logits, grad):
+            fused = kernels.native_fits(layer.relaxation, layer.matrix, layer.logits, grad)
+            if fused and not eight_bit.quantised(m):
                 mask = kernels.native_mask(layer.relaxation, layer.matrix, logits, draw, push=True)
                 native.backward(mask, _native_adam(step, scale, m, v, grad_effective=grad))
                 return
@@ -215,10 +223,9 @@ class MaskAdamW(torch.optim.Optimizer):
         """Bit for bit: torch's own would cast the moments to the dtype of the logits."""
         super().load_state_dict(state_dict)
         for position, layer in enumerate(self.layers):
-            fresh = self.state[layer.logits]
+            fresh = self.state[layer.logits] = self._new_state(layer)
             for name, saved in state_dict["state"][position].items():
-                device = "cpu" if name == "step" else layer.logits.device
-                fresh[name] = saved.detach().to(device=device, copy=True)
+                fresh[name].copy_(saved.detach())
 
 
 def _native_adam(step: Step, scale: float | Tensor, m: Tensor, v: Tensor, grad_effective: Tensor) -> native.Adam:
@@ -240,24 +247,31 @@ def adamw_(
     """One AdamW step in place, in plain torch: the oracle of the C++ kernel. Shapes as in `MaskAdamW`; grad fp32."""
     where = {"first_row": first_row, "first_group": first_group, "device": logits.device}
     words = noise.bits(step.moment_key, *logits.shape, **where)
-    m_new = step.beta1 * m.float() + (1.0 - step.beta1) * grad
+    m_new = step.beta1 * _read(m) + (1.0 - step.beta1) * grad
     squares = grad.square()
     if step.share:
         squares = squares.mean(1) if step.share == 1 else squares.mean((1, 2))
-    v_new = step.beta2 * v.float() + (1.0 - step.beta2) * squares
+    before = _read(v).square() if eight_bit.quantised(v) else v.float()
+    v_new = step.beta2 * before + (1.0 - step.beta2) * squares
     denominator = (v_new / (1.0 - step.beta2**step.count)).sqrt_().add_(step.eps)
     if step.share:
         denominator = denominator[:, None, :] if step.share == 1 else denominator[:, None, None]
     update = m_new / (1.0 - step.beta1**step.count) / denominator
     new = logits.float() * (1.0 - step.lr * step.weight_decay) - step.lr * update
     _write(m, m_new, words)
-    _write(v, v_new, words >> 16)
+    _write(v, v_new.sqrt() if eight_bit.quantised(v) else v_new, words >> 16)
     _write(logits, new, noise.bits(step.logit_key, *logits.shape, **where))
 
 
+def _read(moment: Tensor) -> Tensor:
+    return moment.dequantize() if eight_bit.quantised(moment) else moment.float()
+
+
 def _write(target: Tensor, value: Tensor, words: Tensor) -> None:
-    """Store fp32 as it is, or in bf16 rounded stochastically: 16 random bits added below the last bit that is kept."""
-    if target.dtype == torch.float32:
+    """Store fp32 as it is, as eight-bit codes, or in bf16 rounded stochastically: 16 random bits added below the last bit
+    that is kept.
+    """
+    if target.dtype == torch.float32:  # codes pass for fp32, and take it
         target.copy_(value)
         return
     bits = value.contiguous().view(torch.int32)
@@ -271,7 +285,8 @@ def resident_bytes(layers: Iterable[LearnedMask], optimizer: torch.optim.Optimiz
     for layer in layers:
         tensors = [layer.matrix, layer.logits, layer.logits.grad]
         if optimizer is not None:
-            tensors += [t for t in optimizer.state.get(layer.logits, {}).values() if isinstance(t, Tensor)]
+            states = [t for t in optimizer.state.get(layer.logits, {}).values() if isinstance(t, Tensor)]
+            tensors += [part for state in states for part in eight_bit.parts("", state).values()]
         weights += layer.matrix.numel()
         for tensor in tensors:
             if tensor is not None and tensor.data_ptr() not in seen:

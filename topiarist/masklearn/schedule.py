@@ -75,6 +75,7 @@ class Preset:
     """Strength of the paper's random prior, used while gap is None."""
     std: float = 0.01
     second_moment: Literal["logit", "group", "row"] = "logit"
+    moments: Literal["bf16", "8-bit"] = "bf16"
     sample: Literal["step", "micro-batch"] = "step"
     """How often noise is drawn. Per step the mask is converted once, whatever the number of micro-batches."""
     prior_samples: int = 32

@@ -54,6 +54,7 @@ def prepare(
     preset: str | Preset,
     steps: int | None,
     lean: bool,
+    eight_bit: bool,
     skip: Sequence[str],
     last_block_dense: bool,
     batch_size: int | None,
@@ -62,7 +63,7 @@ def prepare(
     tokenizer: Any,
 ) -> Job:
     """Resolve the arguments of `learn`. Raises a TopiaristError for every one that does not fit."""
-    recipe = _recipe(preset, steps, lean)
+    recipe = _recipe(preset, steps, lean, eight_bit)
     names = block_names(source.model, source.family)
     dense = [*skip, f"^{re.escape(names[-1])}\\."] if last_block_dense else list(skip)
     patterns, unmatched = resolve_patterns(source, pattern, None, dense)
@@ -81,12 +82,14 @@ def prepare(
     return Job(recipe, patterns, blocks, windows, training, watching, size, notes)
 
 
-def _recipe(preset: str | Preset, steps: int | None, lean: bool) -> Preset:
+def _recipe(preset: str | Preset, steps: int | None, lean: bool, eight_bit: bool) -> Preset:
     recipe = look_up(PRESETS, preset, "preset") if isinstance(preset, str) else preset
     if steps is not None:
         if steps < 1:
             raise TopiaristError(f"learning takes at least one step, got {steps}")
         recipe = shortened(recipe, steps) if isinstance(preset, str) else replace(recipe, steps=steps)
+    if eight_bit:
+        recipe = replace(recipe, moments="8-bit")
     return replace(recipe, second_moment="group") if lean else recipe
 
 

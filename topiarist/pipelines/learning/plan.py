@@ -57,6 +57,7 @@ def plan_learn(
     batch_size: int | None = None,
     seed: int = 0,
     lean: bool = False,
+    eight_bit: bool = False,
     activation_checkpointing: bool = False,
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
@@ -67,8 +68,9 @@ def plan_learn(
     """
     source, checkpoint, _ = open_model(model, None, device, trust_remote_code, planning=True)
     plan = prepare(
-        source, checkpoint, data=data, pattern=parse_pattern(pattern), preset=preset, steps=steps, lean=lean, skip=skip,
-        last_block_dense=last_block_dense, batch_size=batch_size, held_out=1, processes=1, tokenizer=None,
+        source, checkpoint, data=data, pattern=parse_pattern(pattern), preset=preset, steps=steps, lean=lean,
+        eight_bit=eight_bit, skip=skip, last_block_dense=last_block_dense, batch_size=batch_size, held_out=1,
+        processes=1, tokenizer=None,
     )  # fmt: skip
     masks = {}
     for target in plan.targets:  # any mask of the pattern costs the same

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from topiarist.errors import CalibrationError, NumericalError
-from topiarist.masklearn import Annealing, MaskAdamW, Preset
+from topiarist.masklearn import Annealing, MaskAdamW, Preset, eight_bit
 from topiarist.pipelines.learning.masking import MaskedModel
 from topiarist.pipelines.learning.processes import Processes
 
@@ -79,6 +79,7 @@ class MaskTrainer:
             weight_decay=preset.weight_decay,
             max_norm=preset.max_norm,
             second_moment=preset.second_moment,
+            moments=torch.uint8 if preset.moments == "8-bit" else torch.bfloat16,
             seed=seed,
             add_up=self._over_shards if masked.sharded else None,
         )
@@ -224,7 +225,9 @@ class MaskTrainer:
         """
         found = {}
         for target, layer, best in zip(self.masked.targets, self.masked.layers, self.best_bits, strict=True):
-            parts = {"logits": layer.logits, **self.optimizer.state[layer.logits], "best": torch.from_numpy(best)}
+            parts = {"logits": layer.logits, "best": torch.from_numpy(best)}
+            for key, state in self.optimizer.state[layer.logits].items():
+                parts |= eight_bit.parts(key, state)
             found.update({f"{target.name} {key}": tensor.detach() for key, tensor in parts.items()})
         return found
 
