@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import tiny
@@ -22,11 +24,13 @@ def logits_error(model, dense, tokens) -> float:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 @pytest.mark.parametrize("pattern", ["2:4", "0.6"])
-def test_refinement_helps_and_keeps_the_pattern(family: str, pattern: str):
+@pytest.mark.parametrize("target", ["current", "dense"])
+def test_refinement_helps_and_keeps_the_pattern(family: str, pattern: str, target: Literal["current", "dense"]):
+    refine = replace(QUICK, target=target)
     tokens, unseen = tiny.tiny_tokens(32, 32), tiny.tiny_tokens(8, 32, seed=9)
     plain, refined, dense = (tiny.tiny_model(family) for _ in range(3))
     tp.prune(plain, method="sparsegpt", pattern=pattern, calibration=tokens, batch_size=4)
-    report = tp.prune(refined, method="sparsegpt", pattern=pattern, calibration=tokens, batch_size=4, refine=QUICK)
+    report = tp.prune(refined, method="sparsegpt", pattern=pattern, calibration=tokens, batch_size=4, refine=refine)
     assert len(report.refined) == 2
     assert all(block.after < block.before and block.best_epoch > 0 for block in report.refined)
     # The first block is pruned alike in both, so its zeros must be the same ones.
@@ -68,11 +72,33 @@ def test_bf16_weights_learn_through_fp32_masters():
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
 
 
-def test_a_resumed_run_has_the_same_refinements(tmp_path: Path, monkeypatch):
+def test_the_dense_target_is_the_dense_models_own_hidden_state(monkeypatch):
+    import topiarist.pipelines.block as block
+
+    real, seen = block.refine_block, []
+
+    def keeps_targets(settings, stream, index, module, matrices, targets, name):
+        seen.append(targets.clone())
+        return real(settings, stream, index, module, matrices, targets, name)
+
+    monkeypatch.setattr(block, "refine_block", keeps_targets)
+    tokens, dense = tiny.tiny_tokens(8, 32), tiny.tiny_model()
+    refine = replace(QUICK, target="dense", epochs=1)
+    tp.prune(tiny.tiny_model(), method="magnitude", calibration=tokens, batch_size=4, refine=refine)
+    with torch.no_grad():
+        states = dense.model(tokens, output_hidden_states=True).hidden_states
+    assert torch.allclose(seen[0], states[1], atol=1e-6)
+    normed = dense.model.norm(seen[1])  # the last state that transformers tells has gone through the final norm
+    assert torch.allclose(normed, states[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["current", "dense"])
+def test_a_resumed_run_has_the_same_refinements(target: Literal["current", "dense"], tmp_path: Path, monkeypatch):
     import topiarist.pipelines.block as block
 
     tiny.tiny_checkpoint(tmp_path / "base", num_hidden_layers=3)
-    options = {"method": "wanda", "calibration": tiny.tiny_tokens(16, 32), "batch_size": 4, "refine": QUICK}
+    refine = replace(QUICK, target=target)
+    options = {"method": "wanda", "calibration": tiny.tiny_tokens(16, 32), "batch_size": 4, "refine": refine}
     whole = tp.prune(tmp_path / "base", tmp_path / "whole", **options)
     real, calls = block.refine_block, []
 

@@ -61,6 +61,11 @@ class BlockPruner:
             )
         return cls(method.solver, patterns, refine, method)
 
+    @property
+    def follows_dense(self) -> bool:
+        """Whether the dense model's hidden states are needed beside the pruned one's (`BlockStream.follow_dense`)."""
+        return self.refine is not None and self.refine.target == "dense"
+
     def warn(self, message: str, category: type[Warning]) -> None:
         """Once for each message, so that the rounds of a joint solve do not repeat themselves."""
         if message in self.warned:
@@ -96,7 +101,7 @@ class BlockPruner:
         targets = None
         if self.refine is not None:
             with self.meter.timed("refine"):
-                targets = stream.outputs(index, block)
+                targets = stream.dense if self.follows_dense else stream.outputs(index, block)
         layers: list[LayerReport] = []
         for stage in stages:
             with self.meter.timed("forward"):
@@ -107,7 +112,7 @@ class BlockPruner:
             layers += self._prune_jointly(stream, index, block, network, before, path)
         if self.refine is not None and targets is not None:
             with self.meter.timed("refine"):
-                self.refined.append(refine_block(self.refine, stream, index, block, wanted, targets, path))
+                self.refined.append(refine_block(self.refine, stream, index, block, wanted, targets.values, path))
         return layers
 
     def solve(self, groups: Sequence[GramGroup], matrices: Sequence[Matrix], path: str) -> list[LayerReport]:

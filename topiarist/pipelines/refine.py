@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -31,6 +32,9 @@ class Refine:
     any size."""
     final_learning_rate: float = 0.2
     """Fraction of the learning rate that the cosine ends at."""
+    target: Literal["current", "dense"] = "current"
+    """`current`: the dense block's output for the inputs as the pruned blocks before it left them; `dense`: the dense
+    model's own hidden states, so that a block also learns to undo what those before it did. Twice the hidden states."""
     norms: bool = False
     """Also train the block's one-dimensional parameters (norms and biases)."""
     held_out: float = 0.1
@@ -46,7 +50,7 @@ def refine_block(
     targets: Float[Tensor, "num window width"],
     name: str,
 ) -> BlockRefinement:
-    """Train the kept weights of `matrices` (already pruned, in place) towards `targets`, the dense block's outputs.
+    """Train the kept weights of `matrices` (already pruned, in place) towards `targets`, the block's outputs as wanted.
 
     Weights are held in fp32 while they learn and run in the block's own dtype. The epoch with the smallest error on
     the held-out windows wins, the unrefined block included, both measured with weights as they will be stored.

@@ -84,6 +84,8 @@ class BlockStream:
         self._batches = [slice(s, min(s + batch_size, len(tokens))) for s in range(0, len(tokens), batch_size)]
         self._calls: list[list[BlockCall]] = []
         self._hidden: HiddenStates | None = None
+        self.dense: HiddenStates | None = None
+        """The dense model's own hidden states after the block that `follow_dense` saw last."""
         source.load_embeddings()
         returns_tuple = self._first_block_returns_tuple(tokens[:1])
         for rows in self._batches:
@@ -120,10 +122,15 @@ class BlockStream:
     def num_batches(self) -> int:
         return len(self._batches)
 
-    def run_batch(self, index: int, block: Callable[..., Any], batch: int) -> tuple[slice, Tensor, Tensor]:
-        """(rows, hidden states entering, output) of one batch; the stored hidden states stay as they are."""
+    def run_batch(
+        self, index: int, block: Callable[..., Any], batch: int, states: Tensor | None = None
+    ) -> tuple[slice, Tensor, Tensor]:
+        """(rows, hidden states entering, output) of one batch; the stored hidden states stay as they are.
+
+        states: hidden states of all windows to take in place of the stored ones.
+        """
         rows = self._batches[batch]
-        hidden = self.hidden[rows].to(self.device)
+        hidden = (self.hidden if states is None else states)[rows].to(self.device)
         return rows, hidden, self._calls[batch][index].run(block, hidden)
 
     @torch.no_grad()
@@ -134,13 +141,20 @@ class BlockStream:
             self.hidden[rows] = out.cpu()
 
     @torch.no_grad()
-    def outputs(self, index: int, block: nn.Module) -> Tensor:
-        """The block's output for all windows, (num, window, width); the hidden states stay as they are."""
-        targets = torch.empty_like(self.hidden)
+    def outputs(self, index: int, block: nn.Module, states: Tensor | None = None) -> HiddenStates:
+        """The block's output for all windows, (num, window, width); the hidden states stay as they are.
+
+        states: what enters the block, if not the stored hidden states.
+        """
+        found = self.new_states(self.hidden.shape[2], self.hidden.dtype)
         for batch in range(self.num_batches):
-            rows, _, out = self.run_batch(index, block, batch)
-            targets[rows] = out.cpu()
-        return targets
+            rows, _, out = self.run_batch(index, block, batch, states)
+            found.values[rows] = out.cpu()
+        return found
+
+    def follow_dense(self, index: int, block: nn.Module) -> None:
+        """Take the dense model's hidden states (`dense`) one block further. Every block in turn, before it is pruned."""
+        self.dense = self.outputs(index, block, None if self.dense is None else self.dense.values)
 
     def new_states(self, width: int, dtype: torch.dtype = torch.float32) -> HiddenStates:
         """Room for (num, window, width) values beside the hidden states: in memory, or in a file if those are in one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from topiarist.meter import return_freed_memory
 from topiarist.models import block_names
@@ -45,12 +45,19 @@ class Walk:
 
     def _prune_block(self, stream: BlockStream, index: int) -> list[LayerReport]:
         self.progress("pruning", index, len(self.names))
-        with self.pruner.meter.timed("read"):
-            block = self.source.load(index)
+        block = self._dense_block(stream, index)
         matrices = block_matrices(self.source, index)
         return self.pruner.prune(
             stream, index, block, matrices, self.names[index], sequential=self.options.true_sequential
         )
+
+    def _dense_block(self, stream: BlockStream, index: int) -> nn.Module:
+        with self.pruner.meter.timed("read"):
+            block = self.source.load(index)
+        if self.pruner.follows_dense:
+            with self.pruner.meter.timed("refine"):
+                stream.follow_dense(index, block)
+        return block
 
     def _advance(self, stream: BlockStream, index: int) -> None:
         if index + 1 < len(self.names):
@@ -81,6 +88,8 @@ class Walk:
             number = len(outer) + index
             if line := output.shard_is_done(number):
                 self.progress("catching up", index, len(self.names))
+                if self.pruner.follows_dense:
+                    self._dense_block(stream, index)
                 with self.pruner.meter.timed("read"):
                     self.source.load(index, Checkpoint.of_shard(output.folder / line["file"]))
                 layers += [LayerReport.from_dict(layer) for layer in line["layers"]]
