@@ -23,13 +23,14 @@ from topiarist.output import MASKS, OutputFolder
 from topiarist.pages import PAGE, Result, report_page
 from topiarist.pipelines.learning.masking import Target
 from topiarist.pipelines.learning.report import METHOD, LearnedLayer, LearnReport, learned_card
-from topiarist.pipelines.learning.sharding import STATES
 from topiarist.sources import LoadedModel
 from topiarist.store import Checkpoint
 
 STATE = "learning_state.safetensors"
+STATES = "learning_states"
+"""Of sharded runs instead: a folder with a state of every process (sharding.py)."""
 PRIOR = "learning_prior.safetensors"
-"""Only of sharded runs, whose states (sharding.py) are the shards' own."""
+"""Only of sharded runs."""
 STATE_BYTES = 13
 """Of the state on disk, per masked weight at 2:4: fp32 logits, bf16 moments, the prior's bit."""
 

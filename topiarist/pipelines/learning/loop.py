@@ -21,7 +21,6 @@ from topiarist.pipelines.learning.masking import MaskedModel
 from topiarist.pipelines.learning.priors import one_shot_masks
 from topiarist.pipelines.learning.processes import Processes
 from topiarist.pipelines.learning.report import LearnReport
-from topiarist.pipelines.learning.sharding import ShardedModel
 from topiarist.pipelines.learning.trainer import MaskTrainer
 from topiarist.solvers import SOLVERS
 from topiarist.sources import LoadedModel
@@ -62,6 +61,9 @@ class Run:
             "dtype": torch.bfloat16 if lean else torch.float32,
         }
         if sharded:
+            # Here alone, for what it needs of torch.distributed takes a quarter of the time that the package takes to import.
+            from topiarist.pipelines.learning.sharding import ShardedModel
+
             return ShardedModel(self.source, self.job.targets, masks, processes=self.processes, **options)
         return MaskedModel(self.source, self.job.targets, masks, **options)
 
@@ -112,12 +114,13 @@ class Run:
         state: tuple[dict[str, Tensor], dict[str, str]] | None,
     ) -> None:
         """Go on from the saved state, if there is one: every process from the first one's, or each with its own rows."""
-        if not isinstance(trainer.masked, ShardedModel):
+        masked: Any = trainer.masked
+        if not masked.sharded:
             if state is not None:
                 trainer.load(*state)
             trainer.share()
         elif output is not None:
-            loop = trainer.masked.load(output.folder, trainer.tensors())
+            loop = masked.load(output.folder, trainer.tensors())
             if loop is not None:
                 trainer.go_on(loop)
 
@@ -148,8 +151,9 @@ class Run:
         self.progress(f"hard mask {perplexity:.2f}, {entry['flips']:.2%} changed", trainer.step, trainer.preset.steps)
 
     def _save(self, trainer: MaskTrainer, output: OpenedFolder) -> None:
-        if isinstance(trainer.masked, ShardedModel):
-            trainer.masked.save(output.folder, trainer.step, trainer.tensors(), trainer.progress())
+        masked: Any = trainer.masked
+        if masked.sharded:
+            masked.save(output.folder, trainer.step, trainer.tensors(), trainer.progress())
             return
         prior = packed_prior(self.job.targets, trainer.masked.prior_bits)
         notes = {"notes": json.dumps(self.job.notes)}  # a resume does not compute the prior and its warnings again

@@ -30,11 +30,12 @@ from torch.distributed.tensor import DTensor, Shard
 from topiarist.errors import CheckpointError, PatternError
 from topiarist.masklearn import Annealing, LearnedMask, Prior, kernels, relaxation_for, set_draws
 from topiarist.models import block_names
+from topiarist.pipelines.learning.files import STATES
 from topiarist.pipelines.learning.masking import MaskedModel, Target
 from topiarist.pipelines.learning.processes import Processes
 from topiarist.sources import LoadedModel
 
-STATES, LATEST, LOOP = "learning_states", "LATEST", "loop.json"
+LATEST, LOOP = "LATEST", "loop.json"
 
 
 class MaskShard(LearnedMask):
