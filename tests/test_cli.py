@@ -61,6 +61,23 @@ def test_unstructured_with_options(call, folder: Path):
     assert abs(config["pruning_config"]["sparsity"] - 0.7) < 1e-3
 
 
+def test_without_text(call, folder: Path):
+    bare = ("prune", "model", "out")
+    code, printed, _ = call(*bare, "--method", "magnitude", "--plan")
+    assert code == 0 and "2 x 7" in printed and not (folder / "out").exists()
+    for refused in (["--method", "wanda"], ["--method", "sparsellm"], ["--method", "magnitude", "--set", "refit=true"],
+                    ["--method", "magnitude", "--refine"], ["--method", "magnitude", "--allocation", "owl"]):  # fmt: skip
+        code, _, error = call(*bare, *refused)
+        assert code == 2 and "give calibration text" in error and not (folder / "out").exists()
+    code, printed, _ = call(*bare, "--method", "magnitude", "--pattern", "0.5")
+    assert code == 0 and "14 matrices, 50.00% zeros" in printed
+    report = json.loads((folder / "out" / "pruning_report.json").read_text())
+    assert "--calibration" not in report["command"]
+    assert "no calibration text" in (folder / "out" / "pruning_report.html").read_text()
+    assert "none: by the weights alone" in (folder / "out" / "README.md").read_text()
+    assert call("eval", "out", "--text", "other.txt", "--window", "32")[0] == 0
+
+
 def test_allocation_file(call, folder: Path):
     from topiarist.evaluate import audit
 

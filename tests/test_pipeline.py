@@ -151,6 +151,25 @@ def test_a_loaded_model_can_be_saved(tmp_path: Path):
         tp.prune(model, tmp_path / "out", calibration=tiny.tiny_tokens(8, 32))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_magnitude_needs_no_text(family: str, tmp_path: Path):
+    """The zeros are those of a run with text; errors are the share of the squares that went."""
+    tiny.tiny_checkpoint(tmp_path / "base", family)
+    seen = tp.prune(tmp_path / "base", tmp_path / "seen", method="magnitude", calibration=tiny.tiny_tokens(64, 32))
+    blind = tp.prune(tmp_path / "base", tmp_path / "blind", method="magnitude", allocation="linear", pattern="2:4")
+    again = tp.prune(tmp_path / "base", tmp_path / "uniform", method="magnitude")
+    assert [layer.name for layer in again.layers] == [layer.name for layer in seen.layers]
+    for path in (tmp_path / "seen").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "uniform" / path.name).read_bytes()
+    assert blind.sparsity == pytest.approx(again.sparsity) and again.calibration == {} and not again.warnings
+    model, pruned = tiny.tiny_model(family), tiny.tiny_model(family)
+    report = tp.prune(pruned, method="magnitude", pattern="0.7")
+    assert report.sparsity == pytest.approx(0.7, abs=1e-3)
+    layer = next(m for m in report.layers if m.name.endswith(("q_proj", "c_attn")))
+    before, after = (net.get_submodule(layer.name).weight.detach().double() for net in (model, pruned))
+    assert layer.error == pytest.approx(float((before - after).square().sum() / before.square().sum()))
+
+
 def test_any_torch_module_can_be_pruned():
     torch.manual_seed(0)
     encoder = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0).train()

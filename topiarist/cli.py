@@ -14,7 +14,6 @@ from rich.table import Table
 from topiarist import cli_allocate, cli_masks, cli_report, cli_runtime, cli_shrink
 from topiarist.__about__ import __version__
 from topiarist.cli_tools import (
-    Text,
     err,
     filled,
     out,
@@ -38,7 +37,10 @@ USAGE, INTERRUPTED = 2, 130
 def prune(
     model: Annotated[str, typer.Argument(help="model folder or hub id")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the pruned checkpoint")],
-    calibration: Text,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(help=".txt, .jsonl, .jsonl.gz or a datasets folder; may be repeated; only magnitude does without"),
+    ] = None,
     method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, alps or sparsellm")] = "alps",
     pattern: Annotated[
         str | None, typer.Option(help="2:4 keeps 2 of 4; 0.7 makes 70 % zeros; 0.7/row; default 2:4")
@@ -87,7 +89,7 @@ def prune(
     set_threads(threads)
     quiet()
     options = PruneOptions(
-        calibration=tp.text_files(calibration),
+        calibration=tp.text_files(calibration) if calibration else None,
         method=solver_from_text(method, option or []),
         refine=filled(Refine, "--refine-set", refine_option or []) if refine or refine_option else False,
         pattern=pattern,

@@ -25,7 +25,7 @@ def block_size(row: int) -> int:
 def zeros(shape: Sequence[int], *, signed: bool, device: torch.device) -> Tensor:
     """A moment of shape (out, ...) at zero. Raises TopiaristError if torchao is not installed."""
     try:
-        from torchao.optim.subclass_8bit import OptimState8bit
+        from torchao.optim.subclass_8bit import OptimState8bit  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise TopiaristError("moments in eight bits need torchao: pip install 'topiarist[eight-bit]'") from None
     size = block_size(torch.Size(shape[1:]).numel())

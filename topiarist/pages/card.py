@@ -19,6 +19,11 @@ def model_card(result: Result) -> str:
         f"| `{w['name']}` | {w['shape'][0]} x {w['shape'][1]} | {percent(w['sparsity'])} | {error_text(w['error'])} |"
         for w in worst
     ]
+    text = "none: by the weights alone"
+    if calibration:
+        text = (
+            f"{calibration['samples']} windows of {calibration['window']} tokens, sha256 {calibration['digest'][:16]}"
+        )
     command = command_text(report.get("command", []))
     return f"""---
 library_name: transformers
@@ -36,7 +41,7 @@ loader opens them, and they are neither smaller nor faster by themselves. `pruni
 |---|---|
 | method | {result.method}{": " * bool(settings)}{settings} |
 | pattern | {report["pattern"]} |
-| calibration | {calibration["samples"]} windows of {calibration["window"]} tokens, sha256 {calibration["digest"][:16]} |
+| calibration | {text} |
 | mean relative reconstruction error | {error_text(report["mean_error"])} |
 
 ```

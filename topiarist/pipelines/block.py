@@ -115,6 +115,19 @@ class BlockPruner:
                 self.refined.append(refine_block(self.refine, stream, index, block, wanted, targets.values, path))
         return layers
 
+    def prune_without_data(self, block: nn.Module, matrices: Sequence[Matrix], path: str) -> list[LayerReport]:
+        """Prune the matrices of a block in place by their weights alone."""
+        check_finite(block, path)
+        layers = []
+        with self.meter.timed("solver"):
+            for matrix in matrices:
+                name = _join(path, matrix.name)
+                if (pattern := self.patterns[name]) is not None:
+                    with self._named([matrix], [name]):
+                        solution = self.solver.without_data(matrix.weight, pattern)
+                    layers.append(self._take(path, matrix, solution, 0))
+        return layers
+
     def solve(self, groups: Sequence[GramGroup], matrices: Sequence[Matrix], path: str) -> list[LayerReport]:
         """Solve every group on its Gram; matrices in no group saw no token and are pruned by magnitude, loudly."""
         self._warn_of_thin(groups, matrices, path)

@@ -54,21 +54,15 @@ def prune_command(
         words += ["--allocation", said(named, "ALLOCATION", "an allocation given as a dictionary")]
     for expression in options.skip:
         words += ["--skip", expression]
+    if calibration is None:
+        return words, unsaid
     if isinstance(calibration, TextFiles):
         for path in calibration.paths:
             words += ["--calibration", str(path)]
     else:
         words += ["--calibration", said(None, "TEXT", "calibration text given in memory")]
-    words += [
-        "--samples",
-        str(len(windows.tokens)),
-        "--window",
-        str(windows.window),
-        "--seed",
-        str(options.seed),
-        "--batch-size",
-        str(options.batch_size),
-    ]
+    words += ["--samples", str(len(windows.tokens)), "--window", str(windows.window), "--seed", str(options.seed)]
+    words += ["--batch-size", str(options.batch_size)]
     words += ["--true-sequential"] if options.true_sequential else []
     if options.refinement is not None:
         words += ["--refine", *_settings(options.refinement, "--refine-set")]

@@ -37,7 +37,7 @@ def prune(
     model: str | Path | nn.Module,
     out: str | Path | None = None,
     *,
-    calibration: TextFiles | Tensor | Sequence[str],
+    calibration: TextFiles | Tensor | Sequence[str] | None = None,
     method: str | Method = "alps",
     pattern: str | float | Pattern | None = None,
     allocation: str | Path | Rule | Mapping[str, str | None] | None = None,
@@ -58,7 +58,8 @@ def prune(
     """Prune a causal language model, block by block.
 
     model: a folder or hub id (read block by block, never whole; `out` is needed), or a model object (pruned in place;
-    written to `out` if given). calibration: text files, a list of documents, or token windows (num, window).
+    written to `out` if given). calibration: text files, a list of documents, or token windows (num, window);
+    None only for `magnitude`, which then runs nothing through the model.
     pattern: for every layer ("2:4" if not given), or how many weights the allocation keeps in all. allocation: a rule of
     `tp.allocate.ALLOCATIONS` (its name, or a value such as `tp.allocate.Owl(threshold=7)`), or {layer: pattern} or its
     JSON file, which must agree with `pattern` if that is given. allocation_work: folder for what a rule takes long to
@@ -114,7 +115,9 @@ def prune_with(
         settings=settings_of(solver),
         pattern="mixed" if options.allocation is not None else str(options.base_pattern),
         model=name,
-        calibration={
+        calibration={}
+        if options.calibration is None
+        else {
             "samples": len(windows.tokens),
             "window": windows.window,
             "seed": options.seed,

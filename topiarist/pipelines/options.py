@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topiarist.allocate import ALLOCATIONS, Rule
+from topiarist.allocate import ALLOCATIONS, Linear, Rule, Uniform
 from topiarist.data import TextFiles, Windows
+from topiarist.errors import CalibrationError
 from topiarist.patterns import Pattern, parse_pattern
 from topiarist.pipelines.refine import Refine
 from topiarist.pipelines.setup import read_windows
 from topiarist.pipelines.sparsellm import METHODS, Method
+from topiarist.solvers import Solver
 from topiarist.sources import Source
 from topiarist.store import Checkpoint
-from topiarist.tables import resolve
+from topiarist.tables import name_of, resolve
 
 Progress = Callable[[str, int, int], None]
 """(what is going on, steps done, steps in all)"""
@@ -28,7 +30,7 @@ Progress = Callable[[str, int, int], None]
 class PruneOptions:
     """Everything that `tp.prune` takes beside the model, the output folder and the progress bar; explained there."""
 
-    calibration: TextFiles | Tensor | Sequence[str]
+    calibration: TextFiles | Tensor | Sequence[str] | None = None
     method: str | Method = "alps"
     pattern: str | float | Pattern | None = None
     allocation: str | Path | Rule | Mapping[str, str | None] | None = None
@@ -67,6 +69,23 @@ class PruneOptions:
         return self.refine
 
     def windows(self, source: Source, checkpoint: Checkpoint | None) -> Windows:
+        """The calibration windows; none at all if no text was given. Raises CalibrationError if something needs it."""
+        if self.calibration is None:
+            self._check_without_data()
+            return Windows(torch.empty(0, 0, dtype=torch.int64), "", frozenset())
         return read_windows(
             source, checkpoint, self.calibration, self.tokenizer, self.num_samples, self.window, self.seed
         )
+
+    def _check_without_data(self) -> None:
+        solver, rule, wanting = self.solver, self.rule, ""
+        if not isinstance(solver, Solver) or solver.needs_data:
+            wanting = name_of(METHODS, solver)
+        elif solver.refit or self.refinement is not None:
+            wanting = "a refit" if solver.refit else "refinement"
+        elif rule is not None and not isinstance(rule, Uniform | Linear):
+            wanting = f"allocation {name_of(ALLOCATIONS, rule)}"
+        if wanting:
+            raise CalibrationError(
+                f"{wanting} looks at what flows through the model: give calibration text (only magnitude does without)"
+            )

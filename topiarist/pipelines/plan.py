@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from topiarist.meter import resident_bytes
+from topiarist.meter import peak_memory_bytes, resident_bytes
 from topiarist.models import Matrix
 from topiarist.pipelines.allocating.allocation import fixed_patterns
 from topiarist.pipelines.block import BlockPruner
@@ -54,6 +54,8 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
     assert isinstance(checkpoint, Checkpoint)
     patterns, _ = fixed_patterns(options, source)
     windows = options.windows(source, checkpoint)
+    if options.calibration is None:
+        return _plan_without_data(source, checkpoint, options, patterns)
     with eager_experts(source.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a probe of two windows is thin by design
         probe = windows.tokens[:PROBE_WINDOWS]
@@ -87,6 +89,22 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
         disk_bytes=checkpoint.weight_bytes(),
         forward_seconds=blocks * passes * len(windows.tokens) / len(probe),
         solver_seconds=blocks * rate * solves,
+    )
+
+
+def _plan_without_data(source: Any, checkpoint: Checkpoint, options: PruneOptions, patterns: Any) -> Plan:
+    """From the first block, pruned: blocks are all alike, and one is in memory at a time."""
+    block, matrices = source.load(0), block_matrices(source, 0)
+    start = time.perf_counter()
+    layers = BlockPruner.of(options.solver, patterns).prune_without_data(block, matrices, f"{source.family.blocks}.0")
+    seconds = time.perf_counter() - start
+    return Plan(
+        blocks=num_blocks(source),
+        matrices=len(layers),
+        peak_memory_bytes=peak_memory_bytes(),
+        disk_bytes=checkpoint.weight_bytes(),
+        forward_seconds=0.0,
+        solver_seconds=num_blocks(source) * seconds,
     )
 
 

@@ -35,7 +35,10 @@ class Walk:
         self.source, self.pruner, self.tokens, self.options, self.progress = source, pruner, tokens, options, progress
         self.names = block_names(source.model, source.family)
 
-    def _start(self) -> BlockStream:
+    def _start(self) -> BlockStream | None:
+        """The hidden states before the first block; None where nothing has to flow."""
+        if not len(self.tokens):
+            return None
         self.progress("reading the calibration text", 0, len(self.names))
         with self.pruner.meter.timed("forward"):
             spill = None if self.options.spill is None else Path(self.options.spill)
@@ -43,24 +46,26 @@ class Walk:
                 self.source, self.tokens, batch_size=self.options.batch_size, device=self.source.device, spill=spill
             )
 
-    def _prune_block(self, stream: BlockStream, index: int) -> list[LayerReport]:
+    def _prune_block(self, stream: BlockStream | None, index: int) -> list[LayerReport]:
         self.progress("pruning", index, len(self.names))
         block = self._dense_block(stream, index)
         matrices = block_matrices(self.source, index)
+        if stream is None:
+            return self.pruner.prune_without_data(block, matrices, self.names[index])
         return self.pruner.prune(
             stream, index, block, matrices, self.names[index], sequential=self.options.true_sequential
         )
 
-    def _dense_block(self, stream: BlockStream, index: int) -> nn.Module:
+    def _dense_block(self, stream: BlockStream | None, index: int) -> nn.Module:
         with self.pruner.meter.timed("read"):
             block = self.source.load(index)
-        if self.pruner.follows_dense:
+        if stream is not None and self.pruner.follows_dense:
             with self.pruner.meter.timed("refine"):
                 stream.follow_dense(index, block)
         return block
 
-    def _advance(self, stream: BlockStream, index: int) -> None:
-        if index + 1 < len(self.names):
+    def _advance(self, stream: BlockStream | None, index: int) -> None:
+        if stream is not None and index + 1 < len(self.names):
             with self.pruner.meter.timed("forward"):
                 stream.advance(index, self.source.model.get_submodule(self.names[index]))
 

@@ -6,6 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -41,6 +42,8 @@ class Solver(ABC):
     matrices that share one input (q/k/v, gate/up) can share its work.
     """
 
+    needs_data: ClassVar[bool] = True
+    """Whether `solve` looks at the Gram."""
     refit: bool = False
     """End with a least-squares refit of the kept weights on the chosen support."""
     refit_damping: float = 1e-3
@@ -53,6 +56,21 @@ class Solver(ABC):
         (CalibrationWarning) if the Gram saw fewer tokens than it has inputs.
         """
         return self.together([weight], gram, [pattern])[0]
+
+    def without_data(self, weight: Float[Tensor, "out in"], pattern: Pattern) -> Solution:
+        """Prune one weight by itself; its error is the share of its squares that went.
+
+        Only for solvers whose `needs_data` is False, without `refit`. Raises what a call with a Gram raises.
+        """
+        pattern.check(tuple(weight.shape))
+        if not torch.isfinite(weight).all():
+            raise NumericalError("NaN or Inf in the weight")
+        W = weight.detach().float()
+        nothing = W.new_zeros(()).expand(W.shape[1], W.shape[1])  # of a Gram's shape, in no memory
+        new, mask = self.solve(Problem(W, nothing, pattern))
+        new = new.to(weight.dtype).masked_fill(~mask, 0.0)
+        dense, lost = (float(D.square().sum(dtype=torch.float64)) for D in (W, W - new.float()))
+        return Solution(new, mask, lost / dense if dense > 0 else 0.0)
 
     def together(self, weights: Sequence[Tensor], gram: Gram, patterns: Sequence[Pattern]) -> list[Solution]:
         """Prune several weights that share one input, so that work on the Gram is done once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,6 +16,8 @@ class Magnitude(Solver):
 
     Differs from the scripts in use in: 1. exact counts (they prune `<=` a threshold: one weight too many, and all ties).
     """
+
+    needs_data: ClassVar[bool] = False
 
     def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
         return problem.W, problem.pattern.mask(problem.W.abs())
