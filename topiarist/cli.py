@@ -68,7 +68,7 @@ def prune(
         bool, typer.Option(help="later matrices of a block see the already pruned earlier ones")
     ] = False,
     refine: Annotated[
-        bool, typer.Option("--refine", help="after each block, train its kept weights towards the dense block's output")
+        bool, typer.Option("--refine", help="after each block, train its kept weights towards the dense model's states")
     ] = False,
     refine_option: Annotated[
         list[str] | None, typer.Option("--refine-set", help="a field of the refinement, e.g. epochs=4; may be repeated")

@@ -66,7 +66,7 @@ def prune(
     get; `search` needs one and takes `OUT.search` by default.
     skip: regular expressions of layer names that stay dense. true_sequential: later matrices of a block see the already
     pruned earlier ones.
-    refine: after a block is pruned, train its kept weights towards the dense block's output (True: the defaults).
+    refine: after a block is pruned, train its kept weights towards the dense model's hidden states (True: defaults).
     spill: folder for hidden states that do not fit in memory. batch_size: windows a forward.
 
     The same call on the same `out` resumes a run that was killed, and returns the report of one that is finished.

@@ -1,7 +1,7 @@
-"""Block refinement: after a block is pruned, its surviving weights learn the dense block's output.
+"""Block refinement: after a block is pruned, its surviving weights learn what the dense model has at that depth.
 
-Transformer Matching of 3BASiL (arXiv 2603.01376, section 3.3): squared error on the same inputs, Adam, cosine schedule,
-gradients only where the mask keeps a weight. Works after any solver, keeps the pattern exactly.
+Transformer Matching of 3BASiL (arXiv 2603.01376, section 3.3): squared error, Adam, cosine schedule, gradients only
+where the mask keeps a weight. Works after any solver, keeps the pattern exactly. Differs in the goal, see `target`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Refine:
     any size."""
     final_learning_rate: float = 0.2
     """Fraction of the learning rate that the cosine ends at."""
-    target: Literal["current", "dense"] = "current"
-    """`current`: the dense block's output for the inputs as the pruned blocks before it left them; `dense`: the dense
-    model's own hidden states, so that a block also learns to undo what those before it did. Twice the hidden states."""
+    target: Literal["current", "dense"] = "dense"
+    """`dense`: the dense model's own hidden states, so that a block also learns to undo what those before it did; `current`
+    (3BASiL): the dense block's output for the inputs as the pruned blocks before it left them, half the hidden states."""
     norms: bool = False
     """Also train the block's one-dimensional parameters (norms and biases)."""
     held_out: float = 0.1
