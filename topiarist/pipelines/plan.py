@@ -124,13 +124,13 @@ def _working_set(
 ) -> int:
     """Bytes that come on top of the process as it is: hidden states, Grams, the solver's copies, the embeddings."""
     spilled = options.spill is not None
-    hidden = 0 if spilled else stream.hidden[0].numel() * stream.hidden.element_size() * samples
+    states = hidden = 0 if spilled else stream.hidden[0].numel() * stream.hidden.element_size() * samples
     if joint is not None:  # inputs and fp32 outputs of a network, and its fp32 auxiliaries if rounds follow one another
         tokens = 0 if spilled else samples * stream.hidden.shape[1]
         rows = max(sum(m.shape[0] for m in g.matrices) for g in groups) if joint.epochs > 1 else 0
-        hidden += (1 + joint.needs_dense_inputs) * hidden + 4 * tokens * (stream.hidden.shape[2] + rows)
+        hidden += (1 + joint.needs_dense_inputs) * states + 4 * tokens * (stream.hidden.shape[2] + rows)
     if refinement := options.refinement:  # targets; for a moment those of two blocks if they are the dense model's
-        hidden *= 2 if refinement.target == "current" else 3
+        hidden += states * (1 if refinement.target == "current" else 2)
     grams = sum(4 * g.gram.in_features**2 for g in groups)
     largest = max(4 * (g.gram.in_features**2 + sum(m.weight.numel() for m in g.matrices)) for g in groups)
     embeddings = sum(p.numel() * p.element_size() for p in source.embedding_parameters())

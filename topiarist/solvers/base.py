@@ -62,9 +62,7 @@ class Solver(ABC):
 
         Only for solvers whose `needs_data` is False, without `refit`. Raises what a call with a Gram raises.
         """
-        pattern.check(tuple(weight.shape))
-        if not torch.isfinite(weight).all():
-            raise NumericalError("NaN or Inf in the weight")
+        _check(weight, pattern)
         W = weight.detach().float()
         nothing = W.new_zeros(()).expand(W.shape[1], W.shape[1])  # of a Gram's shape, in no memory
         new, mask = self.solve(Problem(W, nothing, pattern))
@@ -75,11 +73,9 @@ class Solver(ABC):
     def together(self, weights: Sequence[Tensor], gram: Gram, patterns: Sequence[Pattern]) -> list[Solution]:
         """Prune several weights that share one input, so that work on the Gram is done once."""
         for weight, pattern in zip(weights, patterns, strict=True):
-            pattern.check(tuple(weight.shape))
+            _check(weight, pattern)
             if weight.shape[1] != gram.in_features:
                 raise ValueError(f"weight of {weight.shape[1]} inputs does not fit a Gram of {gram.in_features}")
-            if not torch.isfinite(weight).all():
-                raise NumericalError("NaN or Inf in the weight")
         if gram.tokens < gram.in_features:
             warnings.warn(
                 f"{gram.tokens} calibration tokens for {gram.in_features} inputs: use more, the result may not generalise",
@@ -119,3 +115,9 @@ class Solver(ABC):
     @abstractmethod
     def solve(self, problem: Problem) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
         """(new weight fp32, mask). The new weight may be anything where the mask is False."""
+
+
+def _check(weight: Tensor, pattern: Pattern) -> None:
+    pattern.check(tuple(weight.shape))
+    if not torch.isfinite(weight).all():
+        raise NumericalError("NaN or Inf in the weight")
