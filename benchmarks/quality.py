@@ -5,7 +5,7 @@
 
 A method is a name with fields after it: `sparsegpt`, `wanda:refit=true`, `alps:preset=best`,
 `sparsellm:local=alps,epochs=0`;
-`+refine` or `+refine:epochs=4` adds block refinement; `alps-original` is the literal transcription of the released code.
+`+correct` adds error correction, `+refine` or `+refine:epochs=4` block refinement; `alps-original` is the literal transcription of the released code.
 `openwebtext` is the protocol of the originals' published-here numbers (128 x 512 tokens of the demo's calibration text,
 the first 16 windows of 1024 of its held-out C4 text). `standard` takes DIR with train/c4.jsonl.gz, train/wikipedia.jsonl.gz
 and eval/wikitext2.test.raw: every tenth document of a training file is held out, the others calibrate.
@@ -89,18 +89,18 @@ def run_cell(
         return {"perplexity": measure(model_dir(), windows)}
     out = assets_dir() / "quality" / re.sub("[:=,/]", "_", f"{method}-{pattern}{label}")
     cpu = time.process_time()
-    solver, refine = (ORIGINALS[method](), None) if method in ORIGINALS else method_from_text(method)
+    solver, additions = (ORIGINALS[method](), {}) if method in ORIGINALS else method_from_text(method)
     report = tp.prune(
         model_dir(),
         out,
         method=solver,
-        refine=refine,
         pattern=pattern,
         calibration=calibration,
         num_samples=options.samples,
         window=options.window,
         batch_size=4,
         true_sequential=options.true_sequential,
+        **additions,
         **more,
     )
     cell = {

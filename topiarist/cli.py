@@ -67,6 +67,13 @@ def prune(
     true_sequential: Annotated[
         bool, typer.Option(help="later matrices of a block see the already pruned earlier ones")
     ] = False,
+    correct: Annotated[
+        bool, typer.Option("--correct", help="each matrix also makes good what those before it lost of the dense model")
+    ] = False,
+    correct_option: Annotated[
+        list[str] | None,
+        typer.Option("--correct-set", help="a field of the correction, e.g. share=0.5; may be repeated"),
+    ] = None,
     refine: Annotated[
         bool, typer.Option("--refine", help="after each block, train its kept weights towards the dense model's states")
     ] = False,
@@ -81,6 +88,7 @@ def prune(
 ) -> None:
     """Prune MODEL to OUT with a one-shot method. The same command resumes a run that was stopped."""
     import topiarist as tp
+    from topiarist.pipelines.correct import Correct
     from topiarist.pipelines.oneshot import prune_with
     from topiarist.pipelines.options import PruneOptions
     from topiarist.pipelines.plan import plan_prune
@@ -91,6 +99,7 @@ def prune(
     options = PruneOptions(
         calibration=tp.text_files(calibration) if calibration else None,
         method=solver_from_text(method, option or []),
+        correct=filled(Correct, "--correct-set", correct_option or []) if correct or correct_option else False,
         refine=filled(Refine, "--refine-set", refine_option or []) if refine or refine_option else False,
         pattern=pattern,
         allocation=rule_from_text(allocation),
@@ -139,15 +148,22 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
         raise typer.Exit
 
 
-def method_from_text(text: str) -> tuple[Any, Any]:
-    """(solver, refinement) from `name:field=value,...` and, after a plus, `refine:field=value,...`."""
+def method_from_text(text: str) -> tuple[Any, dict[str, Any]]:
+    """(solver, what else `tp.prune` takes) from `name:field=value,...` and, each after a plus, `correct` and `refine`, with
+    fields or without."""
+    from topiarist.pipelines.correct import Correct
     from topiarist.pipelines.refine import Refine
+    from topiarist.tables import look_up
 
-    solver, _, refine = text.partition("+refine")
-    name, _, fields = solver.partition(":")
-    settings = [field for field in refine.lstrip(":").split(",") if field]
-    wanted = filled(Refine, "+refine", settings) if "+refine" in text else False
-    return solver_from_text(name, [field for field in fields.split(",") if field]), wanted
+    def parts(word: str) -> tuple[str, list[str]]:
+        name, _, fields = word.partition(":")
+        return name, [field for field in fields.split(",") if field]
+
+    solver, *extras = map(parts, text.split("+"))
+    kinds = {"correct": Correct, "refine": Refine}
+    return solver_from_text(*solver), {
+        name: filled(look_up(kinds, name, "addition"), f"+{name}", fields) for name, fields in extras
+    }
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from topiarist.linalg import reconstruction_error
 from topiarist.meter import Meter, return_freed_memory
 from topiarist.models import Matrix
 from topiarist.patterns import Pattern
+from topiarist.pipelines.correct import Correct, Corrector
 from topiarist.pipelines.ffn_joint import JointSolver, Network
 from topiarist.pipelines.refine import Refine, refine_block
 from topiarist.pipelines.sparsellm import Method, SparseLLM
@@ -33,6 +34,7 @@ class BlockPruner:
     solver: Solver
     patterns: Mapping[str, Pattern | None]
     refine: Refine | None = None
+    correct: Correct | None = None
     joint: SparseLLM | None = None
     """Prunes feed-forward networks as a whole; `solver` is then its local solver."""
     on_solution: Callable[[str, Solution], None] = lambda *_: None
@@ -48,23 +50,29 @@ class BlockPruner:
         method: Method,
         patterns: Mapping[str, Pattern | None],
         refine: Refine | None = None,
+        correct: Correct | None = None,
         *,
         sequential: bool = False,
     ) -> BlockPruner:
         """For anything that `METHODS` holds. Raises TopiaristError on what contradicts itself."""
         if not isinstance(method, SparseLLM):
-            return cls(method, patterns, refine)
+            return cls(method, patterns, refine, correct)
+        if correct is not None:
+            raise TopiaristError(
+                "sparsellm prunes a feed-forward network towards its own target (--set target=dense), not matrix by matrix; "
+                "drop the error correction, or take its local solver as the method"
+            )
         if sequential and not method.recompute_after_attention:
             raise TopiaristError(
                 "true_sequential takes every input after what comes before it was pruned, recompute_after_attention=false "
                 "does not; drop one of them"
             )
-        return cls(method.solver, patterns, refine, method)
+        return cls(method.solver, patterns, refine, joint=method)
 
     @property
     def follows_dense(self) -> bool:
         """Whether the dense model's hidden states are needed beside the pruned one's (`BlockStream.follow_dense`)."""
-        return self.refine is not None and self.refine.target == "dense"
+        return self.correct is not None or (self.refine is not None and self.refine.target == "dense")
 
     def warn(self, message: str, category: type[Warning]) -> None:
         """Once for each message, so that the rounds of a joint solve do not repeat themselves."""
@@ -95,18 +103,21 @@ class BlockPruner:
             with self.meter.timed("forward"):
                 before = stream.inputs(index, block, network.first[0])
         stages = [alone] if alone else []
-        if sequential and alone:
+        corrector = None if self.correct is None else Corrector(self.correct, stream, index, block)
+        if (sequential or corrector is not None) and alone:
             with self.meter.timed("forward"):
                 stages = stream.stages(index, block, alone)
         targets = None
         if self.refine is not None:
             with self.meter.timed("refine"):
-                targets = stream.dense if self.follows_dense else stream.outputs(index, block)
+                targets = stream.dense if self.refine.target == "dense" else stream.outputs(index, block)
         layers: list[LayerReport] = []
         for stage in stages:
             with self.meter.timed("forward"):
-                early = all(m.expert is None for m in stage)
-                groups = stream.grams(index, block, stage, stop_early=early)
+                if corrector is not None:
+                    groups = corrector.groups(stage)
+                else:
+                    groups = stream.grams(index, block, stage, stop_early=all(m.expert is None for m in stage))
             layers += self.solve(groups, stage, path)
         if network is not None:
             layers += self._prune_jointly(stream, index, block, network, before, path)
@@ -145,7 +156,8 @@ class BlockPruner:
         return [layers[m] for m in matrices]
 
     def _solve_group(self, group: GramGroup, path: str) -> dict[Matrix, LayerReport]:
-        solutions = self._solutions(path, group.matrices, [m.weight for m in group.matrices], group.gram)
+        weights = [m.weight for m in group.matrices] if group.asked is None else group.asked
+        solutions = self._solutions(path, group.matrices, weights, group.gram)
         return {
             matrix: self._take(path, matrix, solution, group.gram.tokens)
             for matrix, solution in zip(group.matrices, solutions, strict=True)

@@ -64,6 +64,8 @@ def prune_command(
     words += ["--samples", str(len(windows.tokens)), "--window", str(windows.window), "--seed", str(options.seed)]
     words += ["--batch-size", str(options.batch_size)]
     words += ["--true-sequential"] if options.true_sequential else []
+    if options.correction is not None:
+        words += ["--correct", *_settings(options.correction, "--correct-set")]
     if options.refinement is not None:
         words += ["--refine", *_settings(options.refinement, "--refine-set")]
     return words, unsaid

@@ -21,6 +21,7 @@ from topiarist.patterns import Pattern, parse_pattern
 from topiarist.pipelines.allocating.allocation import allocated, fixed_patterns
 from topiarist.pipelines.block import BlockPruner, check_finite
 from topiarist.pipelines.command import prune_command
+from topiarist.pipelines.correct import Correct
 from topiarist.pipelines.options import Progress, PruneOptions
 from topiarist.pipelines.refine import Refine
 from topiarist.pipelines.setup import open_source
@@ -48,6 +49,7 @@ def prune(
     seed: int = 0,
     batch_size: int = 8,
     true_sequential: bool = False,
+    correct: Correct | bool = False,
     refine: Refine | bool = False,
     device: str | torch.device | None = None,
     spill: str | Path | None = None,
@@ -66,6 +68,8 @@ def prune(
     get; `search` needs one and takes `OUT.search` by default.
     skip: regular expressions of layer names that stay dense. true_sequential: later matrices of a block see the already
     pruned earlier ones.
+    correct: ask every matrix for what the dense model has at its place, and so for what the matrices before it lost; matrices
+    are then pruned as with true_sequential. The error reported is that of the corrected weight.
     refine: after a block is pruned, train its kept weights towards the dense model's hidden states (True: defaults).
     spill: folder for hidden states that do not fit in memory. batch_size: windows a forward.
 
@@ -84,6 +88,7 @@ def prune(
         seed=seed,
         batch_size=batch_size,
         true_sequential=true_sequential,
+        correct=correct,
         refine=refine,
         device=device,
         spill=spill,
@@ -103,7 +108,7 @@ def prune_with(
     """`prune`, its options as one value."""
     meter = Meter()
     reset_peak_memory()
-    solver, refinement, rule = options.solver, options.refinement, options.rule
+    solver, correction, refinement, rule = options.solver, options.correction, options.refinement, options.rule
     source, checkpoint, name = open_source(model, out, options.device, options.trust_remote_code)
     progress = progress or (lambda *_: None)
     # Of a rule only the shapes are checked yet; its patterns are found when it is clear that the run is not finished.
@@ -129,7 +134,7 @@ def prune_with(
         not_in_command=unsaid,
         weights=weights_of(source.model, checkpoint),
     )
-    pruner = BlockPruner.of(solver, patterns, refinement, sequential=options.true_sequential)
+    pruner = BlockPruner.of(solver, patterns, refinement, correction, sequential=options.true_sequential)
     pruner.meter = meter
     for expression in unmatched:
         pruner.warn(f"--skip {expression!r} matches no layer", UserWarning)
@@ -141,6 +146,7 @@ def prune_with(
             "patterns": {k: None if p is None else str(p) for k, p in patterns.items()},
             "calibration": report.calibration,
             "refine": None if refinement is None else asdict(refinement),
+            **({} if correction is None else {"correct": asdict(correction)}),
             **({} if rule is None else {"allocation": recipe(rule)}),
         }
         output = OutputFolder(Path(str(out)), fingerprint)

@@ -14,6 +14,7 @@ from topiarist.allocate import ALLOCATIONS, Linear, Rule, Uniform
 from topiarist.data import TextFiles, Windows
 from topiarist.errors import CalibrationError
 from topiarist.patterns import Pattern, parse_pattern
+from topiarist.pipelines.correct import Correct
 from topiarist.pipelines.refine import Refine
 from topiarist.pipelines.setup import read_windows
 from topiarist.pipelines.sparsellm import METHODS, Method
@@ -41,6 +42,7 @@ class PruneOptions:
     seed: int = 0
     batch_size: int = 8
     true_sequential: bool = False
+    correct: Correct | bool = False
     refine: Refine | bool = False
     device: str | torch.device | None = None
     spill: str | Path | None = None
@@ -63,6 +65,12 @@ class PruneOptions:
         return self.allocation if isinstance(self.allocation, Rule) else None
 
     @property
+    def correction(self) -> Correct | None:
+        if isinstance(self.correct, bool):
+            return Correct() if self.correct else None
+        return self.correct
+
+    @property
     def refinement(self) -> Refine | None:
         if isinstance(self.refine, bool):
             return Refine() if self.refine else None
@@ -81,8 +89,8 @@ class PruneOptions:
         solver, rule, wanting = self.solver, self.rule, ""
         if not isinstance(solver, Solver) or solver.needs_data:
             wanting = name_of(METHODS, solver)
-        elif solver.refit or self.refinement is not None:
-            wanting = "a refit" if solver.refit else "refinement"
+        elif solver.refit or self.correction is not None or self.refinement is not None:
+            wanting = "a refit" if solver.refit else "refinement" if self.correction is None else "error correction"
         elif rule is not None and not isinstance(rule, Uniform | Linear):
             wanting = f"allocation {name_of(ALLOCATIONS, rule)}"
         if wanting:

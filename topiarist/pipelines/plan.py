@@ -78,6 +78,8 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
     if joint is not None:  # as if all of a block were its feed-forward network, which is most of it
         solves *= 1 + joint.down_refit + joint.epochs
     passes = (2.0 if options.true_sequential else 1.0) * gram_seconds + advance_seconds
+    if options.correction is not None:  # the dense block beside, stage by stage and once whole; sums of two inputs
+        passes += 2.0 * gram_seconds + 3.0 * advance_seconds
     if refinement := options.refinement:  # a step costs about three forwards, a check one
         passes += advance_seconds * (1 + 4 * refinement.epochs)
     if joint is not None:  # a round in fp32 does the work of about three forwards, a refit that of one
@@ -129,9 +131,12 @@ def _working_set(
         tokens = 0 if spilled else samples * stream.hidden.shape[1]
         rows = max(sum(m.shape[0] for m in g.matrices) for g in groups) if joint.epochs > 1 else 0
         hidden += (1 + joint.needs_dense_inputs) * states + 4 * tokens * (stream.hidden.shape[2] + rows)
-    if refinement := options.refinement:  # targets; for a moment those of two blocks if they are the dense model's
+    refinement, grams = options.refinement, sum(4 * g.gram.in_features**2 for g in groups)
+    if options.correction is not None:  # dense states on both sides of the block, the dense block, sums of two inputs
+        block_bytes = sum(m.tensor.numel() * m.tensor.element_size() for g in groups for m in g.matrices)
+        hidden, grams = hidden + 2 * states + block_bytes, 2 * grams
+    elif refinement is not None:  # targets; for a moment those of two blocks if they are the dense model's
         hidden += states * (1 if refinement.target == "current" else 2)
-    grams = sum(4 * g.gram.in_features**2 for g in groups)
     largest = max(4 * (g.gram.in_features**2 + sum(m.weight.numel() for m in g.matrices)) for g in groups)
     embeddings = sum(p.numel() * p.element_size() for p in source.embedding_parameters())
     return max(hidden + grams + SOLVER_COPIES * largest, hidden + embeddings)

@@ -26,9 +26,11 @@ class GramGroup:
 
     matrices: list[Matrix]
     gram: Gram
+    asked: list[Tensor] | None = None
+    """Weights for the solver to approximate on this Gram, if not the matrices' own."""
 
 
-class _StopForward(Exception):
+class StopForward(Exception):
     """Ends a forward early: everything that was asked for has been seen."""
 
 
@@ -86,6 +88,7 @@ class BlockStream:
         self._hidden: HiddenStates | None = None
         self.dense: HiddenStates | None = None
         """The dense model's own hidden states after the block that `follow_dense` saw last."""
+        self._entering: HiddenStates | None = None
         source.load_embeddings()
         returns_tuple = self._first_block_returns_tuple(tokens[:1])
         for rows in self._batches:
@@ -129,9 +132,12 @@ class BlockStream:
 
         states: hidden states of all windows to take in place of the stored ones.
         """
-        rows = self._batches[batch]
-        hidden = (self.hidden if states is None else states)[rows].to(self.device)
-        return rows, hidden, self._calls[batch][index].run(block, hidden)
+        hidden = self.batch_of(self.hidden if states is None else states, batch)
+        return self._batches[batch], hidden, self._calls[batch][index].run(block, hidden)
+
+    def batch_of(self, states: Tensor, batch: int) -> Tensor:
+        """One batch of hidden states of all windows, on the device."""
+        return states[self._batches[batch]].to(self.device)
 
     @torch.no_grad()
     def advance(self, index: int, block: nn.Module) -> None:
@@ -152,9 +158,19 @@ class BlockStream:
             found.values[rows] = out.cpu()
         return found
 
-    def follow_dense(self, index: int, block: nn.Module) -> None:
-        """Take the dense model's hidden states (`dense`) one block further. Every block in turn, before it is pruned."""
-        self.dense = self.outputs(index, block, None if self.dense is None else self.dense.values)
+    @property
+    def entering(self) -> Tensor:
+        """The dense model's own hidden states before the block that `follow_dense` saw last."""
+        return self.hidden if self._entering is None else self._entering.values
+
+    def follow_dense(self, index: int, block: nn.Module, *, keep_entering: bool = False) -> None:
+        """Take the dense model's hidden states (`dense`) one block further. Every block in turn, before it is pruned.
+
+        keep_entering: those before it stay too, as `entering`.
+        """
+        before, self._entering = self.dense, None
+        self.dense = self.outputs(index, block, None if before is None else before.values)
+        self._entering = before if keep_entering else None
 
     def new_states(self, width: int, dtype: torch.dtype = torch.float32) -> HiddenStates:
         """Room for (num, window, width) values beside the hidden states: in memory, or in a file if those are in one."""
@@ -168,11 +184,11 @@ class BlockStream:
 
         def on_input(_: Matrix, x: Tensor) -> None:
             found.values[rows] = x.reshape(rows.stop - rows.start, -1, x.shape[-1]).cpu()
-            raise _StopForward
+            raise StopForward
 
         with watch_inputs([matrix], on_input):
             for rows, calls in zip(self._batches, self._calls, strict=True):
-                with suppress(_StopForward):
+                with suppress(StopForward):
                     calls[index].run(block, self.hidden[rows].to(self.device))
         return found
 
@@ -184,12 +200,12 @@ class BlockStream:
         matrices: Sequence[Matrix],
         *,
         stop_early: bool = False,
-        windows: int | None = None,
+        one_batch: bool = False,
     ) -> list[GramGroup]:
         """Run the block over the hidden states and return a Gram for every distinct input of `matrices`.
 
         Groups come in the order in which the forward reaches them. `stop_early` ends each forward once every matrix
-        has been seen; `windows` looks at the first few windows only.
+        has been seen; `one_batch` looks at the first batch only, whole: some families' masks have its size.
         """
         collector = GramCollector(matrices)
         remaining: set[Matrix] = set()
@@ -198,24 +214,24 @@ class BlockStream:
             collector.on_input(matrix, x)
             remaining.discard(matrix)
             if stop_early and not remaining:
-                raise _StopForward
+                raise StopForward
 
         with watch_inputs(matrices, on_input):
             for rows, calls in zip(self._batches, self._calls, strict=True):
                 remaining.update(matrices)
-                with suppress(_StopForward):
-                    calls[index].run(block, self.hidden[rows][:windows].to(self.device))
+                with suppress(StopForward):
+                    calls[index].run(block, self.hidden[rows].to(self.device))
                 collector.end_of_forward()
-                if windows is not None:
+                if one_batch:
                     break
         return collector.groups
 
     def stages(self, index: int, block: nn.Module, matrices: Sequence[Matrix]) -> list[list[Matrix]]:
         """The matrices in the order in which a forward reaches them; those that read one input stay together."""
         stages: dict[str, list[Matrix]] = {}
-        for group in self.grams(index, block, matrices, windows=1):
+        for group in self.grams(index, block, matrices, one_batch=True):
             stages.setdefault(group.matrices[0].stage, []).extend(group.matrices)
-        # One window may miss some experts; they belong to the stage of their siblings.
+        # One batch may miss some experts; they belong to the stage of their siblings.
         seen = {matrix for stage in stages.values() for matrix in stage}
         for matrix in matrices:
             if matrix not in seen:

@@ -60,8 +60,8 @@ class Walk:
         with self.pruner.meter.timed("read"):
             block = self.source.load(index)
         if stream is not None and self.pruner.follows_dense:
-            with self.pruner.meter.timed("refine"):
-                stream.follow_dense(index, block)
+            with self.pruner.meter.timed("dense"):
+                stream.follow_dense(index, block, keep_entering=self.pruner.correct is not None)
         return block
 
     def _advance(self, stream: BlockStream | None, index: int) -> None:
