@@ -1,6 +1,6 @@
 """One base, many masks: a general 2:4 mask, then one for an encyclopaedia and one for code, each measured on both.
 
-    python -m benchmarks.learn_transfer --data DIR [--general 80] [--domain 40] [--windows 16] [--threads N]
+    python -m benchmarks.learn_transfer --data DIR [--general 80 | --from DIR] [--domain 40] [--windows 16] [--threads N]
 
 DIR/train has wikipedia, openwebtext and c4 (.jsonl.gz, every tenth document held out); code is the standard library of
 the running Python, every tenth file held out. General: preset `quick` on web text from Wanda. Transfer: `--domain` steps
@@ -49,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--general", type=int, default=80)
+    parser.add_argument("--from", dest="given", type=Path, help="a finished run of `learn` as the general mask")
     parser.add_argument("--domain", type=int, default=40)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
@@ -66,7 +67,7 @@ def main() -> None:
         "general": web(options.data)[:400],
     }
     # What is measured: name -> where the masked model lies, and how it is made.
-    general = root / f"general-{options.general}"
+    general = options.given or root / f"general-{options.general}"
     cell(CELLS, "dense @", lambda: measure(model_dir(), texts))
     PAGE.write_text(page())
 
@@ -78,7 +79,11 @@ def main() -> None:
         cell(CELLS, f"{name} @{steps}", make)
         PAGE.write_text(page())
 
-    learned("general", general, "general", "wanda", options.general)
+    if options.given:
+        steps = tp.LearnReport.from_folder(general).settings["steps"]
+        cell(CELLS, f"general @{steps}", lambda: measure(general, texts))
+    else:
+        learned("general", general, "general", "wanda", options.general)
     for domain in DOMAINS:
         short = f"{domain}-{options.domain}"
         learned(f"{domain}, from the general mask", root / short, domain, general / "masks.safetensors", options.domain)

@@ -4,8 +4,8 @@
     python -m benchmarks.quality --protocol standard --data DIR --patterns 2:4 0.7 --methods wanda sparsegpt alps
 
 A method is a name with fields after it: `sparsegpt`, `wanda:refit=true`, `alps:preset=best`,
-`sparsellm:local=alps,epochs=0`;
-`+correct` adds error correction, `+refine` or `+refine:epochs=4` block refinement; `alps-original` is the literal transcription of the released code.
+`sparsellm:local=alps,epochs=0`; `+correct` adds error correction, `+refine` or `+refine:epochs=4` block refinement;
+`alps-original` is the literal transcription of the released code.
 `openwebtext` is the protocol of the originals' published-here numbers (128 x 512 tokens of the demo's calibration text,
 the first 16 windows of 1024 of its held-out C4 text). `standard` takes DIR with train/c4.jsonl.gz, train/wikipedia.jsonl.gz
 and eval/wikitext2.test.raw: every tenth document of a training file is held out, the others calibrate.

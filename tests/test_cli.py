@@ -66,7 +66,8 @@ def test_without_text(call, folder: Path):
     code, printed, _ = call(*bare, "--method", "magnitude", "--plan")
     assert code == 0 and "2 x 7" in printed and not (folder / "out").exists()
     for refused in (["--method", "wanda"], ["--method", "sparsellm"], ["--method", "magnitude", "--set", "refit=true"],
-                    ["--method", "magnitude", "--refine"], ["--method", "magnitude", "--allocation", "owl"]):  # fmt: skip
+                    ["--method", "magnitude", "--refine"], ["--method", "magnitude", "--correct"],
+                    ["--method", "magnitude", "--allocation", "owl"]):  # fmt: skip
         code, _, error = call(*bare, *refused)
         assert code == 2 and "give calibration text" in error and not (folder / "out").exists()
     code, printed, _ = call(*bare, "--method", "magnitude", "--pattern", "0.5")

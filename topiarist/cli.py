@@ -16,6 +16,7 @@ from topiarist.__about__ import __version__
 from topiarist.cli_tools import (
     err,
     filled,
+    name_and_fields,
     out,
     progress_bar,
     quiet,
@@ -155,11 +156,7 @@ def method_from_text(text: str) -> tuple[Any, dict[str, Any]]:
     from topiarist.pipelines.refine import Refine
     from topiarist.tables import look_up
 
-    def parts(word: str) -> tuple[str, list[str]]:
-        name, _, fields = word.partition(":")
-        return name, [field for field in fields.split(",") if field]
-
-    solver, *extras = map(parts, text.split("+"))
+    solver, *extras = map(name_and_fields, text.split("+"))
     kinds = {"correct": Correct, "refine": Refine}
     return solver_from_text(*solver), {
         name: filled(look_up(kinds, name, "addition"), f"+{name}", fields) for name, fields in extras

@@ -45,10 +45,14 @@ def rule_from_text(text: str | None) -> Any:
     """A rule of allocation from `name:field=value,...`; any other text as it is: it names a file."""
     from topiarist.allocate import ALLOCATIONS
 
-    name, _, fields = (text or "").partition(":")
-    if name not in ALLOCATIONS:
-        return text
-    return filled(ALLOCATIONS[name], name, [field for field in fields.split(",") if field])
+    name, fields = name_and_fields(text or "")
+    return filled(ALLOCATIONS[name], name, fields) if name in ALLOCATIONS else text
+
+
+def name_and_fields(text: str) -> tuple[str, list[str]]:
+    """The parts of `name:field=value,...`."""
+    name, _, fields = text.partition(":")
+    return name, [field for field in fields.split(",") if field]
 
 
 def set_threads(threads: int | None) -> None:
