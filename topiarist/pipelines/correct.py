@@ -37,7 +37,7 @@ class Correct:
 
     share: float = 1.0
     """Of W* - W that is added to W."""
-    ridge: float = 1.0
+    ridge: float = 8.0
     """Keeps W* near W: raises each input's own energy by inputs / tokens of it, times this."""
     residual: bool = True
     """Matrices that write to the hidden states also make good what those lack; otherwise only what their inputs lack."""
@@ -139,7 +139,7 @@ class Corrector:
             with suppress(StopForward):
                 _, _, out = self.stream.run_batch(self.index, block, batch, states)
                 return out if writer is not None else None
-        return self.stream.batch_of(states, batch) + written[0] if written else None
+        return _tokens(self.stream.batch_of(states, batch)) + _tokens(written[0]) if written else None
 
     @torch.no_grad()
     def _find_writers(self) -> set[str]:
