@@ -15,6 +15,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+import topiarist as tp
 from topiarist import cli
 
 
@@ -345,3 +346,17 @@ def test_learn_and_apply(tmp_path: Path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2 and "made for another base model" in capsys.readouterr().err
+
+
+def test_a_method_and_its_additions_from_one_text():
+    from topiarist.cli import method_from_text
+    from topiarist.pipelines.correct import Correct
+    from topiarist.pipelines.refine import Refine
+
+    solver, additions = method_from_text("alps:preset=best,iterations=9+correct:share=0.5+refine")
+    assert solver == tp.solvers.ALPS(preset="best", iterations=9)
+    assert additions == {"correct": Correct(share=0.5), "refine": Refine()}
+    with pytest.raises(tp.TopiaristError, match="unknown addition 'refit'"):
+        method_from_text("alps+refit")
+    with pytest.raises(tp.TopiaristError, match=r"\+correct share"):
+        method_from_text("alps+correct:share=much")
