@@ -18,10 +18,12 @@ from topiarist.linalg import reconstruction_error
 from topiarist.masklearn import PRESETS, Preset
 from topiarist.patterns import NM, Columns, Pattern, TransposableNM, Unstructured, parse_pattern
 from topiarist.pipelines.allocating.allocation import FoundAllocation, find_allocation
+from topiarist.pipelines.correct import Correct
 from topiarist.pipelines.learning.learn import learn
 from topiarist.pipelines.learning.recover import Recover
 from topiarist.pipelines.learning.report import LearnReport
 from topiarist.pipelines.oneshot import prune, prune_module
+from topiarist.pipelines.refine import Refine
 from topiarist.pipelines.shrinking.distill import Distill
 from topiarist.pipelines.shrinking.report import ShrinkReport
 from topiarist.pipelines.shrinking.shrink import shrink
@@ -35,6 +37,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "Columns",
+    "Correct",
     "Distill",
     "FoundAllocation",
     "Gram",
@@ -44,6 +47,7 @@ __all__ = [
     "PatternError",
     "Preset",
     "Recover",
+    "Refine",
     "Report",
     "ShrinkReport",
     "Solution",
