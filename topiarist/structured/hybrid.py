@@ -78,7 +78,8 @@ class Hybrid(Method):
 
     scope: ClassVar[str] = "parameters"
     samples: int = 128
-    window: int = 128
+    window: int = 512
+    """Tokens of a backward pass: on short ones what long contexts need is not seen (log-policy.md)."""
     order: str = "mix"
     pooled: bool = False
     fusion: str = "attention"
