@@ -20,12 +20,6 @@ from topiarist.sources import LoadedModel, eager_experts
 EXACT = Correct(ridge=0.0)
 
 
-def logits_error(model, dense, tokens) -> float:
-    with torch.no_grad():
-        wanted, got = dense(tokens).logits, model(tokens).logits
-    return float((wanted - got).square().sum() / wanted.square().sum())
-
-
 class Spoiled:
     """The second block of a model whose first block lost half of its weights, and the dense model beside it."""
 
@@ -112,7 +106,7 @@ def test_a_corrected_model_is_closer_to_the_dense_one(family: str):
     dense, plain, corrected = (tiny.tiny_model(family) for _ in range(3))
     tp.prune(plain, method="sparsegpt", calibration=tokens, batch_size=4)
     report = tp.prune(corrected, method="sparsegpt", calibration=tokens, batch_size=4, correct=True)
-    assert logits_error(corrected, dense, unseen) < logits_error(plain, dense, unseen)
+    assert tiny.logits_error(corrected, dense, unseen) < tiny.logits_error(plain, dense, unseen)
     assert report.sparsity == pytest.approx(0.5, abs=2e-3)
     assert "--correct" in report.command
 

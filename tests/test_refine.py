@@ -16,12 +16,6 @@ from topiarist.pipelines.refine import Refine
 QUICK = Refine(epochs=4, learning_rate=0.01)
 
 
-def logits_error(model, dense, tokens) -> float:
-    with torch.no_grad():
-        wanted, got = dense(tokens).logits, model(tokens).logits
-    return float((wanted - got).square().sum() / wanted.square().sum())
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 @pytest.mark.parametrize("pattern", ["2:4", "0.6"])
 @pytest.mark.parametrize("target", ["current", "dense"])
@@ -40,7 +34,7 @@ def test_refinement_helps_and_keeps_the_pattern(family: str, pattern: str, targe
             assert not (torch.signbit(b) & (b == 0)).any()
         if a.ndim == 1:
             assert torch.equal(a, b), f"{name} was trained without being asked for"
-    assert logits_error(refined, dense, unseen) < logits_error(plain, dense, unseen)
+    assert tiny.logits_error(refined, dense, unseen) < tiny.logits_error(plain, dense, unseen)
     assert report.sparsity == pytest.approx(0.5 if pattern == "2:4" else 0.6, abs=2e-3)
 
 

@@ -109,3 +109,10 @@ def tiny_text(folder: Path, name: str = "text.txt", *, paragraphs: int = 40, see
     path = folder / name
     path.write_text("\n".join(lines))
     return path
+
+
+def logits_error(model: Any, dense: Any, tokens: torch.Tensor) -> float:
+    """Relative squared error of the logits."""
+    with torch.no_grad():
+        wanted, got = dense(tokens).logits, model(tokens).logits
+    return float((wanted - got).square().sum() / wanted.square().sum())

@@ -79,7 +79,7 @@ class Corrector:
         twins = [self._twins[m.name] for m in matrices if m.expert is None]
         for batch in range(self.stream.num_batches):
             wanted, read = dict[str, Tensor](), dict[str, Tensor]()
-            states_wanted = self._run(self._dense, twins, batch, partial(_note_input, wanted))
+            states_wanted = self._run(self._dense, twins, batch, partial(_note_input, wanted)) if twins else None
             states = self._run(self.block, matrices, batch, partial(_note_input, read), collector.on_input)
             for number, group in enumerate(collector.groups):
                 lead = group.matrices[0]

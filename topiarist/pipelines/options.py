@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from topiarist.solvers import Solver
 from topiarist.sources import Source
 from topiarist.store import Checkpoint
 from topiarist.tables import name_of, resolve
+
+T = TypeVar("T")
 
 Progress = Callable[[str, int, int], None]
 """(what is going on, steps done, steps in all)"""
@@ -66,15 +68,11 @@ class PruneOptions:
 
     @property
     def correction(self) -> Correct | None:
-        if isinstance(self.correct, bool):
-            return Correct() if self.correct else None
-        return self.correct
+        return _settings(self.correct, Correct)
 
     @property
     def refinement(self) -> Refine | None:
-        if isinstance(self.refine, bool):
-            return Refine() if self.refine else None
-        return self.refine
+        return _settings(self.refine, Refine)
 
     def windows(self, source: Source, checkpoint: Checkpoint | None) -> Windows:
         """The calibration windows; none at all if no text was given. Raises CalibrationError if something needs it."""
@@ -89,11 +87,22 @@ class PruneOptions:
         solver, rule, wanting = self.solver, self.rule, ""
         if not isinstance(solver, Solver) or solver.needs_data:
             wanting = name_of(METHODS, solver)
-        elif solver.refit or self.correction is not None or self.refinement is not None:
-            wanting = "a refit" if solver.refit else "refinement" if self.correction is None else "error correction"
+        elif solver.refit:
+            wanting = "a refit"
+        elif self.correction is not None:
+            wanting = "error correction"
+        elif self.refinement is not None:
+            wanting = "refinement"
         elif rule is not None and not isinstance(rule, Uniform | Linear):
             wanting = f"allocation {name_of(ALLOCATIONS, rule)}"
         if wanting:
             raise CalibrationError(
                 f"{wanting} looks at what flows through the model: give calibration text (only magnitude does without)"
             )
+
+
+def _settings(given: T | bool, kind: type[T]) -> T | None:
+    """What was given, the defaults for True, None for False."""
+    if isinstance(given, bool):
+        return kind() if given else None
+    return given

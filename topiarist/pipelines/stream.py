@@ -160,16 +160,18 @@ class BlockStream:
 
     @property
     def entering(self) -> Tensor:
-        """The dense model's own hidden states before the block that `follow_dense` saw last."""
-        return self.hidden if self._entering is None else self._entering.values
+        """The dense model's own hidden states before the block that `follow_dense` saw last, if it kept them."""
+        assert self._entering is not None
+        return self._entering.values
 
     def follow_dense(self, index: int, block: nn.Module, *, keep_entering: bool = False) -> None:
         """Take the dense model's hidden states (`dense`) one block further. Every block in turn, before it is pruned.
 
         keep_entering: those before it stay too, as `entering`.
         """
-        before, self._entering = self.dense, None
-        self.dense = self.outputs(index, block, None if before is None else before.values)
+        assert self._hidden is not None
+        before, self._entering = self.dense or self._hidden, None  # nothing is pruned before the first block
+        self.dense = self.outputs(index, block, before.values)
         self._entering = before if keep_entering else None
 
     def new_states(self, width: int, dtype: torch.dtype = torch.float32) -> HiddenStates:
@@ -187,9 +189,9 @@ class BlockStream:
             raise StopForward
 
         with watch_inputs([matrix], on_input):
-            for rows, calls in zip(self._batches, self._calls, strict=True):
+            for batch, rows in enumerate(self._batches):  # noqa: B007  (on_input reads rows)
                 with suppress(StopForward):
-                    calls[index].run(block, self.hidden[rows].to(self.device))
+                    self.run_batch(index, block, batch)
         return found
 
     @torch.no_grad()
@@ -217,13 +219,11 @@ class BlockStream:
                 raise StopForward
 
         with watch_inputs(matrices, on_input):
-            for rows, calls in zip(self._batches, self._calls, strict=True):
+            for batch in range(1 if one_batch else self.num_batches):
                 remaining.update(matrices)
                 with suppress(StopForward):
-                    calls[index].run(block, self.hidden[rows].to(self.device))
+                    self.run_batch(index, block, batch)
                 collector.end_of_forward()
-                if one_batch:
-                    break
         return collector.groups
 
     def stages(self, index: int, block: nn.Module, matrices: Sequence[Matrix]) -> list[list[Matrix]]:
