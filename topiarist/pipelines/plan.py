@@ -132,11 +132,12 @@ def _working_set(
         rows = max(sum(m.shape[0] for m in g.matrices) for g in groups) if joint.epochs > 1 else 0
         hidden += (1 + joint.needs_dense_inputs) * states + 4 * tokens * (stream.hidden.shape[2] + rows)
     refinement, grams = options.refinement, sum(4 * g.gram.in_features**2 for g in groups)
-    if options.correction is not None:  # dense states on both sides of the block, the dense block, sums of two inputs
-        block_bytes = sum(m.tensor.numel() * m.tensor.element_size() for g in groups for m in g.matrices)
-        hidden, grams = hidden + 2 * states + block_bytes, 2 * grams
-    elif refinement is not None:  # targets; for a moment those of two blocks if they are the dense model's
-        hidden += states * (1 if refinement.target == "current" else 2)
+    if options.correction is not None or (refinement is not None and refinement.target == "dense"):
+        hidden += 2 * states  # the dense model's, on both sides of a block
+    if refinement is not None and refinement.target == "current":  # targets
+        hidden += states
+    if options.correction is not None:  # the block as it was, and sums over two inputs beside the Grams
+        grams += grams + sum(m.tensor.numel() * m.tensor.element_size() for g in groups for m in g.matrices)
     largest = max(4 * (g.gram.in_features**2 + sum(m.weight.numel() for m in g.matrices)) for g in groups)
     embeddings = sum(p.numel() * p.element_size() for p in source.embedding_parameters())
     return max(hidden + grams + SOLVER_COPIES * largest, hidden + embeddings)
