@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sysconfig
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -55,11 +54,7 @@ def web(data: Path) -> list[str]:
     return [d for n in ("openwebtext", "c4") for d in documents(data / "train" / f"{n}.jsonl.gz", held_out=False)]
 
 
-def python_code(*, held_out: bool) -> list[str]:
-    """The standard library's own source files; every tenth is held out."""
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")) + sorted(
-        Path(sysconfig.get_path("stdlib")).glob("[a-z]*/[a-z]*.py")
-    )
-    files = [f for f in files if "site-packages" not in f.parts and "test" not in str(f.parent)]
-    chosen = [f for i, f in enumerate(files) if (i % 10 == 9) == held_out]
-    return [text for f in chosen if (text := f.read_text(encoding="utf-8", errors="replace")).strip()]
+def books(folder: Path) -> list[str]:
+    """Every .txt of a folder, by name, with the line breaks inside its paragraphs undone."""
+    texts = [f.read_text(encoding="utf-8") for f in sorted(folder.glob("*.txt"))]
+    return ["\n\n".join(" ".join(p.split()) for p in text.split("\n\n") if p.strip()) for text in texts]
