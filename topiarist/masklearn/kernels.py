@@ -1,7 +1,7 @@
 """W * M forward and dpi backward, by the fastest path at hand, and the autograd functions that wrap them.
 
-Paths: the C++ kernel on a CPU, for `Categorical` the Triton kernel on a GPU, plain torch anywhere. They share the noise bit
-by bit and the rest to fp32 rounding.
+Paths: the C++ kernels on a CPU, the Triton kernels on a GPU, plain torch anywhere. They share the noise bit by bit and the
+rest to fp32 rounding.
 
 Nothing of the mask is saved for backward: the graph holds references to the weight and the logits, and backward draws
 the mask again from the `Draw`. So a layer costs the memory of its input, however many layers are alive at once.
@@ -43,10 +43,10 @@ def effective(
         out = torch.empty_like(weight)
         native.forward(native_mask(relaxation, weight, logits, draw, hard=hard), out)
         return out
-    if isinstance(relaxation, Categorical) and draw is not None and not hard and _triton(weight, logits):
+    if draw is not None and not hard and _triton_fits(relaxation, weight, logits):
         from topiarist.masklearn import triton_kernel
 
-        return triton_kernel.forward(weight, logits, candidates(relaxation.pattern, weight.device), draw)
+        return triton_kernel.forward(relaxation, weight, logits, draw)
     if draw is None:
         return relaxation.effective(weight, logits, None)
     parts = [
@@ -70,11 +70,10 @@ def gradient(
         out = torch.empty(logits.shape, dtype=torch.float32)
         native.backward(native_mask(relaxation, weight, logits, draw, push=True), native_grad(grad_effective), out)
         return out
-    if isinstance(relaxation, Categorical) and _triton(weight, logits):
+    if _triton_fits(relaxation, weight, logits):
         from topiarist.masklearn import triton_kernel
 
-        S = candidates(relaxation.pattern, weight.device)
-        return triton_kernel.backward(weight, logits, S, grad_effective, draw)
+        return triton_kernel.backward(relaxation, weight, logits, grad_effective, draw)
     parts = [
         relaxation.gradient(weight[rows], logits[rows].float(), grad_effective[rows], part)
         for rows, part in _chunks(relaxation, logits, draw)
@@ -82,11 +81,12 @@ def gradient(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _triton(*tensors: Tensor) -> bool:
-    """Whether the Triton kernels take these tensors: contiguous, on a GPU (anywhere if interpreted), fp32 or bf16."""
+def _triton_fits(relaxation: Relaxation, *tensors: Tensor) -> bool:
+    """Whether the Triton kernels know this relaxation and take these tensors: contiguous, on a GPU (anywhere if
+    interpreted), fp32 or bf16."""
     place = tensors[0].is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     fits = all(t.dtype in (torch.float32, torch.bfloat16) and t.is_contiguous() for t in tensors)
-    return place and fits and importlib.util.find_spec("triton") is not None
+    return type(relaxation) in KINDS and place and fits and importlib.util.find_spec("triton") is not None
 
 
 KINDS: dict[type[Relaxation], int] = {Categorical: 0, TopN: 1, Bernoulli: 2}
