@@ -8,6 +8,8 @@ same code from the package. A class is the family's own with other shapes: confi
     heads       {attention module: [query heads, KV heads]}
     experts     {module: number of experts}
     absent      [[module, what it was: "attention", "ffn" or "inside"]]
+
+Some configs also hold `block_configs`, from which vLLM builds the same model as its DeciLMForCausalLM.
 """
 
 from __future__ import annotations
@@ -33,6 +35,15 @@ class LayerConfig:
         if name == "_shared":  # while it is copied there is nothing to ask yet
             raise AttributeError(name)
         return getattr(self._shared, name)
+
+
+class Fields(dict):
+    """A dictionary whose entries are attributes too, as vLLM reads those of `block_configs`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(name)
 
 
 class Absent(nn.Module):
@@ -96,7 +107,13 @@ def pruned_classes(base: str) -> tuple[Any, Any]:
             plain.__init__(self, config, *args, **kwargs)
             reshape(self, config.pruned)
 
-        config = type("PrunedConfig", (plain_config,), {"model_type": PREFIX + base, "__module__": __name__})
+        def keep(self: Any, name: str, value: Any) -> None:
+            if name == "block_configs":
+                value = [Fields({part: Fields(own) for part, own in block.items()}) for block in value]
+            plain_config.__setattr__(self, name, value)
+
+        own = {"model_type": PREFIX + base, "__module__": __name__, "__setattr__": keep}
+        config = type("PrunedConfig", (plain_config,), own)
         own = {"config_class": config, "__init__": build, "__module__": __name__}
         _classes[base] = config, type("PrunedForCausalLM", (plain,), own)
     return _classes[base]

@@ -30,6 +30,8 @@ class Attention:
     out: str = "o_proj"
     interleaved: bool = False
     """In the one matrix q, k and v of a head stand together, instead of all q before all k before all v."""
+    norm: str = ""
+    """The norm that this sublayer alone reads through, where there is one: it leaves with the sublayer."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,22 @@ class Family:
     attention: Attention = Attention()
     mixture: Experts | None = None
     ffn: tuple[str, ...] = ("mlp",)
-    """Modules of the feed-forward sublayer, experts and all; the output of the last is what it adds to the hidden states."""
+    """Modules of the feed-forward sublayer, experts and all, and a norm that is its alone; the output of the last is what it
+    adds to the hidden states."""
     relabel: str | None = None
     """A model type of the same function whose config accepts head counts that this one's refuses."""
+
+    def sublayer(self, kind: str) -> tuple[str, ...]:
+        """Modules of a block's `attention` or `ffn`; the last one's output is what the sublayer adds to the hidden states."""
+        return self.ffn if kind == "ffn" else tuple(filter(None, (self.attention.norm, self.attention.module)))
 
 
 _GATED = FeedForward(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", "mlp.act_fn")
 _GPT2 = FeedForward(("mlp.c_fc",), "mlp.c_proj", "mlp.act", gated=False)
 _LLAMA_LIKE = Family(feed_forward=(_GATED,))
+_PRE_NORM = Family(
+    feed_forward=(_GATED,), attention=Attention(norm="input_layernorm"), ffn=("post_attention_layernorm", "mlp")
+)
 _SHARED_EXPERT = FeedForward(
     ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
     "mlp.shared_expert.down_proj",
@@ -113,12 +123,12 @@ _MIXTRAL = Family(
 )
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(feed_forward=(_GATED,), relabel="mistral"),
-    "mistral": _LLAMA_LIKE,
-    "ministral": _LLAMA_LIKE,
-    "qwen2": _LLAMA_LIKE,
-    "qwen3": _LLAMA_LIKE,
-    "gemma": _LLAMA_LIKE,
+    "llama": replace(_PRE_NORM, relabel="mistral"),
+    "mistral": _PRE_NORM,
+    "ministral": _PRE_NORM,
+    "qwen2": _PRE_NORM,
+    "qwen3": _PRE_NORM,
+    "gemma": _PRE_NORM,
     "gemma2": _LLAMA_LIKE,
     "gemma3_text": _LLAMA_LIKE,
     "phi3": Family(
@@ -126,8 +136,8 @@ FAMILIES: dict[str, Family] = {
         feed_forward=(FeedForward(("mlp.gate_up_proj",), "mlp.down_proj", "mlp.activation_fn"),),
     ),
     "olmo2": _LLAMA_LIKE,
-    "granite": _LLAMA_LIKE,
-    "smollm3": _LLAMA_LIKE,
+    "granite": _PRE_NORM,
+    "smollm3": _PRE_NORM,
     "starcoder2": Family(feed_forward=(_GPT2,)),
     "cohere": _LLAMA_LIKE,
     "stablelm": _LLAMA_LIKE,

@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from topiarist import modeling_pruned
 from topiarist.errors import UnsupportedModel
 from topiarist.models import Family, family_of
+from topiarist.structured.block_configs import block_configs
 from topiarist.structured.shrink import cut_state
 from topiarist.structured.units import DEPTH_KINDS, Kept, UnitGroup, is_transposed
 
@@ -184,6 +185,8 @@ def hetero_config(
         "AutoConfig": f"modeling_pruned.{config.__name__}",
         "AutoModelForCausalLM": f"modeling_pruned.{built.__name__}",
     }
+    if blocks := block_configs(model.config, groups, kept, units, biased):
+        plain["block_configs"] = blocks
     return config.from_dict(plain)
 
 
@@ -212,6 +215,6 @@ def absent_modules(groups: Sequence[UnitGroup], kept: Kept, family: Family) -> l
     for group in groups:
         if group.kind in ("attention", "ffn") and not bool(kept[group.key].all()):
             path = f"{family.blocks}.{group.block}"
-            modules = (family.attention.module,) if group.kind == "attention" else family.ffn
+            modules = family.sublayer(group.kind)
             found += [(f"{path}.{name}", "inside") for name in modules[:-1]] + [(f"{path}.{modules[-1]}", group.kind)]
     return found

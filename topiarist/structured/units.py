@@ -277,10 +277,10 @@ class _Finder:
         return [self._group(kind, modules[-1], parts, count=1, floor=0)]
 
     def attention(self) -> list[UnitGroup]:
-        return self._sublayer("attention", (self.family.attention.module,))
+        return self._sublayer("attention", self.family.sublayer("attention"))
 
     def ffn(self) -> list[UnitGroup]:
-        return self._sublayer("ffn", self.family.ffn)
+        return self._sublayer("ffn", self.family.sublayer("ffn"))
 
     def block(self) -> list[UnitGroup]:
         return self._sublayer("block", ("",))

@@ -19,6 +19,7 @@ from topiarist.pages import PAGE, Result, measured, report_page
 from topiarist.pipelines.shrinking.report import ShrinkReport, shrunk_card
 from topiarist.store import Checkpoint
 from topiarist.structured import PruneSpec, SavedState
+from topiarist.structured.block_configs import ARCHITECTURE
 from topiarist.structured.spec import SPEC
 
 SHARD_BYTES = 1 << 31
@@ -80,6 +81,8 @@ def write_shrunk(
     config = {**fresh.config, "pruning_config": report.pruning_config(__about__.__version__)}
     if str(config["model_type"]).startswith(modeling_pruned.PREFIX):
         base = config["model_type"].removeprefix(modeling_pruned.PREFIX)
+        if "block_configs" in config:  # for vLLM; transformers takes the class that auto_map names
+            config["architectures"] = [ARCHITECTURE]
         code = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
         texts[CODE] = f'{code}\n\nPrunedConfig, PrunedForCausalLM = pruned_classes("{base}")\n'
     for name, text in texts.items():
