@@ -174,7 +174,7 @@ def shrunk_card(report: ShrinkReport, version: str, measured: str) -> str:
         "masked": "What went is zeros: the files are as large and as fast as the dense model's.",
         "hetero": (
             "Layers differ in shape: open it with `topiarist.load_pruned(path)`, or with `trust_remote_code=True`, which "
-            "runs `modeling_pruned.py` of this folder. Where config.json has `block_configs`, vLLM opens it as DeciLMForCausalLM."
+            "runs `modeling_pruned.py` of this folder. With `block_configs` in config.json, vLLM can open it."
         ),
     }[report.layout]
     calibration = report.calibration
