@@ -98,7 +98,7 @@ def run_cell(
         calibration=calibration,
         num_samples=options.samples,
         window=options.window,
-        batch_size=4,
+        batch_size=None if additions.get("refine") else 4,
         true_sequential=options.true_sequential,
         **additions,
         **more,

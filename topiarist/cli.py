@@ -64,7 +64,9 @@ def prune(
     samples: Annotated[int, typer.Option(help="calibration windows")] = 128,
     window: Annotated[int | None, typer.Option(help="tokens a window; default min(2048, the model's limit)")] = None,
     seed: Annotated[int, typer.Option(help="chooses the calibration windows")] = 0,
-    batch_size: Annotated[int, typer.Option(help="windows a forward pass")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(help="windows a forward pass; default 8, or 1 with --refine, whose steps these are")
+    ] = None,
     true_sequential: Annotated[
         bool, typer.Option(help="later matrices of a block see the already pruned earlier ones")
     ] = False,

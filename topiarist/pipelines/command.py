@@ -62,7 +62,7 @@ def prune_command(
     else:
         words += ["--calibration", said(None, "TEXT", "calibration text given in memory")]
     words += ["--samples", str(len(windows.tokens)), "--window", str(windows.window), "--seed", str(options.seed)]
-    words += ["--batch-size", str(options.batch_size)]
+    words += ["--batch-size", str(options.windows_a_forward)]
     words += ["--true-sequential"] if options.true_sequential else []
     if options.correction is not None:
         words += ["--correct", *_settings(options.correction, "--correct-set")]

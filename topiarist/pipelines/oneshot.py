@@ -47,7 +47,7 @@ def prune(
     num_samples: int = 128,
     window: int | None = None,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     true_sequential: bool = False,
     correct: Correct | bool = False,
     refine: Refine | bool = False,
@@ -71,7 +71,8 @@ def prune(
     correct: ask every matrix for what the dense model has at its place, and so for what the matrices before it lost; matrices
     are then pruned as with true_sequential. The error reported is that of the corrected weight.
     refine: after a block is pruned, train its kept weights towards the dense model's hidden states (True: defaults).
-    spill: folder for hidden states that do not fit in memory. batch_size: windows a forward.
+    spill: folder for hidden states that do not fit in memory. batch_size: windows a forward (8; 1 if refined, for
+    a step of refinement is one forward).
 
     The same call on the same `out` resumes a run that was killed, and returns the report of one that is finished.
     Raises a TopiaristError for everything a user can mend.
@@ -127,7 +128,7 @@ def prune_with(
             "window": windows.window,
             "seed": options.seed,
             "digest": windows.digest,
-            "batch_size": options.batch_size,
+            "batch_size": options.windows_a_forward,
             "true_sequential": options.true_sequential,
         },
         command=command,

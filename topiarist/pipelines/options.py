@@ -42,7 +42,7 @@ class PruneOptions:
     num_samples: int = 128
     window: int | None = None
     seed: int = 0
-    batch_size: int = 8
+    batch_size: int | None = None
     true_sequential: bool = False
     correct: Correct | bool = False
     refine: Refine | bool = False
@@ -54,6 +54,11 @@ class PruneOptions:
     @property
     def solver(self) -> Method:
         return resolve(METHODS, self.method)
+
+    @property
+    def windows_a_forward(self) -> int:
+        """`batch_size`, or what suits the run: refinement takes a step a forward, and many small steps beat few large ones."""
+        return self.batch_size or (8 if self.refinement is None else 1)
 
     @property
     def base_pattern(self) -> Pattern:

@@ -24,7 +24,7 @@ from topiarist.report import BlockRefinement
 
 @dataclass(frozen=True, kw_only=True)
 class Refine:
-    """How long and how fast. A step is one batch of the stream."""
+    """How long and how fast. A step is one forward of the stream: one window, unless the run's batch size says otherwise."""
 
     epochs: int = 8
     learning_rate: float = 0.01

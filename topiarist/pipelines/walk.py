@@ -43,7 +43,11 @@ class Walk:
         with self.pruner.meter.timed("forward"):
             spill = None if self.options.spill is None else Path(self.options.spill)
             return BlockStream(
-                self.source, self.tokens, batch_size=self.options.batch_size, device=self.source.device, spill=spill
+                self.source,
+                self.tokens,
+                batch_size=self.options.windows_a_forward,
+                device=self.source.device,
+                spill=spill,
             )
 
     def _prune_block(self, stream: BlockStream | None, index: int) -> list[LayerReport]:

@@ -224,7 +224,13 @@ def _scores(
     if stored is not None and stored.is_file():
         return Scores(**json.loads(stored.read_text(encoding="utf-8")))
     scores = measure(
-        rule, source, windows.tokens, list(shapes), batch_size=options.batch_size, seed=options.seed, progress=progress
+        rule,
+        source,
+        windows.tokens,
+        list(shapes),
+        batch_size=options.windows_a_forward,
+        seed=options.seed,
+        progress=progress,
     )
     if stored is not None:
         stored.parent.mkdir(parents=True, exist_ok=True)

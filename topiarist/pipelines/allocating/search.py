@@ -81,7 +81,8 @@ def search(
         database = Database(folder, solved)
         grams = tokens[: -rule.sequences]
         wanted = [p for p in levels if p is not None]
-        fill(database, source, solver, grams, shapes, wanted, batch_size=options.batch_size, progress=progress)
+        batch = options.windows_a_forward
+        fill(database, source, solver, grams, shapes, wanted, batch_size=batch, progress=progress)
         genes = Genes(rule, shapes, depths, levels, options.base_pattern)
         judge = Judge(source, database, genes, tokens[-rule.sequences :])
         fields = {key: value for key, value in recipe(rule).items() if key not in ("seconds", "generations")}
