@@ -41,11 +41,21 @@ def test_refinement_helps_and_keeps_the_pattern(family: str, pattern: str, targe
 def test_a_harmful_refinement_is_not_kept():
     plain, other = tiny.tiny_model(), tiny.tiny_model()
     tokens = tiny.tiny_tokens(16, 32)
-    tp.prune(plain, method="alps", calibration=tokens)
-    report = tp.prune(other, method="alps", calibration=tokens, refine=Refine(epochs=2, learning_rate=10.0))
+    options = {"method": "alps", "calibration": tokens, "batch_size": 4}
+    tp.prune(plain, **options)
+    report = tp.prune(other, refine=Refine(epochs=2, learning_rate=10.0), **options)
     assert [block.best_epoch for block in report.refined] == [0, 0]
     assert all(block.after == block.before for block in report.refined)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True))
+
+
+def test_a_step_is_a_window_unless_told_otherwise():
+    options, refine = {"method": "wanda", "calibration": tiny.tiny_tokens(8, 16)}, Refine(epochs=1)
+    used = [
+        tp.prune(tiny.tiny_model(), **options, **more).calibration["batch_size"]
+        for more in ({}, {"refine": refine}, {"refine": refine, "batch_size": 4})
+    ]
+    assert used == [8, 1, 4]
 
 
 def test_norms_are_trained_when_asked_for():
