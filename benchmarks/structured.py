@@ -136,6 +136,17 @@ def run_cell(
     return cell
 
 
+def in_order(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """All that is known, the dense model first: by what is kept, then the variant, then the first perplexity."""
+
+    def place(row: tuple[str, dict[str, Any]]) -> tuple[float, int, float]:
+        _, keep, variant = row[0].split(" ")
+        order = VARIANTS.index(variant) if variant in VARIANTS else -1
+        return -float(keep), order, next(iter(row[1]["perplexity"].values()))
+
+    return dict(sorted(rows.items(), key=place))
+
+
 def table(rows: dict[str, dict[str, Any]], options: argparse.Namespace, texts: dict[str, Windows]) -> str:
     names = [f"{name}@{window}" for name in texts for window in WINDOWS]
     tasks = sorted({task for cell in rows.values() for task in cell.get("tasks", {})})
@@ -197,7 +208,7 @@ def main() -> None:
             rows[key] = run_cell(options, method, keep, variant, calibration, texts)
             keep_cell(options.results, key, settings, rows[key])
         print(key, {k: round(v, 2) for k, v in rows[key]["perplexity"].items()}, flush=True)
-    text = table({key: rows[key] for key in (f"{m} {k} {v}" for m, k, v in wanted)}, options, texts)
+    text = table(in_order(rows), options, texts)
     options.results.with_name(f"{options.results.stem}-{options.layout}-{options.protocol}.md").write_text(text + "\n")
     print(text)
 
