@@ -20,9 +20,9 @@ def gram(*batches: torch.Tensor) -> Gram:
     return total
 
 
-def close(a: Gram, b: Gram) -> bool:
+def close(a: Gram, b: Gram, tolerance: float = 1e-6) -> bool:
     scale = b.diagonal.sqrt()
-    return bool(((a.matrix - b.matrix).abs() <= 1e-6 * scale * scale[:, None]).all()) and a.tokens == b.tokens
+    return bool(((a.matrix - b.matrix).abs() <= tolerance * scale * scale[:, None]).all()) and a.tokens == b.tokens
 
 
 @pytest.mark.parametrize("width", [5, 192, 400])
@@ -52,7 +52,31 @@ def test_the_batch_split_does_not_matter(split):
 
 def test_leading_axes_are_tokens_and_low_precision_is_summed_in_fp32():
     x = tokens(24, 16).bfloat16()
-    assert torch.equal(gram(x.view(2, 3, 4, 16)).matrix, gram(x.float()).matrix)
+    assert close(gram(x.view(2, 3, 4, 16)), gram(x.float()))
+
+
+@pytest.mark.parametrize("width", [1, 47, 48, 100, 256])
+@pytest.mark.parametrize("count", [1, 33, 700])
+def test_bf16_inputs(width, count, monkeypatch):
+    """Panels and depths that are not full, one thread and two, with the compiled sum and without."""
+    x = tokens(count, width).bfloat16()
+    one = gram(x)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2 if before == 1 else 1)
+    try:
+        assert torch.equal(gram(x).matrix, one.matrix)
+    finally:
+        torch.set_num_threads(before)
+    assert close(one, Gram.from_matrix((x.double().T @ x.double()).float(), tokens=count), 3e-6)
+    monkeypatch.setattr("topiarist.gram._kernel", lambda: None)
+    assert close(gram(x), one, 3e-6)
+
+
+def test_bf16_nan_is_noticed():
+    x = tokens(40, 60).bfloat16()
+    x[7, 59] = float("nan")
+    with pytest.raises(NumericalError):
+        _ = gram(x).matrix
 
 
 def test_dead_inputs_are_those_never_used():

@@ -5,6 +5,7 @@ Folder: $TOPIARIST_CACHE, else $XDG_CACHE_HOME/topiarist, else ~/.cache/topiaris
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -52,6 +53,21 @@ def compiled(source: Path, flags: Sequence[str], *, machine: str = "") -> Path:
             f"cannot write to {folder} ({error.strerror}); set $TOPIARIST_CACHE to a writable folder"
         ) from None
     return library
+
+
+def loaded(source: Path, flags: Sequence[str]) -> tuple[ctypes.CDLL, bool]:
+    """The library of a C++ source, compiled if need be and loaded, and whether its OpenMP loops have threads.
+
+    OpenMP comes from the library that torch has loaded already; where that one lacks GNU's entry points, one thread. Raises
+    NoKernels with the reason and the cure.
+    """
+    problems = []
+    for openmp in (True, False):
+        try:
+            return ctypes.CDLL(str(compiled(source, (*flags, "-fopenmp") if openmp else flags))), openmp
+        except OSError as error:
+            problems.append(str(error))
+    raise NoKernels(f"the compiled kernels cannot be loaded: {'; '.join(problems)}")
 
 
 def find_compiler() -> list[str]:

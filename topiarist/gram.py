@@ -6,12 +6,19 @@ add up. The matrix is not averaged; every solver is invariant to its scale.
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from topiarist.compiled import NoKernels, loaded
 from topiarist.errors import NumericalError
 
+SOURCE = Path(__file__).with_suffix(".cpp")
 BLOCK = 192  # rows per tile of the upper triangle: 1.6 x faster than one full product (one core, 576 to 4096 inputs)
 
 
@@ -45,8 +52,14 @@ class Gram:
         """Add the tokens of x, any leading shape."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"Gram of {self.in_features} inputs was given x of shape {tuple(x.shape)}")
-        x = x.reshape(-1, self.in_features).to(self._upper.device, torch.float32)
+        x = x.reshape(-1, self.in_features).to(self._upper.device)
         self.tokens += x.shape[0]
+        kernel = _kernel() if x.dtype == torch.bfloat16 and x.device.type == "cpu" else None
+        if kernel is not None:
+            x = x.contiguous()
+            kernel(x.data_ptr(), *x.shape, self._upper.data_ptr(), torch.get_num_threads())
+            return
+        x = x.to(torch.float32)
         for start in range(0, self.in_features, BLOCK):
             stop = start + BLOCK
             self._upper[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
@@ -86,3 +99,18 @@ class Gram:
     def dead(self) -> Bool[Tensor, " in"]:
         """Inputs that were zero for every token."""
         return self._upper.diagonal() == 0
+
+
+@functools.cache
+def _kernel() -> Any:
+    """The sum for bf16 inputs in C++, more than twice as fast; None on processors that do not multiply bf16, or without a
+    compiler."""
+    if not getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
+        return None
+    try:
+        library, _ = loaded(SOURCE, ("-std=c++17", "-O3"))
+    except NoKernels:
+        return None
+    library.topiarist_gram.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int]
+    library.topiarist_gram.restype = None
+    return library.topiarist_gram

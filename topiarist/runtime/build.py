@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from topiarist.compiled import NoKernels, compiled
+from topiarist.compiled import loaded
 from topiarist.runtime.bits import RAW
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -80,17 +80,9 @@ class Kernels:
 @functools.cache
 def load_kernels() -> Kernels:
     """Compile if need be, and load. Raises NoKernels with the reason and the cure."""
-    problems = []
-    # OpenMP comes from the library that torch has loaded already; where that one lacks GNU's entry points, one thread.
-    for openmp in (True, False):
-        try:
-            library = ctypes.CDLL(str(compiled(SOURCE, (*_FLAGS, "-fopenmp") if openmp else _FLAGS)))
-        except OSError as error:
-            problems.append(str(error))
-            continue
-        _declare(library)
-        return Kernels(library, level=library.topiarist_level(), threaded=openmp)
-    raise NoKernels(f"the compiled kernels cannot be loaded: {'; '.join(problems)}")
+    library, threaded = loaded(SOURCE, _FLAGS)
+    _declare(library)
+    return Kernels(library, level=library.topiarist_level(), threaded=threaded)
 
 
 def _declare(library: ctypes.CDLL) -> None:
