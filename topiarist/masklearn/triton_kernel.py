@@ -32,6 +32,14 @@ def _mix(x, k1):
 
 
 @triton.jit
+def _place(groups, CLASSES: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """(this program's groups, classes, which pairs of them there are)."""
+    g = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    c = tl.arange(0, PADDED)
+    return g, c, (c < CLASSES)[:, None] & (g < groups)[None, :]
+
+
+@triton.jit
 def _uniform(key0, key1, first_row, first_group, g, c, CLASSES: tl.constexpr):
     """u of noise.py, (PADDED, BLOCK), for this program's row."""
     word0, word1 = key0.to(tl.uint32), key1.to(tl.uint32)
@@ -62,9 +70,7 @@ def _categorical_forward(
     weight, logits, grad, out, S, groups, kappa, tau, lam, key0, key1, first_row, first_group,
     CLASSES: tl.constexpr, OF: tl.constexpr, KEEP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    g = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    c = tl.arange(0, PADDED)
-    inside = (c < CLASSES)[:, None] & (g < groups)[None, :]
+    g, c, inside = _place(groups, CLASSES, PADDED, BLOCK)
     y = _softmax(_noisy(logits, groups, kappa, key0, key1, first_row, first_group, g, c, inside, CLASSES), tau)
     at = (tl.program_id(0).to(tl.int64) * groups + g) * OF
     for j in tl.static_range(OF):
@@ -79,9 +85,7 @@ def _categorical_backward(
     weight, logits, grad, out, S, groups, kappa, tau, lam, key0, key1, first_row, first_group,
     CLASSES: tl.constexpr, OF: tl.constexpr, KEEP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    g = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    c = tl.arange(0, PADDED)
-    inside = (c < CLASSES)[:, None] & (g < groups)[None, :]
+    g, c, inside = _place(groups, CLASSES, PADDED, BLOCK)
     y = _softmax(_noisy(logits, groups, kappa, key0, key1, first_row, first_group, g, c, inside, CLASSES), tau)
     at = (tl.program_id(0).to(tl.int64) * groups + g) * OF
     dy = tl.zeros_like(y)
@@ -118,9 +122,7 @@ def _topn_forward(
     weight, logits, grad, out, S, groups, kappa, tau, lam, key0, key1, first_row, first_group,
     CLASSES: tl.constexpr, OF: tl.constexpr, KEEP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    g = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    c = tl.arange(0, PADDED)
-    inside = (c < CLASSES)[:, None] & (g < groups)[None, :]
+    g, c, inside = _place(groups, CLASSES, PADDED, BLOCK)
     M = _take_all(_noisy(logits, groups, kappa, key0, key1, first_row, first_group, g, c, inside, CLASSES), tau, KEEP)
     at = (tl.program_id(0).to(tl.int64) * groups + g[None, :]) * OF + c[:, None]
     W = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
@@ -132,9 +134,7 @@ def _topn_backward(
     weight, logits, grad, out, S, groups, kappa, tau, lam, key0, key1, first_row, first_group,
     CLASSES: tl.constexpr, OF: tl.constexpr, KEEP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    g = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    c = tl.arange(0, PADDED)
-    inside = (c < CLASSES)[:, None] & (g < groups)[None, :]
+    g, c, inside = _place(groups, CLASSES, PADDED, BLOCK)
     first = _noisy(logits, groups, kappa, key0, key1, first_row, first_group, g, c, inside, CLASSES)
     at = (tl.program_id(0).to(tl.int64) * groups + g[None, :]) * OF + c[:, None]
     W = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
@@ -166,9 +166,7 @@ def _bernoulli_forward(
     weight, logits, grad, out, S, groups, kappa, tau, lam, key0, key1, first_row, first_group,
     CLASSES: tl.constexpr, OF: tl.constexpr, KEEP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    g = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    c = tl.arange(0, PADDED)
-    inside = (c < CLASSES)[:, None] & (g < groups)[None, :]
+    g, c, inside = _place(groups, CLASSES, PADDED, BLOCK)
     at = tl.program_id(0).to(tl.int64) * groups + g[None, :] + c[:, None]
     M = _gate(logits, groups, kappa, tau, key0, key1, first_row, first_group, at, g, c, inside)
     W = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
@@ -181,9 +179,7 @@ def _bernoulli_sums(
     CLASSES: tl.constexpr, OF: tl.constexpr, KEEP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The sum of M of every program, (rows, programs of a row): what the density penalty needs before a gradient."""
-    g = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    c = tl.arange(0, PADDED)
-    inside = (c < CLASSES)[:, None] & (g < groups)[None, :]
+    g, c, inside = _place(groups, CLASSES, PADDED, BLOCK)
     at = tl.program_id(0).to(tl.int64) * groups + g[None, :] + c[:, None]
     M = _gate(logits, groups, kappa, tau, key0, key1, first_row, first_group, at, g, c, inside)
     total = tl.sum(tl.sum(tl.where(inside, M, 0.0), axis=1), axis=0)
@@ -196,9 +192,7 @@ def _bernoulli_backward(
     CLASSES: tl.constexpr, OF: tl.constexpr, KEEP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """S holds the push of the density penalty: one number, on the device."""
-    g = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    c = tl.arange(0, PADDED)
-    inside = (c < CLASSES)[:, None] & (g < groups)[None, :]
+    g, c, inside = _place(groups, CLASSES, PADDED, BLOCK)
     at = tl.program_id(0).to(tl.int64) * groups + g[None, :] + c[:, None]
     M = _gate(logits, groups, kappa, tau, key0, key1, first_row, first_group, at, g, c, inside)
     W = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
