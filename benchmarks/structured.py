@@ -28,7 +28,7 @@ import torch
 import topiarist as tp
 from benchmarks.quality import keep_cell, load_texts, stored_cells
 from demo.assets import assets_dir, model_dir
-from topiarist.cli_tools import filled
+from topiarist.cli_tools import filled, name_and_fields
 from topiarist.data import Windows, load_tokenizer
 from topiarist.evaluate import load_model
 from topiarist.runtime.bench import PHASES, generation_seconds, machine
@@ -55,8 +55,8 @@ class Given(Method):
 
 
 def method_of(text: str) -> Method:
-    name, _, fields = text.partition(":")
-    return filled(look_up(METHODS, name), "--methods", [field for field in fields.split(",") if field])
+    name, fields = name_and_fields(text)
+    return filled(look_up(METHODS, name), "--methods", fields)
 
 
 def perplexities(model: Any, texts: dict[str, Windows]) -> dict[str, float]:

@@ -112,8 +112,8 @@ def pruned_classes(base: str) -> tuple[Any, Any]:
                 value = [Fields({part: Fields(own) for part, own in block.items()}) for block in value]
             plain_config.__setattr__(self, name, value)
 
-        own = {"model_type": PREFIX + base, "__module__": __name__, "__setattr__": keep}
-        config = type("PrunedConfig", (plain_config,), own)
+        named = {"model_type": PREFIX + base, "__module__": __name__, "__setattr__": keep}
+        config = type("PrunedConfig", (plain_config,), named)
         own = {"config_class": config, "__init__": build, "__module__": __name__}
         _classes[base] = config, type("PrunedForCausalLM", (plain,), own)
     return _classes[base]

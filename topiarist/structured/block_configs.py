@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from topiarist.structured.units import Kept, UnitGroup
+from topiarist.structured.units import UnitGroup
 
 ARCHITECTURE = "DeciLMForCausalLM"
 FAMILIES = ("llama", "mistral")
@@ -18,10 +18,10 @@ KINDS = {"channels", "attention", "ffn"}
 
 
 def block_configs(
-    config: Any, groups: Sequence[UnitGroup], kept: Kept, units: Mapping[str, int], biased: Collection[str]
+    config: Any, groups: Sequence[UnitGroup], units: Mapping[str, int], biased: Collection[str]
 ) -> list[dict[str, dict[str, Any]]] | None:
     """One entry a block for `config.block_configs`; None if the cut does not fit. units: {group key: units that stay}."""
-    changed = {group.kind for group in groups if not bool(kept[group.key].all())}
+    changed = {group.kind for group in groups if units[group.key] != group.count}
     window = getattr(config, "sliding_window", None)
     if config.model_type not in FAMILIES or not changed <= KINDS or biased or window:
         return None

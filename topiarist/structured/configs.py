@@ -185,7 +185,7 @@ def hetero_config(
         "AutoConfig": f"modeling_pruned.{config.__name__}",
         "AutoModelForCausalLM": f"modeling_pruned.{built.__name__}",
     }
-    if blocks := block_configs(model.config, groups, kept, units, biased):
+    if blocks := block_configs(model.config, groups, units, biased):
         plain["block_configs"] = blocks
     return config.from_dict(plain)
 
