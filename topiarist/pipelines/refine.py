@@ -82,7 +82,7 @@ def refine_block(
         key: float(master.detach().norm() / max(int(master.count_nonzero()), 1) ** 0.5)
         for key, master in masters.items()
     }
-    optimizer = torch.optim.Adam([{"params": [master], "lr": 0.0} for master in masters.values()])
+    optimizer = torch.optim.Adam([{"params": [master], "lr": 0.0} for master in masters.values()], fused=True)
     total = settings.epochs * len(training)
     for step in range(total):
         progress = 0.5 * (1 + math.cos(math.pi * step / total))

@@ -85,7 +85,7 @@ def descend(
     device: torch.device,
 ) -> list[float]:
     """Adam on `masters` along a cosine, for settings.steps steps of settings.sequences; returns the losses."""
-    optimizer = torch.optim.AdamW(masters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(masters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     batches = Batches(len(tokens), settings.sequences, seed + 1)
     batch_size = math.gcd(batch_size, settings.sequences)
     trace: list[float] = []
