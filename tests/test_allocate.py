@@ -161,7 +161,7 @@ def test_owl_gives_outliers_room():
 def test_sensitivity_ranks(level):
     layers = {f"model.layers.{i}.{kind}": (10, 100) for i in range(3) for kind in ("up", "down")}
     depths = {name: int(name.split(".")[2]) for name in layers}
-    traces = dict(zip(layers, (5.0, 100.0, 1.0, 2.0, 7.0, 30.0), strict=True))
+    traces = dict(zip(layers, (5.0, 100.0, 1.0, 2.0, 7.0, -30.0), strict=True))  # below zero: by size
     rule = allocate.Sensitivity(level=level, half_width=0.1)
     found = [p.sparsity for p in rule.patterns(layers, depths, tp.Unstructured(0.5), traces).values()]  # pyright: ignore
     expected = [0.52, 0.4, 0.6, 0.56, 0.48, 0.44] if level == "matrix" else [0.4, 0.4, 0.6, 0.6, 0.5, 0.5]
@@ -249,6 +249,16 @@ def test_fisher_is_the_squared_gradient_and_standard_errors_are_stated():
     expected = Scores.of_samples({name: squares})
     assert found.scores.values[name] == pytest.approx(expected.values[name], rel=1e-3)
     assert found.scores.errors[name] == pytest.approx(expected.errors[name], rel=1e-3)
+
+
+def test_traces_that_are_mostly_noise_are_said():
+    scores = Scores({"a": 1.0, "b": -1.0, "c": 0.1}, {"a": 0.1, "b": 0.6})
+    assert scores.unsure == ["b"]
+    rule = allocate.Sensitivity(probes=1, sequences=2)
+    with pytest.warns(
+        tp.errors.NumericalWarning, match="of 14 traces are within two standard errors .* estimate=fisher"
+    ):
+        tp.find_allocation(tiny.tiny_model(), rule, pattern=0.5, calibration=tiny.tiny_tokens(3, 12))
 
 
 # Through prune

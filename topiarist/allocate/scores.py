@@ -34,6 +34,11 @@ class Scores:
                 errors[name] = math.sqrt(squares / (len(drawn) - 1) / len(drawn))
         return cls(values, errors)
 
+    @property
+    def unsure(self) -> list[str]:
+        """Layers whose score is within two standard errors of zero: their rank says little."""
+        return [name for name, error in self.errors.items() if abs(self.values[name]) < 2 * error]
+
 
 def outlier_ratio(
     weights: Sequence[Float[Tensor, "_out _in"]], norms: Sequence[Float[Tensor, " _in"]], threshold: float

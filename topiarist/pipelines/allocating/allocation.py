@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from topiarist import allocate
 from topiarist.allocate import Rule, Scores, Search
 from topiarist.allocate.fixed import kept_by
 from topiarist.data import TextFiles, Windows
+from topiarist.errors import NumericalWarning
 from topiarist.models import block_names
 from topiarist.output import OutputFolder, write_atomically
 from topiarist.patterns import Pattern
@@ -28,6 +30,9 @@ from topiarist.solvers import Solver
 from topiarist.sources import Source, block_matrices, eager_experts
 from topiarist.store import Checkpoint
 from topiarist.tables import look_up
+
+MOST_UNSURE = 0.25
+"""Share of the layers whose score may drown in its own noise without a warning."""
 
 FILE = "pruning_allocation.json"
 
@@ -188,6 +193,13 @@ def apply_rule(
         rule.patterns(counted, depths, pattern, dict.fromkeys(counted, 0.5))
         with eager_experts(source.model):
             scores = _scores(options, rule, source, checkpoint, windows, counted, depths, progress)
+    if len(scores.unsure) > MOST_UNSURE * len(counted):
+        warnings.warn(
+            f"{len(scores.unsure)} of {len(counted)} traces are within two standard errors of zero, so their ranks are "
+            "mostly noise: raise sequences or probes, or take estimate=fisher, which needs far fewer passes",
+            NumericalWarning,
+            stacklevel=2,
+        )
     patterns = rule.patterns(counted, depths, pattern, scores.values)
     return FoundAllocation(
         rule=allocate.recipe(rule),
