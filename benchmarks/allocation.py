@@ -1,6 +1,6 @@
 """Perplexity of the demo model by how sparsity is divided among its layers: method x rule x sparsity.
 
-    python -m benchmarks.allocation                                    # 2 methods x 5 rules x 4 sparsities: hours
+    python -m benchmarks.allocation                                    # 2 methods x 6 rules x 4 sparsities: hours
     python -m benchmarks.allocation --patterns 0.7 --methods alps --rules uniform linear
 
 Texts and measures are those of benchmarks/quality.py, the calibration is smaller (32 x 512 tokens) and so are the
@@ -29,7 +29,8 @@ RULES = (
     "uniform",
     "linear",
     "owl",
-    "sensitivity:tokens=128",
+    "sensitivity:estimate=fisher,tokens=128",
+    "sensitivity:estimate=hutchinson,tokens=128",
     # One search serves both methods: its database is SparseGPT's. The clock decides nothing.
     "search:solver=sparsegpt,generations=40,seconds=1e9",
 )

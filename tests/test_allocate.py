@@ -254,7 +254,7 @@ def test_fisher_is_the_squared_gradient_and_standard_errors_are_stated():
 def test_traces_that_are_mostly_noise_are_said():
     scores = Scores({"a": 1.0, "b": -1.0, "c": 0.1}, {"a": 0.1, "b": 0.6})
     assert scores.unsure == ["b"]
-    rule = allocate.Sensitivity(probes=1, sequences=2)
+    rule = allocate.Sensitivity(estimate="hutchinson", probes=1, sequences=2)
     with pytest.warns(
         tp.errors.NumericalWarning, match="of 14 traces are within two standard errors .* estimate=fisher"
     ):

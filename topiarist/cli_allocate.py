@@ -20,7 +20,7 @@ def allocate(
     calibration: Text,
     rule: Annotated[
         str, typer.Option(help="uniform, linear, owl, sensitivity or search; owl:threshold=7,level=matrix sets fields")
-    ] = "owl",
+    ] = "linear",
     pattern: Annotated[str, typer.Option(help="how much is kept in all: 0.7 makes 70 % zeros; 2:4")] = "0.5",
     method: Annotated[str, typer.Option(help="solves the database of search")] = "alps",
     option: Annotated[
