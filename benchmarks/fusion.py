@@ -1,6 +1,7 @@
 """How to fuse fine and coarse estimates: the loss of the demo model on held-out CALIBRATION text, rule by rule.
 
-    python -m benchmarks.fusion --keeps 0.8 0.7 --scopes per_layer global
+    python -m benchmarks.fusion --orders mix --pooling each
+    python -m benchmarks.fusion --keeps 0.8 --scopes per_layer global
 
 The default of `topiarist shrink --method hybrid` is chosen here and never on evaluation text. Estimates are collected
 once for every order and kept beside the assets; a finished choice is a line of JSON and is not tried again.
@@ -30,11 +31,11 @@ BASELINES = ("wanda-sp", "flap", "magnitude", "random")
 
 
 def estimates(task: Task, options: argparse.Namespace, order: str, pooled: bool) -> Estimates:
-    path = assets_dir() / "structured" / f"taylor-{order}-{'pooled' if pooled else 'each'}-{options.samples}.pt"
+    how = f"{'pooled' if pooled else 'each'}-{options.samples}x{options.window}"
+    path = assets_dir() / "structured" / f"taylor-{order}-{how}.pt"
     if path.exists():
         return Estimates(**torch.load(path))
-    training, _ = split(short_windows(task.tokens, 128), options.held_out)
-    found = taylor(task, training[: options.samples], order=order, pooled=pooled)
+    found = taylor(task, task.tokens[: options.samples], order=order, pooled=pooled)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(vars(found), path)
     return found
@@ -56,19 +57,22 @@ def scores(name: str, task: Task, options: argparse.Namespace, known: dict[str, 
     grain = f"{order}/{how}"
     if grain not in known:
         known[grain] = estimates(task, options, order, how == "pooled")
-    return Hybrid(fusion=fusion, level=level).fused(task, known[grain])
+    method = Hybrid(fusion=fusion, level=level, window=options.window, learn_windows=options.learn_windows)
+    return method.fused(task, known[grain])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keeps", nargs="+", type=float, default=[0.8, 0.7])
-    parser.add_argument("--scopes", nargs="+", default=["per_layer", "global"])
+    parser.add_argument("--scopes", nargs="+", default=[Hybrid.scope], help="per_layer, global or parameters")
     parser.add_argument("--orders", nargs="+", default=["mix", "first"])
     parser.add_argument("--pooling", nargs="+", choices=("each", "pooled"), default=["each", "pooled"])
-    parser.add_argument("--fusions", nargs="+", default=[f for f in FUSIONS if f != "learned"])
+    parser.add_argument("--fusions", nargs="+", default=list(FUSIONS))
     parser.add_argument("--baselines", nargs="*", default=list(BASELINES))
-    parser.add_argument("--samples", type=int, default=128, help="windows of 128 tokens for the estimates")
-    parser.add_argument("--held-out", type=int, default=32, help="windows of 128 tokens that judge")
+    parser.add_argument("--window", type=int, default=Hybrid.window)
+    parser.add_argument("--samples", type=int, default=48, help="windows for the estimates")
+    parser.add_argument("--held-out", type=int, default=8, help="windows that judge")
+    parser.add_argument("--learn-windows", type=int, default=4, help="windows a trial of the learned fusion")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=Path("docs/fusion.jsonl"))
     options = parser.parse_args()
@@ -77,8 +81,8 @@ def main() -> None:
     text = tp.text_files(text_dir() / "calibration.jsonl")
     tokens = calibration_windows(text, load_tokenizer(model_dir()), num_samples=64, window=512).tokens
     groups = units_of(model, ("heads", "channels"))
-    _, watching = split(short_windows(tokens, 128), options.held_out)
-    settings = [options.samples, options.held_out]
+    training, watching = split(short_windows(tokens, options.window), options.held_out)
+    settings = [options.window, options.samples, options.held_out, options.learn_windows]
     rows = {key: cell["loss"] for key, cell in stored_cells(options.results, settings).items()}
     known: dict[str, Any] = {}
     names = candidates(options)
@@ -92,7 +96,7 @@ def main() -> None:
             if key in rows or idle:
                 continue
             counts = layer_counts(groups, keep) if scope == "per_layer" else None
-            task = Task(model, groups, tokens, keep, scope, counts)
+            task = Task(model, groups, training, keep, scope, counts)
             found = scores(name, task, options, known)
             with gates(model, groups) as masks:
                 rows[key] = gated_loss(task, masks, chosen(task, found), watching)
@@ -106,8 +110,8 @@ def main() -> None:
         losses = [rows.get(f"{name} {keep} {scope}") for keep, scope in columns]
         lines.append(f"| {name} | {' | '.join('' if x is None else f'{math.exp(x):.1f}' for x in losses)} |")
     note = (
-        f"{time.strftime('%Y-%m-%d')}: perplexity of {len(watching)} held-out calibration windows of 128 tokens; estimates "
-        f"from {options.samples} others."
+        f"{time.strftime('%Y-%m-%d')}: perplexity of {len(watching)} held-out calibration windows of {options.window} tokens; "
+        f"estimates from {options.samples} others."
     )
     text = "\n".join([*lines, "", note])
     options.results.with_suffix(".md").write_text(text + "\n")
