@@ -108,6 +108,8 @@ def main() -> None:
     ]
     for name in names:
         losses = [rows.get(f"{name} {keep} {scope}") for keep, scope in columns]
+        if not any(losses):
+            continue
         lines.append(f"| {name} | {' | '.join('' if x is None else f'{math.exp(x):.1f}' for x in losses)} |")
     note = (
         f"{time.strftime('%Y-%m-%d')}: perplexity of {len(watching)} held-out calibration windows of {options.window} tokens; "
