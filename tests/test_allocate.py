@@ -256,7 +256,7 @@ def test_traces_that_are_mostly_noise_are_said():
     assert scores.unsure == ["b"]
     rule = allocate.Sensitivity(estimate="hutchinson", probes=1, sequences=2)
     with pytest.warns(
-        tp.errors.NumericalWarning, match="of 14 traces are within two standard errors .* estimate=fisher"
+        tp.errors.NumericalWarning, match="of 14 traces are within two standard errors .* raise sequences or probes"
     ):
         tp.find_allocation(tiny.tiny_model(), rule, pattern=0.5, calibration=tiny.tiny_tokens(3, 12))
 

@@ -196,7 +196,7 @@ def apply_rule(
     if len(scores.unsure) > MOST_UNSURE * len(counted):
         warnings.warn(
             f"{len(scores.unsure)} of {len(counted)} traces are within two standard errors of zero, so their ranks are "
-            "unsure: raise sequences or probes, or take estimate=fisher, which needs far fewer passes",
+            "unsure: raise sequences or probes",
             NumericalWarning,
             stacklevel=2,
         )
