@@ -31,11 +31,12 @@ BASELINES = ("wanda-sp", "flap", "magnitude", "random")
 
 
 def estimates(task: Task, options: argparse.Namespace, order: str, pooled: bool) -> Estimates:
-    how = f"{'pooled' if pooled else 'each'}-{options.samples}x{options.window}"
+    windows = task.tokens[: options.samples]
+    how = f"{'pooled' if pooled else 'each'}-{len(windows)}x{options.window}"
     path = assets_dir() / "structured" / f"taylor-{order}-{how}.pt"
     if path.exists():
         return Estimates(**torch.load(path))
-    found = taylor(task, task.tokens[: options.samples], order=order, pooled=pooled)
+    found = taylor(task, windows, order=order, pooled=pooled)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(vars(found), path)
     return found
