@@ -209,7 +209,9 @@ def main() -> None:
             keep_cell(options.results, key, settings, rows[key])
         print(key, {k: round(v, 2) for k, v in rows[key]["perplexity"].items()}, flush=True)
     text = table(in_order(rows), options, texts)
-    options.results.with_name(f"{options.results.stem}-{options.layout}-{options.protocol}.md").write_text(text + "\n")
+    page = f"{options.results.stem}-{options.layout}-{options.protocol}-{options.samples}x{options.window}"
+    page += f"-eval{options.eval_windows or ''}" + ("-tasks" if options.tasks else "")
+    options.results.with_name(f"{page}.md").write_text(text + "\n")
     print(text)
 
 
