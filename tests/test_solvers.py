@@ -13,7 +13,7 @@ from torch import Tensor
 
 from topiarist import Gram, linalg, parse_pattern
 from topiarist.errors import CalibrationWarning, NumericalError, NumericalWarning, PatternError, TopiaristError
-from topiarist.solvers import ALPS, SOLVERS, Magnitude, SparseGPT, Wanda
+from topiarist.solvers import ALPS, SOLVERS, Magnitude, SparseGPT, Wanda, admm
 
 METHODS = {name: solver() for name, solver in SOLVERS.items()} | {
     "alps-best": ALPS(preset="best"),
@@ -291,3 +291,21 @@ def test_the_resolvent_stands_in_for_the_true_one(rho):
     exact = rho * linalg.inverse(Hs + rho * torch.eye(128))
     got = Resolvent(Hs, 0.45, torch.float32).at(rho)
     assert torch.linalg.matrix_norm(got - exact, 2) < (1e-4 if rho == 0.45 else 0.12)
+
+
+@pytest.mark.skipif(linalg.search_dtype(torch.device("cpu")) != torch.bfloat16, reason="no products in bf16 here")
+@pytest.mark.parametrize("text", ["2:4", "1:4", "4:8", "7:16", "2:6", "0.7", "0.5/row", "0.25/columns"])
+@pytest.mark.parametrize("shape", [(3, 48), (200, 144)])
+def test_the_kernels_step_is_that_of_plain_torch_to_the_bit(text, shape, monkeypatch):
+    W = (randn(*shape, seed=7) * 4).round() / 4  # sizes tie
+    fused = admm.State(W, parse_pattern(text), 1.12, torch.bfloat16)
+    if fused._kernels is None:
+        pytest.skip("no C++ compiler here")
+    monkeypatch.setattr(admm, "_kernels", lambda: None)
+    plain = admm.State(W, parse_pattern(text), 1.12, torch.bfloat16)
+    for step in range(4):
+        Z = (0.5 * randn(*shape, seed=step)).bfloat16()
+        growth = (1.0, 0.8)[step % 2]
+        assert torch.equal(fused.step(Z, growth), plain.step(Z, growth))
+        assert torch.equal(fused.D, plain.D) and torch.equal(fused.U, plain.U)
+    assert torch.equal(fused.Y, plain.Y) and torch.equal(fused.relaxed(Z), plain.relaxed(Z))

@@ -7,6 +7,7 @@ B   dense iterate                 D  its projection                  U  dual / r
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 from topiarist import linalg
 from topiarist.errors import NumericalWarning
 from topiarist.patterns import Pattern
+from topiarist.solvers.admm import State
 from topiarist.solvers.base import Problem, Solver
 
 PRESETS: dict[str, dict[str, float]] = {
@@ -112,34 +114,31 @@ class ALPS(Solver):
 
     def _search(self, W: Tensor, K: Resolvent, pattern: Pattern) -> tuple[Tensor, Tensor, Tensor]:
         """(B, (W - B) Hs, mask of B) after the ADMM iterations."""
-        D = W * pattern.mask(W.abs())
-        U = torch.zeros_like(W)
-        rho = K.node
-        B = Y = Z = W
+        state = State(W, pattern, self.relaxation, K.K.dtype)
         levels = max(1, self.iterations // self.rho_every)
         ratio = self.rho_start / self.rho_end
-        for level in range(levels):
-            rho_next = K.node * ratio ** (1 - level / max(levels - 1, 1))
-            U *= rho / rho_next
-            rho = rho_next
-            K_rho = K.at(rho)
-            for _ in range(self.rho_every):
-                Y = torch.sub(W, D).add_(U)
-                Z = (Y.to(K_rho.dtype) @ K_rho).float()
-                B = W - Z
-                T = torch.lerp(D, B, self.relaxation).add_(U)
-                D = T * pattern.mask(T.abs())
-                U = T.sub_(D)
+        rhos = [K.node * ratio ** (1 - level / max(levels - 1, 1)) for level in range(levels)]
+        rhos = [rho for rho in rhos for _ in range(self.rho_every)]
+        Y, Z, K_rho = state.Y.to(K.K.dtype), W, K.K
+        for step, rho in enumerate(rhos):
+            if step % self.rho_every == 0:
+                K_rho = K.at(rho)
+            Z = Y @ K_rho
+            if step + 1 < len(rhos):
+                Y = state.step(Z, rho / rhos[step + 1])
+        Z = Z.float()
+        B = W - Z
         mask = pattern.mask(B.abs())
-        moving = int((mask & (D == 0)).count_nonzero()) / max(pattern.num_kept((W.shape[0], W.shape[1])), 1)
+        moving = int((mask & ~pattern.mask(state.relaxed(Z).abs())).count_nonzero())
+        moving /= max(pattern.num_kept((W.shape[0], W.shape[1])), 1)
         if moving > UNSETTLED:
             warnings.warn(
-                f"ALPS stopped after {levels * self.rho_every} iterations with {moving:.0%} of the support still moving: "
+                f"ALPS stopped after {len(rhos)} iterations with {moving:.0%} of the support still moving: "
                 "raise iterations or rho_end",
                 NumericalWarning,
                 stacklevel=2,
             )
-        return B, Y.sub_(Z).mul_(rho), mask
+        return B, state.Y.sub_(Z).mul_(rhos[-1]), mask
 
 
 class Resolvent:
@@ -156,12 +155,16 @@ class Resolvent:
         K = linalg.inverse(shifted).mul_(node)
         self.typical_eigenvalue = node * (float(1 / K.diagonal().mean()) - 1)
         self.K = K.to(dtype)
-        self.K2 = torch.empty_like(self.K)
-        block = max(128, -(-len(Hs) // 8))
-        for start in range(0, len(Hs), block):
+
+    @functools.cached_property
+    def K2(self) -> Tensor:
+        K2 = torch.empty_like(self.K)
+        block = max(128, -(-len(K2) // 8))
+        for start in range(0, len(K2), block):
             stop = start + block
-            self.K2[start:stop, start:] = self.K[start:stop] @ self.K[:, start:]
-            self.K2[stop:, start:stop] = self.K2[start:stop, stop:].T
+            K2[start:stop, start:] = self.K[start:stop] @ self.K[:, start:]
+            K2[stop:, start:stop] = K2[start:stop, stop:].T
+        return K2
 
     def at(self, rho: float) -> Tensor:
         if math.isclose(rho, self.node):
