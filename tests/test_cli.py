@@ -62,6 +62,16 @@ def test_unstructured_with_options(call, folder: Path):
     assert abs(config["pruning_config"]["sparsity"] - 0.7) < 1e-3
 
 
+def test_a_warning_of_every_block_is_shown_once_and_kept_whole(call, folder: Path):
+    code, _, error = call(
+        "prune", "model", "out", "--calibration", "calibration.txt", "--samples", "1", "--window", "16"
+    )
+    assert code == 0 and error.count("fewer calibration tokens than inputs") == 1 and "1 more, which differ" in error
+    assert "without any token" not in error and "calibration tokens for" not in error
+    report = json.loads((folder / "out" / "pruning_report.json").read_text())
+    assert [warning[:14] for warning in report["warnings"]] == ["model.layers.0", "model.layers.1"]
+
+
 def test_without_text(call, folder: Path):
     bare = ("prune", "model", "out")
     code, printed, _ = call(*bare, "--method", "magnitude", "--plan")

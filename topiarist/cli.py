@@ -14,6 +14,7 @@ from rich.table import Table
 from topiarist import cli_allocate, cli_masks, cli_report, cli_runtime, cli_shrink
 from topiarist.__about__ import __version__
 from topiarist.cli_tools import (
+    WarningLines,
     err,
     filled,
     name_and_fields,
@@ -169,9 +170,8 @@ def main() -> None:
     """Run the command line. User errors end in one line and exit code 2."""
     from topiarist.errors import TopiaristError
 
-    warnings.showwarning = lambda message, *_, **__: err.print(
-        f"[yellow]warning[/yellow] {escape(str(message))}", highlight=False
-    )
+    lines = WarningLines()
+    warnings.showwarning = lines.show
     try:
         code = app(standalone_mode=False) or 0
     except TopiaristError as error:
@@ -185,6 +185,7 @@ def main() -> None:
             raise
         show()
         code = getattr(error, "exit_code", USAGE)
+    lines.close()
     if code == INTERRUPTED:
         err.print("interrupted: finished blocks are kept, the same command resumes", highlight=False)
     sys.exit(code)

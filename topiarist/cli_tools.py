@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 out = Console()
@@ -76,3 +79,24 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bars:
         task = bars.add_task("starting", total=None)
         yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total)
+
+
+class WarningLines:
+    """Warnings on the terminal: of those that differ in numbers alone, as a layer's, only the first is shown."""
+
+    def __init__(self) -> None:
+        self.seen: Counter[str] = Counter()
+
+    def show(self, message: Warning | str, *_: Any, **__: Any) -> None:
+        """For `warnings.showwarning`."""
+        kind = re.sub(r"\d+", "#", str(message))
+        self.seen[kind] += 1
+        if self.seen[kind] == 1:
+            err.print(f"[yellow]warning[/yellow] {escape(str(message))}", highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Say how many were not shown."""
+        if more := sum(self.seen.values()) - len(self.seen):
+            err.print(
+                f"[yellow]warning[/yellow] {more} more, which differ from these in numbers alone", highlight=False
+            )

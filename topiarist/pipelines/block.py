@@ -238,6 +238,7 @@ class BlockPruner:
         context = f"layer {', '.join(names)} ({shapes}), {type(self.solver).__name__}"
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", NumericalWarning)
+            warnings.simplefilter("ignore", CalibrationWarning)  # said once for the whole block
             try:
                 yield
             except TopiaristError as error:
@@ -251,11 +252,12 @@ class BlockPruner:
         thin |= {m: 0 for m in matrices if m not in reached}
         if not thin:
             return
+        unseen = "those without any token are pruned by magnitude; " if 0 in thin.values() else ""
         listed = [f"{m.name} ({tokens} tokens, {m.shape[1]} inputs)" for m, tokens in thin.items()]
         more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
         self.warn(
-            f"{path or 'model'}: fewer calibration tokens than inputs for {', '.join(listed[:8])}{more}; those without any "
-            "token are pruned by magnitude; add calibration samples",
+            f"{path or 'model'}: fewer calibration tokens than inputs for {', '.join(listed[:8])}{more}; "
+            f"{unseen}add calibration samples",
             CalibrationWarning,
         )
 
