@@ -41,9 +41,9 @@ class ALPS(Solver):
     (eq. 4-6, over-relaxed), conjugate gradients the weights on it (section 3.3). The best one-shot solver here: choose
     `fast` by default, `best` when minutes do not matter.
 
-    Cost: one Cholesky inverse and one half product of (in, in), shared by all weights of an input; then iterations +
-    refit_steps + 1 products of 2 * out * in^2 flops, in bf16 where the machine is fast at it. Memory: three (in, in)
-    and about six (out, in) matrices.
+    Cost: one Cholesky inverse (two where inputs hardly correlate) and one half product of (in, in), shared by all weights
+    of an input; then iterations + refit_steps + 1 products of 2 * out * in^2 flops, in bf16 where the machine is fast at
+    it. Memory: three (in, in) and about six (out, in) matrices.
 
     Differs from the authors' code in: 1. the ridge is relative to every channel's own energy, not to the mean, which
     outlier channels dominate (error 3-9 % lower, and scaling an input changes nothing). 2. No eigendecomposition: the
