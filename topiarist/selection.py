@@ -36,12 +36,13 @@ def _kth_largest(values: Tensor, k: int) -> Tensor:
     if total >= 2**16:
         # Multiples of a large prime visit every column of a matrix; a plain stride may see few of them.
         scattered = torch.arange(2**14, device=values.device) * 2_654_435_761 % total
-        sample = values[scattered].sort(descending=True).values
+        sample = values[scattered]
         at, spread = len(sample) * k / total, 4 * math.sqrt(len(sample) * k / total * (1 - k / total)) + 4
-        low = sample[min(int(at + spread), len(sample) - 1)]
-        high = sample[max(int(at - spread), 0)]
-        above = int((values > high).count_nonzero())
-        between = values[(values >= low) & (values <= high)]
+        low = sample.kthvalue(max(len(sample) - int(at + spread), 1)).values
+        high = sample.kthvalue(min(len(sample) - int(at - spread), len(sample))).values
+        from_low = values >= low
+        between = values[from_low & (values <= high)]
+        above = int(from_low.count_nonzero()) - len(between)
         if above < k <= above + len(between):
             values, k = between, k - above
     return values.kthvalue(len(values) - k + 1).values
