@@ -16,7 +16,6 @@ struct State {
   const float* W;
   float *D, *U;
   uint16_t* Y;
-  int64_t size;
 };
 
 AVX512 inline __mmask16 lanes(int64_t left) { return __mmask16(left < LANES ? (1u << left) - 1 : 0xffff); }
@@ -102,21 +101,21 @@ extern "C" {
 // A whole step under an N:M pattern along the rows; of is 2, 4, 8 or 16 and divides size.
 void topiarist_admm_nm(const float* W, float* D, float* U, uint16_t* Y, int64_t size, const uint16_t* Z, float relaxation,
                        float growth, int keep, int of, int threads) {
-  const State s{W, D, U, Y, size};
+  const State s{W, D, U, Y};
   in_chunks(size, threads, [&](int64_t a, int64_t b) { step_nm(s, Z, relaxation, growth, keep, of, a, b); });
 }
 
 // The first half of a step under any pattern: T, whose entries' sizes choose the mask.
 void topiarist_admm_relax(const float* W, float* D, float* U, uint16_t* Y, int64_t size, const uint16_t* Z, float relaxation,
                           float* T, int threads) {
-  const State s{W, D, U, Y, size};
+  const State s{W, D, U, Y};
   in_chunks(size, threads, [&](int64_t a, int64_t b) { relax(s, Z, relaxation, T, a, b); });
 }
 
 // The second half.
 void topiarist_admm_project(const float* W, float* D, float* U, uint16_t* Y, int64_t size, const float* T,
                             const uint8_t* mask, float growth, int threads) {
-  const State s{W, D, U, Y, size};
+  const State s{W, D, U, Y};
   in_chunks(size, threads, [&](int64_t a, int64_t b) { project_masked(s, T, mask, growth, a, b); });
 }
 

@@ -33,17 +33,13 @@ class State:
         self.D = self.W * pattern.mask(self.W.abs())
         self.U = torch.zeros_like(self.W)
         self._kernels = _kernels() if W.device.type == "cpu" and dtype == torch.bfloat16 else None
-        self._Y = self.Y.to(dtype)
-        self._T = torch.empty_like(self.W) if self._kernels is not None and not self._in_groups else None
+        self._groups = (pattern.keep, pattern.of) if isinstance(pattern, NM) and pattern.of in GROUPS else None
+        self._Y = torch.empty_like(self.W, dtype=dtype)
 
     @property
     def Y(self) -> Float[Tensor, "out in"]:
         """W - D + U: times the resolvent it is W - B."""
         return torch.sub(self.W, self.D).add_(self.U)
-
-    @property
-    def _in_groups(self) -> bool:
-        return isinstance(self.pattern, NM) and self.pattern.of in GROUPS
 
     def relaxed(self, Z: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """T = D + relaxation (W - Z - D) + U: what the next projection takes the largest of."""
@@ -58,14 +54,13 @@ class State:
             return self.Y.to(self.dtype)
         state = (*(t.data_ptr() for t in (self.W, self.D, self.U, self._Y)), self.W.numel())
         Z, threads = Z.contiguous(), torch.get_num_threads()
-        if isinstance(self.pattern, NM) and self._T is None:
-            groups = self.pattern.keep, self.pattern.of
-            self._kernels.topiarist_admm_nm(*state, Z.data_ptr(), self.relaxation, growth, *groups, threads)
+        if self._groups is not None:
+            self._kernels.topiarist_admm_nm(*state, Z.data_ptr(), self.relaxation, growth, *self._groups, threads)
         else:
-            assert self._T is not None
-            self._kernels.topiarist_admm_relax(*state, Z.data_ptr(), self.relaxation, self._T.data_ptr(), threads)
-            mask = self.pattern.mask(self._T.abs()).contiguous()
-            self._kernels.topiarist_admm_project(*state, self._T.data_ptr(), mask.data_ptr(), growth, threads)
+            T = torch.empty_like(self.W)
+            self._kernels.topiarist_admm_relax(*state, Z.data_ptr(), self.relaxation, T.data_ptr(), threads)
+            mask = self.pattern.mask(T.abs()).contiguous()
+            self._kernels.topiarist_admm_project(*state, T.data_ptr(), mask.data_ptr(), growth, threads)
         return self._Y
 
 

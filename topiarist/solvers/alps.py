@@ -117,8 +117,9 @@ class ALPS(Solver):
         state = State(W, pattern, self.relaxation, K.K.dtype)
         levels = max(1, self.iterations // self.rho_every)
         ratio = self.rho_start / self.rho_end
-        rhos = [K.node * ratio ** (1 - level / max(levels - 1, 1)) for level in range(levels)]
-        rhos = [rho for rho in rhos for _ in range(self.rho_every)]
+        rhos = [
+            K.node * ratio ** (1 - level / max(levels - 1, 1)) for level in range(levels) for _ in range(self.rho_every)
+        ]
         Y, Z, K_rho = state.Y.to(K.K.dtype), W, K.K
         for step, rho in enumerate(rhos):
             if step % self.rho_every == 0:
