@@ -11,6 +11,7 @@ from topiarist.structured import choose, gates, units_of
 from topiarist.structured.methods import Task
 from topiarist.structured.metrics import BlockInfluence, Flap, Moments, WandaSP
 from topiarist.structured.occlusion import Occlusion
+from topiarist.structured.trial import Prefix, window_losses
 
 WIDTH = ("heads", "channels")
 
@@ -113,10 +114,32 @@ def test_what_adds_nothing_has_no_influence(family: str):
             assert (float(values[group.key]) < 1e-6) == (group.block == 1), group.key
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt2"])
-def test_occlusion_is_the_loss_without_a_unit(family: str):
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@torch.inference_mode()
+def test_forwards_that_begin_at_a_block_are_those_of_the_whole_model(family: str):
     model = tiny.tiny_model(family)
-    task = task_of(model, ("heads",), batch_size=8)
+    tokens = task_of(model).tokens[:3]
+    blocks = model.get_submodule(FAMILIES[family].blocks)
+    originals, ran = list(blocks), []
+    for index, block in enumerate(originals):
+        block.register_forward_hook(lambda *_, index=index: ran.append(index))
+    expected = window_losses(model, tokens)
+    with Prefix(model, tokens) as prefix:
+        for index in range(len(originals)):
+            prefix.begin_at(index)
+            ran.clear()
+            torch.testing.assert_close(window_losses(model, tokens), expected, rtol=0, atol=0)
+            assert ran == list(range(index, len(originals)))
+        with pytest.raises(ValueError, match="lies before"):
+            prefix.begin_at(0)
+    assert list(blocks) == originals
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("batch_size", [8, 3])
+def test_occlusion_is_the_loss_without_a_unit(family: str, batch_size: int):
+    model = tiny.tiny_model(family)
+    task = task_of(model, ("heads",), batch_size=batch_size)
     found = Occlusion(windows=4, window=16).scores(task)
     kept = {}
     with torch.no_grad(), gates(model, task.groups) as masks:

@@ -243,22 +243,18 @@ class _Captured(Exception):
     """Ends the capturing forward after the last block."""
 
 
-class _Stub(nn.Module):
-    """Stands for a block: notes its arguments, hands the hidden states on. Looks like the block otherwise."""
+class StandIn(nn.Module):
+    """Runs `forward` in a block's place; looks like the block otherwise."""
 
-    def __init__(self, block: nn.Module, record: list[BlockCall], returns_tuple: bool, last: bool) -> None:
+    def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
         super().__init__()
-        self.__dict__.update(_block=block, _record=record, _returns_tuple=returns_tuple, _last=last)
+        self.__dict__.update(_block=block, _forward=forward)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_block"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        self._record.append(BlockCall(hidden, tuple(args[1:]), kwargs))
-        if self._last:
-            raise _Captured
-        return (hidden,) if self._returns_tuple else hidden
+        return self._forward(*args, **kwargs)
 
 
 @dataclass
@@ -285,9 +281,17 @@ def capture_calls(model: nn.Module, family: Family, tokens: Tensor, *, returns_t
     blocks: nn.ModuleList = model.get_submodule(family.blocks)  # pyright: ignore[reportAssignmentType]
     originals = list(blocks)
     record: list[BlockCall] = []
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        record.append(BlockCall(hidden, tuple(args[1:]), kwargs))
+        if len(record) == len(originals):
+            raise _Captured
+        return (hidden,) if returns_tuple else hidden
+
     try:
         for i, block in enumerate(originals):
-            blocks[i] = _Stub(block, record, returns_tuple, last=i == len(originals) - 1)
+            blocks[i] = StandIn(block, note)
         base = getattr(model, getattr(model, "base_model_prefix", ""), model)
         base(input_ids=tokens, use_cache=False)
     except _Captured:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from topiarist.errors import NumericalError
-from topiarist.structured.gates import gates
+from topiarist.structured.gates import Masks, gates
 from topiarist.structured.methods import Method, Scores, Task
 from topiarist.structured.metrics import WandaSP
-from topiarist.structured.trial import gated_loss, short_windows
+from topiarist.structured.trial import Prefix, gated_loss, short_windows
+from topiarist.structured.units import UnitGroup
 
 TIE_BREAK = 1e-6
 """Of the mean score: channels of one slice keep the order of their metric."""
@@ -42,30 +43,43 @@ class Occlusion(Method):
         windows = short_windows(task.tokens, self.window)[: self.windows]
         trials = [
             (group, units)
-            for group in task.groups
+            for group in sorted(task.groups, key=lambda group: group.block)
             for units in order[group.key].tensor_split(
                 min(self.slices, group.count) if group.kind == "channels" else group.count
             )
         ]
-        scores: Scores = {group.key: torch.zeros(group.count, dtype=torch.float64) for group in task.groups}
+        losses = torch.zeros(1 + len(trials), dtype=torch.float64)  # of the whole model, of every trial
+        batches = windows.split(task.batch_size)
         with gates(task.model, task.groups) as masks:
-            dense = gated_loss(task, masks, {}, windows)
-            for number, (group, units) in enumerate(trials):
-                task.progress("occlusion", number, len(trials))
-                mask = torch.ones(group.count)
-                mask[units] = 0
-                loss = gated_loss(task, masks, {group.key: mask}, windows)
-                masks[group.key] = torch.ones_like(masks[group.key])
-                if math.isnan(loss):
-                    raise NumericalError(
-                        f"the loss without {group.key} is not a number: check the model's weights and dtype"
-                    )
-                scores[group.key][units] = (loss - dense) / (group.cost * len(units))
+            for place, batch in enumerate(batches):
+                losses += self._losses(task, masks, trials, batch, place, len(batches)) * (len(batch) / len(windows))
+        scores: Scores = {group.key: torch.zeros(group.count, dtype=torch.float64) for group in task.groups}
+        for (group, units), loss in zip(trials, losses[1:], strict=True):
+            if math.isnan(loss):
+                raise NumericalError(
+                    f"the loss without {group.key} is not a number: check the model's weights and dtype"
+                )
+            scores[group.key][units] = (loss - losses[0]) / (group.cost * len(units))
         size = float(torch.cat(list(scores.values())).abs().mean()) or 1.0
         return {
             key: score / size + TIE_BREAK * torch.argsort(order[key]).neg() / len(score)
             for key, score in scores.items()
         }
+
+    def _losses(
+        self, task: Task, masks: Masks, trials: list[tuple[UnitGroup, Tensor]], batch: Tensor, place: int, of: int
+    ) -> Tensor:
+        """The loss of the whole model on a batch, then of every trial, whose blocks must not fall."""
+        losses = [gated_loss(task, masks, {}, batch)]
+        with Prefix(task.model, batch.to(task.model.device)) as prefix:
+            for number, (group, units) in enumerate(trials):
+                task.progress("occlusion", place * len(trials) + number, of * len(trials))
+                prefix.begin_at(group.block)
+                mask = torch.ones(group.count)
+                mask[units] = 0
+                losses.append(gated_loss(task, masks, {group.key: mask}, batch))
+                masks[group.key] = torch.ones_like(masks[group.key])
+        return torch.tensor(losses, dtype=torch.float64)
 
     def _ranks(self, task: Task) -> dict[str, Tensor]:
         """Group key -> units from the largest metric down."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from topiarist.errors import CalibrationError
+from topiarist.models import StandIn, family_of
 from topiarist.structured.choose import choose
 from topiarist.structured.gates import Masks
 from topiarist.structured.methods import Scores, Task
@@ -51,3 +53,51 @@ def gated_loss(task: Task, masks: Masks, wanted: Mapping[str, Tensor], tokens: I
 def chosen(task: Task, scores: Scores) -> Kept:
     """The units that these scores keep, as the pipeline will choose them."""
     return choose(task.groups, scores, task.keep, scope=task.scope, counts=task.counts, round_to=task.round_to)
+
+
+class _Reached(Exception):
+    """Ends a forward before the block that is wanted."""
+
+
+class Prefix:
+    """Forwards of the same tokens that begin at a later and later block: what stands before it is computed once.
+
+    A context: inside, the model is good for these tokens only; on leaving it is as it was.
+    """
+
+    def __init__(self, model: Any, tokens: Int[Tensor, "batch window"]) -> None:
+        self._model, self._tokens = model, tokens
+        self._blocks: nn.ModuleList = model.get_submodule(family_of(model.config.model_type).blocks)
+        self._originals = list(self._blocks)
+        self._start = 0
+
+    @torch.inference_mode()
+    def begin_at(self, block: int) -> None:
+        """Run the blocks up to this one, as they are now, for the last time."""
+        if block < self._start:
+            raise ValueError(f"block {block} lies before {self._start}, where forwards begin")
+        if block == self._start:
+            return
+        reached: list[Any] = []
+
+        def leave(_: nn.Module, args: Any, output: Any) -> None:
+            reached.append(output)
+            raise _Reached
+
+        hook = self._originals[block - 1].register_forward_hook(leave)
+        try:
+            self._model(input_ids=self._tokens, use_cache=False)
+        except _Reached:
+            pass
+        finally:
+            hook.remove()
+        for index in range(block):
+            self._blocks[index] = StandIn(self._originals[index], lambda *_, **__: reached[0])
+        self._start = block
+
+    def __enter__(self) -> Prefix:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for index, block in enumerate(self._originals):
+            self._blocks[index] = block
