@@ -33,7 +33,7 @@ class Occlusion(Method):
 
     scope: ClassVar[str] = "parameters"
     windows: int = 4
-    window: int = 128
+    window: int = 512
     slices: int = 4
     metric_tokens: int = 8192
     """Calibration tokens that Wanda-sp looks at."""
