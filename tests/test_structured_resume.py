@@ -26,6 +26,16 @@ def test_killed_anywhere_resumes_to_the_same_bytes(tmp_path: Path):
     assert_kills_change_nothing(lambda out: run(base, out, recover=recover), tmp_path, kills=4, each=2)
 
 
+def test_what_a_kill_after_the_last_file_left_goes(tmp_path: Path):
+    base, out = tiny.tiny_checkpoint(tmp_path / "base"), tmp_path / "out"
+    run(base, out)
+    expected = sorted(path.name for path in tmp_path.rglob("*"))
+    (out / "shrink_state_kept.safetensors").touch()
+    (tmp_path / "out.shrunk.tmp").mkdir()
+    run(base, out)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == expected
+
+
 def test_remote_code_opens_it_where_topiarist_is_not(tmp_path: Path):
     tiny.tiny_checkpoint(tmp_path / "base")
     run(tmp_path / "base", tmp_path / "out")

@@ -68,7 +68,13 @@ def open_output(
 def remove_states(folder: Path) -> None:
     for name in (STATE, PRIOR):
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / STATES, ignore_errors=True)
+    for stray in (folder / STATES, _dense_first(folder)):
+        shutil.rmtree(stray, ignore_errors=True)
+
+
+def _dense_first(folder: Path) -> Path:
+    """Where transformers writes a model object, before its masked files are written from there."""
+    return folder.with_name(folder.name + ".dense.tmp")
 
 
 def packed_prior(wanted: Sequence[Target], bits: Sequence[Any]) -> dict[str, Tensor]:
@@ -149,7 +155,7 @@ def write_result(
         base_model=report.model,
         transposed={target.name for target in wanted if target.transposed},
     )
-    dense = output.folder.with_name(output.folder.name + ".dense.tmp")
+    dense = _dense_first(output.folder)
     if checkpoint is None:  # transformers knows the names and the shards of a model object, so it writes it
         shutil.rmtree(dense, ignore_errors=True)
         model: Any = source.model
@@ -168,7 +174,6 @@ def write_result(
     output.write_text("pruning_calibration.json", windows.record())
     config = {**checkpoint.config, "pruning_config": report.pruning_config(__about__.__version__)}
     output.finish(checkpoint.folder, config, report.to_dict())
-    shutil.rmtree(dense, ignore_errors=True)
     remove_states(output.folder)
 
 

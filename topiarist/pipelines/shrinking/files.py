@@ -55,7 +55,7 @@ def write_shrunk(
 ) -> None:
     """The shrunk checkpoint and its papers; the state goes last. transformers knows names and ties, so it writes first,
     beside the output."""
-    written = output.folder.with_name(output.folder.name + ".shrunk.tmp")
+    written = _written_first(output)
     try:
         shutil.rmtree(written, ignore_errors=True)
         model.save_pretrained(written)
@@ -88,6 +88,16 @@ def write_shrunk(
     for name, text in texts.items():
         output.write_text(name, text)
     output.finish(checkpoint.folder if checkpoint is not None else written, config, report.to_dict())
-    shutil.rmtree(written, ignore_errors=True)
+    remove_states(output)
+
+
+def remove_states(output: OutputFolder) -> None:
+    """What a finished folder needs no more, here and beside it."""
+    shutil.rmtree(_written_first(output), ignore_errors=True)
     for path in output.folder.glob(_STATE.format("*")):
-        path.unlink()
+        path.unlink(missing_ok=True)
+
+
+def _written_first(output: OutputFolder) -> Path:
+    """Where transformers writes, before the files come under the names and in the order of a run."""
+    return output.folder.with_name(output.folder.name + ".shrunk.tmp")
