@@ -40,7 +40,8 @@ class PolicyGradient(Method):
     Forward passes only: the memory of inference, no gradient of the model. Choose it when the loss itself should decide
     and the model is too large to differentiate. The choice with the lowest loss on held-out calibration windows is
     returned; the start is one of the candidates, so that a short search does not lose to it there.
-    Gao et al., ACL 2025, arXiv 2406.10576. Cost: steps * samples * windows * window tokens of forward pass.
+    Gao et al., ACL 2025, arXiv 2406.10576. Cost: steps * samples * windows * window tokens of forward
+    pass, and those of the start.
 
     Differs from the authors' code in: 1. a leave-one-out baseline; `baseline="ema"` is theirs. 2. `normalise`: steps do
     not depend on the size of the loss. 3. Channels are tied in groups by the rank of their metric. 4. The start is a
@@ -56,7 +57,7 @@ class PolicyGradient(Method):
     windows: int = 1
     """Windows a step."""
     window: int = 512
-    """Their tokens: on short ones what long contexts need is not seen, and units are told apart by fewer tokens."""
+    """Their tokens; docs/log-policy.md has the reason."""
     antithetic: bool = False
     """Masks in mirrored pairs."""
     baseline: str = "loo"
