@@ -55,10 +55,6 @@ class Occlusion(Method):
                 losses += self._losses(task, masks, trials, batch, place, len(batches)) * (len(batch) / len(windows))
         scores: Scores = {group.key: torch.zeros(group.count, dtype=torch.float64) for group in task.groups}
         for (group, units), loss in zip(trials, losses[1:], strict=True):
-            if math.isnan(loss):
-                raise NumericalError(
-                    f"the loss without {group.key} is not a number: check the model's weights and dtype"
-                )
             scores[group.key][units] = (loss - losses[0]) / (group.cost * len(units))
         size = float(torch.cat(list(scores.values())).abs().mean()) or 1.0
         return {
@@ -78,6 +74,10 @@ class Occlusion(Method):
                 mask = torch.ones(group.count)
                 mask[units] = 0
                 losses.append(gated_loss(task, masks, {group.key: mask}, batch))
+                if math.isnan(losses[-1]):
+                    raise NumericalError(
+                        f"the loss without {group.key} is not a number: check the model's weights and dtype"
+                    )
                 masks[group.key] = torch.ones_like(masks[group.key])
         return torch.tensor(losses, dtype=torch.float64)
 
