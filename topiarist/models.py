@@ -239,8 +239,8 @@ def block_names(model: nn.Module, family: Family) -> list[str]:
     return [f"{family.blocks}.{i}" for i in range(len(model.get_submodule(family.blocks)))]  # pyright: ignore[reportArgumentType]
 
 
-class _Captured(Exception):
-    """Ends the capturing forward after the last block."""
+class EndForward(Exception):
+    """Ends a forward that has gone as far as is wanted."""
 
 
 class StandIn(nn.Module):
@@ -286,7 +286,7 @@ def capture_calls(model: nn.Module, family: Family, tokens: Tensor, *, returns_t
         hidden = args[0] if args else kwargs.pop("hidden_states")
         record.append(BlockCall(hidden, tuple(args[1:]), kwargs))
         if len(record) == len(originals):
-            raise _Captured
+            raise EndForward
         return (hidden,) if returns_tuple else hidden
 
     try:
@@ -294,7 +294,7 @@ def capture_calls(model: nn.Module, family: Family, tokens: Tensor, *, returns_t
             blocks[i] = StandIn(block, note)
         base = getattr(model, getattr(model, "base_model_prefix", ""), model)
         base(input_ids=tokens, use_cache=False)
-    except _Captured:
+    except EndForward:
         pass
     finally:
         for i, block in enumerate(originals):

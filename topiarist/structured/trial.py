@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from topiarist.errors import CalibrationError
-from topiarist.models import StandIn, family_of
+from topiarist.models import EndForward, StandIn, family_of
 from topiarist.structured.choose import choose
 from topiarist.structured.gates import Masks
 from topiarist.structured.methods import Scores, Task
@@ -55,10 +55,6 @@ def chosen(task: Task, scores: Scores) -> Kept:
     return choose(task.groups, scores, task.keep, scope=task.scope, counts=task.counts, round_to=task.round_to)
 
 
-class _Reached(Exception):
-    """Ends a forward before the block that is wanted."""
-
-
 class Prefix:
     """Forwards of the same tokens that begin at a later and later block: what stands before it is computed once.
 
@@ -82,12 +78,12 @@ class Prefix:
 
         def leave(_: nn.Module, args: Any, output: Any) -> None:
             reached.append(output)
-            raise _Reached
+            raise EndForward
 
         hook = self._originals[block - 1].register_forward_hook(leave)
         try:
             self._model(input_ids=self._tokens, use_cache=False)
-        except _Reached:
+        except EndForward:
             pass
         finally:
             hook.remove()
