@@ -11,7 +11,7 @@ from topiarist.structured import choose, gates, units_of
 from topiarist.structured.methods import Task
 from topiarist.structured.metrics import BlockInfluence, Flap, Moments, WandaSP
 from topiarist.structured.occlusion import Occlusion
-from topiarist.structured.trial import Prefix, window_losses
+from topiarist.structured.trial import Prefix
 
 WIDTH = ("heads", "channels")
 
@@ -123,12 +123,12 @@ def test_forwards_that_begin_at_a_block_are_those_of_the_whole_model(family: str
     originals, ran = list(blocks), []
     for index, block in enumerate(originals):
         block.register_forward_hook(lambda *_, index=index: ran.append(index))
-    expected = window_losses(model, tokens)
+    expected = model(input_ids=tokens).logits
     with Prefix(model, tokens) as prefix:
         for index in range(len(originals)):
             prefix.begin_at(index)
             ran.clear()
-            torch.testing.assert_close(window_losses(model, tokens), expected, rtol=0, atol=0)
+            torch.testing.assert_close(model(input_ids=tokens).logits, expected, rtol=0, atol=0)
             assert ran == list(range(index, len(originals)))
         with pytest.raises(ValueError, match="lies before"):
             prefix.begin_at(0)

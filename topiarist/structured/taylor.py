@@ -20,9 +20,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from topiarist.errors import NumericalError, TopiaristError
+from topiarist.losses import next_token_loss
 from topiarist.sources import eager_experts
 from topiarist.structured.methods import Task
-from topiarist.structured.trial import window_losses
 from topiarist.structured.units import Part, UnitGroup
 
 ORDERS = ("first", "second", "mix")
@@ -100,7 +100,8 @@ def taylor(task: Task, tokens: Tensor, *, order: str = "mix", pooled: bool = Fal
             task.progress("gradients", number, len(tokens))
             if not pooled:
                 new_row()
-            loss = window_losses(task.model, window[None].to(task.model.device)).mean()
+            batch = window[None].to(task.model.device)
+            loss = next_token_loss(task.model(input_ids=batch, use_cache=False).logits, batch)
             if not bool(torch.isfinite(loss)):
                 raise NumericalError(
                     "the model's loss on the calibration text is not finite: check its weights and dtype"

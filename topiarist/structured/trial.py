@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from topiarist.errors import CalibrationError
+from topiarist.losses import next_token_losses
 from topiarist.models import EndForward, StandIn, family_of
 from topiarist.structured.choose import choose
 from topiarist.structured.gates import Masks
@@ -34,19 +35,13 @@ def split(tokens: Int[Tensor, "num window"], held_out: int) -> tuple[Tensor, Ten
     return tokens[:-held_out], tokens[-held_out:]
 
 
-def window_losses(model: nn.Module, tokens: Int[Tensor, "batch window"]) -> Float[Tensor, " batch"]:
-    """Mean next-token loss of every window, fp32."""
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-    return losses.view(len(tokens), -1).mean(1)
-
-
 @torch.inference_mode()
 def gated_loss(task: Task, masks: Masks, wanted: Mapping[str, Tensor], tokens: Int[Tensor, "num window"]) -> float:
     """Mean loss of the model inside `gates`, whose masks are set to `wanted` first."""
     device = task.model.device
     masks.update({key: mask.to(device, torch.float32) for key, mask in wanted.items()})
-    losses = [window_losses(task.model, batch.to(device)) for batch in tokens.split(task.batch_size)]
+    batches = (batch.to(device) for batch in tokens.split(task.batch_size))
+    losses = [next_token_losses(task.model(input_ids=b, use_cache=False).logits, b).mean(1) for b in batches]
     return float(torch.cat(losses).double().mean())
 
 

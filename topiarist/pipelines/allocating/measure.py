@@ -13,6 +13,7 @@ from topiarist.allocate import Owl, Rule, Scores, Sensitivity
 from topiarist.allocate.scores import outlier_ratio, probe, random_signs
 from topiarist.errors import NumericalError
 from topiarist.evaluate import load_model
+from topiarist.losses import next_token_loss
 from topiarist.models import Matrix, block_names, watch_inputs
 from topiarist.pipelines.options import Progress
 from topiarist.pipelines.stream import BlockStream
@@ -144,8 +145,7 @@ def loss_gradients(model: Any, matrices: Sequence[Matrix], tokens: Tensor) -> Ca
         parameters[id(parameter)] = parameter
 
     def gradients() -> list[Tensor]:
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss = next_token_loss(model(input_ids=tokens, use_cache=False).logits, tokens)
         by_id = dict(
             zip(parameters, torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True), strict=True)
         )

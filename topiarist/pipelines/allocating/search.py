@@ -21,6 +21,7 @@ from topiarist.allocate import Scores, Search, recipe
 from topiarist.allocate.budget import Shapes, budget
 from topiarist.allocate.evolve import Genome, mutate, starts
 from topiarist.errors import CalibrationError, NumericalError
+from topiarist.losses import divergence
 from topiarist.patterns import NM, Columns, Pattern, TransposableNM, Unstructured
 from topiarist.pipelines.allocating.database import Database, fill
 from topiarist.pipelines.allocating.measure import layers_of, whole_model
@@ -28,9 +29,6 @@ from topiarist.pipelines.options import Progress, PruneOptions
 from topiarist.pipelines.sparsellm import METHODS, SparseLLM
 from topiarist.sources import Source
 from topiarist.tables import name_of, resolve
-
-ROWS = 128
-"""Tokens whose predictions are compared at once."""
 
 
 def levels_of(rule: Search, pattern: Pattern) -> list[Pattern | None]:
@@ -157,11 +155,8 @@ class Judge:
     def divergence(self, genome: Genome, row: int) -> float:
         """Mean over a window's tokens of KL(dense || candidate), in nats."""
         self.wear(genome)
-        total, logits = 0.0, self._logits(self.windows[row])
-        for target, own in zip(self.targets[row].split(ROWS), logits.split(ROWS), strict=True):
-            wanted = target.to(own.device).float().log_softmax(-1)
-            total += float((wanted.exp() * (wanted - own.float().log_softmax(-1))).sum(dtype=torch.float64))
-        mean = total / len(logits)
+        logits = self._logits(self.windows[row])
+        mean = float(divergence(logits, self.targets[row].to(logits.device)))
         return mean if mean == mean else float("inf")  # a candidate that overflows loses
 
 

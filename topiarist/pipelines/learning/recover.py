@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from topiarist.errors import NumericalError
+from topiarist.losses import next_token_loss
 from topiarist.pipelines.learning.processes import Processes
 from topiarist.pipelines.learning.trainer import Batches
 
@@ -29,10 +29,6 @@ class Recover:
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(logits, token ids) -> scalar"""
-
-
-def next_token_loss(logits: Tensor, batch: Tensor) -> Tensor:
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten())
 
 
 def recover_weights(

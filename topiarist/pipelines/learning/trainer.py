@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from topiarist.errors import CalibrationError, NumericalError
+from topiarist.losses import divergence, next_token_loss
 from topiarist.masklearn import Annealing, MaskAdamW, Preset, eight_bit
 from topiarist.pipelines.learning.masking import MaskedModel
 from topiarist.pipelines.learning.processes import Processes
@@ -125,16 +125,16 @@ class MaskTrainer:
 
     def _loss(self, tokens: Tensor) -> Tensor:
         logits = self._logits(tokens)
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss = next_token_loss(logits, tokens)
         if self.distill:
             with torch.no_grad(), self.masked.dense():
-                teacher = self._logits(tokens).log_softmax(-1).flatten(0, 1)
-            apart = F.kl_div(logits.log_softmax(-1).flatten(0, 1), teacher, log_target=True, reduction="batchmean")
+                teacher = self._logits(tokens)
+            apart = divergence(logits[:, :-1], teacher[:, :-1])
             loss = (1.0 - self.distill) * loss + self.distill * apart
         return loss
 
     def _logits(self, tokens: Tensor) -> Tensor:
-        return self.masked.model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+        return self.masked.model(input_ids=tokens, use_cache=False).logits
 
     @torch.no_grad()
     def hard_loss(self) -> float:
@@ -147,7 +147,7 @@ class MaskTrainer:
                 break  # shards run together or not at all
             row = min(index, len(self.held_out) - 1)
             tokens = self.held_out[row : row + 1].to(self.device)
-            loss = F.cross_entropy(self._logits(tokens).flatten(0, 1), tokens[:, 1:].flatten()).double()
+            loss = next_token_loss(self._logits(tokens), tokens).double()
             total += loss if row == index else 0.0
         return float(self.processes.add_up(total)) / len(self.held_out)
 

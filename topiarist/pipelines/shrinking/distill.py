@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topiarist.errors import TopiaristError
+from topiarist.losses import divergence
 from topiarist.models import Matrix, family_of, matrices_of
 from topiarist.pipelines.learning.processes import Processes
 from topiarist.pipelines.learning.recover import Loss, Recover, descend, recover_weights
@@ -39,8 +40,9 @@ class _Update:
     matrix: Matrix
     A: nn.Parameter
     B: nn.Parameter
-    rows: Tensor
-    columns: Tensor
+    rows: Tensor | None
+    columns: Tensor | None
+    """Which are not empty; None: all."""
 
     @classmethod
     def of(cls, matrix: Matrix, rank: int, generator: torch.Generator) -> _Update:
@@ -49,18 +51,23 @@ class _Update:
         rank = min(rank, out_features, in_features)
         A = torch.randn(rank, in_features, generator=generator) / in_features**0.5
         B = torch.zeros(out_features, rank)
-        filled = weight != 0
+        filled = [(weight != 0).any(dim) for dim in (1, 0)]
+        rows, columns = (None if bool(x.all()) else x for x in filled)
         place = {"device": weight.device, "dtype": torch.float32}
-        return cls(matrix, nn.Parameter(A.to(**place)), nn.Parameter(B.to(**place)), filled.any(1), filled.any(0))
+        return cls(matrix, nn.Parameter(A.to(**place)), nn.Parameter(B.to(**place)), rows, columns)
 
     def hook(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Adds B A x to the module's output."""
-        x = args[0] * self.columns.to(args[0].dtype)
+        x = args[0] if self.columns is None else args[0] * self.columns.to(args[0].dtype)
         low = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
-        return output + low * self.rows.to(low.dtype)
+        return output + (low if self.rows is None else low * self.rows.to(low.dtype))
 
     def merge(self) -> None:
-        update = (self.B @ self.A).detach() * self.rows[:, None] * self.columns
+        update = (self.B @ self.A).detach()
+        if self.rows is not None:
+            update *= self.rows[:, None]
+        if self.columns is not None:
+            update *= self.columns
         self.matrix.assign((self.matrix.weight.float() + update).to(self.matrix.weight.dtype))
 
 
@@ -113,7 +120,7 @@ def distill(
 def _divergence(teacher: Any) -> Loss:
     def loss(logits: Tensor, batch: Tensor) -> Tensor:
         with torch.no_grad():
-            target = teacher(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
-        return F.kl_div(logits.float().log_softmax(-1), target, reduction="none", log_target=True).sum(-1).mean()
+            wanted = teacher(input_ids=batch, use_cache=False).logits
+        return divergence(logits, wanted)
 
     return loss
