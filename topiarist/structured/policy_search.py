@@ -74,6 +74,8 @@ class PolicyGradient(Method):
     """Of the logistic start: 0 knows nothing but the budget; the larger, the more is decided."""
     init_tokens: int = 16384
     """Calibration tokens that a start from activations looks at; occlusion and hybrid say themselves."""
+    head_weight: float = 2.0
+    """Of the start from occlusion: times the score of heads, whose loss a refit gives back less of."""
     channel_group: int | None = None
     """Channels that share one probability; by default those that the rounding moves together."""
     held_out: int = 24
@@ -140,7 +142,8 @@ def starting_metric(method: PolicyGradient, task: Task) -> tuple[dict[str, Tenso
         if groups[0].key not in metric:  # one look for all kinds of a scorer
             same = [group for group in task.groups if group.kind in scorer.kinds]
             looked = task.tokens if scorer in (Occlusion, Hybrid) else task.tokens[:few]
-            found = scorer().scores(replace(task, groups=same, tokens=looked))
+            made = Occlusion(head_weight=method.head_weight) if scorer is Occlusion else scorer()
+            found = made.scores(replace(task, groups=same, tokens=looked))
             metric = {key: value.cpu() for key, value in found.items()} | metric
     return metric, comparable
 
