@@ -155,6 +155,18 @@ def test_occlusion_is_the_loss_without_a_unit(family: str, batch_size: int):
         torch.testing.assert_close(found[key], expected / size, rtol=1e-3, atol=1e-4)
 
 
+def test_occlusion_weighs_heads():
+    task = task_of(tiny.tiny_model(), ("heads", "channels"))
+    plain, weighed = (Occlusion(head_weight=weight).scores(task) for weight in (1.0, 3.0))
+    ratios = {
+        kind: torch.cat([weighed[g.key] / plain[g.key] for g in task.groups if g.kind == kind])
+        for kind in ("heads", "channels")
+    }
+    torch.testing.assert_close(
+        ratios["heads"], 3 * ratios["channels"].mean().expand_as(ratios["heads"]), rtol=1e-2, atol=0
+    )
+
+
 def test_occlusion_takes_channels_in_slices_of_their_metric():
     model = tiny.tiny_model()
     task = task_of(model, ("channels",))
