@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,29 @@ def finish(output: OutputFolder, checkpoint: Checkpoint, report: Report, windows
     output.finish(checkpoint.folder, config, report.to_dict())
 
 
-def save_loaded(model: Any, tokenizer: Any, out: Path, report: Report, windows: Windows) -> None:
-    """save_pretrained beside `out`, then one rename: `out` is whole or not there."""
-    temporary = out.with_name(out.name + ".tmp")
+@contextmanager
+def saved_beside(
+    model: Any, tokenizer: Any, folder: Path, *, named: Path | None = None, cure: str = ""
+) -> Iterator[None]:
+    """save_pretrained into `folder`, where nothing stays if that, or what follows inside, finds no room.
+
+    Raises CheckpointError that says so, of `named` if the user knows the folder by another name.
+    """
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        model.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            tokenizer.save_pretrained(folder)
+        yield
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise CheckpointError(f"cannot write {named or folder}: {error}{cure}") from error
+
+
+def save_loaded(model: Any, tokenizer: Any, out: Path, report: Report, windows: Windows) -> None:
+    """Written beside `out`, then one rename: `out` is whole or not there."""
+    temporary = out.with_name(out.name + ".tmp")
+    with saved_beside(model, tokenizer, temporary, named=out):
         config = json.loads((temporary / "config.json").read_text())
         config["pruning_config"] = report.pruning_config(__about__.__version__)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -40,9 +57,6 @@ def save_loaded(model: Any, tokenizer: Any, out: Path, report: Report, windows: 
         for name, text in _side_texts(report, windows).items():
             (temporary / name).write_text(text)
         temporary.replace(out)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"cannot write to {out}: {error}") from error
 
 
 def weights_of(model: nn.Module, checkpoint: Checkpoint | None) -> dict[str, Any]:

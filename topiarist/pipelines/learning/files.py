@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from topiarist import __about__
 from topiarist.data import Windows
-from topiarist.errors import CheckpointError, TopiaristError
+from topiarist.errors import TopiaristError
 from topiarist.masks import MaskFile, save_masks, weight_digest
 from topiarist.masks.files import write_masked
 from topiarist.output import MASKS, OutputFolder
 from topiarist.pages import PAGE, Result, report_page
 from topiarist.pipelines.learning.masking import Target
 from topiarist.pipelines.learning.report import METHOD, LearnedLayer, LearnReport, learned_card
+from topiarist.pipelines.written import saved_beside
 from topiarist.sources import LoadedModel
 from topiarist.store import Checkpoint
 
@@ -157,16 +158,8 @@ def write_result(
     )
     dense = _dense_first(output.folder)
     if checkpoint is None:  # transformers knows the names and the shards of a model object, so it writes it
-        shutil.rmtree(dense, ignore_errors=True)
-        model: Any = source.model
-        try:
-            model.save_pretrained(dense)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(dense)
-        except OSError as error:
-            shutil.rmtree(dense, ignore_errors=True)
-            raise CheckpointError(f"cannot write {dense}: {error}; the learned state is kept") from error
-        checkpoint = Checkpoint(dense)
+        with saved_beside(source.model, tokenizer, dense, cure="; the learned state is kept"):
+            checkpoint = Checkpoint(dense)
     write_masked(output, checkpoint, MaskFile(output.folder / MASKS), replaced=replaced)
     output.write_text("README.md", learned_card(report, __about__.__version__))
     output.write_text(PAGE, report_page(Result({**report.to_dict(), "method": METHOD}, __about__.__version__)))

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from topiarist import __about__, modeling_pruned
 from topiarist.data import Windows
-from topiarist.errors import CheckpointError
 from topiarist.output import OutputFolder
 from topiarist.pages import PAGE, Result, measured, report_page
 from topiarist.pipelines.shrinking.report import ShrinkReport, shrunk_card
+from topiarist.pipelines.written import saved_beside
 from topiarist.store import Checkpoint
 from topiarist.structured import PruneSpec, SavedState
 from topiarist.structured.block_configs import ARCHITECTURE
@@ -56,15 +56,8 @@ def write_shrunk(
     """The shrunk checkpoint and its papers; the state goes last. transformers knows names and ties, so it writes first,
     beside the output."""
     written = _written_first(output)
-    try:
-        shutil.rmtree(written, ignore_errors=True)
-        model.save_pretrained(written)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(written)
-    except OSError as error:
-        shutil.rmtree(written, ignore_errors=True)
-        raise CheckpointError(f"cannot write {written}: {error}; make room and run the same command again") from error
-    fresh = Checkpoint(written)
+    with saved_beside(model, tokenizer, written, cure="; make room and run the same command again"):
+        fresh = Checkpoint(written)
     shards = fresh.grouped(list(fresh.files), SHARD_BYTES)
     for number, names in enumerate(shards):
         if output.shard_is_done(number) is None:
