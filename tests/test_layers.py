@@ -16,6 +16,7 @@ FLOORS = [
         "patterns",
         "gram",
         "linalg",
+        "losses",
         "models",
         "data",
         "store",
