@@ -74,8 +74,8 @@ class PolicyGradient(Method):
     """Of the logistic start: 0 knows nothing but the budget; the larger, the more is decided."""
     init_tokens: int = 16384
     """Calibration tokens that a start from activations looks at; occlusion and hybrid say themselves."""
-    head_weight: float = 2.0
-    """Of the start from occlusion: times the score of heads, whose loss a refit gives back less of."""
+    head_weight: float = Occlusion.head_weight
+    """Of the start from occlusion."""
     channel_group: int | None = None
     """Channels that share one probability; by default those that the rounding moves together."""
     held_out: int = 24
