@@ -13,13 +13,32 @@ from pathlib import Path
 
 import tqdm.auto
 
+from topiarist.output import SavedState
+
+
+class Killed(Exception):
+    """Raised where a kill would come."""
+
+
+class Kept(SavedState):
+    """A state that outlives the call."""
+
+    def __init__(self) -> None:
+        self.saved = None
+
+    def load(self):
+        return self.saved
+
+    def save(self, tensors, metadata) -> None:
+        self.saved = {key: value.clone() for key, value in tensors.items()}, dict(metadata)
+
 
 def contents(folder: Path) -> dict[str, str]:
     """Hashes of every file; only the timings may differ between runs."""
     return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.iterdir())
-        if path.name != "pruning_run.json"
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "pruning_run.json"
     }
 
 

@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 import topiarist as tp
 from topiarist.evaluate import load_model
 from topiarist.masklearn import Preset, Prior, Schedule
+from topiarist.output import STATES
 from topiarist.patterns import parse_pattern
+from topiarist.pipelines.learning import recover
 from topiarist.pipelines.learning.masking import targets
 from topiarist.pipelines.learning.processes import Processes
 from topiarist.pipelines.learning.sharding import ShardedModel
@@ -37,30 +39,35 @@ def run(base: Path, out: Path, recipe: Preset, **options: Any) -> tp.LearnReport
     return tp.learn(base, out, data=data, preset=recipe, prior="magnitude", evaluate_every=2, **options)
 
 
-def one_of_two(rank: int, port: int, base: Path, out: Path, recipe: Preset, shard: bool, stop_at: int | None) -> None:
+Kill = tuple[str, int] | None
+"""Stage and step after which every process is killed."""
+
+
+def one_of_two(rank: int, port: int, base: Path, out: Path, recipe: Preset, shard: bool, kill: Kill) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
 
     def progress(what: str, done: int, total: int) -> None:
-        if stop_at is not None and what.startswith("learning") and done > stop_at:
+        if kill is not None and what.startswith(kill[0]) and done > kill[1]:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run(base, out, recipe, batch_size=1, shard=shard, progress=progress)
+    recover = False if shard else tp.Recover(steps=6)
+    run(base, out, recipe, batch_size=1, shard=shard, recover=recover, progress=progress)
     dist.destroy_process_group()
 
 
-def two(base: Path, out: Path, recipe: Preset, *, shard: bool, stop_at: int | None = None) -> None:
+def two(base: Path, out: Path, recipe: Preset, *, shard: bool, kill: Kill = None) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = mp.get_context("fork")  # torch and transformers are there already
-    workers = [context.Process(target=one_of_two, args=(r, port, base, out, recipe, shard, stop_at)) for r in range(2)]
+    workers = [context.Process(target=one_of_two, args=(r, port, base, out, recipe, shard, kill)) for r in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(120)
     # Whoever loses its partner fails; what matters then is that the state on disk is whole.
-    assert stop_at is not None or all(worker.exitcode == 0 for worker in workers)
+    assert kill is not None or all(worker.exitcode == 0 for worker in workers)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -85,7 +92,8 @@ def test_two_processes_learn_what_one_learns(family: str, sample: Any, shard: bo
     exact = replace(recipe, sequences=2)
     # Shards draw one mask for all that runs at a time: with noise for each micro-batch, one forward of both sequences.
     together = 2 if shard and sample == "micro-batch" else 1
-    report = run(base, tmp_path / "one", exact, batch_size=together)
+    recover = False if shard else tp.Recover(steps=6)
+    report = run(base, tmp_path / "one", exact, batch_size=together, recover=recover)
     two(base, tmp_path / "two", exact, shard=shard)
     wanted, found = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
     assert report.flips > 0.01 and all(torch.equal(wanted[n], found[n]) for n in wanted)
@@ -95,17 +103,23 @@ def test_two_processes_learn_what_one_learns(family: str, sample: Any, shard: bo
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("shard", [False, True], ids=["copies", "shards"])
-def test_two_killed_processes_resume(shard: bool, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("shard", "kill"),
+    [(False, ("learning", 3)), (True, ("learning", 3)), (False, ("recovery", 3))],
+    ids=["copies", "shards", "recovery"],
+)
+def test_two_killed_processes_resume(shard: bool, kill: Kill, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(recover, "SAVED_AFTER", 0.0)
+    monkeypatch.setattr(recover, "SHARE", 1e9)
     base = tiny.tiny_checkpoint(tmp_path / "base")
     two(base, tmp_path / "whole", RECIPE, shard=shard)
-    two(base, tmp_path / "stopped", RECIPE, shard=shard, stop_at=3)
+    two(base, tmp_path / "stopped", RECIPE, shard=shard, kill=kill)
     assert not (tmp_path / "stopped" / "config.json").exists()
     two(base, tmp_path / "stopped", RECIPE, shard=shard)
     wanted, found = weights_of(tmp_path / "whole"), weights_of(tmp_path / "stopped")
     assert all(torch.equal(wanted[n], found[n]) for n in wanted)
     names = [sorted(path.name for path in (tmp_path / run).iterdir()) for run in ("whole", "stopped")]
-    assert names[0] == names[1] and not any(name.startswith("learning") for name in names[0])
+    assert names[0] == names[1] and STATES not in names[0]
 
 
 def test_sequences_that_cannot_be_divided_are_refused(tmp_path: Path, monkeypatch):

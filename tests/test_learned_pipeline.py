@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 import topiarist as tp
 from topiarist.evaluate import audit, load_model
 from topiarist.masklearn import PRESETS, Preset, Schedule
-from topiarist.pipelines.learning.files import MASKS, STATE
+from topiarist.output import STATES
+from topiarist.pipelines.learning.files import MASKS
 from topiarist.pipelines.learning.trainer import Batches
 
 FAST = Preset(
@@ -90,7 +91,7 @@ def test_only_masked_weights_change_and_the_pattern_holds_in_the_files(base: Pat
     for name, weight in before.items():
         expected = weight.masked_fill(~masks[name], 0.0) if name in masks else weight
         assert torch.equal(after[name], expected), name
-    assert not (learned / STATE).exists()
+    assert not (learned / STATES).exists()
     assert "learned 2:4 masks" in (learned / "README.md").read_text()
 
 

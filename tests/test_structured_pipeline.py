@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import topiarist as tp
+from topiarist.output import STATES
 from topiarist.structured import PruneSpec, audit_shrunk, gates, units_of
 from topiarist.structured.refit import refit_columns
 
@@ -38,7 +39,7 @@ def test_the_folder_opens_and_says_what_it_is(layout: str, tmp_path: Path):
         "generation_config.json",
     } <= names
     assert ("modeling_pruned.py" in names) == (layout == "hetero")
-    assert not any(name.startswith("shrink_state") for name in names)
+    assert STATES not in names
 
     spec = PruneSpec.load(tmp_path / "out")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()

@@ -11,9 +11,10 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from killing import Kept, Killed
 
 import topiarist as tp
-from topiarist.structured import SavedState, Task, choose, policy, policy_search, units_of
+from topiarist.structured import Task, choose, policy, policy_search, units_of
 from topiarist.structured.policy_search import PAPER, STARTS, PolicyGradient, starting_metric
 from topiarist.structured.policy_variables import Variables
 
@@ -224,23 +225,6 @@ def test_the_search_stays_in_its_budget_and_repeats(method: PolicyGradient, scop
     assert all(torch.equal(one.scores[key], two.scores[key]) for key in one.scores)
     choose(task.groups, one.scores, task.keep, scope=scope)
     assert one.best["held_out"] <= one.history[0]["held_out"]
-
-
-class Kept(SavedState):
-    """A state that outlives the call."""
-
-    def __init__(self) -> None:
-        self.saved = None
-
-    def load(self):
-        return self.saved
-
-    def save(self, tensors, metadata) -> None:
-        self.saved = {key: value.clone() for key, value in tensors.items()}, dict(metadata)
-
-
-class Killed(Exception):
-    pass
 
 
 @pytest.mark.parametrize("baseline", ["loo", "ema"])

@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import tiny
 import torch
-from killing import assert_kills_change_nothing
+from killing import Kept, Killed, assert_kills_change_nothing
 
 import topiarist as tp
+from topiarist.output import STATES, SavedState
+from topiarist.pipelines.learning import recover
+from topiarist.pipelines.shrinking.distill import distill
 
 TOKENS = tiny.tiny_tokens(16, 32)
 
@@ -20,18 +26,42 @@ def run(base: Path, out: Path, **options) -> tp.ShrinkReport:
     return tp.shrink(base, out, method="magnitude", keep=0.6, data=TOKENS, batch_size=4, layout="hetero", **options)
 
 
-def test_killed_anywhere_resumes_to_the_same_bytes(tmp_path: Path):
+def test_killed_anywhere_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch):
     base = tiny.tiny_checkpoint(tmp_path / "base", num_hidden_layers=4)
-    recover = tp.Distill(kind="lora", steps=4)
-    assert_kills_change_nothing(lambda out: run(base, out, recover=recover), tmp_path, kills=4, each=2)
+    monkeypatch.setattr(recover, "SAVED_AFTER", 0.0)
+    options = {"recover": tp.Distill(kind="lora", steps=4)}
+    assert_kills_change_nothing(lambda out: run(base, out, **options), tmp_path, kills=4, each=2)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_killed_recovery_goes_on_to_the_same_bits(kind: str, monkeypatch):
+    monkeypatch.setattr(recover, "SAVED_AFTER", 0.0)
+    monkeypatch.setattr(recover, "SHARE", 1e9)
+    model, settings, state = tiny.tiny_model(), tp.Distill(kind=kind, steps=8), Kept()
+
+    def distilled(state: SavedState, progress: Callable[[str, int, int], None]) -> tuple[list[float], dict[str, Any]]:
+        student = tiny.tiny_model(seed=1)
+        return distill(student, model, TOKENS, settings, 2, 0, progress, state), student.state_dict()
+
+    def kill(_: str, done: int, total: int) -> None:
+        if done == 5:
+            raise Killed
+
+    steps: list[int] = []
+    losses, weights = distilled(SavedState(), lambda *_: None)
+    with pytest.raises(Killed):
+        distilled(state, kill)
+    again, resumed = distilled(state, lambda _, done, total: steps.append(done))
+    assert steps == [5, 6, 7, 8] and again == losses
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
 
 
 def test_what_a_kill_after_the_last_file_left_goes(tmp_path: Path):
     base, out = tiny.tiny_checkpoint(tmp_path / "base"), tmp_path / "out"
     run(base, out)
     expected = sorted(path.name for path in tmp_path.rglob("*"))
-    (out / "shrink_state_kept.safetensors").touch()
-    (tmp_path / "out.shrunk.tmp").mkdir()
+    (out / STATES).mkdir()
+    (out / STATES / "kept.safetensors").touch()
     run(base, out)
     assert sorted(path.name for path in tmp_path.rglob("*")) == expected
 

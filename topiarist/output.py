@@ -1,7 +1,8 @@
 """The folder a run writes: finished blocks one by one, each atomically, and the journal that a resume reads.
 
 OUT while work goes on: `pruning_journal.jsonl` (first line: what the run is; then one line a finished shard) and the
-shards themselves. The index, config and report come last, so an unfinished folder never opens as a model.
+shards themselves, and `run_state/`, what else the run needs to go on after a kill. The index, config and report come
+last, so an unfinished folder never opens as a model.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,9 +27,21 @@ JOURNAL = "pruning_journal.jsonl"
 REPORT = "pruning_report.json"
 SHOWN = 3
 """Differences between two runs that a refusal names."""
+STATES = "run_state"
 MASKS = "masks.safetensors"
 """Beside a model whose masks were learned, or for another copy of its base."""
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+
+
+class SavedState:
+    """What a long computation needs to go on after a kill. This one forgets; that of an output folder does not."""
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """Tensors and metadata of the last `save`; None at a fresh start."""
+        return None
+
+    def save(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Replace the saved state."""
 
 
 class OutputFolder:
@@ -60,6 +73,7 @@ class OutputFolder:
         elif (self.folder / REPORT).is_file():
             self._compare(json.loads((self.folder / REPORT).read_text())["fingerprint"])
             self.complete = True
+            self._remove_states()  # killed between the last file and this
         elif any(path.name != f"{JOURNAL}.tmp" for path in self.folder.iterdir()):  # killed at its very first line
             raise CheckpointError(f"{self.folder} exists and is not a topiarist run; choose another output or empty it")
 
@@ -77,7 +91,7 @@ class OutputFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot create {self.folder}: {error.strerror}") from error
-        written = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        written = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
         free = shutil.disk_usage(self.folder).free
         if free + written < expected_bytes:
             if not any(self.folder.iterdir()):
@@ -127,9 +141,17 @@ class OutputFolder:
                 os.fsync(journal.fileno())
         self.finished.append(json.loads(json.dumps(line)))
 
-    def write_state(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Replace a file of tensors that is no part of the model: what a long run needs to go on."""
-        self._write_file(name, lambda path: save_file(dict(tensors), path, metadata=dict(metadata)))
+    @property
+    def states(self) -> Path:
+        """A folder for what is no part of the model; the run's end removes it."""
+        return self.folder / STATES
+
+    def state(self, name: str) -> SavedState:
+        """A file of tensors in `states`."""
+        return _FileState(self, f"{STATES}/{name}.safetensors")
+
+    def _remove_states(self) -> None:
+        shutil.rmtree(self.states, ignore_errors=True)
 
     def _write_file(self, name: str, write: Callable[[Path], None]) -> Path:
         """Temporary file, fsync, rename: the old file or the new one, whenever the power fails."""
@@ -140,7 +162,7 @@ class OutputFolder:
             temporary.chmod(0o644)  # the library creates private files
             _fsync(temporary)
             temporary.replace(path)
-            _fsync(self.folder)
+            _fsync(path.parent)
         return path
 
     def finish(self, source: Path, config: Mapping[str, Any], report: Mapping[str, Any]) -> None:
@@ -157,6 +179,7 @@ class OutputFolder:
         self._write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         self._journal.unlink()
         _fsync(self.folder)
+        self._remove_states()
         self.complete = True
 
     def write_text(self, name: str, text: str) -> None:
@@ -184,6 +207,23 @@ class OutputFolder:
             raise CheckpointError(
                 f"cannot write to {self.folder}: {cause}; finished blocks are kept: mend it and run the same command again"
             ) from error
+
+
+class _FileState(SavedState):
+    def __init__(self, output: OutputFolder, name: str) -> None:
+        self.output, self.name = output, name
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        path = self.output.folder / self.name
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as reader:
+            return {key: reader.get_tensor(key) for key in reader.keys()}, dict(reader.metadata() or {})  # noqa: SIM118
+
+    def save(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        with self.output._disk_errors():
+            self.output.states.mkdir(exist_ok=True)
+        self.output._write_file(self.name, lambda path: save_file(dict(tensors), path, metadata=dict(metadata)))
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> Iterator[str]:

@@ -10,7 +10,7 @@ from topiarist.structured.audit import ShrunkAudit, audit_shrunk
 from topiarist.structured.choose import choose, kept_cost, layer_counts, total_cost, verify_budget
 from topiarist.structured.gates import gates
 from topiarist.structured.layout import LAYOUTS, Plan, check_layout, holds, plan_layout, shrunk
-from topiarist.structured.methods import Method, SavedState, Scores, Task
+from topiarist.structured.methods import Method, Scores, Task
 from topiarist.structured.shrink import mask_in_place
 from topiarist.structured.spec import PruneSpec, predicted_parameters
 from topiarist.structured.table import METHODS
@@ -25,7 +25,6 @@ __all__ = [
     "Part",
     "Plan",
     "PruneSpec",
-    "SavedState",
     "Scores",
     "ShrunkAudit",
     "Task",

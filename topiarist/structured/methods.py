@@ -12,21 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from topiarist.output import SavedState
 from topiarist.structured.units import KINDS, Kept, UnitGroup
 
 Scores = dict[str, Tensor]
 """Group key -> (count,), higher = keep."""
-
-
-class SavedState:
-    """What a long method needs to go on after a kill. This one forgets; pipelines give one that lies in the output."""
-
-    def load(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        """Tensors and metadata of the last `save`; None at a fresh start."""
-        return None
-
-    def save(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Replace the saved state."""
 
 
 @dataclass

@@ -1,17 +1,14 @@
-"""What a run of learning reads and writes: its saved state, TensorBoard scalars, and the pruned checkpoint at the end."""
+"""What a run of learning writes: its state, TensorBoard scalars, and the pruned checkpoint at the end."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from topiarist import __about__
@@ -21,17 +18,16 @@ from topiarist.masks import MaskFile, save_masks, weight_digest
 from topiarist.masks.files import write_masked
 from topiarist.output import MASKS, OutputFolder
 from topiarist.pages import PAGE, Result, report_page
+from topiarist.pipelines.learning import recover
 from topiarist.pipelines.learning.masking import Target
 from topiarist.pipelines.learning.report import METHOD, LearnedLayer, LearnReport, learned_card
 from topiarist.pipelines.written import saved_beside
 from topiarist.sources import LoadedModel
 from topiarist.store import Checkpoint
 
-STATE = "learning_state.safetensors"
-STATES = "learning_states"
-"""Of sharded runs instead: a folder with a state of every process (sharding.py)."""
-PRIOR = "learning_prior.safetensors"
-"""Only of sharded runs."""
+STATE = "learning"
+PRIOR, SHARDS = "prior", "shards"
+"""Of sharded runs instead; SHARDS: a folder with the states of their processes (sharding.py)."""
 STATE_BYTES = 13
 """Of the state on disk, per masked weight at 2:4: fp32 logits, bf16 moments, the prior's bit."""
 
@@ -43,56 +39,27 @@ def model_digest(model: nn.Module) -> str:
     return total.hexdigest()
 
 
-@dataclass(frozen=True)
-class OpenedFolder:
-    """An output folder, small enough to be told to other processes."""
-
-    folder: Path
-    fingerprint: dict[str, Any]
-    complete: bool
-
-
 def open_output(
-    out: Path, fingerprint: dict[str, Any], checkpoint: Checkpoint | None, wanted: Sequence[Target]
-) -> OpenedFolder:
+    out: Path, fingerprint: dict[str, Any], checkpoint: Checkpoint | None, wanted: Sequence[Target], *, recovers: bool
+) -> OutputFolder:
     """Begin the output or open it again. Raises CheckpointError for another run's, and for a disk that is too small."""
     output = OutputFolder(out, fingerprint)
-    if output.complete:
-        remove_states(out)  # killed between the last file and this
-    else:
+    if not output.complete:
         weights = sum(target.parameter.numel() for target in wanted)
         # A new state is whole before the old one goes.
-        output.begin(2 * STATE_BYTES * weights + (checkpoint.weight_bytes() if checkpoint else 4 * weights))
-    return OpenedFolder(out, fingerprint, output.complete)
-
-
-def remove_states(folder: Path) -> None:
-    for name in (STATE, PRIOR):
-        (folder / name).unlink(missing_ok=True)
-    for stray in (folder / STATES, _dense_first(folder)):
-        shutil.rmtree(stray, ignore_errors=True)
-
-
-def _dense_first(folder: Path) -> Path:
-    """Where transformers writes a model object, before its masked files are written from there."""
-    return folder.with_name(folder.name + ".dense.tmp")
+        states = STATE_BYTES + max(STATE_BYTES, 2 * recover.STATE_BYTES if recovers else 0)
+        output.begin(states * weights + (checkpoint.weight_bytes() if checkpoint else 4 * weights))
+    return output
 
 
 def packed_prior(wanted: Sequence[Target], bits: Sequence[Any]) -> dict[str, Tensor]:
     return {f"{target.name} prior": torch.from_numpy(packed) for target, packed in zip(wanted, bits, strict=True)}
 
 
-def keep_prior(opened: OpenedFolder, wanted: Sequence[Target], masks: Mapping[str, Tensor], notes: list[str]) -> None:
+def keep_prior(output: OutputFolder, wanted: Sequence[Target], masks: Mapping[str, Tensor], notes: list[str]) -> None:
     """So that a resumed run of shards does not compute the prior and its warnings again."""
     bits = packed_prior(wanted, [target.packed(masks[target.name]) for target in wanted])
-    OutputFolder(opened.folder, opened.fingerprint).write_state(PRIOR, bits, {"notes": json.dumps(notes)})
-
-
-def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    if not path.is_file():
-        return None
-    with safe_open(path, framework="pt") as reader:
-        return {key: reader.get_tensor(key) for key in reader.keys()}, dict(reader.metadata())  # noqa: SIM118
+    output.state(PRIOR).save(bits, {"notes": json.dumps(notes)})
 
 
 class Scalars:
@@ -136,7 +103,7 @@ def layer_reports(wanted: Sequence[Target], masks: Mapping[str, Tensor], flips: 
 
 
 def write_result(
-    opened: OpenedFolder,
+    output: OutputFolder,
     checkpoint: Checkpoint | None,
     source: LoadedModel,
     tokenizer: Any,
@@ -146,8 +113,7 @@ def write_result(
     report: LearnReport,
     windows: Windows,
 ) -> None:
-    """The pruned checkpoint, its masks and its papers. The state goes last."""
-    output = OutputFolder(opened.folder, opened.fingerprint)
+    """The pruned checkpoint, its masks and its papers."""
     save_masks(
         output.folder / MASKS,
         masks,
@@ -156,7 +122,7 @@ def write_result(
         base_model=report.model,
         transposed={target.name for target in wanted if target.transposed},
     )
-    dense = _dense_first(output.folder)
+    dense = output.states / "dense"
     if checkpoint is None:  # transformers knows the names and the shards of a model object, so it writes it
         with saved_beside(source.model, tokenizer, dense, cure="; the learned state is kept"):
             checkpoint = Checkpoint(dense)
@@ -167,7 +133,6 @@ def write_result(
     output.write_text("pruning_calibration.json", windows.record())
     config = {**checkpoint.config, "pruning_config": report.pruning_config(__about__.__version__)}
     output.finish(checkpoint.folder, config, report.to_dict())
-    remove_states(output.folder)
 
 
 @torch.no_grad()

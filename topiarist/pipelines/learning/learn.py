@@ -23,6 +23,7 @@ from topiarist.data import TextFiles
 from topiarist.errors import TopiaristError
 from topiarist.masklearn import Preset
 from topiarist.meter import Meter, reset_peak_memory
+from topiarist.output import SavedState
 from topiarist.patterns import Pattern, parse_pattern
 from topiarist.pipelines.learning.files import (
     PRIOR,
@@ -33,7 +34,6 @@ from topiarist.pipelines.learning.files import (
     mask_in_place,
     model_digest,
     open_output,
-    read_state,
     write_result,
 )
 from topiarist.pipelines.learning.job import open_model, prepare
@@ -146,11 +146,12 @@ def learn(
             "data": calibration,
             **settings,
         }
-        output = processes.once(lambda: open_output(Path(out), fingerprint, checkpoint, wanted))
+        output = processes.once(
+            lambda: open_output(Path(out), fingerprint, checkpoint, wanted, recovers=bool(recovery))
+        )
         if output.complete:
             return LearnReport.from_folder(output.folder)
-    saved = PRIOR if sharded else STATE
-    state = read_state(output.folder / saved) if output is not None and processes.first else None
+    state = output.state(PRIOR if sharded else STATE).load() if output is not None and processes.first else None
     tell = progress or (lambda *_: None)
     run = Run(source, job, processes, tell)
     masks = run.prior_masks(given or prior, state, seed)
@@ -179,7 +180,10 @@ def learn(
         wanted = [target for block in targets(source, job.patterns) for target in block]
     replaced = None
     if recovery is not None:
-        replaced = recover_weights(source.model, final, job.training, recovery, job.batch_size, seed, processes, tell)
+        saved = SavedState() if output is None else output.state("recovery")
+        replaced = recover_weights(
+            source.model, final, job.training, recovery, job.batch_size, seed, processes, tell, saved
+        )
     report.run = {**meter.run(source.device), "processes": processes.size}
     if output is not None:
         report.output = str(out)

@@ -15,7 +15,7 @@ from torch import Tensor
 from topiarist.errors import NumericalError
 from topiarist.masklearn import Prior
 from topiarist.output import OutputFolder
-from topiarist.pipelines.learning.files import STATE, OpenedFolder, Scalars, packed_prior
+from topiarist.pipelines.learning.files import SHARDS, STATE, Scalars, packed_prior
 from topiarist.pipelines.learning.job import Job
 from topiarist.pipelines.learning.masking import MaskedModel
 from topiarist.pipelines.learning.priors import one_shot_masks
@@ -110,7 +110,7 @@ class Run:
     def resume(
         self,
         trainer: MaskTrainer,
-        output: OpenedFolder | None,
+        output: OutputFolder | None,
         state: tuple[dict[str, Tensor], dict[str, str]] | None,
     ) -> None:
         """Go on from the saved state, if there is one: every process from the first one's, or each with its own rows."""
@@ -120,11 +120,11 @@ class Run:
                 trainer.load(*state)
             trainer.share()
         elif output is not None:
-            loop = masked.load(output.folder, trainer.tensors())
+            loop = masked.load(output.states / SHARDS, trainer.tensors())
             if loop is not None:
                 trainer.go_on(loop)
 
-    def loop(self, trainer: MaskTrainer, every: int, stop: bool, output: OpenedFolder | None, scalars: Scalars) -> None:
+    def loop(self, trainer: MaskTrainer, every: int, stop: bool, output: OutputFolder | None, scalars: Scalars) -> None:
         """Steps, evaluations and saved states until the end or the stop rule."""
         total, on_cpu = trainer.preset.steps, self.source.device.type == "cpu"
         if not trainer.history:
@@ -137,7 +137,7 @@ class Run:
             if trainer.step % every == 0 or trainer.step == total or broken:
                 self._look(trainer, output, scalars)
 
-    def _look(self, trainer: MaskTrainer, output: OpenedFolder | None, scalars: Scalars) -> None:
+    def _look(self, trainer: MaskTrainer, output: OutputFolder | None, scalars: Scalars) -> None:
         """Evaluate, then save: what is saved is known to be finite."""
         try:
             entry = trainer.evaluate()
@@ -150,16 +150,12 @@ class Run:
         perplexity = math.exp(min(entry["hard_loss"], 700.0))
         self.progress(f"hard mask {perplexity:.2f}, {entry['flips']:.2%} changed", trainer.step, trainer.preset.steps)
 
-    def _save(self, trainer: MaskTrainer, output: OpenedFolder) -> None:
+    def _save(self, trainer: MaskTrainer, output: OutputFolder) -> None:
         masked: Any = trainer.masked
         if masked.sharded:
-            masked.save(output.folder, trainer.step, trainer.tensors(), trainer.progress())
+            masked.save(output.states / SHARDS, trainer.step, trainer.tensors(), trainer.progress())
             return
         prior = packed_prior(self.job.targets, trainer.masked.prior_bits)
         notes = {"notes": json.dumps(self.job.notes)}  # a resume does not compute the prior and its warnings again
 
-        def write() -> None:  # opening the folder clears what a killed run left: for the first process alone
-            folder = OutputFolder(output.folder, output.fingerprint)
-            folder.write_state(STATE, trainer.tensors() | prior, trainer.progress() | notes)
-
-        self.processes.once(write)
+        self.processes.once(lambda: output.state(STATE).save(trainer.tensors() | prior, trainer.progress() | notes))

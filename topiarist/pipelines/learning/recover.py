@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +15,14 @@ from torch.func import functional_call
 
 from topiarist.errors import NumericalError
 from topiarist.losses import next_token_loss
+from topiarist.output import SavedState
 from topiarist.pipelines.learning.processes import Processes
 from topiarist.pipelines.learning.trainer import Batches
+
+STATE_BYTES = 12
+"""Of the state on disk, per trained weight: fp32 weights and moments."""
+SAVED_AFTER, SHARE = 120.0, 0.05
+"""A state is saved after so many seconds, or so many that saving takes no more than this share of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +48,14 @@ def recover_weights(
     seed: int,
     processes: Processes,
     progress: Callable[[str, int, int], None],
+    state: SavedState,
     loss: Loss = next_token_loss,
     losses: list[float] | None = None,
 ) -> dict[str, Tensor]:
     """New values of the masked weights, by parameter name and in their dtype; the model itself stays as it is.
 
-    losses: gets the loss of every step. Deterministic from its arguments, so a killed run simply does it again. Raises
-    NumericalError for a broken loss.
+    state: where a killed call left its steps, for the same call to end in the same bits. losses: gets the loss of every
+    step. Raises NumericalError for a broken loss.
     """
     parameters = dict(model.named_parameters())
     device = next(model.parameters()).device
@@ -60,7 +69,7 @@ def recover_weights(
         return functional_call(model, current(), kwargs={"input_ids": batch, "use_cache": False}).logits
 
     trace = descend(
-        list(masters.values()), logits, loss, tokens, settings, batch_size, seed, processes, progress, device
+        list(masters.values()), logits, loss, tokens, settings, batch_size, seed, processes, progress, state
     )  # fmt: skip
     if losses is not None:
         losses += trace
@@ -78,14 +87,18 @@ def descend(
     seed: int,
     processes: Processes,
     progress: Callable[[str, int, int], None],
-    device: torch.device,
+    state: SavedState,
 ) -> list[float]:
-    """Adam on `masters` along a cosine, for settings.steps steps of settings.sequences; returns the losses."""
+    """Adam on `masters` along a cosine, for settings.steps steps of settings.sequences; returns the losses. Goes on from
+    `state`, and saves there now and then.
+    """
+    device = masters[0].device
     optimizer = torch.optim.AdamW(masters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     batches = Batches(len(tokens), settings.sequences, seed + 1)
     batch_size = math.gcd(batch_size, settings.sequences)
-    trace: list[float] = []
-    for step in range(settings.steps):
+    trace = _resume(masters, optimizer, state, processes)
+    saved, pause = time.monotonic(), SAVED_AFTER
+    for step in range(len(trace), settings.steps):
         optimizer.param_groups[0]["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         rows = batches.rows(step)
         micro = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
@@ -107,4 +120,37 @@ def descend(
         optimizer.zero_grad()
         trace.append(float(total))
         progress(f"recovery, loss {trace[-1]:.3f}", step + 1, settings.steps)
+        if processes.first and step + 1 < settings.steps and time.monotonic() - saved >= pause:
+            started = time.monotonic()
+            _save(masters, optimizer, state, trace)
+            saved = time.monotonic()
+            pause = max(SAVED_AFTER, (saved - started) / SHARE)
+    return trace
+
+
+def _save(
+    masters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, state: SavedState, trace: Sequence[float]
+) -> None:
+    tensors = {
+        f"{index} {key}": value.detach().cpu().contiguous()
+        for index, master in enumerate(masters)
+        for key, value in {"weight": master, **optimizer.state[master]}.items()
+    }
+    state.save(tensors, {"losses": json.dumps(trace)})
+
+
+@torch.no_grad()
+def _resume(
+    masters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, state: SavedState, processes: Processes
+) -> list[float]:
+    """Put the first process's saved state, if it has one, into every process's masters and moments. Its losses."""
+    found = state.load() if processes.first else None
+    trace: list[float] = processes.once(lambda: json.loads(found[1]["losses"]) if found else [])
+    if trace:
+        for index, master in enumerate(masters):
+            empty = {"exp_avg": master, "exp_avg_sq": master, "step": torch.zeros((), device=master.device)}
+            moments = {key: torch.empty_like(like, requires_grad=False) for key, like in empty.items()}
+            for key, place in {"weight": master.data, **moments}.items():
+                processes.same(place.copy_(found[0][f"{index} {key}"]) if found else place)
+            optimizer.state[master] = moments
     return trace

@@ -30,7 +30,6 @@ from torch.distributed.tensor import DTensor, Shard
 from topiarist.errors import CheckpointError, PatternError
 from topiarist.masklearn import Annealing, LearnedMask, Prior, kernels, relaxation_for, set_draws
 from topiarist.models import block_names
-from topiarist.pipelines.learning.files import STATES
 from topiarist.pipelines.learning.masking import MaskedModel, Target
 from topiarist.pipelines.learning.processes import Processes
 from topiarist.sources import LoadedModel
@@ -190,7 +189,7 @@ class ShardedModel(MaskedModel):
 
         Raises CheckpointError in every process if it fails in one; the state before it is then untouched.
         """
-        place = folder / STATES / f"{step:08d}"
+        place = folder / f"{step:08d}"
         state = self._state(tensors)
         try:
             save(state, checkpoint_id=place)
@@ -199,10 +198,10 @@ class ShardedModel(MaskedModel):
 
         def point() -> None:
             (place / LOOP).write_text(json.dumps(dict(loop)))
-            temporary = folder / STATES / f"{LATEST}.tmp"
+            temporary = folder / f"{LATEST}.tmp"
             temporary.write_text(place.name)
-            temporary.replace(folder / STATES / LATEST)
-            for other in (folder / STATES).iterdir():
+            temporary.replace(folder / LATEST)
+            for other in (folder).iterdir():
                 if other.is_dir() and other != place:
                     shutil.rmtree(other)
 
@@ -215,20 +214,20 @@ class ShardedModel(MaskedModel):
         """
 
         def find() -> tuple[str, dict[str, str]] | None:
-            latest = folder / STATES / LATEST
+            latest = folder / LATEST
             if not latest.is_file():
                 return None
             name = latest.read_text()
-            return name, json.loads((folder / STATES / name / LOOP).read_text())
+            return name, json.loads((folder / name / LOOP).read_text())
 
         found = self.processes.once(find)
         if found is None:
             return None
         state = self._state(tensors)
         try:
-            load(state, checkpoint_id=folder / STATES / found[0])
+            load(state, checkpoint_id=folder / found[0])
         except (OSError, CheckpointException) as error:
-            raise CheckpointError(f"cannot read {folder / STATES / found[0]}: {_reason(error)}") from error
+            raise CheckpointError(f"cannot read {folder / found[0]}: {_reason(error)}") from error
         for key, tensor in tensors.items():  # what lies on another device than the mesh was read into a copy
             read = state[key]
             tensor.copy_(read.to_local() if isinstance(read, DTensor) else read)

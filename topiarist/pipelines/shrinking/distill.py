@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from topiarist.errors import TopiaristError
 from topiarist.losses import divergence
 from topiarist.models import Matrix, family_of, matrices_of
+from topiarist.output import SavedState
 from topiarist.pipelines.learning.processes import Processes
-from topiarist.pipelines.learning.recover import Loss, Recover, descend, recover_weights
+from topiarist.pipelines.learning.recover import STATE_BYTES, Loss, Recover, descend, recover_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,19 @@ class _Update:
         self.matrix.assign((self.matrix.weight.float() + update).to(self.matrix.weight.dtype))
 
 
+def disk_bytes(model: Any, settings: Distill) -> int:
+    """Of the states of a run, at most: a new one is whole before the old one goes."""
+    matrices = _matrices(model)
+    if settings.kind == "full":
+        return 2 * STATE_BYTES * sum(matrix.weight.numel() for matrix in matrices)
+    return 2 * STATE_BYTES * settings.rank * sum(sum(matrix.shape) for matrix in matrices if matrix.expert is None)
+
+
+def _matrices(model: Any) -> list[Matrix]:
+    family = family_of(model.config.model_type)
+    return [matrix for block in model.get_submodule(family.blocks) for matrix in matrices_of(block, family)]
+
+
 def distill(
     student: Any,
     teacher: Any,
@@ -79,19 +93,21 @@ def distill(
     batch_size: int,
     seed: int,
     progress: Callable[[str, int, int], None],
+    state: SavedState,
 ) -> list[float]:
     """Train the blocks of `student` in place; empty rows and columns stay empty. Loss: KL(teacher || student), the mean
-    over all positions. Deterministic from its arguments, so a killed run simply does it again. Returns every step's loss.
+    over all positions. Goes on from `state` after a kill, to the same bits. Returns every step's loss.
     """
-    family = family_of(student.config.model_type)
-    matrices = [matrix for block in student.get_submodule(family.blocks) for matrix in matrices_of(block, family)]
+    matrices = _matrices(student)
     loss, processes = _divergence(teacher), Processes()
     if settings.kind == "full":
         names = {id(parameter): name for name, parameter in student.named_parameters()}
         wanted = {names[id(getattr(matrix.module, matrix.parameter))] for matrix in matrices}
         masks = {name: student.get_parameter(name) != 0 for name in sorted(wanted)}
         losses: list[float] = []
-        new = recover_weights(student, masks, tokens, settings, batch_size, seed, processes, progress, loss, losses)
+        new = recover_weights(
+            student, masks, tokens, settings, batch_size, seed, processes, progress, state, loss, losses
+        )
         for name, weight in new.items():
             student.get_parameter(name).data = weight
         return losses
@@ -103,12 +119,11 @@ def distill(
     hooks = [update.matrix.module.register_forward_hook(update.hook) for update in updates]
     try:
         masters = [master for update in updates for master in (update.A, update.B)]
-        device = next(student.parameters()).device
 
         def logits(batch: Tensor) -> Tensor:
             return student(input_ids=batch, use_cache=False).logits
 
-        losses = descend(masters, logits, loss, tokens, settings, batch_size, seed, processes, progress, device)
+        losses = descend(masters, logits, loss, tokens, settings, batch_size, seed, processes, progress, state)
     finally:
         for hook in hooks:
             hook.remove()

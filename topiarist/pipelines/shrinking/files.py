@@ -1,15 +1,10 @@
-"""What a structural run writes: its state while it goes on, and the shrunk checkpoint at the end."""
+"""The shrunk checkpoint that a structural run writes at its end."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from safetensors import safe_open
-from torch import Tensor
 
 from topiarist import __about__, modeling_pruned
 from topiarist.data import Windows
@@ -18,30 +13,12 @@ from topiarist.pages import PAGE, Result, measured, report_page
 from topiarist.pipelines.shrinking.report import ShrinkReport, shrunk_card
 from topiarist.pipelines.written import saved_beside
 from topiarist.store import Checkpoint
-from topiarist.structured import PruneSpec, SavedState
+from topiarist.structured import PruneSpec
 from topiarist.structured.block_configs import ARCHITECTURE
 from topiarist.structured.spec import SPEC
 
 SHARD_BYTES = 1 << 31
 CODE = "modeling_pruned.py"
-_STATE = "shrink_state_{}.safetensors"
-
-
-class FolderState(SavedState):
-    """A state that lies in the output folder while the run goes on."""
-
-    def __init__(self, output: OutputFolder, name: str) -> None:
-        self.output, self.name = output, _STATE.format(name)
-
-    def load(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        path = self.output.folder / self.name
-        if not path.is_file():
-            return None
-        with safe_open(path, framework="pt") as reader:
-            return {key: reader.get_tensor(key) for key in reader.keys()}, dict(reader.metadata() or {})  # noqa: SIM118
-
-    def save(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        self.output.write_state(self.name, tensors, metadata)
 
 
 def write_shrunk(
@@ -53,9 +30,8 @@ def write_shrunk(
     report: ShrinkReport,
     windows: Windows | None,
 ) -> None:
-    """The shrunk checkpoint and its papers; the state goes last. transformers knows names and ties, so it writes first,
-    beside the output."""
-    written = _written_first(output)
+    """The shrunk checkpoint and its papers. transformers knows names and ties, so it writes first, beside the output."""
+    written = output.states / "written"
     with saved_beside(model, tokenizer, written, cure="; make room and run the same command again"):
         fresh = Checkpoint(written)
     shards = fresh.grouped(list(fresh.files), SHARD_BYTES)
@@ -81,16 +57,3 @@ def write_shrunk(
     for name, text in texts.items():
         output.write_text(name, text)
     output.finish(checkpoint.folder if checkpoint is not None else written, config, report.to_dict())
-    remove_states(output)
-
-
-def remove_states(output: OutputFolder) -> None:
-    """What a finished folder needs no more, here and beside it."""
-    shutil.rmtree(_written_first(output), ignore_errors=True)
-    for path in output.folder.glob(_STATE.format("*")):
-        path.unlink(missing_ok=True)
-
-
-def _written_first(output: OutputFolder) -> Path:
-    """Where transformers writes, before the files come under the names and in the order of a run."""
-    return output.folder.with_name(output.folder.name + ".shrunk.tmp")

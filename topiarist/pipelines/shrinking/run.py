@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from topiarist.data import Windows
 from topiarist.errors import UnsupportedModel
 from topiarist.meter import Meter
-from topiarist.output import OutputFolder
+from topiarist.output import OutputFolder, SavedState
 from topiarist.pipelines.shrinking.distill import Distill, distill
-from topiarist.pipelines.shrinking.files import FolderState
 from topiarist.pipelines.shrinking.plan import remember
 from topiarist.pipelines.shrinking.refit import Saved, refit_consumers
 from topiarist.sources import LoadedModel
@@ -48,27 +47,27 @@ class ShrinkRun:
         self.batch_size, self.seed, self.progress, self.notes = batch_size, seed, progress, notes
         self.meter = meter
 
+    def state(self, name: str) -> SavedState:
+        return SavedState() if self.output is None else self.output.state(name)
+
     def choice(
         self, keep: float, scope: str, counts: Mapping[str, int] | None, round_to: int | None, *, with_biases: bool
     ) -> tuple[Kept, dict[str, Tensor]]:
         """What stays, and the method's biases, from its scores; those of an earlier try if it got so far."""
-        saved = None if self.output is None else FolderState(self.output, "kept")
-        if saved is not None and (found := saved.load()) is not None:
+        saved = self.state("kept")
+        if (found := saved.load()) is not None:
             self.notes += [note for note in json.loads(found[1]["notes"]) if note not in self.notes]
             kept = {group.key: found[0][group.key] for group in self.groups}
             return kept, {name: bias for name, bias in found[0].items() if name not in kept}
         task = Task(
             self.source.model, self.groups, self.tokens, keep, scope, counts, round_to, self.batch_size, self.seed,
-            self.progress,
+            self.progress, self.state("method"),
         )  # fmt: skip
-        if self.output is not None:
-            task.state = FolderState(self.output, "method")
         with self.meter.timed("scores"), _caught(self.notes):
             scores = self.method.scores(task)
             kept = choose(self.groups, scores, keep, scope=scope, round_to=round_to, counts=counts)
             biases = self.method.biases(task, kept) if with_biases else {}
-        if saved is not None:
-            saved.save({**kept, **biases}, {"notes": json.dumps(self.notes)})
+        saved.save({**kept, **biases}, {"notes": json.dumps(self.notes)})
         return kept, biases
 
     def plan(self, kept: Kept, layout: str, max_waste: float, biases: dict[str, Tensor]) -> Plan:
@@ -99,13 +98,12 @@ class ShrinkRun:
 
     def refit(self, kept: Kept) -> list[Any]:
         def load(index: int) -> Saved | None:
-            found = None if self.output is None else FolderState(self.output, f"refit-{index:05d}").load()
+            found = self.state(f"refit-{index:05d}").load()
             return None if found is None else (found[0], json.loads(found[1]["rows"]))
 
         def save(index: int, done: Saved) -> None:
-            if self.output is not None:
-                weights = {name: weight.cpu().contiguous() for name, weight in done[0].items()}
-                FolderState(self.output, f"refit-{index:05d}").save(weights, {"rows": json.dumps(done[1])})
+            weights = {name: weight.cpu().contiguous() for name, weight in done[0].items()}
+            self.state(f"refit-{index:05d}").save(weights, {"rows": json.dumps(done[1])})
 
         with self.meter.timed("refit"):
             layers, notes = refit_consumers(
@@ -127,7 +125,9 @@ class ShrinkRun:
     def recover(self, small: Any, teacher: Any, settings: Distill) -> list[dict[str, float]]:
         """Train the small model in place; some of the losses on the way."""
         with self.meter.timed("recovery"):
-            losses = distill(small, teacher, self.tokens, settings, self.batch_size, self.seed, self.progress)
+            losses = distill(
+                small, teacher, self.tokens, settings, self.batch_size, self.seed, self.progress, self.state("recovery")
+            )
         every = max(1, len(losses) // LOGGED)
         shown = [step for step in range(1, len(losses) + 1) if step % every == 0 or step == len(losses)]
         return [{"step": step, "loss": losses[step - 1]} for step in shown]

@@ -17,8 +17,8 @@ from topiarist.meter import Meter, reset_peak_memory
 from topiarist.output import OutputFolder
 from topiarist.pipelines.learning.files import model_digest
 from topiarist.pipelines.setup import open_source, read_windows
-from topiarist.pipelines.shrinking.distill import Distill
-from topiarist.pipelines.shrinking.files import remove_states, write_shrunk
+from topiarist.pipelines.shrinking.distill import Distill, disk_bytes
+from topiarist.pipelines.shrinking.files import write_shrunk
 from topiarist.pipelines.shrinking.plan import plan_choice, refuse_pruned
 from topiarist.pipelines.shrinking.report import ShrinkReport, shrink_command
 from topiarist.pipelines.shrinking.run import ShrinkRun, frozen
@@ -119,9 +119,9 @@ def shrink(
         }
         output = OutputFolder(Path(out), fingerprint)
         if output.complete:
-            remove_states(output)  # killed between the last file and this
             return ShrinkReport.from_folder(output.folder)
-        output.begin(int(2.1 * weights_of(source.model, checkpoint)["bytes"]))
+        states = 0 if recovery is None else disk_bytes(source.model, recovery)
+        output.begin(int(2.1 * weights_of(source.model, checkpoint)["bytes"]) + states)
     if checkpoint is not None:
         del source
         loaded = load_model(checkpoint.folder, device=device_or_default(device), trust_remote_code=trust_remote_code)
