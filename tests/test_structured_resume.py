@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from killing import Kept, Killed, assert_kills_change_nothing
 
 import topiarist as tp
-from topiarist.output import STATES, SavedState
+from topiarist.output import STATES
 from topiarist.pipelines.learning import recover
 from topiarist.pipelines.shrinking.distill import distill
 
@@ -39,19 +38,20 @@ def test_a_killed_recovery_goes_on_to_the_same_bits(kind: str, monkeypatch):
     monkeypatch.setattr(recover, "SHARE", 1e9)
     model, settings, state = tiny.tiny_model(), tp.Distill(kind=kind, steps=8), Kept()
 
-    def distilled(state: SavedState, progress: Callable[[str, int, int], None]) -> tuple[list[float], dict[str, Any]]:
+    def distilled(**options: Any) -> tuple[list[float], dict[str, Any]]:
         student = tiny.tiny_model(seed=1)
-        return distill(student, model, TOKENS, settings, 2, 0, progress, state), student.state_dict()
+        descent = recover.Descent(tokens=TOKENS, batch_size=2, seed=0, **options)
+        return distill(student, model, settings, descent), student.state_dict()
 
     def kill(_: str, done: int, total: int) -> None:
         if done == 5:
             raise Killed
 
     steps: list[int] = []
-    losses, weights = distilled(SavedState(), lambda *_: None)
+    losses, weights = distilled()
     with pytest.raises(Killed):
-        distilled(state, kill)
-    again, resumed = distilled(state, lambda _, done, total: steps.append(done))
+        distilled(state=state, progress=kill)
+    again, resumed = distilled(state=state, progress=lambda _, done, total: steps.append(done))
     assert steps == [5, 6, 7, 8] and again == losses
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
 

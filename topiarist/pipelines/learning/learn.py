@@ -41,7 +41,7 @@ from topiarist.pipelines.learning.loop import Progress, Run
 from topiarist.pipelines.learning.masking import targets
 from topiarist.pipelines.learning.priors import given_masks, prior_identity
 from topiarist.pipelines.learning.processes import Processes
-from topiarist.pipelines.learning.recover import Recover, recover_weights
+from topiarist.pipelines.learning.recover import Descent, Recover, recover_weights
 from topiarist.pipelines.learning.report import LearnReport
 from topiarist.pipelines.learning.trainer import MaskTrainer
 from topiarist.solvers import SOLVERS
@@ -180,10 +180,11 @@ def learn(
         wanted = [target for block in targets(source, job.patterns) for target in block]
     replaced = None
     if recovery is not None:
-        saved = SavedState() if output is None else output.state("recovery")
-        replaced = recover_weights(
-            source.model, final, job.training, recovery, job.batch_size, seed, processes, tell, saved
-        )
+        descent = Descent(
+            tokens=job.training, batch_size=job.batch_size, seed=seed, progress=tell,
+            processes=processes, state=SavedState() if output is None else output.state("recovery"),
+        )  # fmt: skip
+        replaced, _ = recover_weights(source.model, final, recovery, descent)
     report.run = {**meter.run(source.device), "processes": processes.size}
     if output is not None:
         report.output = str(out)

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,23 +39,88 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """(logits, token ids) -> scalar"""
 
 
-def recover_weights(
-    model: nn.Module,
-    masks: Mapping[str, Tensor],
-    tokens: Tensor,
-    settings: Recover,
-    batch_size: int,
-    seed: int,
-    processes: Processes,
-    progress: Callable[[str, int, int], None],
-    state: SavedState,
-    loss: Loss = next_token_loss,
-    losses: list[float] | None = None,
-) -> dict[str, Tensor]:
-    """New values of the masked weights, by parameter name and in their dtype; the model itself stays as it is.
+@dataclass(frozen=True, kw_only=True)
+class Descent:
+    """A short training: on what text, and where a killed call left its steps, for the same call to end in the same bits."""
 
-    state: where a killed call left its steps, for the same call to end in the same bits. losses: gets the loss of every
-    step. Raises NumericalError for a broken loss.
+    tokens: Tensor
+    batch_size: int
+    seed: int
+    progress: Callable[[str, int, int], None] = lambda *_: None
+    processes: Processes = field(default_factory=Processes)
+    state: SavedState = field(default_factory=SavedState)
+
+    def run(
+        self, settings: Recover, masters: Sequence[nn.Parameter], logits: Callable[[Tensor], Tensor], loss: Loss
+    ) -> list[float]:
+        """Adam on `masters` along a cosine, for settings.steps steps of settings.sequences. The loss of every step.
+
+        Raises NumericalError for one that is not finite.
+        """
+        processes, device = self.processes, masters[0].device
+        rate, betas = settings.learning_rate, (0.9, 0.95)
+        optimizer = torch.optim.AdamW(masters, lr=rate, betas=betas, weight_decay=0.0, fused=True)
+        batches = Batches(len(self.tokens), settings.sequences, self.seed + 1)
+        size = math.gcd(self.batch_size, settings.sequences)
+        losses = self._resume(masters, optimizer)
+        saved, pause = time.monotonic(), SAVED_AFTER
+        for step in range(len(losses), settings.steps):
+            optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+            rows = batches.rows(step)
+            micro = [rows[i : i + size] for i in range(0, len(rows), size)]
+            total = torch.zeros((), device=device)
+            for index in range(processes.rank, len(micro), processes.size):
+                batch = self.tokens[micro[index]].to(device)
+                share = loss(logits(batch), batch) / len(micro)
+                share.backward()
+                total += share.detach()
+            processes.add_up(total)
+            for master in masters:
+                if master.grad is None:
+                    master.grad = torch.zeros_like(master)
+                processes.add_up(master.grad)
+            if not math.isfinite(float(total)):
+                raise NumericalError(f"the loss of recovery step {step + 1} is not finite: lower its learning rate")
+            torch.nn.utils.clip_grad_norm_(masters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(total))
+            self.progress(f"recovery, loss {losses[-1]:.3f}", step + 1, settings.steps)
+            if processes.first and step + 1 < settings.steps and time.monotonic() - saved >= pause:
+                started = time.monotonic()
+                self._save(masters, optimizer, losses)
+                saved = time.monotonic()
+                pause = max(SAVED_AFTER, (saved - started) / SHARE)
+        return losses
+
+    def _save(self, masters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, losses: Sequence[float]) -> None:
+        tensors = {
+            f"{index} {key}": value.detach().cpu().contiguous()
+            for index, master in enumerate(masters)
+            for key, value in {"weight": master, **optimizer.state[master]}.items()
+        }
+        self.state.save(tensors, {"losses": json.dumps(losses)})
+
+    @torch.no_grad()
+    def _resume(self, masters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[float]:
+        """Put the first process's saved state, if it has one, into every process's masters and moments. Its losses."""
+        found = self.state.load() if self.processes.first else None
+        losses: list[float] = self.processes.once(lambda: json.loads(found[1]["losses"]) if found else [])
+        if losses:
+            for index, master in enumerate(masters):
+                empty = {"exp_avg": master, "exp_avg_sq": master, "step": torch.zeros((), device=master.device)}
+                moments = {key: torch.empty_like(like, requires_grad=False) for key, like in empty.items()}
+                for key, place in {"weight": master.data, **moments}.items():
+                    self.processes.same(place.copy_(found[0][f"{index} {key}"]) if found else place)
+                optimizer.state[master] = moments
+        return losses
+
+
+def recover_weights(
+    model: nn.Module, masks: Mapping[str, Tensor], settings: Recover, descent: Descent, loss: Loss = next_token_loss
+) -> tuple[dict[str, Tensor], list[float]]:
+    """New values of the masked weights, by parameter name and in their dtype, and the loss of every step. The model
+    itself stays as it is.
     """
     parameters = dict(model.named_parameters())
     device = next(model.parameters()).device
@@ -68,89 +133,6 @@ def recover_weights(
     def logits(batch: Tensor) -> Tensor:
         return functional_call(model, current(), kwargs={"input_ids": batch, "use_cache": False}).logits
 
-    trace = descend(
-        list(masters.values()), logits, loss, tokens, settings, batch_size, seed, processes, progress, state
-    )  # fmt: skip
-    if losses is not None:
-        losses += trace
+    losses = descent.run(settings, list(masters.values()), logits, loss)
     # +0.0 where pruned: a product with the mask may leave -0.0.
-    return {name: value.detach().masked_fill(~kept[name], 0.0) for name, value in current().items()}
-
-
-def descend(
-    masters: Sequence[nn.Parameter],
-    logits: Callable[[Tensor], Tensor],
-    loss: Loss,
-    tokens: Tensor,
-    settings: Recover,
-    batch_size: int,
-    seed: int,
-    processes: Processes,
-    progress: Callable[[str, int, int], None],
-    state: SavedState,
-) -> list[float]:
-    """Adam on `masters` along a cosine, for settings.steps steps of settings.sequences; returns the losses. Goes on from
-    `state`, and saves there now and then.
-    """
-    device = masters[0].device
-    optimizer = torch.optim.AdamW(masters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    batches = Batches(len(tokens), settings.sequences, seed + 1)
-    batch_size = math.gcd(batch_size, settings.sequences)
-    trace = _resume(masters, optimizer, state, processes)
-    saved, pause = time.monotonic(), SAVED_AFTER
-    for step in range(len(trace), settings.steps):
-        optimizer.param_groups[0]["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-        rows = batches.rows(step)
-        micro = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-        total = torch.zeros((), device=device)
-        for index in range(processes.rank, len(micro), processes.size):
-            batch = tokens[micro[index]].to(device)
-            share = loss(logits(batch), batch) / len(micro)
-            share.backward()
-            total += share.detach()
-        processes.add_up(total)
-        for master in masters:
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-            processes.add_up(master.grad)
-        if not math.isfinite(float(total)):
-            raise NumericalError(f"the loss of recovery step {step + 1} is not finite: lower its learning rate")
-        torch.nn.utils.clip_grad_norm_(masters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        trace.append(float(total))
-        progress(f"recovery, loss {trace[-1]:.3f}", step + 1, settings.steps)
-        if processes.first and step + 1 < settings.steps and time.monotonic() - saved >= pause:
-            started = time.monotonic()
-            _save(masters, optimizer, state, trace)
-            saved = time.monotonic()
-            pause = max(SAVED_AFTER, (saved - started) / SHARE)
-    return trace
-
-
-def _save(
-    masters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, state: SavedState, trace: Sequence[float]
-) -> None:
-    tensors = {
-        f"{index} {key}": value.detach().cpu().contiguous()
-        for index, master in enumerate(masters)
-        for key, value in {"weight": master, **optimizer.state[master]}.items()
-    }
-    state.save(tensors, {"losses": json.dumps(trace)})
-
-
-@torch.no_grad()
-def _resume(
-    masters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, state: SavedState, processes: Processes
-) -> list[float]:
-    """Put the first process's saved state, if it has one, into every process's masters and moments. Its losses."""
-    found = state.load() if processes.first else None
-    trace: list[float] = processes.once(lambda: json.loads(found[1]["losses"]) if found else [])
-    if trace:
-        for index, master in enumerate(masters):
-            empty = {"exp_avg": master, "exp_avg_sq": master, "step": torch.zeros((), device=master.device)}
-            moments = {key: torch.empty_like(like, requires_grad=False) for key, like in empty.items()}
-            for key, place in {"weight": master.data, **moments}.items():
-                processes.same(place.copy_(found[0][f"{index} {key}"]) if found else place)
-            optimizer.state[master] = moments
-    return trace
+    return {name: value.detach().masked_fill(~kept[name], 0.0) for name, value in current().items()}, losses

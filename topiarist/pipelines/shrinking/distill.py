@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +12,7 @@ from torch import Tensor, nn
 from topiarist.errors import TopiaristError
 from topiarist.losses import divergence
 from topiarist.models import Matrix, family_of, matrices_of
-from topiarist.output import SavedState
-from topiarist.pipelines.learning.processes import Processes
-from topiarist.pipelines.learning.recover import STATE_BYTES, Loss, Recover, descend, recover_weights
+from topiarist.pipelines.learning.recover import STATE_BYTES, Descent, Loss, Recover, recover_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,45 +82,32 @@ def _matrices(model: Any) -> list[Matrix]:
     return [matrix for block in model.get_submodule(family.blocks) for matrix in matrices_of(block, family)]
 
 
-def distill(
-    student: Any,
-    teacher: Any,
-    tokens: Tensor,
-    settings: Distill,
-    batch_size: int,
-    seed: int,
-    progress: Callable[[str, int, int], None],
-    state: SavedState,
-) -> list[float]:
+def distill(student: Any, teacher: Any, settings: Distill, descent: Descent) -> list[float]:
     """Train the blocks of `student` in place; empty rows and columns stay empty. Loss: KL(teacher || student), the mean
-    over all positions. Goes on from `state` after a kill, to the same bits. Returns every step's loss.
+    over all positions. Returns that of every step.
     """
-    matrices = _matrices(student)
-    loss, processes = _divergence(teacher), Processes()
+    matrices, loss = _matrices(student), _divergence(teacher)
     if settings.kind == "full":
         names = {id(parameter): name for name, parameter in student.named_parameters()}
         wanted = {names[id(getattr(matrix.module, matrix.parameter))] for matrix in matrices}
         masks = {name: student.get_parameter(name) != 0 for name in sorted(wanted)}
-        losses: list[float] = []
-        new = recover_weights(
-            student, masks, tokens, settings, batch_size, seed, processes, progress, state, loss, losses
-        )
+        new, losses = recover_weights(student, masks, settings, descent, loss)
         for name, weight in new.items():
             student.get_parameter(name).data = weight
         return losses
     for matrix in matrices:  # the caller's model may share them
         stored = getattr(matrix.module, matrix.parameter)
         stored.data = stored.data.clone()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(descent.seed)
     updates = [_Update.of(m, settings.rank, generator) for m in matrices if m.expert is None]
     hooks = [update.matrix.module.register_forward_hook(update.hook) for update in updates]
+
+    def logits(batch: Tensor) -> Tensor:
+        return student(input_ids=batch, use_cache=False).logits
+
     try:
         masters = [master for update in updates for master in (update.A, update.B)]
-
-        def logits(batch: Tensor) -> Tensor:
-            return student(input_ids=batch, use_cache=False).logits
-
-        losses = descend(masters, logits, loss, tokens, settings, batch_size, seed, processes, progress, state)
+        losses = descent.run(settings, masters, logits, loss)
     finally:
         for hook in hooks:
             hook.remove()
