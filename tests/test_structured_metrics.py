@@ -177,3 +177,15 @@ def test_occlusion_takes_channels_in_slices_of_their_metric():
         assert bool((ranked.diff(dim=1) < 0).all())
     for kinds in (("block",), ("attention", "ffn")):
         assert len(Occlusion().scores(task_of(model, kinds))) == 2 * len(kinds)
+
+
+def test_occlusion_does_not_tell_layers_apart_that_do_not_compete():
+    task = task_of(
+        tiny.tiny_model(), scope="per_layer", counts={"self_attn.o_proj:heads": 2, "mlp.down_proj:channels": 32}
+    )
+    metric, found = WandaSP().scores(task), Occlusion().scores(task)
+    for group in task.groups:
+        if group.kind == "channels":
+            assert torch.equal(found[group.key].argsort(), metric[group.key].argsort())
+        else:  # all stay
+            assert float(found[group.key].abs().max()) < 1e-5

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from topiarist.errors import NumericalError
+from topiarist.structured.choose import layer_counts
 from topiarist.structured.gates import Masks, gates
 from topiarist.structured.methods import Method, Scores, Task
 from topiarist.structured.metrics import WandaSP
 from topiarist.structured.trial import Prefix, gated_loss, short_windows
-from topiarist.structured.units import UnitGroup
+from topiarist.structured.units import WIDTH_KINDS, UnitGroup
 
 TIE_BREAK = 1e-6
 """Of the mean score: channels of one slice keep the order of their metric."""
@@ -47,9 +48,8 @@ class Occlusion(Method):
         trials = [
             (group, units)
             for group in sorted(task.groups, key=lambda group: group.block)
-            for units in order[group.key].tensor_split(
-                min(self.slices, group.count) if group.kind == "channels" else group.count
-            )
+            if (pieces := self._pieces(task, group))
+            for units in order[group.key].tensor_split(pieces)
         ]
         losses = torch.zeros(1 + len(trials), dtype=torch.float64)  # of the whole model, of every trial
         batches = windows.split(task.batch_size)
@@ -65,6 +65,16 @@ class Occlusion(Method):
             key: score / size + TIE_BREAK * torch.argsort(order[key]).neg() / len(score)
             for key, score in scores.items()
         }
+
+    def _pieces(self, task: Task, group: UnitGroup) -> int:
+        """Trials of a group. Where every layer keeps a count of its own, slices of channels, which tell layers apart, only
+        disturb their metric's order (docs/log-policy.md), and where all units stay nothing is left to tell.
+        """
+        if task.scope == "per_layer" and group.kind in WIDTH_KINDS:
+            counts = task.counts or layer_counts(task.groups, task.keep, task.round_to)
+            if group.kind == "channels" or counts[group.place] == group.count:
+                return 0
+        return min(self.slices, group.count) if group.kind == "channels" else group.count
 
     def _losses(
         self, task: Task, masks: Masks, trials: list[tuple[UnitGroup, Tensor]], batch: Tensor, place: int, of: int
