@@ -29,7 +29,8 @@ class Occlusion(Method):
     The one forward-only score that says how much a layer matters to the loss; blind to units that stand in for each
     other. The start of the policy gradient: at the same cost it knows more than as many random masks, whose losses
     differ by what all the other units do. For blocks it is the perplexity criterion of Shortened LLaMA (arXiv
-    2402.02834). Cost: (heads + slices) * layers forwards of `windows` * `window` tokens.
+    2402.02834). Cost: (heads + slices) * layers forwards of `windows` * `window` tokens; with scope per_layer only those
+    of heads, if not all of them stay.
     """
 
     scope: ClassVar[str] = "parameters"
