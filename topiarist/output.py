@@ -28,6 +28,7 @@ REPORT = "pruning_report.json"
 SHOWN = 3
 """Differences between two runs that a refusal names."""
 STATES = "run_state"
+"""Folder of OUT, gone when the run is finished."""
 MASKS = "masks.safetensors"
 """Beside a model whose masks were learned, or for another copy of its base."""
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")

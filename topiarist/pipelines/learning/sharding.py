@@ -201,7 +201,7 @@ class ShardedModel(MaskedModel):
             temporary = folder / f"{LATEST}.tmp"
             temporary.write_text(place.name)
             temporary.replace(folder / LATEST)
-            for other in (folder).iterdir():
+            for other in folder.iterdir():
                 if other.is_dir() and other != place:
                     shutil.rmtree(other)
 
