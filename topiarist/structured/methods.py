@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from topiarist.output import SavedState
+from topiarist.structured.choose import layer_counts
 from topiarist.structured.units import KINDS, Kept, UnitGroup
 
 Scores = dict[str, Tensor]
@@ -38,6 +39,10 @@ class Task:
     seed: int = 0
     progress: Callable[[str, int, int], None] = lambda *_: None
     state: SavedState = field(default_factory=SavedState)
+
+    def layer_counts(self) -> Mapping[str, int]:
+        """`counts`, or what `choose` takes without them."""
+        return self.counts or layer_counts(self.groups, self.keep, self.round_to)
 
 
 @dataclass(frozen=True)

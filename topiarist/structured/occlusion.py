@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from topiarist.errors import NumericalError
-from topiarist.structured.choose import layer_counts
 from topiarist.structured.gates import Masks, gates
 from topiarist.structured.methods import Method, Scores, Task
 from topiarist.structured.metrics import WandaSP
@@ -71,10 +70,9 @@ class Occlusion(Method):
         """Trials of a group. Where every layer keeps a count of its own, slices of channels, which tell layers apart, only
         disturb their metric's order (docs/log-policy.md), and where all units stay nothing is left to tell.
         """
-        if task.scope == "per_layer" and group.kind in WIDTH_KINDS:
-            counts = task.counts or layer_counts(task.groups, task.keep, task.round_to)
-            if group.kind == "channels" or counts[group.place] == group.count:
-                return 0
+        fixed = task.scope == "per_layer" and group.kind in WIDTH_KINDS
+        if fixed and (group.kind == "channels" or task.layer_counts()[group.place] == group.count):
+            return 0
         return min(self.slices, group.count) if group.kind == "channels" else group.count
 
     def _losses(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from topiarist.structured import policy
-from topiarist.structured.choose import layer_counts, step_of
+from topiarist.structured.choose import step_of
 from topiarist.structured.methods import Scores, Task
 from topiarist.structured.units import DEPTH_KINDS, UnitGroup
 
@@ -106,6 +106,6 @@ def budgets(task: Task) -> list[tuple[list[UnitGroup], float]]:
         return [share(groups) for groups in by_kind.values()]
     depth = [group for group in task.groups if group.kind in DEPTH_KINDS]
     layers = [group for group in task.groups if group.kind not in DEPTH_KINDS]
-    counts = task.counts or layer_counts(task.groups, task.keep, task.round_to)
+    counts = task.layer_counts()
     fixed = [([group], float(counts[group.place] * group.cost)) for group in layers]
     return [*fixed, *([share(depth)] if depth else [])]

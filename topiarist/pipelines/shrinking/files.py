@@ -30,7 +30,7 @@ def write_shrunk(
     report: ShrinkReport,
     windows: Windows | None,
 ) -> None:
-    """The shrunk checkpoint and its papers. transformers knows names and ties, so it writes first, beside the output."""
+    """The shrunk checkpoint and its papers. transformers knows names and ties, so it writes first, among the states."""
     written = output.states / "written"
     with saved_beside(model, tokenizer, written, cure="; make room and run the same command again"):
         fresh = Checkpoint(written)
