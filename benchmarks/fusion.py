@@ -58,7 +58,9 @@ def scores(name: str, task: Task, options: argparse.Namespace, known: dict[str, 
     grain = f"{order}/{how}"
     if grain not in known:
         known[grain] = estimates(task, options, order, how == "pooled")
-    method = Hybrid(fusion=fusion, level=level, window=options.window, learn_windows=options.learn_windows)
+    method = Hybrid(
+        fusion=fusion, level=level, window=options.window, learn_windows=options.learn_windows, head_weight=1.0
+    )  # nothing is refitted here
     return method.fused(task, known[grain])
 
 

@@ -8,6 +8,7 @@ import torch
 
 from topiarist.models import FAMILIES
 from topiarist.structured import choose, gates, units_of
+from topiarist.structured.hybrid import Hybrid
 from topiarist.structured.methods import Task
 from topiarist.structured.metrics import BlockInfluence, Flap, Moments, WandaSP
 from topiarist.structured.occlusion import Occlusion
@@ -155,9 +156,10 @@ def test_occlusion_is_the_loss_without_a_unit(family: str, batch_size: int):
         torch.testing.assert_close(found[key], expected / size, rtol=1e-3, atol=1e-4)
 
 
-def test_occlusion_weighs_heads():
+@pytest.mark.parametrize("method", [Occlusion, Hybrid])
+def test_heads_are_weighed(method: type[Occlusion] | type[Hybrid]):
     task = task_of(tiny.tiny_model(), ("heads", "channels"))
-    plain, weighed = (Occlusion(head_weight=weight).scores(task) for weight in (1.0, 3.0))
+    plain, weighed = (method(head_weight=weight).scores(task) for weight in (1.0, 3.0))
     ratios = {
         kind: torch.cat([weighed[g.key] / plain[g.key] for g in task.groups if g.kind == kind])
         for kind in ("heads", "channels")

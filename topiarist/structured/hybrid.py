@@ -21,7 +21,7 @@ from torch import Tensor
 from topiarist.errors import TopiaristError
 from topiarist.structured.choose import total_cost
 from topiarist.structured.gates import gates
-from topiarist.structured.methods import Method, Scores, Task
+from topiarist.structured.methods import HEAD_WEIGHT, Method, Scores, Task, weigh_heads
 from topiarist.structured.taylor import Estimates, taylor
 from topiarist.structured.trial import chosen, gated_loss, short_windows, split
 
@@ -73,7 +73,8 @@ class Hybrid(Method):
     gradient at a time and the activations of one window in memory.
 
     Differs from LLM-Pruner, whose estimates these are, in: 1. an estimate for every window and their mean, so that
-    nothing of the model's size is kept; `pooled=True` is theirs. 2. All layers may be cut, under one budget.
+    nothing of the model's size is kept; `pooled=True` is theirs. 2. All layers may be cut, under one budget. 3. Scores
+    of heads count twice.
     """
 
     scope: ClassVar[str] = "parameters"
@@ -85,6 +86,8 @@ class Hybrid(Method):
     fusion: str = "coarse"
     """One of FUSIONS. `coarse` leaves the fine estimate out; `attention` is the fusion to compare with."""
     temperature: float = 1.0
+    head_weight: float = HEAD_WEIGHT
+    """1 trusts the estimates."""
     level: str = "model"
     """What scores compare within: `model`, layers keep the size of their estimates; `layer`, each has mean 1."""
     learn_steps: int = 16
@@ -128,7 +131,7 @@ class Hybrid(Method):
             for key, value in each.items():
                 size = whole if self.level == "model" else float(value.mean())
                 scores[key] += shares[key][index] * value / (size or 1.0)
-        return scores
+        return weigh_heads(scores, task.groups, self.head_weight)
 
     def _learned(self, task: Task, found: Estimates) -> Scores:
         """R2: a gate theta for every layer, share of the coarse estimate sigmoid(theta), by mirrored Gaussian trials on

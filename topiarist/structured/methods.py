@@ -14,10 +14,19 @@ from torch import Tensor
 
 from topiarist.output import SavedState
 from topiarist.structured.choose import layer_counts
-from topiarist.structured.units import KINDS, Kept, UnitGroup
+from topiarist.structured.units import HEAD_KINDS, KINDS, Kept, UnitGroup
 
 Scores = dict[str, Tensor]
 """Group key -> (count,), higher = keep."""
+HEAD_WEIGHT = 2.0
+"""Times the scores of heads that were taken from the loss of the model as it is. They are no guide to what a refit gives
+back: much of what channels of a layer did, less of what heads did. docs/log-policy.md has the numbers."""
+
+
+def weigh_heads(scores: Scores, groups: Sequence[UnitGroup], weight: float) -> Scores:
+    """The scores, those of heads times `weight`."""
+    heads = {group.key for group in groups if group.kind in HEAD_KINDS}
+    return {key: score * weight if key in heads else score for key, score in scores.items()}
 
 
 @dataclass

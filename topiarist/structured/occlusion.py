@@ -11,7 +11,7 @@ from torch import Tensor
 
 from topiarist.errors import NumericalError
 from topiarist.structured.gates import Masks, gates
-from topiarist.structured.methods import Method, Scores, Task
+from topiarist.structured.methods import HEAD_WEIGHT, Method, Scores, Task, weigh_heads
 from topiarist.structured.metrics import WandaSP
 from topiarist.structured.trial import Prefix, gated_loss, short_windows
 from topiarist.structured.units import WIDTH_KINDS, UnitGroup
@@ -36,9 +36,8 @@ class Occlusion(Method):
     windows: int = 4
     window: int = 512
     slices: int = 4
-    head_weight: float = 2.0
-    """Times the score of heads. A unit alone is no guide to what a refit of many gives back: much of what channels of a
-    layer did, less of what heads did. 1 trusts the loss. docs/log-policy.md has the numbers."""
+    head_weight: float = HEAD_WEIGHT
+    """1 trusts the loss."""
     metric_tokens: int = 8192
     """Calibration tokens that Wanda-sp looks at."""
 
@@ -58,8 +57,8 @@ class Occlusion(Method):
                 losses += self._losses(task, masks, trials, batch, place, len(batches)) * (len(batch) / len(windows))
         scores: Scores = {group.key: torch.zeros(group.count, dtype=torch.float64) for group in task.groups}
         for (group, units), loss in zip(trials, losses[1:], strict=True):
-            weight = self.head_weight if group.kind in ("heads", "query_heads") else 1.0
-            scores[group.key][units] = weight * (loss - losses[0]) / (group.cost * len(units))
+            scores[group.key][units] = (loss - losses[0]) / (group.cost * len(units))
+        scores = weigh_heads(scores, task.groups, self.head_weight)
         size = float(torch.cat(list(scores.values())).abs().mean()) or 1.0
         return {
             key: score / size + TIE_BREAK * torch.argsort(order[key]).neg() / len(score)

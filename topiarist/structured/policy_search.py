@@ -14,7 +14,7 @@ from topiarist.errors import NumericalError, TopiaristError
 from topiarist.structured import policy
 from topiarist.structured.gates import Masks, gates
 from topiarist.structured.hybrid import Hybrid
-from topiarist.structured.methods import Magnitude, Method, Scores, Task
+from topiarist.structured.methods import HEAD_WEIGHT, Magnitude, Method, Scores, Task
 from topiarist.structured.metrics import BlockInfluence, Flap, WandaSP
 from topiarist.structured.occlusion import Occlusion
 from topiarist.structured.policy_variables import Variables
@@ -74,8 +74,8 @@ class PolicyGradient(Method):
     """Of the logistic start: 0 knows nothing but the budget; the larger, the more is decided."""
     init_tokens: int = 16384
     """Calibration tokens that a start from activations looks at; occlusion and hybrid say themselves."""
-    head_weight: float = Occlusion.head_weight
-    """Of the start from occlusion."""
+    head_weight: float = HEAD_WEIGHT
+    """Of the start from occlusion or hybrid."""
     channel_group: int | None = None
     """Channels that share one probability; by default those that the rounding moves together."""
     held_out: int = 24
@@ -141,9 +141,10 @@ def starting_metric(method: PolicyGradient, task: Task) -> tuple[dict[str, Tenso
         comparable[kind] = "" if scorer.scope == "per_layer" else scorer.__name__
         if groups[0].key not in metric:  # one look for all kinds of a scorer
             same = [group for group in task.groups if group.kind in scorer.kinds]
-            looked = task.tokens if scorer in (Occlusion, Hybrid) else task.tokens[:few]
-            made = Occlusion(head_weight=method.head_weight) if scorer is Occlusion else scorer()
-            found = made.scores(replace(task, groups=same, tokens=looked))
+            if issubclass(scorer, (Occlusion, Hybrid)):
+                found = scorer(head_weight=method.head_weight).scores(replace(task, groups=same))
+            else:
+                found = scorer().scores(replace(task, groups=same, tokens=task.tokens[:few]))
             metric = {key: value.cpu() for key, value in found.items()} | metric
     return metric, comparable
 

@@ -31,6 +31,7 @@ from topiarist.errors import TopiaristError, UnsupportedModel
 from topiarist.models import Family, FeedForward, family_of
 
 WIDTH_KINDS = ("heads", "query_heads", "channels", "experts")
+HEAD_KINDS = ("heads", "query_heads")
 DEPTH_KINDS = ("attention", "ffn", "block")
 KINDS = (*WIDTH_KINDS, *DEPTH_KINDS)
 NESTED = ({"heads", "query_heads"}, {"channels", "experts"}, {"attention", "block"}, {"ffn", "block"})
