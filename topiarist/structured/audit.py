@@ -11,6 +11,7 @@ from topiarist.models import block_names
 from topiarist.sources import StreamedModel, block_matrices
 from topiarist.store import Checkpoint, locate
 from topiarist.structured.spec import SPEC, PruneSpec
+from topiarist.structured.units import COLUMN_KINDS
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,14 @@ def audit_shrunk(folder: str | Path) -> ShrunkAudit | None:
     for index, block in enumerate(blocks):
         own = {}
         for row in rows:
-            if row["block"] == index and row["kind"] in ("heads", "query_heads", "channels"):
+            if row["block"] == index and row["kind"] in COLUMN_KINDS:
                 name = row["name"] if row["kind"] != "query_heads" else row["name"].rpartition(".")[0]
                 own.setdefault((name, row["kind"]), []).append(row)
         if not own:
             continue
         source.load(index)
         for matrix in block_matrices(source, index):
-            for kind in ("heads", "query_heads", "channels"):
+            for kind in COLUMN_KINDS:
                 same = own.get((f"{block}.{matrix.name}", kind))
                 if same:
                     kept, slots = (sum(row[key] for row in same) for key in ("kept", "slots"))

@@ -17,10 +17,7 @@ from topiarist.errors import NumericalError
 from topiarist.models import Matrix, family_of, matrices_of, watch_inputs
 from topiarist.sources import eager_experts
 from topiarist.structured.methods import Method, Scores, Task
-from topiarist.structured.units import Kept, UnitGroup
-
-COLUMN_KINDS = ("heads", "query_heads", "channels")
-"""Units that are columns of a matrix."""
+from topiarist.structured.units import COLUMN_KINDS, Kept, UnitGroup
 
 
 def consumers(model: Any, groups: Sequence[UnitGroup]) -> dict[str, Matrix]:

@@ -30,8 +30,10 @@ from torch import Tensor, nn
 from topiarist.errors import TopiaristError, UnsupportedModel
 from topiarist.models import Family, FeedForward, family_of
 
-WIDTH_KINDS = ("heads", "query_heads", "channels", "experts")
 HEAD_KINDS = ("heads", "query_heads")
+COLUMN_KINDS = (*HEAD_KINDS, "channels")
+"""Units that are columns of the matrix that consumes them."""
+WIDTH_KINDS = (*COLUMN_KINDS, "experts")
 DEPTH_KINDS = ("attention", "ffn", "block")
 KINDS = (*WIDTH_KINDS, *DEPTH_KINDS)
 NESTED = ({"heads", "query_heads"}, {"channels", "experts"}, {"attention", "block"}, {"ffn", "block"})

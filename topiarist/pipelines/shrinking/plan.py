@@ -22,7 +22,7 @@ from topiarist.structured import (
     plan_layout,
     units_of,
 )
-from topiarist.structured.units import WIDTH_KINDS, check_kinds
+from topiarist.structured.units import HEAD_KINDS, WIDTH_KINDS, check_kinds
 from topiarist.tables import name_of
 
 
@@ -77,7 +77,7 @@ class Legal:
         self.model, self.known = model, {}
         self.places: dict[str, list[UnitGroup]] = {}
         for group in groups:
-            if group.kind in ("heads", "query_heads", "experts"):
+            if group.kind in (*HEAD_KINDS, "experts"):
                 self.places.setdefault(group.place, []).append(group)
         for place, same in self.places.items():
             if keep < 1 and not any(self(place, count) for count in range(same[0].floor, same[0].count)):

@@ -19,8 +19,9 @@ from topiarist.pipelines.stream import BlockStream
 from topiarist.sources import LoadedModel, block_matrices, eager_experts, num_blocks
 from topiarist.structured import Kept, UnitGroup
 from topiarist.structured.refit import refit_columns
+from topiarist.structured.units import COLUMN_KINDS, HEAD_KINDS
 
-STAGES = (("heads", "query_heads"), ("channels",))
+STAGES = (HEAD_KINDS, ("channels",))
 Saved = tuple[dict[str, Tensor], list[dict[str, Any]]]
 
 
@@ -40,8 +41,7 @@ def refit_consumers(
     load, save: what an earlier try finished, block by block. Returns what was done, and warnings.
     """
     reports: list[Refitted] = []
-    kinds = (*STAGES[0], *STAGES[1])
-    wanted = [group for group in groups if group.kind in kinds and not bool(kept[group.key].all())]
+    wanted = [group for group in groups if group.kind in COLUMN_KINDS and not bool(kept[group.key].all())]
     if not wanted:
         return [], []
     with eager_experts(source.model):

@@ -33,7 +33,7 @@ from topiarist.structured import (
     predicted_parameters,
 )
 from topiarist.structured.layout import MAX_WASTE
-from topiarist.structured.units import DEPTH_KINDS
+from topiarist.structured.units import COLUMN_KINDS, DEPTH_KINDS
 from topiarist.tables import name_of, resolve
 
 Progress = Callable[[str, int, int], None]
@@ -89,7 +89,7 @@ def shrink(
         raise TopiaristError(
             "a model object that is masked in place cannot teach itself: give its folder, or another layout"
         )
-    refit = refit and any(group.kind in ("heads", "query_heads", "channels") for group in groups)
+    refit = refit and any(group.kind in COLUMN_KINDS for group in groups)
     windows = None
     if data is not None:
         windows = read_windows(source, checkpoint, data, tokenizer, num_samples, window, seed)
