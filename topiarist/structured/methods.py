@@ -20,7 +20,8 @@ Scores = dict[str, Tensor]
 """Group key -> (count,), higher = keep."""
 HEAD_WEIGHT = 2.0
 """Times the scores of heads that were taken from the loss of the model as it is. They are no guide to what a refit gives
-back: much of what channels of a layer did, less of what heads did. docs/log-policy.md has the numbers."""
+back: much of what channels of a layer did, less of what heads did. Where little stays and nothing is refitted, 1 is
+better. docs/log-policy.md and docs/results.md have the numbers."""
 
 
 def weigh_heads(scores: Scores, groups: Sequence[UnitGroup], weight: float) -> Scores:
