@@ -21,8 +21,8 @@ from typing import Any
 import topiarist as tp
 from benchmarks import quality
 from demo.assets import assets_dir, model_dir
-from topiarist.cli import method_from_text
-from topiarist.cli_tools import rule_from_text
+from topiarist.cli.app import method_from_text
+from topiarist.cli.common import rule_from_text
 
 METHODS = ("sparsegpt", "alps")
 RULES = (

@@ -17,11 +17,11 @@ from torch import Tensor
 import topiarist as tp
 from demo.assets import model_dir, text_dir
 from topiarist.allocate.scores import probe, random_signs
-from topiarist.data import calibration_windows, load_tokenizer
-from topiarist.evaluate import load_model
+from topiarist.data.text import calibration_windows, load_tokenizer
+from topiarist.evaluation.perplexity import load_model
+from topiarist.models.sources import LoadedModel
 from topiarist.pipelines.allocating.measure import layers_of, loss_gradients
-from topiarist.pipelines.setup import layer_shapes
-from topiarist.sources import LoadedModel
+from topiarist.pipelines.common.setup import layer_shapes
 
 STEPS = {torch.float64: (1e-3, 1e-2), torch.float32: (1e-3, 1e-2, 3e-2, 1e-1), torch.bfloat16: (1e-2, 1e-1)}
 

@@ -22,7 +22,7 @@ import torch
 import topiarist as tp
 from benchmarks.learn_cells import cell, demo_training_text, demo_windows, finished
 from demo.assets import assets_dir, model_dir
-from topiarist.evaluate import load_model
+from topiarist.evaluation.perplexity import load_model
 from topiarist.masklearn import PRESETS, Preset, Schedule
 from topiarist.pipelines.learning.job import shortened
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
+from topiarist.core.patterns import NM
 from topiarist.masklearn import Annealing, MaskAdamW, MaskedLinear, relaxation_for, resident_bytes, set_draws
-from topiarist.patterns import NM
 from topiarist.pipelines.learning.files import STATE_BYTES
 
 CELLS, PAGE = Path("docs/scale.jsonl"), Path("docs/scale.md")

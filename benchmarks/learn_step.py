@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from topiarist.core.patterns import NM
 from topiarist.masklearn.layer import Annealing, MaskedLinear, learned_masks, set_draws
 from topiarist.masklearn.optim import MaskAdamW, resident_bytes
 from topiarist.masklearn.relax import relaxation_for
-from topiarist.patterns import NM
 
 RESULTS = Path(__file__).parent / "results" / "learn_step.md"
 

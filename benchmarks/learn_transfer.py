@@ -20,8 +20,8 @@ import torch
 import topiarist as tp
 from benchmarks.learn_cells import books, cell, finished, web, wikipedia, windows
 from demo.assets import assets_dir, model_dir
-from topiarist.data import Windows
-from topiarist.evaluate import load_model
+from topiarist.data.text import Windows
+from topiarist.evaluation.perplexity import load_model
 
 CELLS, PAGE = Path("docs/learn-transfer.jsonl"), Path("docs/learn-transfer.md")
 DOMAINS = ("encyclopaedia", "fiction")

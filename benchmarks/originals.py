@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tests.reference import alps, baselines
-from topiarist.patterns import NM, Pattern, Unstructured
+from topiarist.core.patterns import NM, Pattern, Unstructured
 from topiarist.solvers.base import Problem, Solver
 
 

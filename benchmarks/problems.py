@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from topiarist.gram import Gram
+from topiarist.core.gram import Gram
 
 EXPONENT = 1.2  # of the latent spectrum
 FLOOR = 0.05  # standard deviation of the white part, relative to a typical channel of deviation 1

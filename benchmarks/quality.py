@@ -30,9 +30,9 @@ import torch
 import topiarist as tp
 from benchmarks.originals import ORIGINALS
 from demo.assets import assets_dir, model_dir, text_dir
-from topiarist.cli import method_from_text
-from topiarist.data import Windows, evaluation_windows, load_tokenizer, read_documents
-from topiarist.evaluate import load_model
+from topiarist.cli.app import method_from_text
+from topiarist.data.text import Windows, evaluation_windows, load_tokenizer, read_documents
+from topiarist.evaluation.perplexity import load_model
 
 DEFAULT_METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
 

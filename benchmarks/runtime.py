@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from topiarist.patterns import Pattern, parse_pattern
+from topiarist.core.patterns import Pattern, parse_pattern
 from topiarist.runtime import cpu, cuda
 from topiarist.runtime.bench import bench_model, machine
 from topiarist.runtime.build import LEVELS, load_kernels

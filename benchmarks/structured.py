@@ -28,14 +28,14 @@ import torch
 import topiarist as tp
 from benchmarks.quality import keep_cell, load_texts, stored_cells
 from demo.assets import assets_dir, model_dir
-from topiarist.cli_tools import filled, name_and_fields
-from topiarist.data import Windows, load_tokenizer
-from topiarist.evaluate import load_model
+from topiarist.cli.common import filled, name_and_fields
+from topiarist.core.registry import look_up
+from topiarist.data.text import Windows, load_tokenizer
+from topiarist.evaluation.perplexity import load_model
+from topiarist.evaluation.tasks import compare_tasks
 from topiarist.runtime.bench import PHASES, generation_seconds, machine
 from topiarist.structured import KINDS, METHODS, Method, PruneSpec, Scores, Task
 from topiarist.structured.trial import short_windows
-from topiarist.tables import look_up
-from topiarist.tasks import compare_tasks
 
 WINDOWS = (1024, 128)
 PROMPT, DECODED, ROUNDS = 128, 32, 3

@@ -14,7 +14,7 @@ import sys
 from demo.assets import model_dir
 
 WORK = {
-    "plain inference": "import topiarist.evaluate as e; e.perplexity(model, tokens, batch_size=windows)",
+    "plain inference": "import topiarist.evaluation.perplexity as e; e.perplexity(model, tokens, batch_size=windows)",
     "policy-gradient": "PolicyGradient(steps=3, windows=windows, window=window, init='constant', held_out=windows,"
     " evaluations=1).scores(task)",
     "hybrid": "Hybrid(samples=2, window=window).scores(task)",
@@ -24,7 +24,7 @@ WORK = {
 CHILD = """
 import sys, torch
 from pathlib import Path
-from topiarist.evaluate import load_model
+from topiarist.evaluation.perplexity import load_model
 from topiarist.structured import Task, units_of
 from topiarist.structured.hybrid import Hybrid
 from topiarist.structured.metrics import Flap

@@ -17,7 +17,7 @@ from rich.table import Table
 
 import topiarist as tp
 from demo.assets import assets_dir, model_dir, text_dir
-from topiarist.evaluate import held_out_windows, load_model
+from topiarist.evaluation.perplexity import held_out_windows, load_model
 
 PATTERNS = ("2:4", "0.7")
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps")

@@ -27,7 +27,8 @@ def one_thread():
 @pytest.fixture
 def command(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     """Runs `topiarist WORDS...` in this process; returns (exit code, stdout, stderr)."""
-    from topiarist import cli, cli_tools
+    from topiarist import cli
+    from topiarist.cli import common as cli_tools
 
     for console in (cli_tools.out, cli_tools.err):  # made once for the process, and read COLUMNS then
         monkeypatch.setattr(console, "width", 200)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tqdm.auto
 
-from topiarist.output import SavedState
+from topiarist.checkpoints.writing import SavedState
 
 
 class Killed(Exception):

@@ -19,7 +19,7 @@ from topiarist import allocate
 from topiarist.allocate.budget import budget, fit, mixture
 from topiarist.allocate.fixed import kept_by
 from topiarist.allocate.scores import Scores, outlier_ratio, probe, random_signs
-from topiarist.patterns import parse_pattern
+from topiarist.core.patterns import parse_pattern
 
 SHAPES = st.lists(st.tuples(st.integers(2, 40), st.integers(2, 40)), min_size=1, max_size=12)
 
@@ -339,7 +339,7 @@ def test_everything_may_be_skipped():
 
 def test_a_run_by_rule_resumes_without_measuring_again(tmp_path: Path, monkeypatch):
     from topiarist.pipelines.allocating import allocation
-    from topiarist.pipelines.block import BlockPruner
+    from topiarist.pipelines.pruning.block import BlockPruner
 
     base, real = tiny.tiny_checkpoint(tmp_path / "base"), BlockPruner.prune
     options = {"method": "magnitude", "pattern": 0.7, "allocation": "owl", "calibration": tiny.tiny_tokens(8, 32)}

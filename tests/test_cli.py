@@ -91,7 +91,7 @@ def test_without_text(call, folder: Path):
 
 
 def test_allocation_file(call, folder: Path):
-    from topiarist.evaluate import audit
+    from topiarist.evaluation.perplexity import audit
 
     _, matrices = audit("model")
     chosen = {m.name: ("4:8" if "mlp" in m.name else None) for m in matrices}
@@ -286,9 +286,9 @@ def test_evaluating_on_the_calibration_text_is_refused(call, folder: Path):
 def test_a_full_disk_keeps_what_is_done(call, folder: Path, monkeypatch):
     import errno
 
-    import topiarist.output
+    import topiarist.checkpoints.writing
 
-    real, written = topiarist.output.save_file, []
+    real, written = topiarist.checkpoints.writing.save_file, []
 
     def fails_on_the_second(tensors, path, **options):
         if len(written) == 1:  # the tensors outside the blocks are copied, not saved
@@ -297,11 +297,11 @@ def test_a_full_disk_keeps_what_is_done(call, folder: Path, monkeypatch):
         written.append(path)
         real(tensors, path, **options)
 
-    monkeypatch.setattr(topiarist.output, "save_file", fails_on_the_second)
+    monkeypatch.setattr(topiarist.checkpoints.writing, "save_file", fails_on_the_second)
     code, _, error = call(*PRUNE, "--method", "wanda")
     assert code == 2 and "the disk is full" in error and "same command" in error
     assert len(list((folder / "out").glob("*.safetensors"))) == 2 and not list((folder / "out").glob("*.tmp"))
-    monkeypatch.setattr(topiarist.output, "save_file", real)
+    monkeypatch.setattr(topiarist.checkpoints.writing, "save_file", real)
     assert call(*PRUNE, "--method", "wanda")[0] == 0
 
 
@@ -312,7 +312,7 @@ def test_too_little_room_is_seen_before_work(call, folder: Path, monkeypatch):
 
 
 def test_interrupted_says_how_to_go_on(call, folder: Path, monkeypatch):
-    import topiarist.pipelines.block as block
+    import topiarist.pipelines.pruning.block as block
 
     real, blocks = block.BlockPruner.prune, []
 
@@ -359,9 +359,9 @@ def test_learn_and_apply(tmp_path: Path, monkeypatch, capsys):
 
 
 def test_a_method_and_its_additions_from_one_text():
-    from topiarist.cli import method_from_text
-    from topiarist.pipelines.correct import Correct
-    from topiarist.pipelines.refine import Refine
+    from topiarist.cli.app import method_from_text
+    from topiarist.pipelines.pruning.correct import Correct
+    from topiarist.pipelines.pruning.refine import Refine
 
     solver, additions = method_from_text("alps:preset=best,iterations=9+correct:share=0.5+refine")
     assert solver == tp.solvers.ALPS(preset="best", iterations=9)

@@ -10,12 +10,12 @@ import tiny
 import torch
 
 import topiarist as tp
-from topiarist.errors import TopiaristError
-from topiarist.models import FAMILIES, matrices_of
-from topiarist.pipelines.correct import Correct, Corrector
-from topiarist.pipelines.refine import Refine
-from topiarist.pipelines.stream import BlockStream
-from topiarist.sources import LoadedModel, eager_experts
+from topiarist.core.errors import TopiaristError
+from topiarist.models.families import FAMILIES, matrices_of
+from topiarist.models.sources import LoadedModel, eager_experts
+from topiarist.pipelines.common.stream import BlockStream
+from topiarist.pipelines.pruning.correct import Correct, Corrector
+from topiarist.pipelines.pruning.refine import Refine
 
 EXACT = Correct(ridge=0.0)
 

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 import topiarist as tp
-from topiarist.data import calibration_windows, evaluation_windows, read_documents
+from topiarist.data.text import calibration_windows, evaluation_windows, read_documents
 
 
 @pytest.fixture(scope="module")

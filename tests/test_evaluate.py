@@ -10,7 +10,7 @@ import tiny
 import torch
 
 import topiarist as tp
-from topiarist.evaluate import compare
+from topiarist.evaluation.perplexity import compare
 
 
 def test_perplexity_agrees_with_a_plain_loop():

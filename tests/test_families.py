@@ -11,14 +11,14 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import topiarist as tp
-from topiarist.models import FAMILIES, family_of
+from topiarist.models.families import FAMILIES, family_of
 
 
 def test_every_family_has_a_tiny_model():
     assert set(tiny.CONFIGS) == set(FAMILIES)
 
 
-@pytest.mark.filterwarnings("ignore::topiarist.errors.CalibrationWarning")
+@pytest.mark.filterwarnings("ignore::topiarist.core.errors.CalibrationWarning")
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_pruned_files_open_as_the_model_pruned_in_memory(family: str, tmp_path: Path):
     tiny.tiny_checkpoint(tmp_path / "base", family)
@@ -45,7 +45,7 @@ def test_pruned_files_open_as_the_model_pruned_in_memory(family: str, tmp_path: 
     assert all(matrix.holds and matrix.sparsity >= 0.5 for matrix in matrices)
 
 
-@pytest.mark.filterwarnings("ignore::topiarist.errors.CalibrationWarning")
+@pytest.mark.filterwarnings("ignore::topiarist.core.errors.CalibrationWarning")
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt2"])
 def test_names_and_dtypes_on_disk_stay(family: str, tmp_path: Path):
     tiny.tiny_checkpoint(tmp_path / "base", family, dtype=torch.bfloat16)

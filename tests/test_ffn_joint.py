@@ -12,12 +12,12 @@ from reference import sparsellm as published
 from torch import nn
 
 import topiarist as tp
-from topiarist.models import FAMILIES, family_of
-from topiarist.pages.figures import rounds
-from topiarist.pipelines.ffn_joint import JointSolver
-from topiarist.pipelines.network import Network
-from topiarist.pipelines.stream import BlockStream
-from topiarist.sources import LoadedModel, block_matrices
+from topiarist.models.families import FAMILIES, family_of
+from topiarist.models.sources import LoadedModel, block_matrices
+from topiarist.pipelines.common.stream import BlockStream
+from topiarist.pipelines.pruning.ffn_joint import JointSolver
+from topiarist.pipelines.pruning.network import Network
+from topiarist.results.pages.figures import rounds
 
 TOKENS = tiny.tiny_tokens(2, 32)
 NETWORKS = sorted(name for name in FAMILIES if name not in ("mixtral", "olmoe", "qwen3_moe"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from topiarist.errors import NumericalError
-from topiarist.gram import Gram
+from topiarist.core.errors import NumericalError
+from topiarist.core.gram import Gram
 
 
 def tokens(count: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -68,7 +68,7 @@ def test_bf16_inputs(width, count, monkeypatch):
     finally:
         torch.set_num_threads(before)
     assert close(one, Gram.from_matrix((x.double().T @ x.double()).float(), tokens=count), 3e-6)
-    monkeypatch.setattr("topiarist.gram._kernel", lambda: None)
+    monkeypatch.setattr("topiarist.core.gram._kernel", lambda: None)
     assert close(gram(x), one, 3e-6)
 
 

@@ -7,38 +7,13 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "topiarist"
 FLOORS = [
-    ["__about__", "errors"],
-    [
-        "tables",
-        "compiled",
-        "meter",
-        "selection",
-        "patterns",
-        "gram",
-        "linalg",
-        "losses",
-        "models",
-        "data",
-        "store",
-        "output",
-        "modeling_pruned",
-        "sources",
-    ],
-    ["solvers", "allocate", "masklearn", "structured", "masks", "runtime", "report", "evaluate", "tasks", "pages"],
+    ["__about__"],
+    ["core", "checkpoints", "data", "models"],
+    ["solvers", "allocate", "masklearn", "structured", "masks", "runtime", "evaluation", "results"],
     ["pipelines"],
-    [
-        "cli_tools",
-        "cli_allocate",
-        "cli_masks",
-        "cli_shrink",
-        "cli_runtime",
-        "cli_report",
-        "cli",
-        "__main__",
-        "__init__",
-    ],
+    ["cli", "__main__", "__init__"],
 ]
-MAY_USE = {"evaluate": {"report"}, "tasks": {"evaluate"}, "masks": {"masklearn"}}
+MAY_USE = {"evaluation": {"results"}, "masks": {"masklearn"}}
 NEEDS_NO_MODEL = {"solvers", "masklearn"}
 
 

@@ -6,16 +6,16 @@ import pytest
 import tiny
 import torch
 
-from topiarist.errors import PatternError
-from topiarist.evaluate import load_model
+from topiarist.core.errors import PatternError
+from topiarist.core.patterns import NM, parse_pattern
+from topiarist.evaluation.perplexity import load_model
 from topiarist.masklearn.candidates import candidates
 from topiarist.masklearn.descent import descend
-from topiarist.patterns import NM, parse_pattern
+from topiarist.models.sources import LoadedModel
+from topiarist.pipelines.common.setup import resolve_patterns
 from topiarist.pipelines.learning.masking import targets
 from topiarist.pipelines.learning.priors import one_shot_masks
-from topiarist.pipelines.setup import resolve_patterns
 from topiarist.solvers import SparseGPT, Wanda
-from topiarist.sources import LoadedModel
 
 
 def problem(rows: int, width: int, seed: int = 0):

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from topiarist.core.patterns import NM, Unstructured, parse_pattern
 from topiarist.masklearn import kernels, native, noise
 from topiarist.masklearn.candidates import candidates
 from topiarist.masklearn.relax import Bernoulli, Categorical, Draw, Prior, TopN
-from topiarist.patterns import NM, Unstructured, parse_pattern
 
 needs_compiler = pytest.mark.skipif(native.load() is None, reason="no C++ compiler")
 RECORDED = [0.9921393, 0.9534005, 0.0481385, 0.0063218, 0.5083727, 0.7201622, 0.5805369, 0.1909281]

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from topiarist.errors import PatternError
+from topiarist.core.errors import PatternError
+from topiarist.core.patterns import NM, Unstructured
 from topiarist.masklearn.layer import Annealing, LearnedMask, MaskedLinear, learned_masks, mask_parameter, set_draws
 from topiarist.masklearn.optim import MaskAdamW
 from topiarist.masklearn.relax import Bernoulli, Categorical, Prior, TopN
 from topiarist.masklearn.schedule import PRESETS, Schedule
-from topiarist.patterns import NM, Unstructured
 
 PATTERN = NM(2, 4)
 QUIET = Schedule(0.0, 0.0)

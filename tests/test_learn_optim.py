@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from topiarist.core.patterns import NM
 from topiarist.masklearn import eight_bit, native, noise
 from topiarist.masklearn.layer import Annealing, MaskedLinear, set_draws
 from topiarist.masklearn.optim import MaskAdamW, Step, _write, adamw_, resident_bytes
 from topiarist.masklearn.relax import Categorical, Prior, TopN
 from topiarist.masklearn.schedule import Schedule
-from topiarist.patterns import NM
 
 PATTERN = NM(2, 4)
 EIGHT_BIT = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")

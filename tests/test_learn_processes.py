@@ -17,16 +17,16 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 import topiarist as tp
-from topiarist.evaluate import load_model
+from topiarist.checkpoints.writing import STATES
+from topiarist.core.patterns import parse_pattern
+from topiarist.evaluation.perplexity import load_model
 from topiarist.masklearn import Preset, Prior, Schedule
-from topiarist.output import STATES
-from topiarist.patterns import parse_pattern
+from topiarist.models.sources import LoadedModel
+from topiarist.pipelines.common.setup import resolve_patterns
 from topiarist.pipelines.learning import recover
 from topiarist.pipelines.learning.masking import targets
 from topiarist.pipelines.learning.processes import Processes
 from topiarist.pipelines.learning.sharding import ShardedModel
-from topiarist.pipelines.setup import resolve_patterns
-from topiarist.sources import LoadedModel
 
 RECIPE = Preset(
     steps=6, sequences=4, length=32, lr=Schedule(2e-2, 0.0, "cosine"), tau=Schedule(1.0, 0.05, "exponential"),

@@ -4,11 +4,11 @@ import pytest
 import torch
 from reference import maskllm
 
-from topiarist.errors import PatternError
+from topiarist.core.errors import PatternError
+from topiarist.core.patterns import NM, Columns, Unstructured
 from topiarist.masklearn import noise
 from topiarist.masklearn.candidates import candidates, index_of, mask_of, num_classes, similarity
 from topiarist.masklearn.relax import Bernoulli, Categorical, Draw, Prior, TopN, relaxation_for
-from topiarist.patterns import NM, Columns, Unstructured
 
 KINDS = [
     Categorical(NM(2, 4)),

@@ -14,9 +14,9 @@ from killing import assert_kills_change_nothing, contents
 from safetensors.torch import load_file
 
 import topiarist as tp
-from topiarist.evaluate import audit, load_model
+from topiarist.checkpoints.writing import STATES
+from topiarist.evaluation.perplexity import audit, load_model
 from topiarist.masklearn import PRESETS, Preset, Schedule
-from topiarist.output import STATES
 from topiarist.pipelines.learning.files import MASKS
 from topiarist.pipelines.learning.trainer import Batches
 
@@ -325,7 +325,7 @@ def test_a_broken_loss_stops_and_keeps_the_last_good_state(base: Path, tmp_path:
 
 
 def test_a_full_disk_keeps_the_last_state(base: Path, tmp_path: Path, monkeypatch):
-    import topiarist.output as output
+    import topiarist.checkpoints.writing as output
 
     whole, calls = output.save_file, []
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from reference import brute
 
-from topiarist import linalg
-from topiarist.errors import NumericalError, NumericalWarning
+from topiarist.core import linalg
+from topiarist.core.errors import NumericalError, NumericalWarning
 
 
 def gram(width: int, tokens: int, seed: int = 0) -> torch.Tensor:

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from topiarist import losses
-from topiarist.losses import divergence, next_token_loss, next_token_losses
+from topiarist.core import losses
+from topiarist.core.losses import divergence, next_token_loss, next_token_losses
 
 
 def case(dtype: torch.dtype, batch: int = 3, window: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

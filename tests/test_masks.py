@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from topiarist import masks
-from topiarist.errors import CheckpointError, PatternError
+from topiarist.core.errors import CheckpointError, PatternError
+from topiarist.core.patterns import NM, Unstructured
 from topiarist.masks.bitpack import encoding_for, pack, packed_size, unpack
-from topiarist.patterns import NM, Unstructured
 
 PATTERNS = [NM(2, 4), NM(1, 4), NM(1, 2), NM(2, 8), NM(4, 8), NM(3, 7), NM(8, 16), NM(16, 32), Unstructured(0.6)]
 

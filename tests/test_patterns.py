@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import brute
 
-from topiarist.errors import PatternError
-from topiarist.patterns import NM, Columns, TransposableNM, Unstructured, parse_pattern
-from topiarist.selection import keep_largest
+from topiarist.core.errors import PatternError
+from topiarist.core.patterns import NM, Columns, TransposableNM, Unstructured, parse_pattern
+from topiarist.core.selection import keep_largest
 
 
 def tied_scores(rows: int, cols: int, levels: int, seed: int) -> torch.Tensor:

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 import topiarist as tp
-from topiarist.models import Matrix, capture_calls, family_of
-from topiarist.pipelines.options import PruneOptions
-from topiarist.pipelines.stream import BlockStream
-from topiarist.sources import LoadedModel, block_matrices
+from topiarist.models.families import Matrix, capture_calls, family_of
+from topiarist.models.sources import LoadedModel, block_matrices
+from topiarist.pipelines.common.stream import BlockStream
+from topiarist.pipelines.pruning.options import PruneOptions
 
 
 def weights(model) -> dict[str, torch.Tensor]:

@@ -9,9 +9,9 @@ import torch
 
 import topiarist as tp
 from demo.assets import model_dir, text_dir
-from topiarist.evaluate import held_out_windows, load_model
-from topiarist.sources import StreamedModel, block_matrices
-from topiarist.store import Checkpoint
+from topiarist.checkpoints.reading import Checkpoint
+from topiarist.evaluation.perplexity import held_out_windows, load_model
+from topiarist.models.sources import StreamedModel, block_matrices
 
 pytestmark = [
     pytest.mark.real,

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 import topiarist as tp
-from topiarist.pipelines.refine import Refine
+from topiarist.pipelines.pruning.refine import Refine
 
 QUICK = Refine(epochs=4, learning_rate=0.01)
 
@@ -77,7 +77,7 @@ def test_bf16_weights_learn_through_fp32_masters():
 
 
 def test_the_dense_target_is_the_dense_models_own_hidden_state(monkeypatch):
-    import topiarist.pipelines.block as block
+    import topiarist.pipelines.pruning.block as block
 
     real, seen = block.refine_block, []
 
@@ -98,7 +98,7 @@ def test_the_dense_target_is_the_dense_models_own_hidden_state(monkeypatch):
 
 @pytest.mark.parametrize("target", ["current", "dense"])
 def test_a_resumed_run_has_the_same_refinements(target: Literal["current", "dense"], tmp_path: Path, monkeypatch):
-    import topiarist.pipelines.block as block
+    import topiarist.pipelines.pruning.block as block
 
     tiny.tiny_checkpoint(tmp_path / "base", num_hidden_layers=3)
     refine = replace(QUICK, target=target)

@@ -12,9 +12,9 @@ import pytest
 import tiny
 
 import topiarist as tp
-from topiarist.pages import Result, compare_page, report_page, save_benchmark, save_evaluation
-from topiarist.pages.figures import curve, heat_map, nice_ticks, panel, place_of
-from topiarist.pages.render import percent, short, size_text
+from topiarist.results.pages import Result, compare_page, report_page, save_benchmark, save_evaluation
+from topiarist.results.pages.figures import curve, heat_map, nice_ticks, panel, place_of
+from topiarist.results.pages.render import percent, short, size_text
 
 BENCH = {
     "machine": "a machine",

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from test_report import BENCH, layer, result
 
-from topiarist.pages import Result, compare_page, report_page
+from topiarist.results.pages import Result, compare_page, report_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = [

@@ -10,7 +10,7 @@ import tiny
 from killing import assert_kills_change_nothing, contents
 
 import topiarist as tp
-from topiarist.output import JOURNAL
+from topiarist.checkpoints.writing import JOURNAL
 
 
 @pytest.fixture

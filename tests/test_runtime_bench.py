@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from topiarist import runtime
-from topiarist.compiled import NoKernels
-from topiarist.errors import CheckpointError
-from topiarist.patterns import NM
+from topiarist.core.compiled import NoKernels
+from topiarist.core.errors import CheckpointError
+from topiarist.core.patterns import NM
 from topiarist.runtime import bench, cpu
 from topiarist.runtime.bench import BenchReport, Speed, bench_model
 from topiarist.runtime.build import load_kernels

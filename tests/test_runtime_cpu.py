@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from topiarist.compiled import NoKernels
-from topiarist.patterns import NM
+from topiarist.core.compiled import NoKernels
+from topiarist.core.patterns import NM
 from topiarist.runtime import build, cpu
 from topiarist.runtime.build import LEVELS, load_kernels
 from topiarist.runtime.linear import PackedLinear

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from topiarist.patterns import NM, Unstructured, parse_pattern
+from topiarist.core.patterns import NM, Unstructured, parse_pattern
 from topiarist.runtime import cuda
 from topiarist.runtime.cuda import SemiStructuredLinear, choose, linear_obstacle
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load, load_file, save_file
 
-from topiarist.errors import CheckpointError
+from topiarist.core.errors import CheckpointError
 from topiarist.runtime import legacy
 
 WRITTEN = json.loads((Path(__file__).parent / "data" / "compressed_tensors_0_9_4.json").read_text())

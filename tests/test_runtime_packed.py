@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from topiarist.errors import CheckpointError
-from topiarist.patterns import NM, Unstructured
+from topiarist.core.errors import CheckpointError
+from topiarist.core.patterns import NM, Unstructured
 from topiarist.runtime import bits, packed
 
 DTYPES = [

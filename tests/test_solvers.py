@@ -11,8 +11,9 @@ from reference import alps as reference_alps
 from reference import baselines, brute
 from torch import Tensor
 
-from topiarist import Gram, linalg, parse_pattern
-from topiarist.errors import CalibrationWarning, NumericalError, NumericalWarning, PatternError, TopiaristError
+from topiarist import Gram, parse_pattern
+from topiarist.core import linalg
+from topiarist.core.errors import CalibrationWarning, NumericalError, NumericalWarning, PatternError, TopiaristError
 from topiarist.solvers import ALPS, SOLVERS, Magnitude, SparseGPT, Wanda, admm
 
 METHODS = {name: solver() for name, solver in SOLVERS.items()} | {
@@ -23,7 +24,7 @@ PATTERNS = ["0.5", "0.9", "0.7/row", "2:4", "1:4", "4:8", "0.25/columns", "2:4/t
 OUT, IN = 24, 64
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::topiarist.errors.CalibrationWarning", "ignore::topiarist.errors.NumericalWarning"
+    "ignore::topiarist.core.errors.CalibrationWarning", "ignore::topiarist.core.errors.NumericalWarning"
 )
 
 

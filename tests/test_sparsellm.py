@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import topiarist as tp
 from topiarist import cli
 from topiarist.pipelines import ffn_joint
-from topiarist.pipelines.ffn_joint import JointSolver
+from topiarist.pipelines.pruning.ffn_joint import JointSolver
 
 QUICK = tp.SparseLLM(epochs=2, down_refit=False)
 TOKENS = tiny.tiny_tokens(24, 32)

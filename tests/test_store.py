@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import topiarist as tp
-from topiarist.output import OutputFolder
-from topiarist.store import Checkpoint, locate
+from topiarist.checkpoints.reading import Checkpoint, locate
+from topiarist.checkpoints.writing import OutputFolder
 
 
 def test_a_hub_id_is_fetched_without_pickles(tmp_path: Path, monkeypatch):

@@ -21,7 +21,7 @@ def call(tmp_path: Path, command, monkeypatch):
 SHRINK = ("shrink", "model", "out", "--method", "magnitude", "--data", "text.txt", "--samples", "8", "--window", "32")
 
 
-@pytest.mark.filterwarnings("ignore::topiarist.errors.CalibrationWarning")
+@pytest.mark.filterwarnings("ignore::topiarist.core.errors.CalibrationWarning")
 def test_shrink_inspect_eval(call, tmp_path: Path):
     code, printed, err = call(*SHRINK, "--keep", "0.6", "--recover", "lora", "--recover-set", "steps=2")
     assert code == 0, err

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from transformers.models.llama import modeling_llama as llama
 
 import topiarist as tp
-from topiarist.models import FAMILIES
+from topiarist.models.families import FAMILIES
 from topiarist.structured import choose, units_of
 from topiarist.structured.block_configs import ARCHITECTURE, block_configs
 
@@ -52,7 +52,7 @@ def test_sublayers_leave_without_a_trace(family: str, tmp_path: Path):
 
 
 def test_a_copy_of_the_code_opens_heterogeneous_layers_without_topiarist(tmp_path: Path):
-    from topiarist import modeling_pruned
+    from topiarist.models import modeling_pruned
 
     imports = [
         line for line in Path(modeling_pruned.__file__).read_text().splitlines() if line.startswith(("import", "from"))

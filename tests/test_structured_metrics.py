@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from topiarist.models import FAMILIES
+from topiarist.models.families import FAMILIES
 from topiarist.structured import choose, gates, units_of
 from topiarist.structured.hybrid import Hybrid
 from topiarist.structured.methods import Task

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import topiarist as tp
-from topiarist.output import STATES
+from topiarist.checkpoints.writing import STATES
 from topiarist.structured import PruneSpec, audit_shrunk, gates, units_of
 from topiarist.structured.refit import refit_columns
 

@@ -14,7 +14,7 @@ import torch
 from killing import Kept, Killed, assert_kills_change_nothing
 
 import topiarist as tp
-from topiarist.output import STATES
+from topiarist.checkpoints.writing import STATES
 from topiarist.pipelines.learning import recover
 from topiarist.pipelines.shrinking.distill import distill
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import topiarist as tp
-from topiarist.models import FAMILIES
+from topiarist.models.families import FAMILIES
 from topiarist.structured import choose, units_of
 from topiarist.structured.hybrid import FUSIONS, Hybrid, attention, attention_per_unit, uncertainty
 from topiarist.structured.methods import Task

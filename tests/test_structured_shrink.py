@@ -12,7 +12,7 @@ from structured_checks import NO_HEADS, ONE_NORM, check, kinds_of, masked_logits
 from transformers import AutoModelForCausalLM
 
 import topiarist as tp
-from topiarist.models import FAMILIES
+from topiarist.models.families import FAMILIES
 from topiarist.structured import (
     choose,
     holds,

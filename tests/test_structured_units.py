@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import topiarist as tp
-from topiarist.models import FAMILIES
+from topiarist.models.families import FAMILIES
 from topiarist.structured import choose, gates, kept_cost, layer_counts, total_cost, units_of
 from topiarist.structured.units import UnitGroup, default_kinds
 

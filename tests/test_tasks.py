@@ -12,8 +12,8 @@ import tiny
 import torch
 
 import topiarist as tp
-from topiarist import tasks
-from topiarist.pages import Result
+from topiarist.evaluation import tasks
+from topiarist.results.pages import Result
 
 PIQA = [{"goal": f"goal {i}", "sol1": f"first {i}", "sol2": f"the second {i * 7}", "label": i % 2} for i in range(6)]
 ITEMS: dict[str, list[dict]] = {

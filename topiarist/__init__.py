@@ -2,8 +2,7 @@
 
 from topiarist import allocate, masks, runtime, solvers, structured
 from topiarist.__about__ import __version__
-from topiarist.data import text_files
-from topiarist.errors import (
+from topiarist.core.errors import (
     CalibrationError,
     CheckpointError,
     NumericalError,
@@ -11,24 +10,25 @@ from topiarist.errors import (
     TopiaristError,
     UnsupportedModel,
 )
-from topiarist.evaluate import audit, perplexity
-from topiarist.evaluate import load_model as load_pruned
-from topiarist.gram import Gram
-from topiarist.linalg import reconstruction_error
+from topiarist.core.gram import Gram
+from topiarist.core.linalg import reconstruction_error
+from topiarist.core.patterns import NM, Columns, Pattern, TransposableNM, Unstructured, parse_pattern
+from topiarist.data.text import text_files
+from topiarist.evaluation.perplexity import audit, perplexity
+from topiarist.evaluation.perplexity import load_model as load_pruned
 from topiarist.masklearn import PRESETS, Preset
-from topiarist.patterns import NM, Columns, Pattern, TransposableNM, Unstructured, parse_pattern
 from topiarist.pipelines.allocating.allocation import FoundAllocation, find_allocation
-from topiarist.pipelines.correct import Correct
 from topiarist.pipelines.learning.learn import learn
 from topiarist.pipelines.learning.recover import Recover
 from topiarist.pipelines.learning.report import LearnReport
-from topiarist.pipelines.oneshot import prune, prune_module
-from topiarist.pipelines.refine import Refine
+from topiarist.pipelines.pruning.correct import Correct
+from topiarist.pipelines.pruning.oneshot import prune, prune_module
+from topiarist.pipelines.pruning.refine import Refine
+from topiarist.pipelines.pruning.sparsellm import SparseLLM
 from topiarist.pipelines.shrinking.distill import Distill
 from topiarist.pipelines.shrinking.report import ShrinkReport
 from topiarist.pipelines.shrinking.shrink import shrink
-from topiarist.pipelines.sparsellm import SparseLLM
-from topiarist.report import Report
+from topiarist.results.report import Report
 from topiarist.solvers import Solution
 
 __all__ = [

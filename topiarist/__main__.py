@@ -1,6 +1,6 @@
 """`python -m topiarist`."""
 
-from topiarist.cli import main
+from topiarist.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from topiarist.errors import PatternError
-from topiarist.patterns import NM, Columns, Pattern, TransposableNM, Unstructured
+from topiarist.core.errors import PatternError
+from topiarist.core.patterns import NM, Columns, Pattern, TransposableNM, Unstructured
 
 Shapes = Mapping[str, tuple[int, int]]
 MAX_STATES = 1 << 16

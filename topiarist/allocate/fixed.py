@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from topiarist.allocate.budget import Shapes, budget, check_layer, step
-from topiarist.errors import PatternError
-from topiarist.patterns import Pattern, parse_pattern
+from topiarist.core.errors import PatternError
+from topiarist.core.patterns import Pattern, parse_pattern
 
 Allocation = Mapping[str, Pattern | None]
 """None leaves a layer dense."""

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from topiarist.allocate.budget import Shapes, budget, fit
-from topiarist.errors import TopiaristError
-from topiarist.patterns import NM, Pattern, TransposableNM, parse_pattern
-from topiarist.tables import name_of
+from topiarist.core.errors import TopiaristError
+from topiarist.core.patterns import NM, Pattern, TransposableNM, parse_pattern
+from topiarist.core.registry import name_of
 
 Depths = Mapping[str, int]
 """Layer name -> number of its block."""

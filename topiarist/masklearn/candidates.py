@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from topiarist.errors import PatternError
-from topiarist.patterns import NM
+from topiarist.core.errors import PatternError
+from topiarist.core.patterns import NM
 
 ORDER = "lexicographic"
 MAX_CLASSES = 128  # 4:8 has 70; 8:16 has 12,870, where a logit per candidate stops being usable

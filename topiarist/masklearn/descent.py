@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from topiarist.core.patterns import NM
 from topiarist.masklearn.candidates import candidates, index_of
-from topiarist.patterns import NM
 
 BLOCK = 64  # inputs whose changes reach the other inputs in one product
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topiarist.errors import TopiaristError
+from topiarist.core.errors import TopiaristError
 
 LONGEST, SHORTEST = 256, 64
 

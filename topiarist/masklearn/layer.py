@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from topiarist.errors import PatternError
+from topiarist.core.errors import PatternError
 from topiarist.masklearn import kernels, noise
 from topiarist.masklearn.relax import Draw, Prior, Relaxation
 from topiarist.masklearn.schedule import KAPPA, LAMBDA, TAU, Schedule

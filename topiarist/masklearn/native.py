@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from topiarist.compiled import NoKernels, compiled
+from topiarist.core.compiled import NoKernels, compiled
 from topiarist.masklearn.noise import Key
 
 SOURCE = Path(__file__).with_suffix(".cpp")

@@ -24,10 +24,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from topiarist.errors import PatternError
+from topiarist.core.errors import PatternError
+from topiarist.core.patterns import NM, Pattern, Unstructured, parse_pattern
 from topiarist.masklearn import noise
 from topiarist.masklearn.candidates import candidates, num_classes, similarity
-from topiarist.patterns import NM, Pattern, Unstructured, parse_pattern
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Bool, UInt8
 from torch import Tensor
 
-from topiarist.errors import CheckpointError
+from topiarist.core.errors import CheckpointError
+from topiarist.core.patterns import NM, Pattern
 from topiarist.masklearn.candidates import index_of, mask_of, num_classes
-from topiarist.patterns import NM, Pattern
 
 BITMAP, INDEX8, INDEX64 = "bitmap", "index8", "index64"
 

@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from topiarist.__about__ import __version__
-from topiarist.errors import CheckpointError, PatternError, TopiaristError
+from topiarist.checkpoints.reading import Checkpoint, locate
+from topiarist.checkpoints.writing import OutputFolder
+from topiarist.core.errors import CheckpointError, PatternError, TopiaristError
+from topiarist.core.patterns import Pattern, parse_pattern
 from topiarist.masklearn.candidates import ORDER
 from topiarist.masks.bitpack import pack, unpack
-from topiarist.output import OutputFolder
-from topiarist.patterns import Pattern, parse_pattern
-from topiarist.sources import StreamedModel
-from topiarist.store import Checkpoint, locate
+from topiarist.models.sources import StreamedModel
 
 FORMAT = "topiarist_masks"
 SHARD_BYTES = 1 << 30

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from topiarist.errors import PatternError
+from topiarist.core.errors import PatternError
 
 
 class Hold:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topiarist.errors import CheckpointError
+from topiarist.core.errors import CheckpointError
 
 
 def read_npz(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from topiarist.errors import CheckpointError, PatternError
+from topiarist.checkpoints.reading import Checkpoint, locate
+from topiarist.checkpoints.writing import MASKS
+from topiarist.core.errors import CheckpointError, PatternError
+from topiarist.core.patterns import NM, Columns, Pattern, Unstructured, parse_pattern
 from topiarist.masks.files import MaskFile, read_whole
-from topiarist.models import block_names
-from topiarist.output import MASKS
-from topiarist.patterns import NM, Columns, Pattern, Unstructured, parse_pattern
-from topiarist.sources import StreamedModel, block_matrices
-from topiarist.store import Checkpoint, locate
+from topiarist.models.families import block_names
+from topiarist.models.sources import StreamedModel, block_matrices
 
 _EIGHT_BIT = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 

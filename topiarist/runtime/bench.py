@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from topiarist.errors import CheckpointError
+from topiarist.core.errors import CheckpointError
 from topiarist.runtime import cpu, cuda
 from topiarist.runtime.cpu import MARGIN, Acceleration
 from topiarist.runtime.packed import MANIFEST, from_packed

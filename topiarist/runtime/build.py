@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from topiarist.compiled import loaded
+from topiarist.core.compiled import loaded
 from topiarist.runtime.bits import RAW
 
 SOURCE = Path(__file__).with_name("kernels.cpp")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from topiarist.compiled import NoKernels
+from topiarist.core.compiled import NoKernels
 from topiarist.runtime.bits import describe
 from topiarist.runtime.build import LEVELS, TYPES, load_kernels
 from topiarist.runtime.linear import PackedLinear

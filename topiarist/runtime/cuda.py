@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from topiarist.patterns import NM
+from topiarist.core.patterns import NM
 from topiarist.runtime.bits import describe
 from topiarist.runtime.cpu import MARGIN, Acceleration, Layer
 

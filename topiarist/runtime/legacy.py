@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topiarist.errors import CheckpointError
+from topiarist.checkpoints.reading import Checkpoint
+from topiarist.core.errors import CheckpointError
 from topiarist.runtime.bits import raw_bits
 from topiarist.runtime.packed import SHARD_BYTES, copy_other_files, new_folder, write_dense
-from topiarist.store import Checkpoint
 
 FORMATS = ("sparse-bitmask", "sparse-24-bitmask")
 PARTS = ("compressed", "bitmask", "shape", "row_offsets")

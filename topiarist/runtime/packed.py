@@ -24,10 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from topiarist.errors import CheckpointError, UnsupportedModel
-from topiarist.output import MASKS
+from topiarist.checkpoints.reading import Checkpoint, opened
+from topiarist.checkpoints.writing import MASKS
+from topiarist.core.errors import CheckpointError, UnsupportedModel
 from topiarist.runtime.bits import PackedTensor, describe, nonzero_mask, pack, raw_bits, unpack
-from topiarist.store import Checkpoint, opened
 
 VERSION = 1
 MANIFEST = "packed.json"

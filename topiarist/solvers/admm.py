@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from topiarist.compiled import NoKernels, loaded
-from topiarist.patterns import NM, Pattern
+from topiarist.core.compiled import NoKernels, loaded
+from topiarist.core.patterns import NM, Pattern
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 GROUPS = (2, 4, 8, 16)

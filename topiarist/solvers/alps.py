@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topiarist import linalg
-from topiarist.errors import NumericalWarning
-from topiarist.patterns import Pattern
+from topiarist.core import linalg
+from topiarist.core.errors import NumericalWarning
+from topiarist.core.patterns import Pattern
 from topiarist.solvers.admm import State
 from topiarist.solvers.base import Problem, Solver
 

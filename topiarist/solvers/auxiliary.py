@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from topiarist import linalg
+from topiarist.core import linalg
 
 Activation = Callable[[Tensor], Tensor]
 

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from topiarist import linalg
-from topiarist.errors import CalibrationWarning, NumericalError
-from topiarist.gram import Gram
-from topiarist.patterns import Pattern
+from topiarist.core import linalg
+from topiarist.core.errors import CalibrationWarning, NumericalError
+from topiarist.core.gram import Gram
+from topiarist.core.patterns import Pattern
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from topiarist import linalg
-from topiarist.errors import TopiaristError
-from topiarist.patterns import NM, Pattern, Unstructured
-from topiarist.selection import keep_largest, keep_largest_per_row
+from topiarist.core import linalg
+from topiarist.core.errors import TopiaristError
+from topiarist.core.patterns import NM, Pattern, Unstructured
+from topiarist.core.selection import keep_largest, keep_largest_per_row
 from topiarist.solvers.base import Problem, Solver
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from topiarist.patterns import Unstructured
-from topiarist.selection import keep_largest_evenly
+from topiarist.core.patterns import Unstructured
+from topiarist.core.selection import keep_largest_evenly
 from topiarist.solvers.base import Problem, Solver
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from topiarist.models import block_names
-from topiarist.sources import StreamedModel, block_matrices
-from topiarist.store import Checkpoint, locate
+from topiarist.checkpoints.reading import Checkpoint, locate
+from topiarist.models.families import block_names
+from topiarist.models.sources import StreamedModel, block_matrices
 from topiarist.structured.spec import SPEC, PruneSpec
 from topiarist.structured.units import COLUMN_KINDS
 

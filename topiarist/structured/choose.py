@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from topiarist.errors import NumericalError, PatternError
+from topiarist.core.errors import NumericalError, PatternError
 from topiarist.structured.units import DEPTH_KINDS, Kept, UnitGroup
 
 SCOPES = ("global", "per_layer", "parameters")

@@ -14,9 +14,9 @@ from typing import Any
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 
-from topiarist import modeling_pruned
-from topiarist.errors import UnsupportedModel
-from topiarist.models import Family, family_of
+from topiarist.core.errors import UnsupportedModel
+from topiarist.models import modeling_pruned
+from topiarist.models.families import Family, family_of
 from topiarist.structured.block_configs import block_configs
 from topiarist.structured.shrink import cut_state
 from topiarist.structured.units import DEPTH_KINDS, Kept, UnitGroup, is_transposed

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topiarist.models import family_of
-from topiarist.sources import eager_experts
+from topiarist.models.families import family_of
+from topiarist.models.sources import eager_experts
 from topiarist.structured.units import UnitGroup
 
 Masks = dict[str, Tensor]

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from topiarist.errors import TopiaristError
+from topiarist.core.errors import TopiaristError
 from topiarist.structured.choose import total_cost
 from topiarist.structured.gates import gates
 from topiarist.structured.methods import HEAD_WEIGHT, Method, Scores, Task, weigh_heads

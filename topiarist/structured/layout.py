@@ -19,8 +19,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 
-from topiarist.errors import TopiaristError, UnsupportedModel
-from topiarist.models import Family, family_of
+from topiarist.core.errors import TopiaristError, UnsupportedModel
+from topiarist.models.families import Family, family_of
 from topiarist.structured.configs import absent_modules, hetero_config, stock_config
 from topiarist.structured.shrink import cut_state
 from topiarist.structured.units import DEPTH_KINDS, Kept, UnitGroup

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from topiarist.output import SavedState
+from topiarist.checkpoints.writing import SavedState
 from topiarist.structured.choose import layer_counts
 from topiarist.structured.units import HEAD_KINDS, KINDS, Kept, UnitGroup
 

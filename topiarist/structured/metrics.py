@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from topiarist.errors import NumericalError
-from topiarist.models import Matrix, family_of, matrices_of, watch_inputs
-from topiarist.sources import eager_experts
+from topiarist.core.errors import NumericalError
+from topiarist.models.families import Matrix, family_of, matrices_of, watch_inputs
+from topiarist.models.sources import eager_experts
 from topiarist.structured.methods import Method, Scores, Task
 from topiarist.structured.units import COLUMN_KINDS, Kept, UnitGroup
 

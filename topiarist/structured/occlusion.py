@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from topiarist.errors import NumericalError
+from topiarist.core.errors import NumericalError
 from topiarist.structured.gates import Masks, gates
 from topiarist.structured.methods import HEAD_WEIGHT, Method, Scores, Task, weigh_heads
 from topiarist.structured.metrics import WandaSP

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from topiarist.errors import NumericalError, TopiaristError
+from topiarist.core.errors import NumericalError, TopiaristError
 from topiarist.structured import policy
 from topiarist.structured.gates import Masks, gates
 from topiarist.structured.hybrid import Hybrid

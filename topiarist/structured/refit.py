@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from topiarist.linalg import cholesky
+from topiarist.core.linalg import cholesky
 
 
 def refit_columns(

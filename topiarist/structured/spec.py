@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from topiarist.errors import CheckpointError
+from topiarist.core.errors import CheckpointError
 from topiarist.structured.choose import kept_cost, total_cost
 from topiarist.structured.shrink import mask_in_place
 from topiarist.structured.units import Kept, UnitGroup, units_of

@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from topiarist.errors import NumericalError, TopiaristError
-from topiarist.losses import next_token_loss
-from topiarist.sources import eager_experts
+from topiarist.core.errors import NumericalError, TopiaristError
+from topiarist.core.losses import next_token_loss
+from topiarist.models.sources import eager_experts
 from topiarist.structured.methods import Task
 from topiarist.structured.units import Part, UnitGroup
 

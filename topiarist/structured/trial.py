@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from topiarist.errors import CalibrationError
-from topiarist.losses import next_token_losses
-from topiarist.models import EndForward, StandIn, family_of
+from topiarist.core.errors import CalibrationError
+from topiarist.core.losses import next_token_losses
+from topiarist.models.families import EndForward, StandIn, family_of
 from topiarist.structured.choose import choose
 from topiarist.structured.gates import Masks
 from topiarist.structured.methods import Scores, Task

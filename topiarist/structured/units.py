@@ -27,8 +27,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from topiarist.errors import TopiaristError, UnsupportedModel
-from topiarist.models import Family, FeedForward, family_of
+from topiarist.core.errors import TopiaristError, UnsupportedModel
+from topiarist.models.families import Family, FeedForward, family_of
 
 HEAD_KINDS = ("heads", "query_heads")
 COLUMN_KINDS = (*HEAD_KINDS, "channels")

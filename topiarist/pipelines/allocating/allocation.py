@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from topiarist import allocate
 from topiarist.allocate import Rule, Scores, Search
 from topiarist.allocate.fixed import kept_by
-from topiarist.data import TextFiles, Windows
-from topiarist.errors import NumericalWarning
-from topiarist.models import block_names
-from topiarist.output import OutputFolder, write_atomically
-from topiarist.patterns import Pattern
+from topiarist.checkpoints.reading import Checkpoint
+from topiarist.checkpoints.writing import OutputFolder, write_atomically
+from topiarist.core.errors import NumericalWarning
+from topiarist.core.patterns import Pattern
+from topiarist.core.registry import look_up
+from topiarist.data.text import TextFiles, Windows
+from topiarist.models.families import block_names
+from topiarist.models.sources import Source, block_matrices, eager_experts
 from topiarist.pipelines.allocating.measure import measure
 from topiarist.pipelines.allocating.search import search
+from topiarist.pipelines.common.setup import layer_shapes, open_source, resolve_patterns
 from topiarist.pipelines.learning.files import model_digest
-from topiarist.pipelines.options import Progress, PruneOptions
-from topiarist.pipelines.setup import layer_shapes, open_source, resolve_patterns
+from topiarist.pipelines.pruning.options import Progress, PruneOptions
 from topiarist.solvers import Solver
-from topiarist.sources import Source, block_matrices, eager_experts
-from topiarist.store import Checkpoint
-from topiarist.tables import look_up
 
 MOST_UNSURE = 0.25
 """Share of the layers whose score may drown in its own noise without a warning."""

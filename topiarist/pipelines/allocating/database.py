@@ -14,16 +14,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from topiarist.errors import CalibrationWarning
+from topiarist.checkpoints.writing import write_atomically
+from topiarist.core.errors import CalibrationWarning
+from topiarist.core.patterns import Pattern, Unstructured
 from topiarist.masks.bitpack import BITMAP, pack, unpack
-from topiarist.models import block_names
-from topiarist.output import write_atomically
-from topiarist.patterns import Pattern, Unstructured
-from topiarist.pipelines.block import BlockPruner
-from topiarist.pipelines.options import Progress
-from topiarist.pipelines.stream import BlockStream
+from topiarist.models.families import block_names
+from topiarist.models.sources import Source, block_matrices
+from topiarist.pipelines.common.stream import BlockStream
+from topiarist.pipelines.pruning.block import BlockPruner
+from topiarist.pipelines.pruning.options import Progress
 from topiarist.solvers import Solution, Solver
-from topiarist.sources import Source, block_matrices
 
 _ANY = Unstructured(0.0)
 """Masks are stored as bitmaps, whatever their pattern."""

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from topiarist.allocate import Owl, Rule, Scores, Sensitivity
 from topiarist.allocate.scores import outlier_ratio, probe, random_signs
-from topiarist.errors import NumericalError
-from topiarist.evaluate import load_model
-from topiarist.losses import next_token_loss
-from topiarist.models import Matrix, block_names, watch_inputs
-from topiarist.pipelines.options import Progress
-from topiarist.pipelines.stream import BlockStream
-from topiarist.sources import LoadedModel, Source, StreamedModel, block_matrices
+from topiarist.core.errors import NumericalError
+from topiarist.core.losses import next_token_loss
+from topiarist.evaluation.perplexity import load_model
+from topiarist.models.families import Matrix, block_names, watch_inputs
+from topiarist.models.sources import LoadedModel, Source, StreamedModel, block_matrices
+from topiarist.pipelines.common.stream import BlockStream
+from topiarist.pipelines.pruning.options import Progress
 
 
 def measure(

@@ -20,15 +20,15 @@ from torch import Tensor
 from topiarist.allocate import Scores, Search, recipe
 from topiarist.allocate.budget import Shapes, budget
 from topiarist.allocate.evolve import Genome, mutate, starts
-from topiarist.errors import CalibrationError, NumericalError
-from topiarist.losses import divergence
-from topiarist.patterns import NM, Columns, Pattern, TransposableNM, Unstructured
+from topiarist.core.errors import CalibrationError, NumericalError
+from topiarist.core.losses import divergence
+from topiarist.core.patterns import NM, Columns, Pattern, TransposableNM, Unstructured
+from topiarist.core.registry import name_of, resolve
+from topiarist.models.sources import Source
 from topiarist.pipelines.allocating.database import Database, fill
 from topiarist.pipelines.allocating.measure import layers_of, whole_model
-from topiarist.pipelines.options import Progress, PruneOptions
-from topiarist.pipelines.sparsellm import METHODS, SparseLLM
-from topiarist.sources import Source
-from topiarist.tables import name_of, resolve
+from topiarist.pipelines.pruning.options import Progress, PruneOptions
+from topiarist.pipelines.pruning.sparsellm import METHODS, SparseLLM
 
 
 def levels_of(rule: Search, pattern: Pattern) -> list[Pattern | None]:

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from topiarist import __about__
-from topiarist.data import Windows
-from topiarist.errors import TopiaristError
+from topiarist.checkpoints.reading import Checkpoint
+from topiarist.checkpoints.writing import MASKS, OutputFolder
+from topiarist.core.errors import TopiaristError
+from topiarist.data.text import Windows
 from topiarist.masks import MaskFile, save_masks, weight_digest
 from topiarist.masks.files import write_masked
-from topiarist.output import MASKS, OutputFolder
-from topiarist.pages import PAGE, Result, report_page
+from topiarist.models.sources import LoadedModel
+from topiarist.pipelines.common.written import saved_beside
 from topiarist.pipelines.learning import recover
 from topiarist.pipelines.learning.masking import Target
 from topiarist.pipelines.learning.report import METHOD, LearnedLayer, LearnReport, learned_card
-from topiarist.pipelines.written import saved_beside
-from topiarist.sources import LoadedModel
-from topiarist.store import Checkpoint
+from topiarist.results.pages import PAGE, Result, report_page
 
 STATE = "learning"
 PRIOR, SHARDS = "prior", "shards"

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from topiarist.data import TextFiles, Windows, evaluation_windows, load_tokenizer
-from topiarist.errors import CalibrationError, TopiaristError, UnsupportedModel
-from topiarist.evaluate import load_model
+from topiarist.checkpoints.reading import Checkpoint
+from topiarist.core.errors import CalibrationError, TopiaristError, UnsupportedModel
+from topiarist.core.patterns import Pattern
+from topiarist.core.registry import look_up
+from topiarist.data.text import TextFiles, Windows, evaluation_windows, load_tokenizer
+from topiarist.evaluation.perplexity import load_model
 from topiarist.masklearn import PRESETS, Preset
-from topiarist.models import block_names
-from topiarist.patterns import Pattern
+from topiarist.models.families import block_names
+from topiarist.models.sources import LoadedModel
+from topiarist.pipelines.common.setup import object_name, open_checkpoint, resolve_patterns
 from topiarist.pipelines.learning.masking import Target, targets
-from topiarist.pipelines.setup import object_name, open_checkpoint, resolve_patterns
-from topiarist.sources import LoadedModel
-from topiarist.store import Checkpoint
-from topiarist.tables import look_up
 
 
 @dataclass(frozen=True)

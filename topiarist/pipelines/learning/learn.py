@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from topiarist.data import TextFiles
-from topiarist.errors import TopiaristError
+from topiarist.checkpoints.writing import SavedState
+from topiarist.core.errors import TopiaristError
+from topiarist.core.meter import Meter, reset_peak_memory
+from topiarist.core.patterns import Pattern, parse_pattern
+from topiarist.data.text import TextFiles
 from topiarist.masklearn import Preset
-from topiarist.meter import Meter, reset_peak_memory
-from topiarist.output import SavedState
-from topiarist.patterns import Pattern, parse_pattern
 from topiarist.pipelines.learning.files import (
     PRIOR,
     STATE,

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topiarist.errors import NumericalError
+from topiarist.checkpoints.writing import OutputFolder
+from topiarist.core.errors import NumericalError
 from topiarist.masklearn import Prior
-from topiarist.output import OutputFolder
+from topiarist.models.sources import LoadedModel
 from topiarist.pipelines.learning.files import SHARDS, STATE, Scalars, packed_prior
 from topiarist.pipelines.learning.job import Job
 from topiarist.pipelines.learning.masking import MaskedModel
@@ -23,7 +24,6 @@ from topiarist.pipelines.learning.processes import Processes
 from topiarist.pipelines.learning.report import LearnReport
 from topiarist.pipelines.learning.trainer import MaskTrainer
 from topiarist.solvers import SOLVERS
-from topiarist.sources import LoadedModel
 
 Progress = Callable[[str, int, int], None]
 """(what is going on, done, in all)"""

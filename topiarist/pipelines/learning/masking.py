@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from topiarist.errors import PatternError
+from topiarist.core.errors import PatternError
+from topiarist.core.patterns import Pattern
 from topiarist.masklearn import (
     Annealing,
     LearnedMask,
@@ -24,9 +25,8 @@ from topiarist.masklearn import (
     relaxation_for,
     set_draws,
 )
-from topiarist.models import Matrix, block_names
-from topiarist.patterns import Pattern
-from topiarist.sources import LoadedModel, block_matrices
+from topiarist.models.families import Matrix, block_names
+from topiarist.models.sources import LoadedModel, block_matrices
 
 
 @dataclass(frozen=True)

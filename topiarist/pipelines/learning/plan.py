@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
+from topiarist.core.meter import peak_memory_bytes
+from topiarist.core.patterns import parse_pattern
 from topiarist.masklearn import Preset, Prior, resident_bytes
-from topiarist.meter import peak_memory_bytes
-from topiarist.patterns import parse_pattern
 from topiarist.pipelines.learning.files import STATE_BYTES
 from topiarist.pipelines.learning.job import open_model, prepare
 from topiarist.pipelines.learning.masking import MaskedModel
 from topiarist.pipelines.learning.trainer import MaskTrainer
-from topiarist.pipelines.plan import duration
+from topiarist.pipelines.pruning.plan import duration
 
 
 @dataclass(frozen=True)

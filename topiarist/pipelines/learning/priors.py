@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from topiarist import linalg
-from topiarist.errors import CheckpointError, PatternError
+from topiarist.core import linalg
+from topiarist.core.errors import CheckpointError, PatternError
+from topiarist.core.patterns import NM, Pattern
 from topiarist.masklearn.candidates import MAX_CLASSES, num_classes
 from topiarist.masklearn.descent import descend
 from topiarist.masks import MaskFile, read_npz, weight_digest
-from topiarist.models import block_names
-from topiarist.patterns import NM, Pattern
-from topiarist.pipelines.block import BlockPruner
+from topiarist.models.families import block_names
+from topiarist.models.sources import LoadedModel, block_matrices, eager_experts
+from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.learning.masking import Target
-from topiarist.pipelines.stream import BlockStream
+from topiarist.pipelines.pruning.block import BlockPruner
 from topiarist.solvers import SOLVERS, Solution, Solver
-from topiarist.sources import LoadedModel, block_matrices, eager_experts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from topiarist.errors import TopiaristError
+from topiarist.core.errors import TopiaristError
 
 
 @dataclass(frozen=True)

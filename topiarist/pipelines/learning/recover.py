@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from topiarist.errors import NumericalError
-from topiarist.losses import next_token_loss
-from topiarist.output import SavedState
+from topiarist.checkpoints.writing import SavedState
+from topiarist.core.errors import NumericalError
+from topiarist.core.losses import next_token_loss
 from topiarist.pipelines.learning.processes import Processes
 from topiarist.pipelines.learning.trainer import Batches
 

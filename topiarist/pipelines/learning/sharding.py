@@ -27,12 +27,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from topiarist.errors import CheckpointError, PatternError
+from topiarist.core.errors import CheckpointError, PatternError
 from topiarist.masklearn import Annealing, LearnedMask, Prior, kernels, relaxation_for, set_draws
-from topiarist.models import block_names
+from topiarist.models.families import block_names
+from topiarist.models.sources import LoadedModel
 from topiarist.pipelines.learning.masking import MaskedModel, Target
 from topiarist.pipelines.learning.processes import Processes
-from topiarist.sources import LoadedModel
 
 LATEST, LOOP = "LATEST", "loop.json"
 

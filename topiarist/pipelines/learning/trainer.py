@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topiarist.errors import CalibrationError, NumericalError
-from topiarist.losses import divergence, next_token_loss
+from topiarist.core.errors import CalibrationError, NumericalError
+from topiarist.core.losses import divergence, next_token_loss
 from topiarist.masklearn import Annealing, MaskAdamW, Preset, eight_bit
 from topiarist.pipelines.learning.masking import MaskedModel
 from topiarist.pipelines.learning.processes import Processes

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topiarist.errors import TopiaristError
-from topiarist.losses import divergence
-from topiarist.models import Matrix, family_of, matrices_of
+from topiarist.core.errors import TopiaristError
+from topiarist.core.losses import divergence
+from topiarist.models.families import Matrix, family_of, matrices_of
 from topiarist.pipelines.learning.recover import STATE_BYTES, Descent, Loss, Recover, recover_weights
 
 

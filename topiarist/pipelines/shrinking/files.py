@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from topiarist import __about__, modeling_pruned
-from topiarist.data import Windows
-from topiarist.output import OutputFolder
-from topiarist.pages import PAGE, Result, measured, report_page
+from topiarist import __about__
+from topiarist.checkpoints.reading import Checkpoint
+from topiarist.checkpoints.writing import OutputFolder
+from topiarist.data.text import Windows
+from topiarist.models import modeling_pruned
+from topiarist.pipelines.common.written import saved_beside
 from topiarist.pipelines.shrinking.report import ShrinkReport, shrunk_card
-from topiarist.pipelines.written import saved_beside
-from topiarist.store import Checkpoint
+from topiarist.results.pages import PAGE, Result, measured, report_page
 from topiarist.structured import PruneSpec
 from topiarist.structured.block_configs import ARCHITECTURE
 from topiarist.structured.spec import SPEC

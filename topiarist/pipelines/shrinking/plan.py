@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from topiarist.errors import CheckpointError, PatternError, TopiaristError, UnsupportedModel
-from topiarist.modeling_pruned import PREFIX
+from topiarist.core.errors import CheckpointError, PatternError, TopiaristError, UnsupportedModel
+from topiarist.core.registry import name_of
+from topiarist.models.modeling_pruned import PREFIX
 from topiarist.structured import (
     METHODS,
     Method,
@@ -23,7 +24,6 @@ from topiarist.structured import (
     units_of,
 )
 from topiarist.structured.units import HEAD_KINDS, WIDTH_KINDS, check_kinds
-from topiarist.tables import name_of
 
 
 def plan_choice(

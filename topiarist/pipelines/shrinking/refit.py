@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topiarist.errors import CalibrationWarning, NumericalError
-from topiarist.gram import Gram
-from topiarist.linalg import reconstruction_error
-from topiarist.models import Matrix
+from topiarist.core.errors import CalibrationWarning, NumericalError
+from topiarist.core.gram import Gram
+from topiarist.core.linalg import reconstruction_error
+from topiarist.models.families import Matrix
+from topiarist.models.sources import LoadedModel, block_matrices, eager_experts, num_blocks
+from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.shrinking.report import Refitted
-from topiarist.pipelines.stream import BlockStream
-from topiarist.sources import LoadedModel, block_matrices, eager_experts, num_blocks
 from topiarist.structured import Kept, UnitGroup
 from topiarist.structured.refit import refit_columns
 from topiarist.structured.units import COLUMN_KINDS, HEAD_KINDS

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from topiarist.data import TextFiles
+from topiarist.core.registry import key_of
+from topiarist.data.text import TextFiles
 from topiarist.structured import METHODS, Method
-from topiarist.tables import key_of
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from topiarist.data import Windows
-from topiarist.errors import UnsupportedModel
-from topiarist.meter import Meter
-from topiarist.output import OutputFolder, SavedState
+from topiarist.checkpoints.writing import OutputFolder, SavedState
+from topiarist.core.errors import UnsupportedModel
+from topiarist.core.meter import Meter
+from topiarist.data.text import Windows
+from topiarist.models.sources import LoadedModel
 from topiarist.pipelines.learning.recover import Descent
 from topiarist.pipelines.shrinking.distill import Distill, distill
 from topiarist.pipelines.shrinking.plan import remember
 from topiarist.pipelines.shrinking.refit import Saved, refit_consumers
-from topiarist.sources import LoadedModel
 from topiarist.structured import Kept, Method, Plan, Task, UnitGroup, choose, mask_in_place, plan_layout, shrunk
 
 Progress = Callable[[str, int, int], None]

@@ -10,20 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from topiarist.data import TextFiles, Windows
-from topiarist.errors import CalibrationError, TopiaristError
-from topiarist.evaluate import load_model
-from topiarist.meter import Meter, reset_peak_memory
-from topiarist.output import OutputFolder
+from topiarist.checkpoints.writing import OutputFolder
+from topiarist.core.errors import CalibrationError, TopiaristError
+from topiarist.core.meter import Meter, reset_peak_memory
+from topiarist.core.registry import name_of, resolve
+from topiarist.data.text import TextFiles, Windows
+from topiarist.evaluation.perplexity import load_model
+from topiarist.models.sources import LoadedModel, device_or_default
+from topiarist.pipelines.common.setup import open_source, read_windows
+from topiarist.pipelines.common.written import weights_of
 from topiarist.pipelines.learning.files import model_digest
-from topiarist.pipelines.setup import open_source, read_windows
 from topiarist.pipelines.shrinking.distill import Distill, disk_bytes
 from topiarist.pipelines.shrinking.files import write_shrunk
 from topiarist.pipelines.shrinking.plan import plan_choice, refuse_pruned
 from topiarist.pipelines.shrinking.report import ShrinkReport, shrink_command
 from topiarist.pipelines.shrinking.run import ShrinkRun, frozen
-from topiarist.pipelines.written import weights_of
-from topiarist.sources import LoadedModel, device_or_default
 from topiarist.structured import (
     METHODS,
     Method,
@@ -34,7 +35,6 @@ from topiarist.structured import (
 )
 from topiarist.structured.layout import MAX_WASTE
 from topiarist.structured.units import COLUMN_KINDS, DEPTH_KINDS
-from topiarist.tables import name_of, resolve
 
 Progress = Callable[[str, int, int], None]
 

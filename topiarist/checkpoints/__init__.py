@@ -1,0 +1,1 @@
+"""Checkpoints in, tensor by tensor and safely, and checkpoints out, atomically and resumable."""

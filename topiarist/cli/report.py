@@ -1,0 +1,228 @@
+"""The commands that look at results: eval, inspect, report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from topiarist.cli.common import out, progress_bar, quiet, set_threads
+
+BROKEN = 1
+
+
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="model folders; a pruned one's base is added")
+    ],
+    text: Annotated[
+        list[Path] | None, typer.Option(help=".txt, .jsonl, .jsonl.gz or a datasets folder; may be repeated")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="zero-shot tasks, e.g. piqa,arc_easy, through lm-evaluation-harness")
+    ] = None,
+    task_files: Annotated[
+        Path | None, typer.Option(help="folder with the tasks' items, e.g. piqa_valid.jsonl; needs no network")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="only the first items of each task")] = None,
+    window: Annotated[int, typer.Option(help="tokens a window; windows do not overlap")] = 1024,
+    max_windows: Annotated[int | None, typer.Option(help="only the first windows of each text")] = None,
+    batch_size: Annotated[int, typer.Option(help="windows, or task requests, a forward pass")] = 1,
+    device: Annotated[str | None, typer.Option(help="default: a GPU if there is one")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads")] = None,
+    reference: Annotated[bool, typer.Option(help="add the dense base of a pruned model as first row")] = True,
+    allow_overlap: Annotated[bool, typer.Option(help="evaluate on calibration text all the same")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="run Python code that the model folder brings")] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="put the results beside each pruned model, and on its page")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Perplexity of every MODEL on every text file, and its score in every task, dense reference first."""
+    from topiarist.core.errors import TopiaristError
+    from topiarist.data.text import text_files
+    from topiarist.evaluation.perplexity import compare, entries
+    from topiarist.evaluation.tasks import compare_tasks
+    from topiarist.evaluation.tasks import entries as task_entries
+    from topiarist.results.pages import save_evaluation
+
+    set_threads(threads)
+    quiet()
+    if not text and not tasks:
+        raise TopiaristError("nothing to evaluate on: name --text heldout.txt or --tasks piqa,arc_easy")
+    paths, wanted = text or [], [task.strip() for task in (tasks or "").split(",") if task.strip()]
+    sources = [text_files(path) for path in paths]
+    common: dict[str, Any] = {
+        "batch_size": batch_size,
+        "device": device,
+        "reference": reference,
+        "trust_remote_code": trust_remote_code,
+    }
+    with progress_bar() as progress:
+        scores = (
+            compare_tasks(models, wanted, files=task_files, limit=limit, progress=progress, **common) if wanted else []
+        )
+        options = {"window": window, "max_windows": max_windows, "allow_overlap": allow_overlap, **common}
+        rows = compare(models, sources, progress=progress, **options) if sources else []
+    if save:
+        texts, items = entries(rows, [path.name for path in paths]), task_entries(scores)
+        for folder in dict.fromkeys([*texts, *items]):
+            save_evaluation(folder, {"perplexity": texts.get(folder, []), "tasks": items.get(folder, [])})
+    if as_json:
+        tables = {"perplexity": [asdict(row) for row in rows], "tasks": [asdict(row) for row in scores]}
+        # One kind of measurement is a plain list, as it always was.
+        sys.stdout.write(
+            json.dumps(tables if rows and scores else tables["tasks" if scores else "perplexity"], indent=2) + "\n"
+        )
+        return
+    if rows:
+        _print_perplexities(rows, paths, window)
+    if scores:
+        _print_scores(scores)
+
+
+def _print_perplexities(rows: Sequence[Any], text: Sequence[Path], window: int) -> None:
+    table = Table(title=f"perplexity, windows of {window} tokens without overlap, no special tokens")
+    table.add_column("model")
+    table.add_column("dtype")
+    for path, result in zip(text, rows[0].results, strict=True):
+        header = f"{path.name}\n{result.tokens:,} tokens\nsha256 {result.text_digest[:12]}"
+        table.add_column(header, justify="right")
+    for row in rows:
+        cells = [f"{r.value:.2f}" if r.value < 1e5 else f"{r.value:.3g}" for r in row.results]
+        table.add_row(row.model + (" (dense)" if row.dense else ""), row.results[0].dtype, *cells)
+    out.print(table)
+
+
+def _print_scores(results: Sequence[Any]) -> None:
+    table = Table(title=f"zero-shot, {results[0].harness}; ± one standard error")
+    for column in ("task", "metric"):
+        table.add_column(column)
+    for column in ("items", *(result.model + (" (dense)" if result.dense else "") for result in results)):
+        table.add_column(column, justify="right")
+    for same in zip(*(result.scores for result in results), strict=True):
+        errors = ["" if score.stderr is None else f" ± {score.stderr:.4f}" for score in same]
+        cells = [f"{score.value:.4f}{error}" for score, error in zip(same, errors, strict=True)]
+        table.add_row(same[0].task, same[0].metric, f"{same[0].num_items:,}", *cells)
+    out.print(table)
+
+
+def inspect(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="checkpoint folder")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="only check that patterns and masks still hold; exit code 1 if not")
+    ] = False,
+    masks: Annotated[
+        Path | None, typer.Option(help="with --verify: the masks that must hold; default DIR/masks.safetensors")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """What is in a checkpoint: sparsity of every layer, whether its pattern holds in the files, provenance."""
+    from topiarist.evaluation.perplexity import audit
+    from topiarist.structured import audit_shrunk
+
+    if verify or masks is not None:
+        _verify(folder, masks, as_json)
+        return
+    provenance, audits = audit(folder)
+    shrunk = audit_shrunk(folder)
+    if as_json:
+        plain = {"pruning_config": provenance, "matrices": [asdict(a) for a in audits]}
+        if shrunk is not None:
+            counted = {"parameters": shrunk.parameters, "claimed": shrunk.spec.parameters, "holds": shrunk.holds}
+            plain["structured"] = {**counted, "units": [asdict(unit) for unit in shrunk.units]}
+        sys.stdout.write(json.dumps(plain, indent=2) + "\n")
+        return
+    table = Table(title=str(folder))
+    for column in ("layer", "shape", "sparsity", "pattern", "holds"):
+        table.add_column(column, justify="right" if column == "sparsity" else "left")
+    for a in audits:
+        holds = "" if a.holds is None else "yes" if a.holds else "[red]NO[/red]"
+        table.add_row(a.name, f"{a.shape[0]} x {a.shape[1]}", f"{a.sparsity:.4f}", a.pattern or "", holds)
+    out.print(table)
+    size = sum(a.shape[0] * a.shape[1] for a in audits)
+    zeros = sum(a.sparsity * a.shape[0] * a.shape[1] for a in audits)
+    out.print(f"{zeros / size:.2%} zeros in {len(audits)} matrices ({size:,} weights)")
+    broken = [a.name for a in audits if a.holds is False]
+    if broken:
+        out.print(f"the claimed pattern is broken in {len(broken)} matrices, first {broken[0]}")
+    if shrunk is not None:
+        _print_shrunk(shrunk)
+    if provenance:
+        calibration = provenance.get("calibration", {})
+        text = (
+            f"calibration {calibration.get('samples')} x {calibration.get('window')} tokens, sha256 "
+            f"{str(calibration.get('digest'))[:12]}"
+            if calibration.get("samples")
+            else "no calibration text"
+        )
+        out.print(
+            f"pruned from {provenance.get('base_model')} with {provenance.get('method')} {provenance.get('pattern')} "
+            f"(topiarist {provenance.get('version')}), {text}"
+        )
+    else:
+        out.print("no pruning_config: not pruned by topiarist")
+
+
+def _print_shrunk(shrunk: Any) -> None:
+    """Units that stay, kind by kind, and whether the files agree with the PruneSpec."""
+    table = Table(title=f"units ({shrunk.spec.layout})")
+    for column in ("units", "kept", "of", "holds"):
+        table.add_column(column, justify="left" if column in ("units", "holds") else "right")
+    for kind in dict.fromkeys(unit.kind for unit in shrunk.units):
+        same = [unit for unit in shrunk.units if unit.kind == kind]
+        holds = (
+            "yes" if all(unit.holds for unit in same) else f"[red]NO[/red]: {next(u.name for u in same if not u.holds)}"
+        )
+        table.add_row(kind, f"{sum(u.kept for u in same):,}", f"{sum(u.of for u in same):,}", holds)
+    out.print(table)
+    claimed = shrunk.spec.parameters
+    verdict = (
+        "as stated" if shrunk.parameters == claimed["stored"] else f"[red]NOT the {claimed['stored']:,} stated[/red]"
+    )
+    out.print(f"{shrunk.parameters:,} parameters of {claimed['dense']:,}, {verdict}", highlight=False)
+
+
+def _verify(folder: str, masks: Path | None, as_json: bool) -> None:
+    from topiarist.masks import verify
+
+    found = verify(folder, masks)
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(found) | {"holds": found.holds}, indent=2) + "\n")
+    else:
+        for breach in found.breaches:
+            out.print(f"[red]broken[/red] {escape(str(breach))}", highlight=False, soft_wrap=True)
+        compared = [f"{found.patterns} patterns"] * bool(found.patterns) + [f"{found.masks} masks"] * bool(found.masks)
+        verdict = f"broken in {len({b.name for b in found.breaches})} tensors" if found.breaches else "held"
+        out.print(f"{' and '.join(compared)}: {verdict}", highlight=False)
+    if not found.holds:
+        raise typer.Exit(BROKEN)
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="pruned checkpoints")],
+    output: Annotated[
+        Path | None, typer.Option("--out", help="one page over all; default pruning_comparison.html for several")
+    ] = None,
+) -> None:
+    """Pages to look at: each DIR's own again, with what is measured by now; of several, quality by size and by speed."""
+    from topiarist.checkpoints.writing import write_atomically
+    from topiarist.results.pages import Result, compare_page, refresh
+
+    results = [Result.from_folder(folder) for folder in folders]
+    for folder in folders:
+        out.print(f"written {refresh(folder)}", highlight=False, soft_wrap=True)
+    if len(results) > 1 or output is not None:
+        page = output or Path("pruning_comparison.html")
+        write_atomically(page, compare_page(results, links_from=page.parent))
+        out.print(f"written {page}", highlight=False, soft_wrap=True)
+
+
+COMMANDS = {"eval": evaluate, "inspect": inspect, "report": report}

@@ -1,0 +1,84 @@
+"""The commands about running a pruned model: pack, unpack, bench."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from topiarist.cli.common import out, quiet, set_threads
+
+
+def pack(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="pruned checkpoint")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the packed one")],
+) -> None:
+    """Write a compact copy of a sparse checkpoint: bitmask and kept values, exactly reversible."""
+    from topiarist.runtime import pack_folder
+
+    report = pack_folder(folder, output)
+    out.print(
+        f"{report.num_packed} of {report.num_tensors} tensors packed, those to {report.ratio:.3f} x their size; "
+        f"{report.dense_bytes / 1e6:.1f} MB -> {report.packed_bytes / 1e6:.1f} MB in all; written to {output}"
+    )
+
+
+def unpack(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="packed checkpoint, or a legacy sparse-bitmask one")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the ordinary one")],
+) -> None:
+    """Write the ordinary checkpoint back, bit for bit. Also reads compressed-tensors' orphaned sparse formats."""
+    from topiarist.runtime import convert_legacy, unpack_folder
+    from topiarist.runtime.packed import MANIFEST
+
+    if (folder / MANIFEST).exists():
+        unpack_folder(folder, output)
+    else:
+        convert_legacy(folder, output)
+    out.print(f"written to {output}")
+
+
+def bench(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="pruned checkpoint, ordinary or packed")],
+    tokens: Annotated[int, typer.Option(help="tokens to decode")] = 32,
+    prompt: Annotated[int, typer.Option(help="tokens of the prompt")] = 64,
+    batch: Annotated[list[int] | None, typer.Option(help="batch size; may be repeated; default 1, 4, 8, 32")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice")] = None,
+    save: Annotated[bool, typer.Option("--save", help="put the result beside the checkpoint and on its page")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Prefill and decode speed on this machine, dense against sparse, and which layers run sparse and why others do not."""
+    from topiarist.runtime import bench_folder
+
+    set_threads(threads)
+    quiet()
+    report = bench_folder(folder, tokens=tokens, prompt=prompt, batches=batch or (1, 4, 8, 32), device=device)
+    plain = asdict(report) | {"verdict": report.verdict}
+    if save:
+        from topiarist.results.pages import save_benchmark
+
+        save_benchmark(folder, plain)
+    if as_json:
+        sys.stdout.write(json.dumps(plain, indent=2) + "\n")
+        return
+    table = Table(title=f"tokens/s, {report.machine}")
+    for column in ("phase", "batch", "dense", "sparse", "gain"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for speed in report.speeds:
+        cells = (f"{speed.dense:.1f}", f"{speed.sparse:.1f}", f"{speed.gain:.2f} x")
+        table.add_row(speed.phase, str(speed.batch), *cells)
+    out.print(table)
+    for reason, count in Counter(layer.reason for layer in report.acceleration.layers).most_common():
+        out.print(f"{count:4d} linears: {reason}", highlight=False)
+    out.print(f"weights {report.dense_bytes / 1e6:.0f} MB dense, {report.sparse_bytes / 1e6:.0f} MB as they run")
+    out.print(report.verdict)
+
+
+COMMANDS = {"pack": pack, "unpack": unpack, "bench": bench}

@@ -1,0 +1,1 @@
+"""Tensors and numbers, no model: patterns, Grams, linear algebra, selection, losses."""

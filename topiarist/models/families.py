@@ -1,0 +1,335 @@
+"""A Hugging Face causal language model seen as blocks of prunable matrices. Families are rows of data.
+
+Nothing here forks modelling code: blocks are found by path, their keyword arguments are captured by running the real
+model over stubs, and matrices are found by type. A row says only what cannot be seen from the modules themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from topiarist.core.errors import UnsupportedModel
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Where the attention of a block is. Matrices are named relative to `module`, itself relative to the block."""
+
+    module: str = "self_attn"
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    """Three matrices, or the one that holds all three."""
+    out: str = "o_proj"
+    interleaved: bool = False
+    """In the one matrix q, k and v of a head stand together, instead of all q before all k before all v."""
+    norm: str = ""
+    """The norm that this sublayer alone reads through, where there is one: it leaves with the sublayer."""
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Where a block's feed-forward network is: down(act(gate) * up), or down(act(up)) without a gate. Names are relative to
+    the block, and its own activation is used: what the config chose is what runs."""
+
+    first: tuple[str, ...]
+    """The matrices that read its input, gate above up; one name if they are stored as one matrix."""
+    down: str
+    activation: str
+    gated: bool = True
+    width: str = "intermediate_size"
+    """What the config calls the number of its channels."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts whose matrices are fused 3-D parameters (expert, out, in). Names in the config: of their number,
+    of how many a token goes to, and of their channels."""
+
+    module: str = "mlp.experts"
+    router: str = "mlp.gate"
+    count: str = "num_experts"
+    per_token: str = "num_experts_per_tok"
+    width: str = "moe_intermediate_size"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What topiarist knows about one `model_type`."""
+
+    blocks: str = "model.layers"
+    """Path of the list of decoder blocks inside the causal LM."""
+    skip: tuple[str, ...] = ()
+    """Linears of a block that are never pruned (routers)."""
+    experts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    """Fused 3-D parameter (expert, out, in) of a block -> the names of one expert's matrices in checkpoints on disk,
+    concatenated along `out`; `{e}` is the expert. Checkpoints that already hold the fused name need nothing."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """(in checkpoints on disk, in the module) pieces of names."""
+    feed_forward: tuple[FeedForward, ...] = ()
+    """Where its feed-forward network is, in every kind of block it has; experts are not meant."""
+    attention: Attention = Attention()
+    mixture: Experts | None = None
+    ffn: tuple[str, ...] = ("mlp",)
+    """Modules of the feed-forward sublayer, experts and all, and a norm that is its alone; the output of the last is what it
+    adds to the hidden states."""
+    relabel: str | None = None
+    """A model type of the same function whose config accepts head counts that this one's refuses."""
+
+    def sublayer(self, kind: str) -> tuple[str, ...]:
+        """Modules of a block's `attention` or `ffn`; the last one's output is what the sublayer adds to the hidden states."""
+        return self.ffn if kind == "ffn" else tuple(filter(None, (self.attention.norm, self.attention.module)))
+
+
+_GATED = FeedForward(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", "mlp.act_fn")
+_GPT2 = FeedForward(("mlp.c_fc",), "mlp.c_proj", "mlp.act", gated=False)
+_LLAMA_LIKE = Family(feed_forward=(_GATED,))
+_PRE_NORM = Family(
+    feed_forward=(_GATED,), attention=Attention(norm="input_layernorm"), ffn=("post_attention_layernorm", "mlp")
+)
+_SHARED_EXPERT = FeedForward(
+    ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+    "mlp.shared_expert.down_proj",
+    "mlp.shared_expert.act_fn",
+    width="shared_expert_intermediate_size",
+)
+_QWEN_MOE = Family(
+    skip=("mlp.gate", "mlp.shared_expert_gate"),
+    mixture=Experts(),
+    experts={
+        "mlp.experts.gate_up_proj": ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
+        "mlp.experts.down_proj": ("mlp.experts.{e}.down_proj.weight",),
+    },
+    feed_forward=(_GATED,),
+)
+_MIXTRAL = Family(
+    skip=("mlp.gate",),
+    experts={
+        "mlp.experts.gate_up_proj": (
+            "block_sparse_moe.experts.{e}.w1.weight",
+            "block_sparse_moe.experts.{e}.w3.weight",
+        ),
+        "mlp.experts.down_proj": ("block_sparse_moe.experts.{e}.w2.weight",),
+    },
+    renames=((".block_sparse_moe.", ".mlp."),),
+    mixture=Experts(count="num_local_experts", width="intermediate_size"),
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": replace(_PRE_NORM, relabel="mistral"),
+    "mistral": _PRE_NORM,
+    "ministral": _PRE_NORM,
+    "qwen2": _PRE_NORM,
+    "qwen3": _PRE_NORM,
+    "gemma": _PRE_NORM,
+    "gemma2": _LLAMA_LIKE,
+    "gemma3_text": _LLAMA_LIKE,
+    "phi3": Family(
+        attention=Attention(qkv=("qkv_proj",)),
+        feed_forward=(FeedForward(("mlp.gate_up_proj",), "mlp.down_proj", "mlp.activation_fn"),),
+    ),
+    "olmo2": _LLAMA_LIKE,
+    "granite": _PRE_NORM,
+    "smollm3": _PRE_NORM,
+    "starcoder2": Family(feed_forward=(_GPT2,)),
+    "cohere": _LLAMA_LIKE,
+    "stablelm": _LLAMA_LIKE,
+    "opt": Family(
+        blocks="model.decoder.layers",
+        attention=Attention(out="out_proj"),
+        feed_forward=(FeedForward(("fc1",), "fc2", "activation_fn", gated=False, width="ffn_dim"),),
+        ffn=("fc1", "fc2"),
+    ),
+    "gpt2": Family(
+        blocks="transformer.h",
+        attention=Attention("attn", ("c_attn",), "c_proj"),
+        feed_forward=(replace(_GPT2, width="n_inner"),),
+    ),
+    "gpt_neox": Family(
+        blocks="gpt_neox.layers",
+        attention=Attention("attention", ("query_key_value",), "dense", interleaved=True),
+        feed_forward=(FeedForward(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", "mlp.act", gated=False),),
+    ),
+    "mixtral": _MIXTRAL,
+    "qwen2_moe": replace(_QWEN_MOE, feed_forward=(_GATED, _SHARED_EXPERT)),
+    "qwen3_moe": _QWEN_MOE,
+    "olmoe": replace(_QWEN_MOE, mixture=Experts(width="intermediate_size")),
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The row of a model type. Raises UnsupportedModel, saying how to add one."""
+    try:
+        return FAMILIES[model_type.removeprefix("pruned_")]  # a family whose layers differ in size, modeling_pruned.py
+    except KeyError:
+        raise UnsupportedModel(
+            f"no row for model type {model_type!r}; add one to topiarist.models.FAMILIES (the path of its decoder blocks, "
+            f"and its routers and experts if it has any), known: {', '.join(sorted(FAMILIES))}"
+        ) from None
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """One prunable matrix: a Linear, a transposed Conv1D, or one expert's slice of a fused 3-D parameter."""
+
+    name: str
+    module: nn.Module
+    parameter: str = "weight"
+    transposed: bool = False
+    expert: int | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        """The stored tensor or its slice, as the module holds it, outside autograd."""
+        stored = getattr(self.module, self.parameter).detach()
+        return stored if self.expert is None else stored[self.expert]
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """View of the weight as (out, in)."""
+        return self.tensor.t() if self.transposed else self.tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        out_features, in_features = self.weight.shape
+        return out_features, in_features
+
+    @torch.no_grad()
+    def assign(self, weight: Float[Tensor, "out in"]) -> None:
+        """Overwrite the weight in place."""
+        self.weight.copy_(weight)
+
+    @property
+    def stage(self) -> str:
+        """Matrices of one stage see their inputs at one point of the forward: all experts of a fused parameter do."""
+        return self.name.rsplit(".", 1)[0] if self.expert is not None else self.name
+
+
+def matrices_of(block: nn.Module, family: Family = _LLAMA_LIKE) -> list[Matrix]:
+    """Every prunable matrix of a block, in module order; names are relative to the block."""
+    found: list[Matrix] = []
+    for name, module in block.named_modules():
+        if name in family.skip:
+            continue
+        if isinstance(module, nn.Linear):
+            found.append(Matrix(name, module))
+        elif type(module).__name__ == "Conv1D":  # transformers' GPT-2 layer: weight is (in, out)
+            found.append(Matrix(name, module, transposed=True))
+    for fused in family.experts:
+        path, parameter = fused.rsplit(".", 1)
+        try:
+            experts = block.get_submodule(path)
+        except AttributeError:  # a dense block of a mixed model, or an older layout with one module per expert
+            continue
+        stacked = getattr(experts, parameter, None)
+        if isinstance(stacked, Tensor) and stacked.ndim == 3:
+            found += [Matrix(f"{fused}.{e}", experts, parameter, expert=e) for e in range(stacked.shape[0])]
+    return found
+
+
+def block_names(model: nn.Module, family: Family) -> list[str]:
+    """Full names of the decoder blocks, first to last."""
+    return [f"{family.blocks}.{i}" for i in range(len(model.get_submodule(family.blocks)))]  # pyright: ignore[reportArgumentType]
+
+
+class EndForward(Exception):
+    """Ends a forward that has gone as far as is wanted."""
+
+
+class StandIn(nn.Module):
+    """Runs `forward` in a block's place; looks like the block otherwise."""
+
+    def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.__dict__.update(_block=block, _forward=forward)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+
+@dataclass
+class BlockCall:
+    """How the model calls one block: everything but the hidden states is replayed as it was."""
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(
+        self, block: Callable[..., Any], hidden: Float[Tensor, "batch tokens width"]
+    ) -> Float[Tensor, "batch tokens width"]:
+        out = block(hidden, *self.args, **self.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+@torch.no_grad()
+def capture_calls(model: nn.Module, family: Family, tokens: Tensor, *, returns_tuple: bool = False) -> list[BlockCall]:
+    """Run the model's own forward over stubs instead of blocks and note how each block is called.
+
+    tokens: (batch, window). Only what stands before the blocks (embeddings, positions, masks) is computed.
+    """
+    blocks: nn.ModuleList = model.get_submodule(family.blocks)  # pyright: ignore[reportAssignmentType]
+    originals = list(blocks)
+    record: list[BlockCall] = []
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        record.append(BlockCall(hidden, tuple(args[1:]), kwargs))
+        if len(record) == len(originals):
+            raise EndForward
+        return (hidden,) if returns_tuple else hidden
+
+    try:
+        for i, block in enumerate(originals):
+            blocks[i] = StandIn(block, note)
+        base = getattr(model, getattr(model, "base_model_prefix", ""), model)
+        base(input_ids=tokens, use_cache=False)
+    except EndForward:
+        pass
+    finally:
+        for i, block in enumerate(originals):
+            blocks[i] = block
+    return record
+
+
+class ExpertTap(torch.overrides.TorchFunctionMode):
+    """Sees the input of every expert's matrix: the eager loop calls `linear` with a slice of the fused parameter."""
+
+    def __init__(self, matrices: Iterable[Matrix], on_input: Any) -> None:
+        super().__init__()
+        self._on_input = on_input
+        self._known: dict[int, Matrix] = {m.tensor.data_ptr(): m for m in matrices}
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            matrix = self._known.get(args[1].data_ptr())
+            if matrix is not None:
+                self._on_input(matrix, args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watch_inputs(matrices: Sequence[Matrix], on_input: Callable[[Matrix, Tensor], None]) -> Iterator[None]:
+    """Call `on_input(matrix, x)` whenever a matrix is about to be applied to x."""
+    with ExitStack() as stack:
+        for matrix in matrices:
+            if matrix.expert is None:
+                hook = matrix.module.register_forward_pre_hook(partial(_first_argument, on_input, matrix))
+                stack.callback(hook.remove)
+        if experts := [m for m in matrices if m.expert is not None]:
+            stack.enter_context(ExpertTap(experts, on_input))
+        yield
+
+
+def _first_argument(on_input: Callable[[Matrix, Tensor], None], matrix: Matrix, _: nn.Module, args: Any) -> None:
+    on_input(matrix, args[0])

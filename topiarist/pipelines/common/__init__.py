@@ -1,0 +1,1 @@
+"""What every pipeline needs: opening, streaming, finishing."""

@@ -1,0 +1,249 @@
+"""One block at a time: the hidden states between blocks, the Grams inside them.
+
+Peak memory = one block + its Grams + the hidden states (which may lie in a file), whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topiarist.core.gram import Gram
+from topiarist.models.families import BlockCall, Matrix, capture_calls, watch_inputs
+from topiarist.models.sources import Source
+
+
+@dataclass
+class GramGroup:
+    """Matrices that read one input, and its Gram."""
+
+    matrices: list[Matrix]
+    gram: Gram
+    asked: list[Tensor] | None = None
+    """Weights for the solver to approximate on this Gram, if not the matrices' own."""
+
+
+class StopForward(Exception):
+    """Ends a forward early: everything that was asked for has been seen."""
+
+
+@dataclass
+class GramCollector:
+    """Accumulates one Gram for every distinct input of `matrices` while a block runs."""
+
+    matrices: Sequence[Matrix]
+    groups: list[GramGroup] = field(default_factory=list)
+    _group_of: dict[Matrix, GramGroup] = field(default_factory=dict)
+    _inputs: list[tuple[Tensor, GramGroup]] = field(default_factory=list)
+
+    def on_input(self, matrix: Matrix, x: Tensor) -> None:
+        """Note that `matrix` reads x; the first matrix of a group brings its tokens."""
+        group = self._group_of.get(matrix)
+        if group is None:
+            group = next((g for seen, g in self._inputs if seen is x), None)
+            if group is None:
+                group = GramGroup([], Gram(matrix.shape[1], device=x.device))
+                self.groups.append(group)
+            group.matrices.append(matrix)
+            self._group_of[matrix] = group
+            self._inputs.append((x, group))
+        if group.matrices[0] is matrix:
+            group.gram.add(x)
+
+    def end_of_forward(self) -> None:
+        """Inputs of one forward are compared by identity, so they are held until it ends and dropped here."""
+        self._inputs.clear()
+
+
+class HiddenStates:
+    """(num, window, width) hidden states between two blocks, in the model's dtype, in memory or in a file."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, spill: Path | None) -> None:
+        self._file = None
+        if spill is None:
+            self.values = torch.empty(shape, dtype=dtype)
+        else:
+            spill.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.NamedTemporaryFile(dir=spill, prefix="hidden-", suffix=".bin")  # noqa: SIM115
+            count = shape[0] * shape[1] * shape[2]
+            self.values = torch.from_file(self._file.name, shared=True, size=count, dtype=dtype).view(shape)
+
+
+class BlockStream:
+    """Hidden states on their way through the blocks, in batches that are called as the model itself would."""
+
+    def __init__(
+        self, source: Source, tokens: Tensor, *, batch_size: int, device: torch.device, spill: Path | None = None
+    ) -> None:
+        self.source, self.device, self._spill = source, device, spill
+        self._batches = [slice(s, min(s + batch_size, len(tokens))) for s in range(0, len(tokens), batch_size)]
+        self._calls: list[list[BlockCall]] = []
+        self._hidden: HiddenStates | None = None
+        self.dense: HiddenStates | None = None
+        """The dense model's own hidden states after the block that `follow_dense` saw last."""
+        self._entering: HiddenStates | None = None
+        source.load_embeddings()
+        returns_tuple = self._first_block_returns_tuple(tokens[:1])
+        for rows in self._batches:
+            calls = capture_calls(source.model, source.family, tokens[rows].to(device), returns_tuple=returns_tuple)
+            hidden = calls[0].hidden
+            if self._hidden is None:
+                shape = (len(tokens), hidden.shape[1], hidden.shape[2])
+                self._hidden = HiddenStates(shape, hidden.dtype, spill)
+            self._hidden.values[rows] = hidden.cpu()
+            self._calls.append([self._shared(i, call) for i, call in enumerate(calls)])
+        source.release_embeddings()
+
+    def _first_block_returns_tuple(self, tokens: Tensor) -> bool:
+        """Families differ in what a block returns, so one real block is asked."""
+        call = capture_calls(self.source.model, self.source.family, tokens.to(self.device))[0]
+        block = self.source.load(0)
+        with torch.no_grad():
+            return isinstance(block(call.hidden, *call.args, **call.kwargs), tuple)
+
+    def _shared(self, index: int, call: BlockCall) -> BlockCall:
+        """Masks and positions are the same for every full batch: keep one copy."""
+        empty = torch.empty(0)
+        for other in self._calls[:1]:
+            if _equal((other[index].args, other[index].kwargs), (call.args, call.kwargs)):
+                return other[index]
+        return BlockCall(empty, call.args, call.kwargs)
+
+    @property
+    def hidden(self) -> Tensor:
+        assert self._hidden is not None
+        return self._hidden.values
+
+    @property
+    def num_batches(self) -> int:
+        return len(self._batches)
+
+    def run_batch(
+        self, index: int, block: Callable[..., Any], batch: int, states: Tensor | None = None
+    ) -> tuple[slice, Tensor, Tensor]:
+        """(rows, hidden states entering, output) of one batch; the stored hidden states stay as they are.
+
+        states: hidden states of all windows to take in place of the stored ones.
+        """
+        hidden = self.batch_of(self.hidden if states is None else states, batch)
+        return self._batches[batch], hidden, self._calls[batch][index].run(block, hidden)
+
+    def batch_of(self, states: Tensor, batch: int) -> Tensor:
+        """One batch of hidden states of all windows, on the device."""
+        return states[self._batches[batch]].to(self.device)
+
+    @torch.no_grad()
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Replace the hidden states by the block's output."""
+        for batch in range(self.num_batches):
+            rows, _, out = self.run_batch(index, block, batch)
+            self.hidden[rows] = out.cpu()
+
+    @torch.no_grad()
+    def outputs(self, index: int, block: nn.Module, states: Tensor | None = None) -> HiddenStates:
+        """The block's output for all windows, (num, window, width); the hidden states stay as they are.
+
+        states: what enters the block, if not the stored hidden states.
+        """
+        found = self.new_states(self.hidden.shape[2], self.hidden.dtype)
+        for batch in range(self.num_batches):
+            rows, _, out = self.run_batch(index, block, batch, states)
+            found.values[rows] = out.cpu()
+        return found
+
+    @property
+    def entering(self) -> Tensor:
+        """The dense model's own hidden states before the block that `follow_dense` saw last, if it kept them."""
+        assert self._entering is not None
+        return self._entering.values
+
+    def follow_dense(self, index: int, block: nn.Module, *, keep_entering: bool = False) -> None:
+        """Take the dense model's hidden states (`dense`) one block further. Every block in turn, before it is pruned.
+
+        keep_entering: those before it stay too, as `entering`.
+        """
+        assert self._hidden is not None
+        before, self._entering = self.dense or self._hidden, None  # nothing is pruned before the first block
+        self.dense = self.outputs(index, block, before.values)
+        self._entering = before if keep_entering else None
+
+    def new_states(self, width: int, dtype: torch.dtype = torch.float32) -> HiddenStates:
+        """Room for (num, window, width) values beside the hidden states: in memory, or in a file if those are in one."""
+        return HiddenStates((*self.hidden.shape[:2], width), dtype, self._spill)  # pyright: ignore[reportArgumentType]
+
+    @torch.no_grad()
+    def inputs(self, index: int, block: nn.Module, matrix: Matrix) -> HiddenStates:
+        """What `matrix` reads, for all windows (num, window, in), in the model's dtype."""
+        found = self.new_states(matrix.shape[1], self.hidden.dtype)
+        rows = slice(0)
+
+        def on_input(_: Matrix, x: Tensor) -> None:
+            found.values[rows] = x.reshape(rows.stop - rows.start, -1, x.shape[-1]).cpu()
+            raise StopForward
+
+        with watch_inputs([matrix], on_input):
+            for batch, rows in enumerate(self._batches):  # noqa: B007  (on_input reads rows)
+                with suppress(StopForward):
+                    self.run_batch(index, block, batch)
+        return found
+
+    @torch.no_grad()
+    def grams(
+        self,
+        index: int,
+        block: nn.Module,
+        matrices: Sequence[Matrix],
+        *,
+        stop_early: bool = False,
+        one_batch: bool = False,
+    ) -> list[GramGroup]:
+        """Run the block over the hidden states and return a Gram for every distinct input of `matrices`.
+
+        Groups come in the order in which the forward reaches them. `stop_early` ends each forward once every matrix
+        has been seen; `one_batch` looks at the first batch only, whole: some families' masks have its size.
+        """
+        collector = GramCollector(matrices)
+        remaining: set[Matrix] = set()
+
+        def on_input(matrix: Matrix, x: Tensor) -> None:
+            collector.on_input(matrix, x)
+            remaining.discard(matrix)
+            if stop_early and not remaining:
+                raise StopForward
+
+        with watch_inputs(matrices, on_input):
+            for batch in range(1 if one_batch else self.num_batches):
+                remaining.update(matrices)
+                with suppress(StopForward):
+                    self.run_batch(index, block, batch)
+                collector.end_of_forward()
+        return collector.groups
+
+    def stages(self, index: int, block: nn.Module, matrices: Sequence[Matrix]) -> list[list[Matrix]]:
+        """The matrices in the order in which a forward reaches them; those that read one input stay together."""
+        stages: dict[str, list[Matrix]] = {}
+        for group in self.grams(index, block, matrices, one_batch=True):
+            stages.setdefault(group.matrices[0].stage, []).extend(group.matrices)
+        # One batch may miss some experts; they belong to the stage of their siblings.
+        seen = {matrix for stage in stages.values() for matrix in stage}
+        for matrix in matrices:
+            if matrix not in seen:
+                stages.setdefault(matrix.stage, []).append(matrix)
+        return list(stages.values())
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a is b or (type(a) is type(b) and a == b)

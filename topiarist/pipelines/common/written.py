@@ -1,0 +1,78 @@
+"""What a one-shot run leaves beside the weights: report, page, card, config."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from topiarist import __about__
+from topiarist.checkpoints.reading import Checkpoint
+from topiarist.checkpoints.writing import OutputFolder
+from topiarist.core.errors import CheckpointError
+from topiarist.data.text import Windows
+from topiarist.results.pages import PAGE, Result, model_card, report_page
+from topiarist.results.report import Report
+
+
+def finish(output: OutputFolder, checkpoint: Checkpoint, report: Report, windows: Windows) -> None:
+    for name, text in _side_texts(report, windows).items():
+        output.write_text(name, text)
+    config = {**checkpoint.config, "pruning_config": report.pruning_config(__about__.__version__)}
+    output.finish(checkpoint.folder, config, report.to_dict())
+
+
+@contextmanager
+def saved_beside(
+    model: Any, tokenizer: Any, folder: Path, *, named: Path | None = None, cure: str = ""
+) -> Iterator[None]:
+    """save_pretrained into `folder`, where nothing stays if that, or what follows inside, finds no room.
+
+    Raises CheckpointError that says so, of `named` if the user knows the folder by another name.
+    """
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        yield
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise CheckpointError(f"cannot write {named or folder}: {error}{cure}") from error
+
+
+def save_loaded(model: Any, tokenizer: Any, out: Path, report: Report, windows: Windows) -> None:
+    """Written beside `out`, then one rename: `out` is whole or not there."""
+    temporary = out.with_name(out.name + ".tmp")
+    with saved_beside(model, tokenizer, temporary, named=out):
+        config = json.loads((temporary / "config.json").read_text())
+        config["pruning_config"] = report.pruning_config(__about__.__version__)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (temporary / "pruning_report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        for name, text in _side_texts(report, windows).items():
+            (temporary / name).write_text(text)
+        temporary.replace(out)
+
+
+def weights_of(model: nn.Module, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """Size and dtype of the dense model, for the report."""
+    if checkpoint is not None:
+        return {"bytes": checkpoint.weight_bytes(), "dtype": str(checkpoint.dtype()).removeprefix("torch.")}
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return {"bytes": sum(p.nbytes for p in model.parameters()), "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _side_texts(report: Report, windows: Windows) -> dict[str, str]:
+    # Without the timings, so that the same run writes the same page; `topiarist report` shows them.
+    result = Result(report.to_dict(), __about__.__version__)
+    return {
+        "README.md": model_card(result),
+        PAGE: report_page(result),
+        "pruning_run.json": json.dumps(report.run, indent=2) + "\n",
+        "pruning_calibration.json": windows.record(),
+    }

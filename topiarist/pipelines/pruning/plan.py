@@ -1,0 +1,149 @@
+"""What a one-shot run will need, from the shapes and a short probe of one block."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from topiarist.checkpoints.reading import Checkpoint
+from topiarist.core.meter import peak_memory_bytes, resident_bytes
+from topiarist.models.families import Matrix
+from topiarist.models.sources import block_matrices, eager_experts, num_blocks
+from topiarist.pipelines.allocating.allocation import fixed_patterns
+from topiarist.pipelines.common.setup import open_source
+from topiarist.pipelines.common.stream import BlockStream, GramGroup
+from topiarist.pipelines.pruning.block import BlockPruner
+from topiarist.pipelines.pruning.options import PruneOptions
+from topiarist.pipelines.pruning.sparsellm import SparseLLM
+
+PROBE_WINDOWS = 2
+SOLVER_COPIES = 10
+"""fp32 copies of its weight and of its Gram that a solver may hold at once; an upper bound over the table."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Needs of a run on this machine, as measured a moment ago; seconds assume that it stays as busy as it is."""
+
+    blocks: int
+    matrices: int
+    peak_memory_bytes: int
+    disk_bytes: int
+    forward_seconds: float
+    solver_seconds: float
+
+    def lines(self) -> list[tuple[str, str]]:
+        return [
+            ("blocks x matrices", f"{self.blocks} x {self.matrices}"),
+            ("peak memory, about", f"{self.peak_memory_bytes / 1e9:.2f} GB"),
+            ("disk", f"{self.disk_bytes / 1e9:.2f} GB"),
+            ("forward passes and Grams, about", duration(self.forward_seconds)),
+            ("solver, about", duration(self.solver_seconds)),
+            ("in all, about", duration(self.forward_seconds + self.solver_seconds)),
+        ]
+
+
+def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
+    """Probe the first block with two windows and extrapolate. Writes nothing."""
+    joint = options.solver if isinstance(options.solver, SparseLLM) else None
+    source, checkpoint, _ = open_source(model, None, options.device, options.trust_remote_code, planning=True)
+    assert isinstance(checkpoint, Checkpoint)
+    patterns, _ = fixed_patterns(options, source)
+    windows = options.windows(source, checkpoint)
+    if options.calibration is None:
+        return _plan_without_data(source, checkpoint, options, patterns)
+    with eager_experts(source.model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a probe of two windows is thin by design
+        probe = windows.tokens[:PROBE_WINDOWS]
+        stream = BlockStream(source, probe, batch_size=len(probe), device=source.device)
+        block = source.load(0)
+        path = f"{source.family.blocks}.0"
+        matrices = [m for m in block_matrices(source, 0) if patterns[f"{path}.{m.name}"] is not None]
+        start = time.perf_counter()
+        groups = stream.grams(0, block, matrices)
+        gram_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        stream.advance(0, block)
+        advance_seconds = time.perf_counter() - start
+        smallest = min(groups, key=lambda g: _work(g.matrices))
+        start = time.perf_counter()
+        BlockPruner.of(options.solver, patterns).solve([smallest], smallest.matrices, path)
+        rate = (time.perf_counter() - start) / _work(smallest.matrices)
+    blocks = num_blocks(source)
+    solves = sum(_work(g.matrices) for g in groups)
+    if joint is not None:  # as if all of a block were its feed-forward network, which is most of it
+        solves *= 1 + joint.down_refit + joint.epochs
+    passes = (2.0 if options.true_sequential else 1.0) * gram_seconds + advance_seconds
+    if options.correction is not None:  # the dense block beside, stage by stage and once whole; sums of two inputs
+        passes += 2.0 * gram_seconds + 3.0 * advance_seconds
+    if refinement := options.refinement:  # a step costs about three forwards, a check one
+        passes += advance_seconds * (1 + 4 * refinement.epochs)
+    if joint is not None:  # a round in fp32 does the work of about three forwards, a refit that of one
+        passes += advance_seconds * (2 + joint.down_refit + 3 * joint.epochs)
+    return Plan(
+        blocks=blocks,
+        matrices=len(matrices),
+        peak_memory_bytes=resident_bytes() + _working_set(source, stream, groups, len(windows.tokens), options, joint),
+        disk_bytes=checkpoint.weight_bytes(),
+        forward_seconds=blocks * passes * len(windows.tokens) / len(probe),
+        solver_seconds=blocks * rate * solves,
+    )
+
+
+def _plan_without_data(source: Any, checkpoint: Checkpoint, options: PruneOptions, patterns: Any) -> Plan:
+    """From the first block, pruned: blocks are all alike, and one is in memory at a time."""
+    block, matrices = source.load(0), block_matrices(source, 0)
+    start = time.perf_counter()
+    layers = BlockPruner.of(options.solver, patterns).prune_without_data(block, matrices, f"{source.family.blocks}.0")
+    seconds = time.perf_counter() - start
+    return Plan(
+        blocks=num_blocks(source),
+        matrices=len(layers),
+        peak_memory_bytes=peak_memory_bytes(),
+        disk_bytes=checkpoint.weight_bytes(),
+        forward_seconds=0.0,
+        solver_seconds=num_blocks(source) * seconds,
+    )
+
+
+def _work(matrices: Sequence[Matrix]) -> float:
+    """Flops of a Gram solver up to a constant: a factorisation, and products with every weight."""
+    width = matrices[0].shape[1]
+    return width**3 + 30.0 * width**2 * sum(m.shape[0] for m in matrices)
+
+
+def _working_set(
+    source: Any,
+    stream: BlockStream,
+    groups: Sequence[GramGroup],
+    samples: int,
+    options: PruneOptions,
+    joint: SparseLLM | None,
+) -> int:
+    """Bytes that come on top of the process as it is: hidden states, Grams, the solver's copies, the embeddings."""
+    spilled = options.spill is not None
+    states = hidden = 0 if spilled else stream.hidden[0].numel() * stream.hidden.element_size() * samples
+    if joint is not None:  # inputs and fp32 outputs of a network, and its fp32 auxiliaries if rounds follow one another
+        tokens = 0 if spilled else samples * stream.hidden.shape[1]
+        rows = max(sum(m.shape[0] for m in g.matrices) for g in groups) if joint.epochs > 1 else 0
+        hidden += (1 + joint.needs_dense_inputs) * states + 4 * tokens * (stream.hidden.shape[2] + rows)
+    refinement, grams = options.refinement, sum(4 * g.gram.in_features**2 for g in groups)
+    if options.correction is not None or (refinement is not None and refinement.target == "dense"):
+        hidden += 2 * states  # the dense model's, on both sides of a block
+    if refinement is not None and refinement.target == "current":  # targets
+        hidden += states
+    if options.correction is not None:  # the block as it was, and sums over two inputs beside the Grams
+        grams += grams + sum(m.tensor.numel() * m.tensor.element_size() for g in groups for m in g.matrices)
+    largest = max(4 * (g.gram.in_features**2 + sum(m.weight.numel() for m in g.matrices)) for g in groups)
+    embeddings = sum(p.numel() * p.element_size() for p in source.embedding_parameters())
+    return max(hidden + grams + SOLVER_COPIES * largest, hidden + embeddings)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

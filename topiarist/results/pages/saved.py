@@ -1,0 +1,56 @@
+"""Measurements that come after the run: kept beside the checkpoint, shown on its page and card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from topiarist.checkpoints.writing import write_atomically
+from topiarist.results.pages.card import with_measurements
+from topiarist.results.pages.render import report_page
+from topiarist.results.pages.result import BENCHMARK, CARD, EVALUATION, PAGE, REPORT, Result, read_json
+
+
+def refresh(folder: str | Path) -> Path:
+    """Write the page again, and the measured part of the model card; the rest of the card stays as it is.
+
+    Returns the page's path. Raises CheckpointError if the folder is no result.
+    """
+    folder, result = Path(folder), Result.from_folder(folder)
+    write_atomically(folder / PAGE, report_page(result))
+    card = folder / CARD
+    if card.is_file():
+        write_atomically(card, with_measurements(card.read_text(encoding="utf-8"), result))
+    return folder / PAGE
+
+
+def save_evaluation(folder: str | Path, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
+    """Put measurements beside a checkpoint and show them on its page. What was measured the same way is replaced.
+
+    found: {"perplexity": [...], "tasks": [...]}, each entry with the dense model's figure under "dense".
+    """
+    path = Path(folder) / EVALUATION
+    known = read_json(path)
+    identity = {
+        "perplexity": ("digest", "window", "dtype"),
+        "tasks": ("task", "metric", "digest", "num_items", "dtype"),
+    }
+    merged = {}
+    for kind, keys in identity.items():
+        entries = {tuple(entry[k] for k in keys): entry for entry in [*known.get(kind, []), *found.get(kind, [])]}
+        merged[kind] = list(entries.values())
+    write_atomically(path, json.dumps(merged, indent=2) + "\n")
+    if (path.parent / REPORT).is_file():
+        refresh(folder)
+    return path
+
+
+def save_benchmark(folder: str | Path, found: Mapping[str, Any]) -> Path:
+    """Put speeds beside a checkpoint (machine, verdict, speeds, ...) and show them on its page."""
+    path = Path(folder) / BENCHMARK
+    write_atomically(path, json.dumps(found, indent=2) + "\n")
+    if (path.parent / REPORT).is_file():
+        refresh(folder)
+    return path
