@@ -93,7 +93,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--rules", nargs="+", default=list(RULES))
     parser.add_argument("--patterns", nargs="+", default=list(PATTERNS))
-    parser.add_argument("--results", type=Path, default=Path("docs/allocation.jsonl"), help="the table is beside")
+    parser.add_argument(
+        "--results", type=Path, default=Path("benchmarks/results/allocation.jsonl"), help="the table is beside"
+    )
     options = parser.parse_args()
     calibration, windows, settings = quality.prepare(options)
     rows = quality.stored_cells(options.results, settings)

@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=8, help="windows that judge")
     parser.add_argument("--learn-windows", type=int, default=4, help="windows a trial of the learned fusion")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=Path("docs/fusion.jsonl"))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/fusion.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = load_model(model_dir()).requires_grad_(False)

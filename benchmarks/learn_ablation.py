@@ -5,7 +5,7 @@
 Demo model, 2:4, preset `quick` shortened to `--steps` (its learning rate follows), trained on the demo's OpenWebText,
 measured on its held-out C4 and Wikipedia. A row takes about 18 CPU seconds a step and 60 to measure; rows with the
 preset's own prior share its mask, others take 200 more for theirs. Killed, a row goes on where it was; finished rows are
-kept in docs/learn-ablation.jsonl.
+kept in benchmarks/results/learn-ablation.jsonl.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from topiarist.evaluation.perplexity import load_model
 from topiarist.masklearn import PRESETS, Preset, Schedule
 from topiarist.pipelines.learning.job import shortened
 
-CELLS, PAGE = Path("docs/learn-ablation.jsonl"), Path("docs/learn-ablation.md")
+CELLS, PAGE = Path("benchmarks/results/learn-ablation.jsonl"), Path("benchmarks/results/learn-ablation.md")
 
 STILL = Schedule(0.0, 0.0)
 NOTHING = "nothing learned: the prior's mask"

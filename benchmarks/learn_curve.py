@@ -6,7 +6,7 @@
 The first learns on the demo's calibration text (or on openwebtext and wikipedia of DIR/train, without every tenth
 document) and keeps the mask of every evaluation; killed, it goes on. The second measures them on the first 16 windows
 of 1024 tokens of the demo's held-out texts, and with DIR on those of the standard protocol, one mask after another, also of
-a run that is not finished (cells stay in docs/learn-curve.jsonl), and prints the table.
+a run that is not finished (cells stay in benchmarks/results/learn-curve.jsonl), and prints the table.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from topiarist.masklearn import relaxation_for
 from topiarist.masks import read_npz, write_npz
 from topiarist.pipelines.learning.files import STATE
 
-CELLS = Path("docs/learn-curve.jsonl")
+CELLS = Path("benchmarks/results/learn-curve.jsonl")
 
 
 def keep_mask(out: Path, kept: Path, pattern: str) -> None:

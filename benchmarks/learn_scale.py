@@ -5,7 +5,7 @@
 Bytes a weight are counted on real layers and optimisers of each mode. Seconds are measured on each model's own matrix
 shapes (at most 1024 rows of each, 512 tokens): three products, the mask drawn twice, the backward pass with Adam. The
 rest of a step (attention, norms, the loss) is the share that it has in a whole measured step of the demo model. A model
-takes some seconds; finished ones are kept in docs/scale.jsonl. `--write` puts the tables into docs/scale.md.
+takes some seconds; finished ones are kept in benchmarks/results/scale.jsonl. `--write` puts the tables beside it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from topiarist.core.patterns import NM
 from topiarist.masklearn import Annealing, MaskAdamW, MaskedLinear, relaxation_for, resident_bytes, set_draws
 from topiarist.pipelines.learning.files import STATE_BYTES
 
-CELLS, PAGE = Path("docs/scale.jsonl"), Path("docs/scale.md")
+CELLS, PAGE = Path("benchmarks/results/scale.jsonl"), Path("benchmarks/results/scale.md")
 TOKENS, ROWS = 512, 1024
 DEMO_STEP = 15.5
 """CPU seconds of a step of 2,048 tokens of the demo model, sequences of 512: the median of a run of `quick`."""
@@ -136,7 +136,7 @@ def run_cell(name: str) -> dict[str, Any]:
 
 
 def page(cells: dict[str, dict[str, Any]]) -> str:
-    """docs/scale.md."""
+    """benchmarks/results/scale.md."""
     demo = cells["demo (135M)"]
     rest = DEMO_STEP / (2048 * demo["token_seconds"] + demo["mask_seconds"])
     memory = [
@@ -195,7 +195,7 @@ step of the demo model, four sequences of 512, took {step} s. From 7B on this sa
 {times}
 
 ## Time on GPUs
-Not measured: no GPU was at hand. What a step needs is countable: 6 flops a masked weight and token (three products; the weights
+What a step needs is countable: 6 flops a masked weight and token (three products; the weights
 are frozen, but the mask's gradient needs d loss / d(W * M)), 4 for the head, a third more of the first with activation
 checkpointing; and two draws of the mask and one backward pass with Adam a step: 10 bytes of memory traffic a weight a draw
 and 28 for the backward pass. Divide by what your GPU sustains.

@@ -6,7 +6,7 @@ DIR/train has wikipedia, openwebtext and c4 (.jsonl.gz, every tenth document hel
 book, the last of them held out; those measured are Jane Austen's six novels, as Debian's r-cran-janeaustenr has them.
 General: preset `quick` on web text from Wanda. Transfer: `--domain` steps on the domain from the general mask; scratch: as
 many from a mask of Wanda on the domain. About 16 CPU seconds a step of 2,048 tokens: 5 masks, (80 + 4 x 32) steps and 3
-priors by default. Killed, it goes on where it was; finished numbers are kept in docs/learn-transfer.jsonl.
+priors by default. Killed, it goes on where it was; finished numbers are kept in benchmarks/results/learn-transfer.jsonl.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from demo.assets import assets_dir, model_dir
 from topiarist.data.text import Windows
 from topiarist.evaluation.perplexity import load_model
 
-CELLS, PAGE = Path("docs/learn-transfer.jsonl"), Path("docs/learn-transfer.md")
+CELLS, PAGE = Path("benchmarks/results/learn-transfer.jsonl"), Path("benchmarks/results/learn-transfer.md")
 DOMAINS = ("encyclopaedia", "fiction")
 
 

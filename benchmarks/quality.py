@@ -185,7 +185,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(DEFAULT_METHODS))
     parser.add_argument("--patterns", nargs="+", default=["2:4", "0.5", "0.7"])
     parser.add_argument(
-        "--results", type=Path, default=Path("docs/quality.jsonl"), help="finished cells; the table is beside"
+        "--results",
+        type=Path,
+        default=Path("benchmarks/results/quality.jsonl"),
+        help="finished cells; the table is beside",
     )
     options = parser.parse_args()
     calibration, windows, settings = prepare(options)

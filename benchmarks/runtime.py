@@ -69,7 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1.5, help="timing per row of the table")
     parser.add_argument("--model", type=Path, help="a checkpoint folder to decode with, pruned in memory")
     parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--out", type=Path, default=Path("docs/results-runtime.md"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/runtime.md"))
     args = parser.parse_args()
     args.batches = args.batches or ([1, 4] if args.device == "cpu" else [1, 16, 256, 4096])
     return args

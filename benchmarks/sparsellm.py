@@ -1,7 +1,7 @@
 """SparseLLM step by step: what every round does to the error of a feed-forward network, from cells that quality.py made.
 
     python -m benchmarks.quality --methods sparsellm sparsellm:epochs=0 --patterns 2:4 0.7
-    python -m benchmarks.sparsellm --out docs/sparsellm-steps
+    python -m benchmarks.sparsellm --out benchmarks/results/sparsellm-steps
 
 Writes OUT.svg (a panel a pattern, a line a method: the median over blocks, relative to the local solver alone, with the middle
 half of the blocks shaded) and OUT.md (the same as a table, with the share of blocks in which each step was the best).
@@ -73,8 +73,10 @@ def draw(found: list[Cell], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("docs/quality.jsonl"), help="cells of benchmarks.quality")
-    parser.add_argument("--out", type=Path, default=Path("docs/sparsellm-steps"))
+    parser.add_argument(
+        "--results", type=Path, default=Path("benchmarks/results/quality.jsonl"), help="cells of benchmarks.quality"
+    )
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sparsellm-steps"))
     options = parser.parse_args()
     found = cells(options.results) if options.results.exists() else []
     if not found:

@@ -186,7 +186,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument(
-        "--results", type=Path, default=Path("docs/structured.jsonl"), help="finished cells; the table is beside"
+        "--results",
+        type=Path,
+        default=Path("benchmarks/results/structured.jsonl"),
+        help="finished cells; the table is beside",
     )
     options = parser.parse_args()
     options.eval_windows = options.eval_windows or None
