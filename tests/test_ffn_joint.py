@@ -16,7 +16,7 @@ from topiarist.models.families import FAMILIES, family_of
 from topiarist.models.sources import LoadedModel, block_matrices
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.pruning.ffn_joint import JointSolver
-from topiarist.pipelines.pruning.network import Network
+from topiarist.pipelines.pruning.network import Network, Weights
 from topiarist.results.pages.figures import rounds
 
 TOKENS = tiny.tiny_tokens(2, 32)
@@ -50,6 +50,14 @@ def inputs(width: int, num: int = 20, window: int = 40) -> torch.Tensor:
     mixing = torch.eye(width) + 0.3 * torch.randn(width, width, generator=generator)
     scales = torch.linspace(0.5, 1.5, width)
     return (torch.randn(num, window, width, generator=generator) @ mixing * scales).contiguous()
+
+
+def output_error(network: Network, X: torch.Tensor, matrices: list[torch.Tensor]) -> float:
+    """Relative squared error of the network's outputs with `matrices` (those of `network.matrices`) in place of its own."""
+    X, dense = X.reshape(-1, X.shape[-1]), network.weights
+    target = network(X, dense)
+    got = network(X, Weights(torch.cat(matrices[:-1]), matrices[-1]))
+    return float((got - target).square().sum() / target.square().sum())
 
 
 def no_warning(message: str, category: type[Warning]) -> None:
@@ -101,15 +109,16 @@ def test_the_published_scheme_with_improvements_switched_off(family: str, passes
     else:
         expected = published.swiglu(*dense, columns, prune, passes, **price, lr=0.01)
     for solution, wanted in zip(solutions, expected, strict=True):
-        # Rounding may turn a close choice of a mask; everything else agrees.
-        same = (solution.mask == (wanted != 0)).float().mean()
-        assert same > 0.995
-        torch.testing.assert_close(
-            solution.weight.double() * (wanted != 0),
-            wanted * solution.mask,
-            rtol=2e-2,
-            atol=2e-3 * float(wanted.abs().max()),
-        )
+        # Rounding, other on every processor, turns close choices of a mask, and each moves the rest of its row.
+        # The two schemes agree where the masks do; with alpha at 0.6 more than 2 % of the masks would differ.
+        turned = solution.mask != (wanted != 0)
+        assert turned.float().mean() < 0.02
+        alike = ~turned.any(1)
+        assert alike.float().mean() > 0.8
+        difference = solution.weight[alike].double() - wanted[alike]
+        assert difference.norm() < 0.03 * wanted[alike].norm()
+    ours = output_error(network, X, [solution.weight for solution in solutions])
+    assert ours == pytest.approx(output_error(network, X, [wanted.float() for wanted in expected]), rel=0.1)
 
 
 @pytest.mark.parametrize("family", ["opt", "llama", "gemma", "phi3", "gpt2"])
@@ -126,14 +135,10 @@ def test_no_epoch_makes_a_network_worse(family: str, pattern: str, down_refit: b
         alone = joint(network, X, tp.SparseLLM(epochs=0), pattern).run("", no_warning)[1]
         assert alone.best == "down_refit" and alone.errors["local"] == record.errors["local"]
     # The errors told are those of the block's own arithmetic on the windows held out.
-    held = X[-2:].view(-1, 32)
-    wanted = network(held, network.weights)
-    for matrix, solution in zip(network.matrices, solutions, strict=True):
-        matrix.assign(solution.weight)
+    for solution in solutions:
         assert tp.parse_pattern(pattern).holds(solution.mask)
         assert not (torch.signbit(solution.weight) & (solution.weight == 0)).any()
-    found = network(held, network.weights)
-    error = float((found - wanted).square().sum() / wanted.square().sum())
+    error = output_error(network, X[-2:], [solution.weight for solution in solutions])
     assert error == pytest.approx(record.errors[record.best], rel=1e-4)
 
 

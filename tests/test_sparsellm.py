@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import topiarist as tp
 from topiarist import cli
-from topiarist.pipelines import ffn_joint
+from topiarist.pipelines.pruning import ffn_joint
 from topiarist.pipelines.pruning.ffn_joint import JointSolver
 
 QUICK = tp.SparseLLM(epochs=2, down_refit=False)
