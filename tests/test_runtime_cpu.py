@@ -47,12 +47,7 @@ def sparse_linear(rows: int, cols: int, sparsity: float, dtype=torch.bfloat16, *
 
 
 def multiply_at(level: int, packed: PackedLinear, x: torch.Tensor) -> torch.Tensor:
-    y = torch.empty(x.shape[0], packed.out_features, dtype=x.dtype)
-    load_kernels().multiply(
-        build.TYPES[packed.dtype], packed.out_features, packed.in_features, packed.masks, packed.values, packed.starts,
-        x, packed.bias, y, 1, level,
-    )  # fmt: skip
-    return y
+    return packed.multiply(x, level=level)
 
 
 def levels() -> list[int]:

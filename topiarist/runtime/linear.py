@@ -1,19 +1,20 @@
-"""A linear layer that keeps its weight packed in memory and never makes it dense while decoding."""
+"""Linear layers that keep their weight packed in memory and never make all of it dense."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
-from topiarist.runtime.build import TILE_ROWS, TYPES, load_kernels
+from topiarist.runtime.build import FORMS, INTEGERS, TILE_ROWS, TYPES, Weight, load_kernels
 
 CPU = torch.device("cpu")
 BYTES_PER_THREAD = 1 << 17  # waking another thread costs about as much as reading this
-PANEL_BYTES = 1 << 21  # of dense weight that a large batch works on at a time: stays in L2 or L3
+PANEL_BYTES = 1 << 20  # of dense weight that a large batch works on at a time: stays in L2 or L3
 
 
 class PackedLinear(nn.Module):
@@ -28,33 +29,38 @@ class PackedLinear(nn.Module):
     starts: Tensor
 
     def __init__(self, linear: nn.Linear, *, max_batch: int = 4, keep_dense: bool = False) -> None:
-        super().__init__()
         weight = linear.weight.detach()
-        self.out_features, self.in_features = weight.shape
-        self.dtype = weight.dtype
+        parts = load_kernels().pack(weight.contiguous(), torch.get_num_threads())
+        self._fill(tuple(weight.shape), weight.dtype, linear.bias, max_batch, dict(zip(_PARTS, parts, strict=True)))
+        self.dense = weight if keep_dense else None
+
+    def _fill(
+        self, shape: tuple[int, ...], dtype: torch.dtype, bias: Tensor | None, max_batch: int, parts: dict[str, Tensor]
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.dtype = dtype
         self.max_batch = max_batch
         self.training = False
-        self._type = TYPES[weight.dtype]
-        parts = load_kernels().pack(self._type, weight.contiguous(), torch.get_num_threads())
-        for name, part in zip(("masks", "values", "starts"), parts, strict=True):
+        for name, part in parts.items():
             # Not in the state dict, which shows the dense weight instead: a saved model must load without us.
             self.register_buffer(name, part, persistent=False)
-        self.bias = linear.bias
-        self.dense = weight if keep_dense else None
+        self.bias = bias
+        self.dense: Tensor | None = None
         self._most_threads = -(-self.packed_bytes // BYTES_PER_THREAD)
 
     @property
     def packed_bytes(self) -> int:
         """What one pass over the weight reads."""
-        return self.masks.nbytes + self.values.nbytes + self.starts.nbytes
+        return sum(part.nbytes for part in self.buffers())
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
         """The dense weight, equal to the original (a -0.0 is now a +0.0); made anew at each call unless it was kept."""
-        return self._rows(range(-(-self.out_features // TILE_ROWS))) if self.dense is None else self.dense
+        return self._rows(range(-(-self.out_features // TILE_ROWS)), self.dtype) if self.dense is None else self.dense
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        usable = x.dtype == self.dtype and x.device == self.masks.device == CPU and x.shape[-1] == self.in_features
+        usable = x.dtype == self.dtype and x.device == self.values.device == CPU and x.shape[-1] == self.in_features
         usable = usable and (self.bias is None or self.bias.dtype == self.dtype)
         if not usable or (x.requires_grad and torch.is_grad_enabled()):
             return F.linear(x, self.weight, self.bias)  # torch's own errors, and its gradients
@@ -63,38 +69,44 @@ class PackedLinear(nn.Module):
             return self.multiply_by_panels(x) if self.dense is None else F.linear(x, self.dense, self.bias)
         return self.multiply(x.reshape(tokens, self.in_features)).view(*x.shape[:-1], self.out_features)
 
-    def multiply(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
-        """The kernel, whatever the number of tokens."""
+    def multiply(self, x: Float[Tensor, "tokens in"], *, level: int | None = None) -> Float[Tensor, "tokens out"]:
+        """The kernel, whatever the number of tokens. `level`: an instruction set, as an index of LEVELS."""
         y = torch.empty(x.shape[0], self.out_features, dtype=self.dtype)
-        load_kernels().multiply(
-            self._type, self.out_features, self.in_features, self.masks, self.values, self.starts,
-            x.contiguous(), self.bias, y, min(torch.get_num_threads(), self._most_threads),
-        )  # fmt: skip
+        threads = min(torch.get_num_threads(), self._most_threads)
+        load_kernels().multiply(self.described(), x.contiguous(), y, threads, level)
         return y
 
     def multiply_by_panels(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """torch's product with one panel of dense rows after the other, whatever the number of tokens."""
-        row_bytes = self.in_features * self.dtype.itemsize
-        step = max(1, PANEL_BYTES // (row_bytes * TILE_ROWS))
+        dtype = fastest_dtype(self.dtype)
+        step = max(1, PANEL_BYTES // (self.in_features * dtype.itemsize * TILE_ROWS))
         num_tiles = -(-self.out_features // TILE_ROWS)
-        parts = []
+        inputs = x.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        out = torch.empty(*x.shape[:-1], self.out_features, dtype=self.dtype)
         for first in range(0, num_tiles, step):
             tiles = range(first, min(first + step, num_tiles))
             rows = slice(first * TILE_ROWS, tiles.stop * TILE_ROWS)
-            parts.append(F.linear(x, self._rows(tiles), None if self.bias is None else self.bias[rows]))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+            out[..., rows] = F.linear(inputs, self._rows(tiles, dtype), None if bias is None else bias[rows])
+        return out
 
-    def _rows(self, tiles: range) -> Tensor:
-        if self.masks.device != CPU:
+    def described(self) -> Weight:
+        """The weight as the kernels want it; valid as long as the module's buffers stay where they are."""
+        if self.values.device != CPU:
             raise RuntimeError(
-                f"a packed linear was moved to {self.masks.device}; call restore(model) before moving it"
+                f"a packed linear was moved to {self.values.device}; call restore(model) before moving it"
             )
-        stop = min(tiles.stop * TILE_ROWS, self.out_features)
-        out = torch.empty(stop - tiles.start * TILE_ROWS, self.in_features, dtype=self.dtype)
-        load_kernels().expand(
-            self._type, self.out_features, self.in_features, self.masks, self.values, self.starts,
-            tiles, out, torch.get_num_threads(),
-        )  # fmt: skip
+        weight = Weight(rows=self.out_features, cols=self.in_features, type=TYPES[self.dtype])
+        weight.masks, weight.values = self.masks.data_ptr(), self.values.data_ptr()
+        weight.starts = self.starts.data_ptr()
+        if self.bias is not None:
+            weight.bias, weight.bias_type = self.bias.data_ptr(), TYPES[self.bias.dtype]
+        return weight
+
+    def _rows(self, tiles: range, dtype: torch.dtype) -> Tensor:
+        weight, stop = self.described(), min(tiles.stop * TILE_ROWS, self.out_features)
+        out = torch.empty(stop - tiles.start * TILE_ROWS, self.in_features, dtype=dtype)
+        load_kernels().expand(weight, tiles, out, torch.get_num_threads())
         return out
 
     def to_linear(self) -> nn.Linear:
@@ -110,3 +122,85 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class QuantisedLinear(PackedLinear):
+    """y = x W^T + b with W as 8-bit or 4-bit integers and scales, without its zeros where that is smaller.
+
+    The kernel rounds x to 8 bits per token and 32 columns; products by panels do not. `weight` is code times scale, rounded
+    once to `dtype`, which is what other programs compute with.
+
+    codes: integers of at most `bits` bits. scales: one a row and group of columns; a group is a multiple of 32, or the
+    whole row. dtype: of inputs and outputs; scales have it. Raises ValueError for groups that do not fit.
+    """
+
+    scales: Tensor
+
+    def __init__(
+        self,
+        codes: Int8[Tensor, "out in"],
+        scales: Float[Tensor, "out groups"],
+        bits: int,
+        *,
+        bias: Tensor | None = None,
+        max_batch: int = 4,
+    ) -> None:
+        rows, cols = codes.shape
+        group = cols // scales.shape[1]
+        if cols % scales.shape[1] or (scales.shape[1] > 1 and group % 32):
+            raise ValueError(f"{scales.shape[1]} groups of {cols} columns are not multiples of 32 columns")
+        form = form_of(codes, bits)
+        parts = load_kernels().pack_integers(codes.contiguous(), bits, form, torch.get_num_threads())
+        tiled = F.pad(scales, (0, 0, 0, -rows % TILE_ROWS)).unflatten(0, (-1, TILE_ROWS)).mT.contiguous()
+        # As raw integers, which `.to(dtype)` of a model leaves alone; fp16 has values that bf16 has not.
+        stored = tiled.view(torch.int16) if scales.dtype == torch.bfloat16 else tiled.float().view(torch.int32)
+        buffers = dict(zip(_PARTS, parts, strict=True)) | {"scales": stored}
+        self._fill((rows, cols), scales.dtype, bias, max_batch, buffers)
+        self.bits, self.form, self.group = bits, form, group
+
+    def described(self) -> Weight:
+        weight = super().described()
+        weight.type, weight.form, weight.group = INTEGERS[self.bits], FORMS[self.form], self.group
+        weight.scales = self.scales.data_ptr()
+        weight.scale_type = TYPES[torch.bfloat16 if self.scales.dtype == torch.int16 else torch.float32]
+        return weight
+
+    @property
+    def codes(self) -> Int8[Tensor, "out in"]:
+        """The integers."""
+        return self._rows(range(-(-self.out_features // TILE_ROWS)), torch.int8)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.bits}, group={self.group}, form={self.form!r}"
+
+
+_PARTS = ("masks", "values", "starts")
+
+
+def form_of(codes: Int8[Tensor, "rows cols"], bits: int) -> str:
+    """The form in which integers take the fewest bytes: a bit a weight for their mask, or "full" without one.
+
+    "2:4" takes as many bytes as "bitmask" where nearly all groups of four have two values, and is expanded faster.
+    """
+    kept = codes != 0
+    share = float(kept.float().mean())
+    two_four = codes.shape[1] % 4 == 0 and int(kept.unflatten(1, (-1, 4)).sum(-1, dtype=torch.int8).max()) <= 2
+    if two_four and share > 0.45:
+        return "2:4"
+    return "bitmask" if share < 1 - 1 / bits else "full"
+
+
+@functools.cache
+def fastest_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which torch multiplies a panel fastest: a model's own, or fp32 where the processor lacks it.
+
+    Measured once a process.
+    """
+    from topiarist.runtime.cpu import race
+
+    if dtype == torch.float32:
+        return dtype
+    weight, x = torch.randn(512, 512), torch.randn(64, 512)
+    calls = [functools.partial(F.linear, x.to(kind), weight.to(kind)) for kind in (dtype, torch.float32)]
+    own, wide = race([calls], seconds=0.02)
+    return dtype if own <= wide else torch.float32

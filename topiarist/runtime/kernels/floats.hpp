@@ -1,4 +1,4 @@
-// y = x W^T + bias for a W stored without its zeros, a few rows of x at a time.
+// y = x W^T for a W of floats stored without its zeros, a few rows of x at a time.
 //
 // Decoding is bound by the bytes of W, so W is read packed and expanded in registers: a bit per weight says where the
 // next values go. Products are then those of the dense matrix, zeros included: 0 * Inf is NaN here as it is there.
@@ -9,37 +9,13 @@
 //   masks   [tiles][blocks][4]  uint32: bit j of (tile, block, r) set = weight (4 tile + r, 32 block + j) is stored
 //   values  flat, in the order of the masks' bits; 64 bytes past the last one may be read
 //   starts  [tiles]             where a tile's values begin, in elements
-//   x       [batch][cols]       same type as the values; y [batch][rows] likewise; bias [rows] or null
 //
 // Rows and columns that fill up the last tile and block have no bits. Sums are fp32, rounded once on the way out.
-// Every instruction set is compiled into one library and chosen at run time. OpenMP symbols are left undefined on
-// purpose: they resolve to the runtime that torch has loaded, so both share one pool of threads.
+#pragma once
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define X86 1
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,bmi,bmi2,popcnt,fma,f16c")))
-#define AVX512_BF16 \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,bmi,bmi2,popcnt,fma,f16c")))
-#define AVX2 __attribute__((target("avx2,bmi,bmi2,popcnt,fma,f16c")))
-#endif
+#include "common.hpp"
 
 namespace {
-
-enum Type { BF16 = 0, F16 = 1, F32 = 2 };
-enum Level { PLAIN = 0, LEVEL_AVX2 = 1, LEVEL_AVX512 = 2, LEVEL_AVX512_BF16 = 3 };
-
-constexpr int R = 4;          // rows of W in a tile
-constexpr int MAX_BATCH = 4;  // rows of x that share one expansion
-
-// Products fill the window of instructions in flight, so values must be asked for well ahead: faster by up to
-// 60 % (fp32, batch 4). From 2 to 8 KB ahead makes no difference.
-constexpr int AHEAD = 2048;
 
 struct Matrix {
     int64_t rows, cols, blocks, tiles;
@@ -47,68 +23,14 @@ struct Matrix {
     const char* values;
     const int64_t* starts;
 
-    Matrix(int64_t rows, int64_t cols, const uint32_t* masks, const void* values, const int64_t* starts)
-        : rows(rows), cols(cols), blocks((cols + 31) / 32), tiles((rows + R - 1) / R), masks(masks),
-          values(static_cast<const char*>(values)), starts(starts) {}
+    Matrix(int64_t rows, int64_t cols, const void* masks, const void* values, const int64_t* starts)
+        : rows(rows), cols(cols), blocks((cols + 31) / 32), tiles((rows + R - 1) / R),
+          masks(static_cast<const uint32_t*>(masks)), values(static_cast<const char*>(values)), starts(starts) {}
+    explicit Matrix(const Weight& w) : Matrix(w.rows, w.cols, w.masks, w.values, w.starts) {}
 };
 
-// ---------------------------------------------------------------------------------------------- scalar conversions
-
-float from_bf16(uint16_t bits) {
-    uint32_t wide = uint32_t(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    return value;
-}
-
-uint16_t to_bf16(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    if (value != value) return uint16_t(bits >> 16 | 0x40);  // stays a NaN even if its payload was in the low half
-    return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
-float from_f16(uint16_t bits) {
-    uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 0x3FF;
-    float value;
-    if (exponent == 0) {
-        value = float(fraction) * 5.9604644775390625e-8f;  // 2^-24
-        return sign ? -value : value;
-    }
-    uint32_t wide = sign | (exponent == 31 ? 0xFFu : exponent + 112) << 23 | fraction << 13;
-    std::memcpy(&value, &wide, 4);
-    return value;
-}
-
-uint16_t to_f16(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
-    if (magnitude > 0x7F800000) return uint16_t(sign | 0x7E00);
-    if (magnitude >= 0x47800000) return uint16_t(sign | 0x7C00);
-    if (magnitude < 0x38800000) {  // denormal: let the adder round to a multiple of 2^-24
-        float absolute, shifted;
-        std::memcpy(&absolute, &magnitude, 4);
-        shifted = absolute + 0.5f;
-        std::memcpy(&bits, &shifted, 4);
-        return uint16_t(sign | (bits - 0x3F000000));
-    }
-    return uint16_t(sign | ((magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13));
-}
-
-float read(const char* at, int64_t index, Type type) {
-    if (type == F32) return reinterpret_cast<const float*>(at)[index];
-    uint16_t bits = reinterpret_cast<const uint16_t*>(at)[index];
-    return type == BF16 ? from_bf16(bits) : from_f16(bits);
-}
-
-void write(char* at, int64_t index, Type type, float value) {
-    if (type == F32) reinterpret_cast<float*>(at)[index] = value;
-    else reinterpret_cast<uint16_t*>(at)[index] = type == BF16 ? to_bf16(value) : to_f16(value);
-}
-
 // ------------------------------------------------------------------------------------------------ a tile times x
-// tile<N>(matrix, tile, x, stride, sums): sums[r * N + b] = W[4 tile + r] . x[b] for b < N; x as `Inputs` lays it out.
+// tile<N>(matrix, tile, x, stride, sums): sums[r * N + b] = W[4 tile + r] . x[b] for b < N; x as `FloatInputs` lays it out.
 
 template <int N, Type T>
 void tile_plain(const Matrix& m, int64_t tile, const char* x, int64_t stride, float* sums) {
@@ -188,7 +110,7 @@ AVX2 void tile_avx2(const Matrix& m, int64_t tile, const char* x, int64_t stride
         }
 }
 
-// 32 weights as two vectors of floats. bf16 gives the even ones, then the odd ones; `Inputs` splits x likewise.
+// 32 weights as two vectors of floats. bf16 gives the even ones, then the odd ones; `FloatInputs` splits x likewise.
 template <Type T>
 AVX512 inline void expand_to_floats(const char*& values, uint32_t bits, __m512& first, __m512& second) {
     if constexpr (T == F32) {
@@ -284,41 +206,25 @@ Tile tile_for(int batch, Level level, Type type) {
     }
 }
 
-// x as the tile kernels read it: padded with zeros to whole blocks, 64-byte aligned, fp32 unless bf16 is used as it is.
-struct Inputs {
-    std::vector<char> memory;
-    char* data;
+// x as the tile kernels read it: padded with zeros to whole blocks, fp32 unless bf16 is used as it is.
+struct FloatInputs : Aligned {
     int64_t stride;
-    Inputs(const char* x, int64_t batch, const Matrix& m, Level level, Type type) {
-        bool as_is = level == LEVEL_AVX512_BF16 && type == BF16;
+    FloatInputs(const char* x, Type x_type, int64_t batch, const Matrix& m, Level level, Type type)
+        : Aligned(batch * m.blocks * 32 * 4), stride(m.blocks * 32 * 4) {
+        bool as_bf16 = level == LEVEL_AVX512_BF16 && type == BF16;
         bool split = level == LEVEL_AVX512 && type == BF16;
-        stride = m.blocks * 32 * (as_is ? 2 : 4);
-        memory.resize(size_t(batch * stride + 64));
-        data = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+        if (as_bf16) stride /= 2;
         for (int64_t b = 0; b < batch; b++) {
-            char* out = data + b * stride;
-            if (as_is) {
-                std::memcpy(out, x + b * m.cols * 2, size_t(m.cols * 2));
-                continue;
-            }
-            float* to = reinterpret_cast<float*>(out);
+            float* floats = reinterpret_cast<float*>(data + b * stride);
+            uint16_t* halves = reinterpret_cast<uint16_t*>(data + b * stride);
             for (int64_t col = 0; col < m.cols; col++) {
-                int64_t place = split ? (col & ~31) + (col & 31) / 2 + (col & 1) * 16 : col;
-                to[place] = read(x, b * m.cols + col, type);
+                float value = read(x, b * m.cols + col, x_type);
+                if (as_bf16) halves[col] = to_bf16(value);
+                else floats[split ? (col & ~31) + (col & 31) / 2 + (col & 1) * 16 : col] = value;
             }
         }
     }
 };
-
-// Tiles are handed out in chunks as threads become free: a core that is busy with other work then costs little.
-template <class Body>
-void parallel_tiles(int64_t tiles, int threads, Body body) {
-    int64_t chunk = std::max<int64_t>(1, tiles / (threads * 16));
-    int64_t chunks = (tiles + chunk - 1) / chunk;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < chunks; i++)
-        for (int64_t tile = i * chunk; tile < std::min(tiles, (i + 1) * chunk); tile++) body(tile);
-}
 
 template <class Element>
 void expand_block(const Element* values, uint32_t bits, Element* out, int width) {
@@ -353,6 +259,38 @@ void expand_tile(const Matrix& m, int64_t tile, Element* out, Level level) {
         }
 }
 
+#if X86
+template <Type T>
+AVX2 void expand_floats_avx2(const char*& values, uint32_t bits, float* out) {
+    for (int part = 0; part < 4; part++)
+        _mm256_storeu_ps(out + 8 * part, eight_weights<T>(values, bits >> 8 * part & 255));
+}
+#endif
+
+// The same rows in fp32, from a weight of type T.
+template <Type T>
+void expand_tile_to_floats(const Matrix& m, int64_t tile, float* out, Level level) {
+    const uint32_t* masks = m.masks + tile * m.blocks * R;
+    const char* values = m.values + m.starts[tile] * int64_t(size_of(T));
+    int rows = int(std::min<int64_t>(R, m.rows - tile * R));
+    for (int64_t block = 0; block < m.blocks; block++)
+        for (int r = 0; r < R; r++) {
+            uint32_t bits = *masks++;
+            if (r >= rows) continue;
+            float* to = out + r * m.cols + block * 32;
+            int width = int(std::min<int64_t>(32, m.cols - block * 32));
+#if X86
+            if (level >= LEVEL_AVX2 && width == 32) {
+                expand_floats_avx2<T>(values, bits, to);
+                continue;
+            }
+#endif
+            int next = 0;
+            for (int j = 0; j < width; j++) to[j] = bits >> j & 1 ? read(values, next++, T) : 0.0f;
+            values += next * int(size_of(T));
+        }
+}
+
 // A -0.0 counts as a zero, unlike in a packed file: `weight * mask` makes half of all pruned weights -0.0.
 template <class Element>
 int64_t find_masks(const Element* weight, const Matrix& m, int64_t tile, uint32_t* masks) {
@@ -383,73 +321,3 @@ void gather_values(const Element* weight, const Matrix& m, int64_t tile, Element
 }
 
 }  // namespace
-
-// --------------------------------------------------------------------------------------------------- C interface
-
-extern "C" {
-
-// The best instruction set this processor has; see `Level`.
-int topiarist_level() {
-#if X86
-    __builtin_cpu_init();
-    bool has_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                   __builtin_cpu_supports("avx512vbmi2");
-    if (has_512) return __builtin_cpu_supports("avx512bf16") ? LEVEL_AVX512_BF16 : LEVEL_AVX512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return LEVEL_AVX2;
-#endif
-    return PLAIN;
-}
-
-// First step of packing: the masks of a dense weight, and how many values each tile has.
-void topiarist_find_masks(int type, int64_t rows, int64_t cols, const void* weight, uint32_t* masks, int64_t* counts,
-                          int threads) {
-    Matrix m(rows, cols, nullptr, nullptr, nullptr);
-    parallel_tiles(m.tiles, threads, [&](int64_t tile) {
-        counts[tile] = type == F32 ? find_masks(static_cast<const uint32_t*>(weight), m, tile, masks)
-                                   : find_masks(static_cast<const uint16_t*>(weight), m, tile, masks);
-    });
-}
-
-// Second step: the values, in the order of the masks.
-void topiarist_gather_values(int type, int64_t rows, int64_t cols, const void* weight, const uint32_t* masks,
-                             const int64_t* starts, void* values, int threads) {
-    Matrix m(rows, cols, masks, nullptr, starts);
-    parallel_tiles(m.tiles, threads, [&](int64_t tile) {
-        if (type == F32) gather_values(static_cast<const uint32_t*>(weight), m, tile, static_cast<uint32_t*>(values));
-        else gather_values(static_cast<const uint16_t*>(weight), m, tile, static_cast<uint16_t*>(values));
-    });
-}
-
-// y [batch][rows] = x [batch][cols] W^T + bias
-void topiarist_multiply(int level, int type, int64_t rows, int64_t cols, const uint32_t* masks, const void* values,
-                        const int64_t* starts, const void* x, int64_t batch, const void* bias, void* y, int threads) {
-    Matrix m(rows, cols, masks, values, starts);
-    Type t = Type(type);
-    Inputs inputs(static_cast<const char*>(x), batch, m, Level(level), t);
-    parallel_tiles(m.tiles, threads, [&](int64_t tile) {
-        for (int64_t first = 0; first < batch; first += MAX_BATCH) {
-            int now = int(std::min<int64_t>(MAX_BATCH, batch - first));
-            float sums[R * MAX_BATCH];
-            tile_for(now, Level(level), t)(m, tile, inputs.data + first * inputs.stride, inputs.stride, sums);
-            for (int r = 0; r < R && tile * R + r < rows; r++)
-                for (int b = 0; b < now; b++) {
-                    float sum = sums[r * now + b];
-                    if (bias) sum += read(static_cast<const char*>(bias), tile * R + r, t);
-                    write(static_cast<char*>(y), (first + b) * rows + tile * R + r, t, sum);
-                }
-        }
-    });
-}
-
-// Tiles [begin, end) as dense rows of the same type.
-void topiarist_expand(int level, int type, int64_t rows, int64_t cols, const uint32_t* masks, const void* values,
-                      const int64_t* starts, int64_t begin, int64_t end, void* out, int threads) {
-    Matrix m(rows, cols, masks, values, starts);
-    parallel_tiles(end - begin, threads, [&](int64_t i) {
-        if (type == F32) expand_tile(m, begin + i, static_cast<uint32_t*>(out) + i * R * cols, Level(level));
-        else expand_tile(m, begin + i, static_cast<uint16_t*>(out) + i * R * cols, Level(level));
-    });
-}
-
-}  // extern "C"

@@ -1,0 +1,102 @@
+"""Packed integer linears against a literal product, on every instruction set this machine has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import q8
+
+from topiarist.core.compiled import NoKernels
+from topiarist.core.patterns import NM
+from topiarist.runtime.build import LEVELS, load_kernels
+from topiarist.runtime.linear import QuantisedLinear
+
+
+def levels() -> list[int]:
+    try:
+        return list(range(load_kernels().level + 1))
+    except NoKernels:
+        return []
+
+
+pytestmark = pytest.mark.skipif(not levels(), reason="no C++ compiler")
+
+
+def integers(rows: int, cols: int, bits: int, zeros: str, groups: int, dtype: torch.dtype, *, seed: int = 0):
+    """Random codes with the extreme ones among them, and scales."""
+    generator = torch.Generator().manual_seed(seed)
+    limit = 1 << bits - 1
+    codes = torch.randint(-limit, limit, (rows, cols), generator=generator, dtype=torch.int8)
+    if zeros == "2:4":
+        codes *= NM(2, 4).mask(torch.rand(rows, cols, generator=generator))
+    elif zeros != "none":
+        codes[torch.rand(rows, cols, generator=generator) < float(zeros)] = 0
+    scales = (0.01 + torch.rand(rows, groups, generator=generator)).to(dtype)
+    return codes, scales
+
+
+@settings(deadline=None, max_examples=120)
+@given(
+    rows=st.integers(1, 21),
+    blocks=st.integers(1, 7),
+    group=st.sampled_from([32, 64, 128, 0]),
+    ragged=st.sampled_from([0, 4, 20]),
+    batch=st.integers(1, 9),
+    bits=st.sampled_from([8, 4]),
+    zeros=st.sampled_from(["none", "2:4", "0.5", "0.7", "0.97", "1"]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    seed=st.integers(0, 1000),
+)
+def test_equal_to_the_literal_product(rows, blocks, group, ragged, batch, bits, zeros, dtype, seed):
+    cols = blocks * group if group else blocks * 32 + ragged
+    codes, scales = integers(rows, cols, bits, zeros, blocks if group else 1, dtype, seed=seed)
+    bias = torch.randn(rows).to(dtype)
+    packed = QuantisedLinear(codes, scales, bits, bias=bias)
+    x = torch.randn(batch, cols, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    expected = q8.product(codes, scales, x) + bias.double()
+    tolerance = 2 * torch.finfo(dtype).eps * float(expected.abs().max()) + 1e-5
+    for level in levels():
+        assert (packed.multiply(x, level=level).double() - expected).abs().max() <= tolerance, LEVELS[level]
+    assert torch.equal(packed.codes, codes)
+    spread = scales.repeat_interleave(cols // scales.shape[1], dim=1)
+    assert torch.equal(packed.weight, codes.to(dtype) * spread), "code times scale, rounded once, as others do it"
+
+
+@pytest.mark.parametrize(
+    ("zeros", "bits", "form"),
+    [("none", 8, "full"), ("2:4", 8, "2:4"), ("2:4", 4, "2:4"), ("0.7", 4, "bitmask"), ("0.2", 8, "bitmask"),
+     ("0.2", 4, "full")],
+)  # fmt: skip
+def test_bytes_a_weight(zeros, bits, form):
+    codes, scales = integers(64, 1024, bits, zeros, 16, torch.bfloat16)
+    packed = QuantisedLinear(codes, scales, bits)
+    assert packed.form == form
+    kept = 0.5 if form == "2:4" else float((codes != 0).float().mean()) if form == "bitmask" else 1
+    expected = kept * bits / 8 + (form != "full") / 8 + 2 / 64
+    assert packed.packed_bytes / codes.numel() == pytest.approx(expected, rel=0.04)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_nan_and_inf_reach_every_output_of_their_token(value):
+    packed = QuantisedLinear(*integers(9, 96, 8, "2:4", 3, torch.float32), 8)
+    x = torch.randn(3, 96)
+    x[1, 70] = value
+    for level in levels():
+        finite = packed.multiply(x, level=level).isfinite().all(dim=1)
+        assert finite.tolist() == [True, False, True], LEVELS[level]
+
+
+def test_large_batches_multiply_the_dense_weight():
+    """Panels do not round the inputs."""
+    codes, scales = integers(48, 256, 4, "0.5", 4, torch.float32)
+    packed = QuantisedLinear(codes, scales, 4, max_batch=2)
+    x = torch.randn(2, 5, 256)
+    torch.testing.assert_close(packed(x), torch.nn.functional.linear(x, packed.weight))
+    assert packed.to_linear().weight.equal(packed.weight) and packed.state_dict()["weight"].equal(packed.weight)
+
+
+def test_groups_that_do_not_fit():
+    with pytest.raises(ValueError, match="multiples of 32"):
+        QuantisedLinear(torch.ones(4, 96, dtype=torch.int8), torch.ones(4, 2), 8)

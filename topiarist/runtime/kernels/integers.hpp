@@ -1,0 +1,323 @@
+// y = x W^T for a W of 8-bit or 4-bit integers with scales, stored with or without its zeros.
+//
+// x is rounded to 8 bits per token and 32 columns (as Q8_0 of llama.cpp does), products are summed exactly in integers
+// over those 32 columns, and each such sum is scaled and added in fp32. Four rows make a tile, 64 columns a block:
+//
+//   masks   [tiles][blocks][4]  uint64: bit j of (tile, block, r) set = weight (4 tile + r, 64 block + j) is stored;
+//                               absent in the form FULL; in the form TWO_FOUR two bits in every group of four
+//   values  int8, or two's complement nibbles, low one first; the nibbles of a (tile, block, r) begin a new byte;
+//           64 bytes past the last one may be read
+//   starts  [tiles]             where a tile's values begin, in bytes
+//   scales  [tiles][groups][4]  bf16 or fp32; a group is `group` columns, a multiple of 32 unless it is the whole row
+//
+// Rows and columns that fill up the last tile and block hold zeros.
+#pragma once
+
+#include "common.hpp"
+
+namespace {
+
+struct Integers {
+    int64_t rows, cols, group, blocks, tiles, groups;
+    const uint64_t* masks;
+    const uint8_t* values;
+    const int64_t* starts;
+    const char* scales;
+    Type scale_type;
+
+    explicit Integers(const Weight& w)
+        : rows(w.rows), cols(w.cols), group(w.group), blocks((cols + 63) / 64), tiles((rows + R - 1) / R),
+          groups((cols + group - 1) / group), masks(static_cast<const uint64_t*>(w.masks)),
+          values(static_cast<const uint8_t*>(w.values)), starts(w.starts), scales(static_cast<const char*>(w.scales)),
+          scale_type(Type(w.scale_type)) {}
+
+    // Of columns 64 block + 32 half and on; beyond the last group for columns that only fill up.
+    int64_t scale_index(int64_t tile, int64_t block, int half) const {
+        return (tile * groups + std::min((64 * block + 32 * half) / group, groups - 1)) * R;
+    }
+};
+
+// ------------------------------------------------------------------------------------------------ inputs as 8 bits
+
+// Codes [batch][blocks][64], then scales [batch][blocks][2]. AVX-512 wants codes plus 128, unsigned.
+struct IntegerInputs : Aligned {
+    int64_t stride, scale_stride;
+    float* scales;
+
+    IntegerInputs(const char* x, Type x_type, int64_t batch, const Integers& m, Level level)
+        : Aligned(batch * m.blocks * (64 + 2 * 4)), stride(m.blocks * 64), scale_stride(m.blocks * 2),
+          scales(reinterpret_cast<float*>(data + batch * stride)) {
+        int offset = level >= LEVEL_AVX512 ? 128 : 0;
+        for (int64_t b = 0; b < batch; b++)
+            for (int64_t part = 0; part < scale_stride; part++) {
+                float values[32] = {};
+                int64_t first = part * 32, width = std::min<int64_t>(32, m.cols - first);
+                for (int64_t j = 0; j < width; j++) values[j] = read(x, b * m.cols + first + j, x_type);
+                scales[b * scale_stride + part] = round_to_codes(values, data + b * stride + first, offset);
+            }
+    }
+
+    // A NaN or Inf in x gives a NaN scale, and so NaN in every sum, as it would in the dense product.
+    static float round_to_codes(const float* values, char* codes, int offset) {
+        float largest = 0, check = 0;
+        for (int j = 0; j < 32; j++) {
+            largest = std::max(largest, std::fabs(values[j]));
+            check += values[j] * 0.0f;
+        }
+        float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
+        // Adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even, and vectorises.
+        for (int j = 0; j < 32; j++) {
+            float shifted = values[j] * inverse + 12582912.0f;
+            int32_t bits;
+            std::memcpy(&bits, &shifted, 4);
+            codes[j] = char(bits - 0x4B400000 + offset);
+        }
+        return check == 0 ? largest / 127.0f : std::numeric_limits<float>::quiet_NaN();
+    }
+};
+
+// --------------------------------------------------------------------------------------------- 64 weights, expanded
+
+inline int nibble(const uint8_t* values, int at) { return int8_t(uint8_t(values[at / 2] << (at % 2 ? 0 : 4))) >> 4; }
+
+// Writes 64 codes and steps to the next run.
+template <int BITS, int FORM>
+void expand_plain(const uint8_t*& values, const uint64_t* mask, int8_t* codes) {
+    int next = 0;
+    for (int j = 0; j < 64; j++) {
+        bool stored = FORM == FULL || (*mask >> j & 1);
+        codes[j] = stored ? int8_t(BITS == 8 ? int8_t(values[next]) : nibble(values, next)) : int8_t(0);
+        next += stored;
+    }
+    values += BITS == 8 ? next : (next + 1) / 2;
+}
+
+template <int BITS, int FORM, int N>
+void integer_tile_plain(const Integers& m, int64_t tile, const IntegerInputs& in, int64_t first, float* sums) {
+    const uint64_t* masks = m.masks + tile * m.blocks * R;
+    const uint8_t* values = m.values + m.starts[tile];
+    for (int i = 0; i < R * N; i++) sums[i] = 0;
+    for (int64_t block = 0; block < m.blocks; block++)
+        for (int r = 0; r < R; r++) {
+            int8_t codes[64];
+            expand_plain<BITS, FORM>(values, masks++, codes);
+            for (int half = 0; half < 2; half++) {
+                float scale = read(m.scales, m.scale_index(tile, block, half) + r, m.scale_type);
+                for (int b = 0; b < N; b++) {
+                    const char* x = in.data + (first + b) * in.stride + block * 64 + half * 32;
+                    int32_t sum = 0;
+                    for (int j = 0; j < 32; j++) sum += codes[half * 32 + j] * int8_t(x[j]);
+                    sums[r * N + b] += float(sum) * (scale * in.scales[(first + b) * in.scale_stride + 2 * block + half]);
+                }
+            }
+        }
+}
+
+#if X86
+
+// pshufb: which of the next bytes goes to each of eight places, by their mask bits; 0x80 gives zero.
+struct Moves {
+    uint64_t of[256];
+    Moves() {
+        for (int bits = 0; bits < 256; bits++) {
+            of[bits] = 0;
+            for (int place = 0, next = 0; place < 8; place++)
+                of[bits] |= uint64_t(bits >> place & 1 ? next++ : 0x80) << 8 * place;
+        }
+    }
+};
+const Moves moves;
+constexpr uint64_t EACH_BYTE = 0x0101010101010101;
+
+AVX2 inline __m128i signed_nibbles() { return _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1); }
+
+// 16 nibbles as bytes, from eight bytes.
+AVX2 inline __m128i sixteen_nibbles(const uint8_t* from) {
+    __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), low = _mm_set1_epi8(15);
+    __m128i both = _mm_unpacklo_epi8(_mm_and_si128(packed, low), _mm_and_si128(_mm_srli_epi16(packed, 4), low));
+    return _mm_shuffle_epi8(signed_nibbles(), both);
+}
+
+// The same from nibble `at` on, which may be the high half of a byte.
+AVX2 inline __m128i sixteen_nibbles(const uint8_t* values, int at) {
+    uint64_t even, odd;
+    int high = at & 1;
+    std::memcpy(&even, values + at / 2, 8);
+    std::memcpy(&odd, values + at / 2 + high, 8);
+    even = even >> 4 * high & 15 * EACH_BYTE;
+    odd = odd >> 4 * (1 - high) & 15 * EACH_BYTE;
+    return _mm_shuffle_epi8(signed_nibbles(),
+                            _mm_unpacklo_epi8(_mm_cvtsi64_si128(int64_t(even)), _mm_cvtsi64_si128(int64_t(odd))));
+}
+
+// Two vectors of 32 codes. 2:4 takes the same number of values every time, so nothing waits for a count of bits.
+template <int BITS, int FORM>
+AVX2 inline void expand_avx2(const uint8_t*& values, const uint64_t* mask, __m256i* codes) {
+    int taken = 0;
+    for (int half = 0; half < 2; half++) {
+        if constexpr (FORM == FULL && BITS == 8) {
+            codes[half] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + 32 * half));
+        } else if constexpr (FORM == FULL) {
+            codes[half] = _mm256_set_m128i(sixteen_nibbles(values + 16 * half + 8), sixteen_nibbles(values + 16 * half));
+        } else {
+            uint32_t bits = uint32_t(*mask >> 32 * half);
+            uint8_t b0 = uint8_t(bits), b1 = uint8_t(bits >> 8), b2 = uint8_t(bits >> 16), b3 = uint8_t(bits >> 24);
+            uint64_t m0 = moves.of[b0], m1 = moves.of[b1], m2 = moves.of[b2], m3 = moves.of[b3];
+            if constexpr (FORM == TWO_FOUR) {
+                __m128i source = BITS == 8 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + 16 * half))
+                                           : sixteen_nibbles(values + 8 * half);
+                __m256i order = _mm256_set_epi64x(int64_t(m3), int64_t(m2), int64_t(m1), int64_t(m0));
+                __m256i from = _mm256_set_epi64x(12 * EACH_BYTE, 8 * EACH_BYTE, 4 * EACH_BYTE, 0);
+                codes[half] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(source), _mm256_add_epi8(order, from));
+            } else {
+                int sixteen = _mm_popcnt_u32(bits & 0xFFFF);
+                m1 += EACH_BYTE * unsigned(_mm_popcnt_u32(b0)), m3 += EACH_BYTE * unsigned(_mm_popcnt_u32(b2));
+                __m256i order = _mm256_set_epi64x(int64_t(m3), int64_t(m2), int64_t(m1), int64_t(m0)), source;
+                if constexpr (BITS == 8)
+                    source = _mm256_loadu2_m128i(reinterpret_cast<const __m128i*>(values + taken + sixteen),
+                                                 reinterpret_cast<const __m128i*>(values + taken));
+                else
+                    source = _mm256_set_m128i(sixteen_nibbles(values, taken + sixteen), sixteen_nibbles(values, taken));
+                codes[half] = _mm256_shuffle_epi8(source, order);
+                taken += _mm_popcnt_u32(bits);
+            }
+        }
+    }
+    constexpr int fixed = (FORM == FULL ? 64 : 32) * BITS / 8;
+    values += FORM != MASKED ? fixed : BITS == 8 ? taken : (taken + 1) / 2;
+}
+
+AVX2 inline __m128 four_scales(const Integers& m, int64_t index) {
+    if (m.scale_type == F32) return _mm_loadu_ps(reinterpret_cast<const float*>(m.scales) + index);
+    __m128i halves = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(m.scales + 2 * index));
+    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(halves), 16));
+}
+
+template <int BITS, int FORM, int N>
+AVX2 void integer_tile_avx2(const Integers& m, int64_t tile, const IntegerInputs& in, int64_t first, float* sums) {
+    const uint64_t* masks = m.masks + tile * m.blocks * R;
+    const uint8_t* values = m.values + m.starts[tile];
+    const char* x = in.data + first * in.stride;
+    const float* x_scales = in.scales + first * in.scale_stride;
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256 acc[R][N];
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < N; b++) acc[r][b] = _mm256_setzero_ps();
+    for (int64_t block = 0; block < m.blocks; block++, x += 64, x_scales += 2, masks += R) {
+        alignas(16) float scales[N][2][R];
+        for (int half = 0; half < 2; half++) {
+            __m128 of_rows = four_scales(m, m.scale_index(tile, block, half));
+            for (int b = 0; b < N; b++)
+                _mm_store_ps(scales[b][half], _mm_mul_ps(of_rows, _mm_set1_ps(x_scales[b * in.scale_stride + half])));
+        }
+        for (int r = 0; r < R; r++) {
+            _mm_prefetch(reinterpret_cast<const char*>(values + AHEAD), _MM_HINT_T0);
+            __m256i codes[2];
+            expand_avx2<BITS, FORM>(values, masks + r, codes);
+            for (int half = 0; half < 2; half++) {
+                // |w| times x with w's sign, as the instruction wants one factor unsigned: 2 * 128 * 127 fits 16 bits.
+                __m256i absolute = _mm256_abs_epi8(codes[half]);
+                for (int b = 0; b < N; b++) {
+                    __m256i input = _mm256_load_si256(reinterpret_cast<const __m256i*>(x + b * in.stride + 32 * half));
+                    __m256i pairs = _mm256_maddubs_epi16(absolute, _mm256_sign_epi8(input, codes[half]));
+                    __m256 sum = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones));
+                    acc[r][b] = _mm256_fmadd_ps(sum, _mm256_broadcast_ss(&scales[b][half][r]), acc[r][b]);
+                }
+            }
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < N; b++) {
+            alignas(32) float lane[8];
+            _mm256_store_ps(lane, acc[r][b]);
+            sums[r * N + b] = ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
+        }
+}
+
+template <int BITS, int FORM>
+AVX512 inline __m512i expand_avx512(const uint8_t*& values, const uint64_t* mask) {
+    __m512i stored;
+    if constexpr (BITS == 8) {
+        stored = _mm512_loadu_si512(values);
+    } else {
+        __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+        __m512i both = _mm512_and_si512(_mm512_or_si512(bytes, _mm512_slli_epi16(bytes, 4)), _mm512_set1_epi8(15));
+        stored = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(signed_nibbles()), both);
+    }
+    int count = FORM == FULL ? 64 : FORM == TWO_FOUR ? 32 : int(_mm_popcnt_u64(*mask));
+    values += BITS == 8 ? count : (count + 1) / 2;
+    if constexpr (FORM == FULL) return stored;
+    return _mm512_maskz_expand_epi8(*mask, stored);
+}
+
+// One value for columns 0 to 31 of a block, another for 32 to 63.
+AVX512 inline __m512 halves(float low, float high) {
+    return _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(low), _mm512_set1_ps(high));
+}
+
+template <int BITS, int FORM, int N>
+AVX512 void integer_tile_avx512(const Integers& m, int64_t tile, const IntegerInputs& in, int64_t first, float* sums) {
+    const uint64_t* masks = m.masks + tile * m.blocks * R;
+    const uint8_t* values = m.values + m.starts[tile];
+    const char* x = in.data + first * in.stride;
+    const float* x_scales = in.scales + first * in.scale_stride;
+    __m512 acc[R][N];
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < N; b++) acc[r][b] = _mm512_setzero_ps();
+    for (int64_t block = 0; block < m.blocks; block++, x += 64, x_scales += 2, masks += R) {
+        alignas(16) float row_scales[2][R];
+        for (int half = 0; half < 2; half++)
+            _mm_store_ps(row_scales[half], four_scales(m, m.scale_index(tile, block, half)));
+        for (int r = 0; r < R; r++) {
+            _mm_prefetch(reinterpret_cast<const char*>(values + AHEAD), _MM_HINT_T0);
+            __m512i codes = expand_avx512<BITS, FORM>(values, masks + r);
+            // Inputs carry 128 more than they are: 128 times the sum of the weights is taken away beforehand.
+            __m512i surplus = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(-128), codes);
+            __m512i begin = _mm512_sub_epi32(_mm512_setzero_si512(), surplus);
+            __m512 of_row = halves(row_scales[0][r], row_scales[1][r]);
+            for (int b = 0; b < N; b++) {
+                __m512i sum = _mm512_dpbusd_epi32(begin, _mm512_load_si512(x + b * in.stride), codes);
+                const float* of_x = x_scales + b * in.scale_stride;
+                __m512 scale = _mm512_mul_ps(of_row, halves(of_x[0], of_x[1]));
+                acc[r][b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc[r][b]);
+            }
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < N; b++) sums[r * N + b] = _mm512_reduce_add_ps(acc[r][b]);
+}
+
+#endif
+
+// ------------------------------------------------------------------------------------------------------- dispatch
+
+using IntegerTile = void (*)(const Integers&, int64_t, const IntegerInputs&, int64_t, float*);
+
+template <int BITS, int FORM, int N>
+IntegerTile integer_tile_of(Level level) {
+#if X86
+    if (level >= LEVEL_AVX512) return integer_tile_avx512<BITS, FORM, N>;
+    if (level == LEVEL_AVX2) return integer_tile_avx2<BITS, FORM, N>;
+#endif
+    return integer_tile_plain<BITS, FORM, N>;
+}
+
+template <int BITS, int FORM>
+IntegerTile integer_tile_of(int batch, Level level) {
+    return batch == 1 ? integer_tile_of<BITS, FORM, 1>(level)
+           : batch < 4 ? integer_tile_of<BITS, FORM, 2>(level)
+                       : integer_tile_of<BITS, FORM, 4>(level);
+}
+
+// For the largest of 1, 2 and 4 rows of x that `batch` has.
+IntegerTile integer_tile_for(Type type, Form form, int batch, Level level) {
+    if (type == INT8)
+        return form == FULL ? integer_tile_of<8, FULL>(batch, level)
+               : form == TWO_FOUR ? integer_tile_of<8, TWO_FOUR>(batch, level)
+                                  : integer_tile_of<8, MASKED>(batch, level);
+    return form == FULL ? integer_tile_of<4, FULL>(batch, level)
+           : form == TWO_FOUR ? integer_tile_of<4, TWO_FOUR>(batch, level)
+                              : integer_tile_of<4, MASKED>(batch, level);
+}
+
+}  // namespace
