@@ -19,9 +19,8 @@ from demo.assets import model_dir, text_dir
 from topiarist.allocate.scores import probe, random_signs
 from topiarist.data.text import calibration_windows, load_tokenizer
 from topiarist.evaluation.perplexity import load_model
-from topiarist.models.sources import LoadedModel
+from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.allocating.measure import layers_of, loss_gradients
-from topiarist.pipelines.common.setup import layer_shapes
 
 STEPS = {torch.float64: (1e-3, 1e-2), torch.float32: (1e-3, 1e-2, 3e-2, 1e-1), torch.bfloat16: (1e-2, 1e-1)}
 
@@ -29,8 +28,8 @@ STEPS = {torch.float64: (1e-3, 1e-2), torch.float32: (1e-3, 1e-2, 3e-2, 1e-1), t
 def samples(dtype: torch.dtype, steps: tuple[float, ...], tokens: Tensor) -> dict[float, tuple[Tensor, float]]:
     """(one sample for every matrix, CPU seconds) by relative step."""
     model = load_model(model_dir()).to(dtype)
-    source = LoadedModel(model)
-    matrices = layers_of(model, source, list(layer_shapes(source)))
+    source = ObjectModel(model)
+    matrices = layers_of(model, source, list(source.shapes()))
     weights = [m.tensor for m in matrices.values()]
     size = sum(w.numel() for w in weights)
     rms = (sum(float(w.double().square().sum()) for w in weights) / size) ** 0.5

@@ -13,7 +13,7 @@ from torch import nn
 
 import topiarist as tp
 from topiarist.models.families import FAMILIES, family_of
-from topiarist.models.sources import LoadedModel, block_matrices
+from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.pruning.ffn_joint import JointSolver
 from topiarist.pipelines.pruning.network import Network, Weights
@@ -24,9 +24,9 @@ NETWORKS = sorted(name for name in FAMILIES if name not in ("mixtral", "olmoe", 
 
 
 def first_network(model) -> tuple[nn.Module, Network]:
-    source = LoadedModel(model)
+    source = ObjectModel(model)
     block = source.load(0)
-    network = Network.find(block, source.family.feed_forward, block_matrices(source, 0))
+    network = Network.find(block, source.family.feed_forward, source.matrices(0))
     assert network is not None
     return block, network
 
@@ -82,7 +82,7 @@ def test_every_row_describes_what_the_block_does(family: str):
     weights = network.weights
     torch.testing.assert_close(network.activate(X @ weights.first.T + network.biases[0]), p, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(network(X, weights), Y, rtol=1e-4, atol=1e-4)
-    stream = BlockStream(LoadedModel(model), TOKENS, batch_size=1, device=torch.device("cpu"))
+    stream = BlockStream(ObjectModel(model), TOKENS, batch_size=1, device=torch.device("cpu"))
     found = stream.inputs(0, block, network.first[0]).values
     torch.testing.assert_close(found.view(-1, found.shape[-1]), X, rtol=1e-5, atol=1e-5)
 

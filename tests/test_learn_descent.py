@@ -11,7 +11,7 @@ from topiarist.core.patterns import NM, parse_pattern
 from topiarist.evaluation.perplexity import load_model
 from topiarist.masklearn.candidates import candidates
 from topiarist.masklearn.descent import descend
-from topiarist.models.sources import LoadedModel
+from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.common.setup import resolve_patterns
 from topiarist.pipelines.learning.masking import targets
 from topiarist.pipelines.learning.priors import one_shot_masks
@@ -74,7 +74,7 @@ def test_too_many_masks_a_group_are_refused():
 @pytest.mark.parametrize("pattern", ["2:4", "0.5"])
 def test_priors_on_dense_weights(solver, pattern: str, tmp_path):
     """The layer's error falls; the model's weights are as before; unstructured masks are the solver's own."""
-    source = LoadedModel(load_model(tiny.tiny_checkpoint(tmp_path / "base")))
+    source = ObjectModel(load_model(tiny.tiny_checkpoint(tmp_path / "base")))
     patterns, _ = resolve_patterns(source, parse_pattern(pattern), None, [])
     blocks, tokens = targets(source, patterns), tiny.tiny_tokens(32, 32)
     before = {name: p.clone() for name, p in source.model.named_parameters()}

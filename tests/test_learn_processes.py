@@ -21,7 +21,7 @@ from topiarist.checkpoints.writing import STATES
 from topiarist.core.patterns import parse_pattern
 from topiarist.evaluation.perplexity import load_model
 from topiarist.masklearn import Preset, Prior, Schedule
-from topiarist.models.sources import LoadedModel
+from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.common.setup import resolve_patterns
 from topiarist.pipelines.learning import recover
 from topiarist.pipelines.learning.masking import targets
@@ -138,7 +138,7 @@ def test_what_cannot_be_sharded_is_refused(tmp_path: Path):
         (3, None, "2:4", "cannot be divided among 3 processes"),
         (2, "bernoulli", "0.5", "looks at whole matrices"),
     ):
-        source = LoadedModel(load_model(base))
+        source = ObjectModel(load_model(base))
         patterns, _ = resolve_patterns(source, parse_pattern(pattern), None, [])
         wanted = [target for block in targets(source, patterns) for target in block]
         with pytest.raises(tp.PatternError, match=message):

@@ -13,7 +13,7 @@ from torch import nn
 
 import topiarist as tp
 from topiarist.models.families import Matrix, capture_calls, family_of
-from topiarist.models.sources import LoadedModel, block_matrices
+from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.pruning.options import PruneOptions
 
@@ -27,7 +27,7 @@ def test_replayed_blocks_give_the_models_own_hidden_states():
     for family in ("gemma3_text", "opt", "gpt_neox", "mixtral"):
         model = tiny.tiny_model(family)
         tokens = tiny.tiny_tokens(6, 24)
-        stream = BlockStream(LoadedModel(model), tokens, batch_size=4, device=torch.device("cpu"))
+        stream = BlockStream(ObjectModel(model), tokens, batch_size=4, device=torch.device("cpu"))
         for index, block in enumerate(model.get_submodule(family_of(family).blocks)):
             stream.advance(index, block)
         seen = []
@@ -44,9 +44,9 @@ def test_replayed_blocks_give_the_models_own_hidden_states():
 def test_grams_are_shared_by_input_and_equal_x_transpose_x():
     model = tiny.tiny_model()
     tokens = tiny.tiny_tokens(6, 24)
-    source = LoadedModel(model)
+    source = ObjectModel(model)
     stream = BlockStream(source, tokens, batch_size=4, device=torch.device("cpu"))
-    matrices = block_matrices(source, 0)
+    matrices = source.matrices(0)
     groups = stream.grams(0, model.model.layers[0], matrices)
     kinds = [[m.name.split(".")[1] for m in g.matrices] for g in groups]
     assert kinds == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
@@ -67,9 +67,9 @@ def test_later_blocks_see_pruned_activations():
     tp.prune(model, method="wanda", pattern="2:4", calibration=tokens)
     half = tiny.tiny_model()
     half.model.layers[0].load_state_dict(model.model.layers[0].state_dict())
-    stream = BlockStream(LoadedModel(half), tokens, batch_size=8, device=torch.device("cpu"))
+    stream = BlockStream(ObjectModel(half), tokens, batch_size=8, device=torch.device("cpu"))
     stream.advance(0, half.model.layers[0])
-    matrices = block_matrices(LoadedModel(half), 1)
+    matrices = ObjectModel(half).matrices(1)
     groups = stream.grams(1, half.model.layers[1], matrices)
     gate = next(m for m in matrices if m.name == "mlp.gate_proj")
     gram = next(g.gram for g in groups if gate in g.matrices)
@@ -106,8 +106,8 @@ def test_true_sequential_uses_pruned_inputs_inside_the_block():
     state = model.model.layers[0].state_dict()
     state["mlp.down_proj.weight"] = half.model.layers[0].mlp.down_proj.weight.detach().clone()
     half.model.layers[0].load_state_dict(state)
-    stream = BlockStream(LoadedModel(half), tokens, batch_size=16, device=torch.device("cpu"))
-    down = next(m for m in block_matrices(LoadedModel(half), 0) if m.name == "mlp.down_proj")
+    stream = BlockStream(ObjectModel(half), tokens, batch_size=16, device=torch.device("cpu"))
+    down = next(m for m in ObjectModel(half).matrices(0) if m.name == "mlp.down_proj")
     gram = stream.grams(0, half.model.layers[0], [down])[0].gram
     expected = tp.solvers.Wanda()(down.weight, gram, tp.NM(2, 4)).weight
     assert torch.equal(model.model.layers[0].mlp.down_proj.weight, expected)
@@ -116,9 +116,9 @@ def test_true_sequential_uses_pruned_inputs_inside_the_block():
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gemma2"])  # a mask of gemma2 has the size of its batch
 def test_stages_follow_the_forward(family: str):
     model = tiny.tiny_model(family)
-    source = LoadedModel(model)
+    source = ObjectModel(model)
     stream = BlockStream(source, tiny.tiny_tokens(2, 16), batch_size=2, device=torch.device("cpu"))
-    matrices = block_matrices(source, 0)
+    matrices = source.matrices(0)
     stages = stream.stages(0, model.model.layers[0], matrices)
     assert {m for stage in stages for m in stage} == set(matrices)
     assert [len(stage) for stage in stages] == ([3, 1, 4, 4] if family == "mixtral" else [3, 1, 2, 1])
@@ -147,8 +147,19 @@ def test_a_loaded_model_can_be_saved(tmp_path: Path):
     assert all(torch.equal(value, reloaded.state_dict()[name]) for name, value in model.state_dict().items())
     assert reloaded.config.pruning_config["method"] == "magnitude"
     assert report.output == str(tmp_path / "out")
-    with pytest.raises(tp.CheckpointError, match="exists"):
+    with pytest.raises(tp.CheckpointError, match="method name was 'magnitude' and is 'alps'"):
         tp.prune(model, tmp_path / "out", calibration=tiny.tiny_tokens(8, 32))
+
+
+def test_an_object_pruned_twice_to_one_folder_gives_the_finished_report(tmp_path: Path):
+    options = {"method": "wanda", "calibration": tiny.tiny_tokens(8, 32), "tokenizer": tiny.tiny_tokenizer()}
+    model, again = tiny.tiny_model(), tiny.tiny_model()
+    first = tp.prune(model, tmp_path / "out", **options)
+    for same in (model, again):  # the object itself, now pruned; and another copy of the dense model
+        assert tp.prune(same, tmp_path / "out", **options).to_dict() == first.to_dict()
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in same.state_dict().items())
+    with pytest.raises(tp.CheckpointError, match="holds another run: model was"):
+        tp.prune(tiny.tiny_model(seed=1), tmp_path / "out", **options)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])

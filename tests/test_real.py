@@ -11,7 +11,7 @@ import topiarist as tp
 from demo.assets import model_dir, text_dir
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.evaluation.perplexity import held_out_windows, load_model
-from topiarist.models.sources import StreamedModel, block_matrices
+from topiarist.models.folder import FolderModel
 
 pytestmark = [
     pytest.mark.real,
@@ -21,10 +21,10 @@ pytestmark = [
 
 def test_ties_of_a_model_that_was_4_bit_are_broken_exactly():
     """In about 15 % of its groups of four the second and third magnitude are equal: counts must be exact all the same."""
-    source = StreamedModel(Checkpoint(model_dir()), device=torch.device("cpu"))
+    source = FolderModel(Checkpoint(model_dir()), device=torch.device("cpu"))
     source.load(3)
     ties = groups = 0
-    for matrix in block_matrices(source, 3):
+    for matrix in source.matrices(3):
         scores = matrix.weight.float().abs()
         ordered = scores.unflatten(1, (-1, 4)).sort(-1, descending=True).values
         ties += int((ordered[..., 1] == ordered[..., 2]).sum())

@@ -26,6 +26,7 @@ class Checkpoint:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"model folder {folder} does not exist")
+        self._headers: dict[Path, tuple[dict[str, Any], int]] = {}
         self.config = self._read_json("config.json")
         self.files = self._locate_tensors()
 
@@ -33,7 +34,7 @@ class Checkpoint:
     def of_shard(cls, path: Path) -> Checkpoint:
         """A single finished shard, read by the same names."""
         shard = cls.__new__(cls)
-        shard.folder, shard.config = path.parent, {}
+        shard.folder, shard.config, shard._headers = path.parent, {}, {}
         with opened(path) as reader:
             shard.files = dict.fromkeys(reader.keys(), path)
         return shard
@@ -112,11 +113,16 @@ class Checkpoint:
     def numel(self, name: str) -> int:
         return math.prod(self._header(self.files[name])[0][name]["shape"])
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._header(self.files[name])[0][name]["shape"])
+
     def _header(self, path: Path) -> tuple[dict[str, Any], int]:
         """A shard's header and where its data begins. The format: 8 bytes of length, JSON, data."""
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            return json.loads(stream.read(length)), 8 + length
+        if path not in self._headers:
+            with path.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                self._headers[path] = json.loads(stream.read(length)), 8 + length
+        return self._headers[path]
 
     def copy_bytes(self, names: Sequence[str], target: Path) -> None:
         """Write a safetensors file of the named tensors as they are stored, through a small buffer."""
@@ -179,6 +185,12 @@ def opened(path: Path) -> Iterator[Any]:
 def file_digest(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def weight_digest(weight: Tensor) -> str:
+    """sha256 of a tensor's bytes in row order, little-endian."""
+    raw = weight.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(raw.numpy().data).hexdigest()
 
 
 def locate(model: str | Path) -> Path:

@@ -25,6 +25,10 @@ class UnsupportedModel(TopiaristError, NotImplementedError):
     """A model type, or a part of one, that topiarist has no row of knowledge about."""
 
 
+class DeviceError(TopiaristError, RuntimeError):
+    """A device that is not here."""
+
+
 class NumericalWarning(UserWarning):
     """Numerical trouble that was repaired; the message names the value used."""
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from topiarist.checkpoints.reading import Checkpoint, locate
-from topiarist.core.errors import CalibrationError, CheckpointError, NumericalError, PatternError
+from topiarist.core.errors import CalibrationError, NumericalError, PatternError
 from topiarist.core.losses import next_token_losses
 from topiarist.core.patterns import parse_pattern
 from topiarist.data.text import MAX_SHARED, TextFiles, Windows, evaluation_windows, load_tokenizer
-from topiarist.models import modeling_pruned
-from topiarist.models.families import block_names
-from topiarist.models.sources import StreamedModel, block_matrices, device_or_default
+from topiarist.models.checks import device_or_default
+from topiarist.models.folder import FolderModel
+from topiarist.models.opened import open_model
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,8 @@ def perplexity(
 
 
 def load_model(folder: str | Path, *, device: str | torch.device = "cpu", trust_remote_code: bool = False) -> Any:
-    """A checkpoint through plain transformers, in its own dtype, ready to run."""
-    from transformers import AutoModelForCausalLM
-
-    path = locate(folder)
-    modeling_pruned.register(Checkpoint(path).config)  # the same checks, with messages a user can act on
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
-    return model.to(device).eval()
+    """A checkpoint through plain transformers, in its own dtype, ready to run. Raises as `open_model` does."""
+    return open_model(folder, device=device, trust_remote_code=trust_remote_code).whole().model
 
 
 def held_out_windows(
@@ -117,13 +109,13 @@ class MatrixAudit:
 def audit(folder: str | Path) -> tuple[dict[str, Any], list[MatrixAudit]]:
     """The `pruning_config` of a checkpoint and every prunable matrix of its files, held against what it claims."""
     checkpoint = Checkpoint(locate(folder))
-    source = StreamedModel(checkpoint, device=torch.device("cpu"))
+    source = FolderModel(checkpoint, device=torch.device("cpu"))
     provenance = checkpoint.config.get("pruning_config", {})
     claims = checkpoint.claims()
     audits = []
-    for index, path in enumerate(block_names(source.model, source.family)):
+    for index, path in enumerate(source.block_names):
         source.load(index)
-        for matrix in block_matrices(source, index):
+        for matrix in source.matrices(index):
             name, mask = f"{path}.{matrix.name}", matrix.weight != 0
             sparsity = 1.0 - float(mask.double().mean())
             claim = claims.get(name)

@@ -20,7 +20,7 @@ from topiarist.checkpoints.reading import file_digest, locate
 from topiarist.core.errors import CalibrationError, TopiaristError
 from topiarist.data.text import load_tokenizer
 from topiarist.evaluation.perplexity import load_model, with_reference
-from topiarist.models.sources import device_or_default
+from topiarist.models.checks import device_or_default
 
 BOOTSTRAP = 1000
 """Resamples for the standard error of figures that have no formula for it, such as LAMBADA's perplexity."""

@@ -9,7 +9,8 @@ verify("out-folder")                                          # are the zeros st
 read_npz / write_npz                                          # the published packbits format
 """
 
-from topiarist.masks.files import MaskFile, apply, save_masks, swap, weight_digest
+from topiarist.checkpoints.reading import weight_digest
+from topiarist.masks.files import MaskFile, apply, save_masks, swap
 from topiarist.masks.holding import Hold, hold
 from topiarist.masks.npz import read_npz, write_npz
 from topiarist.masks.verify import Breach, Verification, verify

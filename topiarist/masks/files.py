@@ -20,22 +20,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from topiarist.__about__ import __version__
-from topiarist.checkpoints.reading import Checkpoint, locate
+from topiarist.checkpoints.reading import Checkpoint, locate, weight_digest
 from topiarist.checkpoints.writing import OutputFolder
 from topiarist.core.errors import CheckpointError, PatternError, TopiaristError
 from topiarist.core.patterns import Pattern, parse_pattern
 from topiarist.masklearn.candidates import ORDER
 from topiarist.masks.bitpack import pack, unpack
-from topiarist.models.sources import StreamedModel
+from topiarist.models.folder import FolderModel
 
 FORMAT = "topiarist_masks"
 SHARD_BYTES = 1 << 30
-
-
-def weight_digest(weight: Tensor) -> str:
-    """sha256 of a tensor's bytes in row order, little-endian."""
-    raw = weight.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(raw.numpy().data).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -259,7 +253,7 @@ def _parts(checkpoint: Checkpoint, file: MaskFile) -> dict[str, list[list[str]]]
     if all(name in checkpoint for name in file):
         return {name: [[name]] for name in file}
     try:
-        source = StreamedModel(checkpoint, device=torch.device("cpu"))
+        source = FolderModel(checkpoint, device=torch.device("cpu"))
     except TopiaristError:  # no row for this type: then only plain names can be found
         source = None
     found: dict[str, list[list[str]]] = {}

@@ -14,8 +14,7 @@ from topiarist.checkpoints.writing import MASKS
 from topiarist.core.errors import CheckpointError, PatternError
 from topiarist.core.patterns import NM, Columns, Pattern, Unstructured, parse_pattern
 from topiarist.masks.files import MaskFile, read_whole
-from topiarist.models.families import block_names
-from topiarist.models.sources import StreamedModel, block_matrices
+from topiarist.models.folder import FolderModel
 
 _EIGHT_BIT = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -71,7 +70,7 @@ def verify(folder: str | Path, masks: str | Path | None = None) -> Verification:
             "masks.safetensors"
         )
     quantised = "quantization_config" in checkpoint.config
-    source = None if quantised else StreamedModel(checkpoint, device=torch.device("cpu"))
+    source = None if quantised else FolderModel(checkpoint, device=torch.device("cpu"))
     breaches = [b for b in map(_judge, _claimed_weights(checkpoint, source, claimed)) if b is not None]
     for name in file or ():
         weight = _parameter(checkpoint, source, name)
@@ -80,7 +79,7 @@ def verify(folder: str | Path, masks: str | Path | None = None) -> Verification:
 
 
 def _claimed_weights(
-    checkpoint: Checkpoint, source: StreamedModel | None, claimed: Mapping[str, str]
+    checkpoint: Checkpoint, source: FolderModel | None, claimed: Mapping[str, str]
 ) -> Iterator[tuple[str, str, Tensor | str]]:
     """(name, claim, weight) of every claimed matrix; a text in place of the weight says why it cannot be read."""
     left = dict(claimed)
@@ -88,9 +87,9 @@ def _claimed_weights(
         for name, claim in claimed.items():
             yield name, claim, _parameter(checkpoint, None, f"{name}.weight")
         return
-    for index, path in enumerate(block_names(source.model, source.family)):
+    for index, path in enumerate(source.block_names):
         source.load(index)
-        for matrix in block_matrices(source, index):
+        for matrix in source.matrices(index):
             if claim := left.pop(f"{path}.{matrix.name}", None):
                 yield f"{path}.{matrix.name}", claim, matrix.weight
         source.release(index)
@@ -98,7 +97,7 @@ def _claimed_weights(
         yield name, claim, "the checkpoint has no such matrix"
 
 
-def _parameter(checkpoint: Checkpoint, source: StreamedModel | None, name: str) -> Tensor | str:
+def _parameter(checkpoint: Checkpoint, source: FolderModel | None, name: str) -> Tensor | str:
     """A parameter by its model's name, stacked from its experts if it is stored so; or why it cannot be read."""
     try:
         parts = [[name]] if name in checkpoint or source is None else source.disk_parts(name)

@@ -6,10 +6,8 @@ model over stubs, and matrices are found by type. A row says only what cannot be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from topiarist.core.errors import UnsupportedModel
+from topiarist.models.hooks import EndForward, StandIn
 
 
 @dataclass(frozen=True)
@@ -239,24 +238,6 @@ def block_names(model: nn.Module, family: Family) -> list[str]:
     return [f"{family.blocks}.{i}" for i in range(len(model.get_submodule(family.blocks)))]  # pyright: ignore[reportArgumentType]
 
 
-class EndForward(Exception):
-    """Ends a forward that has gone as far as is wanted."""
-
-
-class StandIn(nn.Module):
-    """Runs `forward` in a block's place; looks like the block otherwise."""
-
-    def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
-        super().__init__()
-        self.__dict__.update(_block=block, _forward=forward)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_block"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._forward(*args, **kwargs)
-
-
 @dataclass
 class BlockCall:
     """How the model calls one block: everything but the hidden states is replayed as it was."""
@@ -300,36 +281,3 @@ def capture_calls(model: nn.Module, family: Family, tokens: Tensor, *, returns_t
         for i, block in enumerate(originals):
             blocks[i] = block
     return record
-
-
-class ExpertTap(torch.overrides.TorchFunctionMode):
-    """Sees the input of every expert's matrix: the eager loop calls `linear` with a slice of the fused parameter."""
-
-    def __init__(self, matrices: Iterable[Matrix], on_input: Any) -> None:
-        super().__init__()
-        self._on_input = on_input
-        self._known: dict[int, Matrix] = {m.tensor.data_ptr(): m for m in matrices}
-
-    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.linear:
-            matrix = self._known.get(args[1].data_ptr())
-            if matrix is not None:
-                self._on_input(matrix, args[0])
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def watch_inputs(matrices: Sequence[Matrix], on_input: Callable[[Matrix, Tensor], None]) -> Iterator[None]:
-    """Call `on_input(matrix, x)` whenever a matrix is about to be applied to x."""
-    with ExitStack() as stack:
-        for matrix in matrices:
-            if matrix.expert is None:
-                hook = matrix.module.register_forward_pre_hook(partial(_first_argument, on_input, matrix))
-                stack.callback(hook.remove)
-        if experts := [m for m in matrices if m.expert is not None]:
-            stack.enter_context(ExpertTap(experts, on_input))
-        yield
-
-
-def _first_argument(on_input: Callable[[Matrix, Tensor], None], matrix: Matrix, _: nn.Module, args: Any) -> None:
-    on_input(matrix, args[0])

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from topiarist.core.errors import CheckpointError
+from topiarist.core.errors import CheckpointError, TopiaristError
+from topiarist.models.opened import open_model
 from topiarist.runtime import cpu, cuda
 from topiarist.runtime.cpu import MARGIN, Acceleration
 from topiarist.runtime.packed import MANIFEST, from_packed
@@ -81,12 +82,10 @@ def bench_folder(
 
     Raises CheckpointError if the folder cannot be read, or if the model in it has no sparse linear.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
         packed = (Path(folder) / MANIFEST).exists()
-        model: Any = from_packed(folder) if packed else AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    except CheckpointError:
+        model: Any = from_packed(folder) if packed else open_model(folder, device=device).whole().model
+    except TopiaristError:
         raise
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot load a model from {folder}: {error}") from error

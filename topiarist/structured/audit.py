@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from topiarist.checkpoints.reading import Checkpoint, locate
-from topiarist.models.families import block_names
-from topiarist.models.sources import StreamedModel, block_matrices
+from topiarist.models.folder import FolderModel
 from topiarist.structured.spec import SPEC, PruneSpec
 from topiarist.structured.units import COLUMN_KINDS
 
@@ -46,9 +45,9 @@ def audit_shrunk(folder: str | Path) -> ShrunkAudit | None:
     if not (path / SPEC).is_file():
         return None
     checkpoint, spec = Checkpoint(path), PruneSpec.load(path)
-    source = StreamedModel(checkpoint, device=torch.device("cpu"))
+    source = FolderModel(checkpoint, device=torch.device("cpu"))
     rows = spec.by_block()
-    blocks = block_names(source.model, source.family)
+    blocks = source.block_names
     units: list[UnitAudit] = []
     if whole := [row for row in rows if row["kind"] == "block"]:
         kept = sum(row["kept"] for row in whole)
@@ -63,7 +62,7 @@ def audit_shrunk(folder: str | Path) -> ShrunkAudit | None:
         if not own:
             continue
         source.load(index)
-        for matrix in block_matrices(source, index):
+        for matrix in source.matrices(index):
             for kind in COLUMN_KINDS:
                 same = own.get((f"{block}.{matrix.name}", kind))
                 if same:

@@ -8,14 +8,15 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topiarist.models.families import family_of
-from topiarist.models.sources import eager_experts
+from topiarist.models.hooks import hooked, products_inside
+from topiarist.models.opened import eager_experts
 from topiarist.structured.units import UnitGroup
 
 Masks = dict[str, Tensor]
+Multiply = Callable[[Tensor], Tensor]
 
 
 @contextmanager
@@ -36,22 +37,22 @@ def gates(model: Any, groups: Sequence[UnitGroup]) -> Iterator[Masks]:
             kind, first = sharing[0].kind, sharing[0]
             if kind == "experts":
                 module = model.get_submodule(consumer)
-                stack.enter_context(_patched_linear(module, partial(_route, masks, first.key, module)))
+                stack.enter_context(products_inside(module, partial(_route, masks, first.key, module)))
             elif kind == "channels" and first.parts[-1].expert is not None:
                 fused = consumer.rpartition(".")[0]
                 experts.setdefault(fused, {})[first.parts[-1].expert] = partial(_multiply, masks, sharing)
             elif first.width:
                 module = model.get_submodule(consumer)
                 hook = partial(_gate_input, masks, sorted(sharing, key=lambda g: g.start))
-                stack.callback(module.register_forward_pre_hook(hook).remove)
+                stack.enter_context(hooked(module.register_forward_pre_hook(hook)))
             else:
                 module = model.get_submodule(consumer)
                 hook = partial(_gate_output, masks, first)
-                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+                stack.enter_context(hooked(module.register_forward_hook(hook, with_kwargs=True)))
         for fused, multipliers in experts.items():
             path, _, parameter = fused.rpartition(".")
             module = model.get_submodule(path)
-            stack.enter_context(_patched_linear(module, partial(_gate_expert, module, parameter, multipliers)))
+            stack.enter_context(products_inside(module, partial(_gate_expert, module, parameter, multipliers)))
         stack.enter_context(eager_experts(model) if family_of(model.config.model_type).mixture else ExitStack())
         yield masks
 
@@ -86,8 +87,9 @@ def _gate_output(
     return (added, *output[1:]) if isinstance(output, tuple) else added
 
 
-def _route(masks: Masks, key: str, router: Any, x: Tensor, weight: Tensor, logits: Tensor) -> Tensor:
+def _route(masks: Masks, key: str, router: Any, x: Tensor, weight: Tensor, multiply: Multiply) -> Tensor:
     """The router's logits plus log mask: probabilities times the mask, normalised again; 0 is never chosen."""
+    logits = multiply(x)
     if weight is not router.weight:
         return logits
     return logits + masks[key].to(logits.device).log().to(logits.dtype)
@@ -99,47 +101,13 @@ def _gate_expert(
     multipliers: dict[int, Callable[[Tensor], Tensor]],
     x: Tensor,
     weight: Tensor,
-    out: Tensor,
+    multiply: Multiply,
 ) -> Tensor:
-    """The product again with the gated input, if `weight` is an expert's slice of the fused parameter."""
+    """The product, of the gated input if `weight` is an expert's slice of the fused parameter."""
     fused = getattr(module, parameter)
     if weight.shape != fused.shape[1:]:
-        return out
+        return multiply(x)
     offset = weight.data_ptr() - fused.data_ptr()
     number, rest = divmod(offset, fused.stride(0) * fused.element_size())
-    if rest or not 0 <= number < len(fused):
-        return out
-    return F.linear(multipliers[number](x), weight)
-
-
-class _LinearHook(torch.overrides.TorchFunctionMode):
-    """Calls `change(x, weight, output)` for every `linear` and returns what it returns."""
-
-    def __init__(self, change: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self._change = change
-
-    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        return self._change(args[0], args[1], output) if func is F.linear else output
-
-
-@contextmanager
-def _patched_linear(module: nn.Module, change: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """Inside `module`'s forward, and there only, `linear` goes through `change`."""
-    modes: list[_LinearHook] = []
-
-    def enter(*_: Any) -> None:
-        modes.append(_LinearHook(change))
-        modes[-1].__enter__()
-
-    def leave(*_: Any) -> None:
-        modes.pop().__exit__(None, None, None)
-
-    before = module.register_forward_pre_hook(enter)
-    after = module.register_forward_hook(leave, always_call=True)
-    try:
-        yield
-    finally:
-        before.remove()
-        after.remove()
+    known = not rest and 0 <= number < len(fused)
+    return multiply(multipliers[number](x) if known else x)

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from topiarist.core.errors import NumericalError
-from topiarist.models.families import Matrix, family_of, matrices_of, watch_inputs
-from topiarist.models.sources import eager_experts
+from topiarist.models.families import Matrix, family_of, matrices_of
+from topiarist.models.hooks import hooked, watch_inputs
+from topiarist.models.opened import eager_experts
 from topiarist.structured.methods import Method, Scores, Task
 from topiarist.structured.units import COLUMN_KINDS, Kept, UnitGroup
 
@@ -100,7 +101,7 @@ class WandaSP(Method):
     """Wanda for structures: the mean over output rows of |W| ||x_j||, summed over a unit's columns of its consumer.
 
     Choose it when seconds matter; its scores compare within a layer, so use it with the same count in every layer.
-    Source: Gao et al.'s and FLAP's code (Wanda: arXiv 2306.11695). Cost: one pass over the text.
+    OpenedModel: Gao et al.'s and FLAP's code (Wanda: arXiv 2306.11695). Cost: one pass over the text.
 
     Differs from their code in: 1. activations of the dense model, not of one whose earlier layers are already cut.
     """
@@ -202,14 +203,11 @@ class BlockInfluence(Method):
                     module.register_forward_hook(lambda _, __, out, key=group.key: added.update({key: _first(out)}))
                 )
             hooks.append(block.register_forward_hook(lambda _, __, out, group=group: leave(group, out)))
-        try:
-            batches = task.tokens.split(task.batch_size)
+        batches = task.tokens.split(task.batch_size)
+        with hooked(*hooks):
             for number, batch in enumerate(batches):
                 task.progress("looking at hidden states", number, len(batches))
                 model(input_ids=batch.to(task.model.device), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return {key: torch.tensor([total / task.tokens.numel()]) for key, total in totals.items()}
 
 

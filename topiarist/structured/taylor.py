@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from topiarist.core.errors import NumericalError, TopiaristError
 from topiarist.core.losses import next_token_loss
-from topiarist.models.sources import eager_experts
+from topiarist.models.opened import eager_experts
 from topiarist.structured.methods import Task
 from topiarist.structured.units import Part, UnitGroup
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from topiarist.core.errors import CalibrationError
 from topiarist.core.losses import next_token_losses
-from topiarist.models.families import EndForward, StandIn, family_of
+from topiarist.models.families import family_of
+from topiarist.models.hooks import EndForward, StandIn, hooked
 from topiarist.structured.choose import choose
 from topiarist.structured.gates import Masks
 from topiarist.structured.methods import Scores, Task
@@ -75,13 +77,8 @@ class Prefix:
             reached.append(output)
             raise EndForward
 
-        hook = self._originals[block - 1].register_forward_hook(leave)
-        try:
+        with hooked(self._originals[block - 1].register_forward_hook(leave)), suppress(EndForward):
             self._model(input_ids=self._tokens, use_cache=False)
-        except EndForward:
-            pass
-        finally:
-            hook.remove()
         for index in range(block):
             self._blocks[index] = StandIn(self._originals[index], lambda *_, **__: reached[0])
         self._start = block

@@ -16,18 +16,15 @@ from torch import Tensor, nn
 from topiarist import allocate
 from topiarist.allocate import Rule, Scores, Search
 from topiarist.allocate.fixed import kept_by
-from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.writing import OutputFolder, write_atomically
 from topiarist.core.errors import NumericalWarning
 from topiarist.core.patterns import Pattern
 from topiarist.core.registry import look_up
 from topiarist.data.text import TextFiles, Windows
-from topiarist.models.families import block_names
-from topiarist.models.sources import Source, block_matrices, eager_experts
+from topiarist.models.opened import OpenedModel, eager_experts
 from topiarist.pipelines.allocating.measure import measure
 from topiarist.pipelines.allocating.search import search
-from topiarist.pipelines.common.setup import layer_shapes, open_source, resolve_patterns
-from topiarist.pipelines.learning.files import model_digest
+from topiarist.pipelines.common.setup import resolve_patterns
 from topiarist.pipelines.pruning.options import Progress, PruneOptions
 from topiarist.solvers import Solver
 
@@ -79,7 +76,7 @@ class FoundAllocation:
         write_atomically(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
 
 
-def fixed_patterns(options: PruneOptions, source: Source) -> tuple[dict[str, Pattern | None], list[str]]:
+def fixed_patterns(options: PruneOptions, source: OpenedModel) -> tuple[dict[str, Pattern | None], list[str]]:
     """The patterns that need no measurement, and expressions of `skip` that match nothing.
 
     Of a rule they are those before it: `pattern` everywhere.
@@ -94,21 +91,20 @@ def fixed_patterns(options: PruneOptions, source: Source) -> tuple[dict[str, Pat
 def allocated(
     options: PruneOptions,
     rule: Rule,
-    source: Source,
-    checkpoint: Checkpoint | None,
+    source: OpenedModel,
     windows: Windows,
     output: OutputFolder | None,
     progress: Progress,
 ) -> tuple[dict[str, Pattern | None], dict[str, Any]]:
     """The rule's patterns for a run, and what its report says of them. A resumed run reads them from its folder."""
-    shapes, stored = layer_shapes(source), None if output is None else output.folder / FILE
+    shapes, stored = source.shapes(), None if output is None else output.folder / FILE
     if stored is None or not stored.is_file():
         if isinstance(rule, Search) and options.allocation_work is None and output is not None:
             options = replace(options, allocation_work=output.folder.with_name(output.folder.name + ".search"))
-        found = apply_rule(options, rule, source, checkpoint, windows, progress)
-        if output is None or checkpoint is None:
+        found = apply_rule(options, rule, source, windows, progress)
+        if output is None or source.checkpoint is None:
             return dict(found.patterns), _facts(found.to_dict())
-        output.begin(int(checkpoint.weight_bytes() * 1.01))
+        output.begin(int(source.nbytes * 1.01))
         output.write_text(FILE, json.dumps(found.to_dict(), indent=2) + "\n")
     assert stored is not None
     facts = _facts(json.loads(stored.read_text(encoding="utf-8")))
@@ -165,34 +161,31 @@ def find_allocation_with(
 ) -> FoundAllocation:
     """`find_allocation`, its options as one value."""
     rule = options.rule or look_up(allocate.ALLOCATIONS, str(options.allocation), "allocation rule")()
-    source, checkpoint, _ = open_source(model, None, options.device, options.trust_remote_code, planning=True)
-    windows = options.windows(source, checkpoint)
-    return apply_rule(options, rule, source, checkpoint, windows, progress or (lambda *_: None))
+    source = options.opened(model)
+    windows = options.windows(source)
+    return apply_rule(options, rule, source, windows, progress or (lambda *_: None))
 
 
 def apply_rule(
     options: PruneOptions,
     rule: Rule,
-    source: Source,
-    checkpoint: Checkpoint | None,
+    source: OpenedModel,
     windows: Windows,
     progress: Progress,
 ) -> FoundAllocation:
     """Measure what the rule asks for (or read it from the work folder), and let it say the patterns."""
-    shapes, pattern = layer_shapes(source), options.base_pattern
+    shapes, pattern = source.shapes(), options.base_pattern
     pruned, _ = allocate.without(dict.fromkeys(shapes, pattern), options.skip)
     counted = {name: shapes[name] for name, wanted in pruned.items() if wanted is not None}
     depths = {
-        f"{path}.{m.name}": index
-        for index, path in enumerate(block_names(source.model, source.family))
-        for m in block_matrices(source, index)
+        f"{path}.{m.name}": index for index, path in enumerate(source.block_names) for m in source.matrices(index)
     }
     scores = Scores({}, {})
     if rule.measured_by and counted:
         # Before the slow part: a budget that cannot be met, or a pattern that does not fit, is said at once.
         rule.patterns(counted, depths, pattern, dict.fromkeys(counted, 0.5))
         with eager_experts(source.model):
-            scores = _scores(options, rule, source, checkpoint, windows, counted, depths, progress)
+            scores = _scores(options, rule, source, windows, counted, depths, progress)
     if len(scores.unsure) > MOST_UNSURE * len(counted):
         warnings.warn(
             f"{len(scores.unsure)} of {len(counted)} traces are within two standard errors of zero, so their ranks are "
@@ -214,8 +207,7 @@ def apply_rule(
 def _scores(
     options: PruneOptions,
     rule: Rule,
-    source: Source,
-    checkpoint: Checkpoint | None,
+    source: OpenedModel,
     windows: Windows,
     shapes: Mapping[str, tuple[int, int]],
     depths: Mapping[str, int],
@@ -223,7 +215,7 @@ def _scores(
 ) -> Scores:
     """What the rule measures, read from the work folder if the same was measured before."""
     made_of = {
-        "model": model_digest(source.model) if checkpoint is None else checkpoint.digest(),
+        "model": source.digest(),
         "calibration": windows.digest,
         "seed": options.seed,
     }

@@ -18,8 +18,7 @@ from topiarist.checkpoints.writing import write_atomically
 from topiarist.core.errors import CalibrationWarning
 from topiarist.core.patterns import Pattern, Unstructured
 from topiarist.masks.bitpack import BITMAP, pack, unpack
-from topiarist.models.families import block_names
-from topiarist.models.sources import Source, block_matrices
+from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.pruning.block import BlockPruner
 from topiarist.pipelines.pruning.options import Progress
@@ -72,7 +71,7 @@ class Database:
 @torch.no_grad()
 def fill(
     database: Database,
-    source: Source,
+    source: OpenedModel,
     solver: Solver,
     tokens: Tensor,
     names: Iterable[str],
@@ -82,7 +81,7 @@ def fill(
     progress: Progress,
 ) -> None:
     """Solve what is missing, block by block; every block is put back as it was and run dense for the next."""
-    paths, wanted = block_names(source.model, source.family), set(names)
+    paths, wanted = source.block_names, set(names)
     missing = database.missing(range(len(paths)), patterns)
     if not missing:
         return
@@ -90,7 +89,7 @@ def fill(
     for index in range(max(missing) + 1):
         progress("solving every level", index, max(missing) + 1)
         path, block = paths[index], source.load(index)
-        matrices = [m for m in block_matrices(source, index) if f"{path}.{m.name}" in wanted]
+        matrices = [m for m in source.matrices(index) if f"{path}.{m.name}" in wanted]
         if index in missing:
             groups = stream.grams(index, block, matrices)
             dense = {m: m.weight.clone() for m in matrices}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,15 +12,22 @@ from topiarist.allocate import Owl, Rule, Scores, Sensitivity
 from topiarist.allocate.scores import outlier_ratio, probe, random_signs
 from topiarist.core.errors import NumericalError
 from topiarist.core.losses import next_token_loss
-from topiarist.evaluation.perplexity import load_model
-from topiarist.models.families import Matrix, block_names, watch_inputs
-from topiarist.models.sources import LoadedModel, Source, StreamedModel, block_matrices
+from topiarist.models.families import Matrix, block_names
+from topiarist.models.hooks import watch_inputs
+from topiarist.models.opened import ObjectModel, OpenedModel
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.pruning.options import Progress
 
 
 def measure(
-    rule: Rule, source: Source, tokens: Tensor, names: Sequence[str], *, batch_size: int, seed: int, progress: Progress
+    rule: Rule,
+    source: OpenedModel,
+    tokens: Tensor,
+    names: Sequence[str],
+    *,
+    batch_size: int,
+    seed: int,
+    progress: Progress,
 ) -> Scores:
     """The scores of the layers `names` that a rule asks for, on calibration windows (num, window)."""
     if isinstance(rule, Owl):
@@ -46,15 +52,15 @@ class InputSquares:
 
 
 def dense_inputs(
-    source: Source, tokens: Tensor, names: Sequence[str], batch_size: int, progress: Progress
+    source: OpenedModel, tokens: Tensor, names: Sequence[str], batch_size: int, progress: Progress
 ) -> Iterator[dict[str, tuple[Matrix, InputSquares]]]:
     """Run the dense model over the windows, block by block; of every block the wanted matrices and their inputs."""
     stream, wanted = BlockStream(source, tokens, batch_size=batch_size, device=source.device), set(names)
-    paths = block_names(source.model, source.family)
+    paths = source.block_names
     for index, path in enumerate(paths):
         progress("measuring the dense model", index, len(paths))
         block = source.load(index)
-        matrices = [m for m in block_matrices(source, index) if f"{path}.{m.name}" in wanted]
+        matrices = [m for m in source.matrices(index) if f"{path}.{m.name}" in wanted]
         seen = {m: InputSquares(m.shape[1]) for m in matrices}
         with watch_inputs(matrices, lambda matrix, x, seen=seen: seen[matrix].add(x)):
             stream.advance(index, block)
@@ -63,7 +69,7 @@ def dense_inputs(
 
 
 def outliers(
-    rule: Owl, source: Source, tokens: Tensor, names: Sequence[str], batch_size: int, progress: Progress
+    rule: Owl, source: OpenedModel, tokens: Tensor, names: Sequence[str], batch_size: int, progress: Progress
 ) -> Scores:
     """The outlier ratio of every block, stated for each of its layers, or of every layer."""
     values: dict[str, float] = {}
@@ -76,14 +82,14 @@ def outliers(
     return Scores(values, {})
 
 
-def input_traces(source: Source, tokens: Tensor, names: Sequence[str], progress: Progress) -> Scores:
+def input_traces(source: OpenedModel, tokens: Tensor, names: Sequence[str], progress: Progress) -> Scores:
     """Mean of x^2 over the inputs of every layer: the trace, by weight, of the Hessian of its own squared output error."""
     blocks = dense_inputs(source, tokens, names, 1, progress)
     return Scores.of_samples({n: squares.means or [0.0] for block in blocks for n, (_, squares) in block.items()})
 
 
 def loss_traces(
-    rule: Sensitivity, source: Source, tokens: Tensor, names: Sequence[str], seed: int, progress: Progress
+    rule: Sensitivity, source: OpenedModel, tokens: Tensor, names: Sequence[str], seed: int, progress: Progress
 ) -> Scores:
     """Trace, divided by the number of weights, of every layer's block of the Hessian of the mean next-token loss.
 
@@ -91,7 +97,7 @@ def loss_traces(
     gradient of one sequence's mean loss; the factor puts it in the units of the Hessian if tokens are independent.
     The model runs in fp32: bf16 needs steps so large that they are a fifth off. Raises NumericalError if it is not finite.
     """
-    model = whole_model(source).float()
+    model = source.fresh().float()
     matrices = layers_of(model, source, names)
     weights = [m.tensor for m in matrices.values()]
     sizes = [w.numel() for w in weights]
@@ -117,20 +123,13 @@ def loss_traces(
     return scores
 
 
-def whole_model(source: Source) -> Any:
-    """The dense model in memory, apart from the source: it may be changed."""
-    if isinstance(source, StreamedModel):
-        return load_model(source.checkpoint.folder, device=source.device, trust_remote_code=source.trust_remote_code)
-    return copy.deepcopy(source.model).eval()
-
-
-def layers_of(model: nn.Module, source: Source, names: Sequence[str]) -> dict[str, Matrix]:
+def layers_of(model: nn.Module, source: OpenedModel, names: Sequence[str]) -> dict[str, Matrix]:
     """The matrices of a whole model by full name, for those named."""
-    whole, wanted = LoadedModel(model), set(names)
+    whole, wanted = ObjectModel(model), set(names)
     found = {
         f"{path}.{m.name}": m
         for index, path in enumerate(block_names(model, source.family))
-        for m in block_matrices(whole, index)
+        for m in whole.matrices(index)
     }
     return {name: matrix for name, matrix in found.items() if name in wanted}
 

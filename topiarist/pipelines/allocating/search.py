@@ -24,9 +24,9 @@ from topiarist.core.errors import CalibrationError, NumericalError
 from topiarist.core.losses import divergence
 from topiarist.core.patterns import NM, Columns, Pattern, TransposableNM, Unstructured
 from topiarist.core.registry import name_of, resolve
-from topiarist.models.sources import Source
+from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.allocating.database import Database, fill
-from topiarist.pipelines.allocating.measure import layers_of, whole_model
+from topiarist.pipelines.allocating.measure import layers_of
 from topiarist.pipelines.pruning.options import Progress, PruneOptions
 from topiarist.pipelines.pruning.sparsellm import METHODS, SparseLLM
 
@@ -52,7 +52,7 @@ def _sparsity(pattern: Pattern | None) -> float:
 def search(
     rule: Search,
     options: PruneOptions,
-    source: Source,
+    source: OpenedModel,
     tokens: Tensor,
     shapes: Shapes,
     depths: Mapping[str, int],
@@ -124,9 +124,9 @@ def _kept(pattern: Pattern | None, shape: tuple[int, int]) -> int:
 class Judge:
     """The whole model in memory, dressed as one candidate after another, held against its own dense predictions."""
 
-    def __init__(self, source: Source, database: Database, genes: Genes, windows: Tensor) -> None:
+    def __init__(self, source: OpenedModel, database: Database, genes: Genes, windows: Tensor) -> None:
         self.database, self.genes, self.windows = database, genes, windows
-        self.model = whole_model(source)
+        self.model = source.fresh()
         self.matrices = layers_of(self.model, source, list(genes.shapes))
         self.worn: dict[int, int | None] = dict.fromkeys(range(len(genes.units)))
         self.dense = {name: m.weight.clone() for name, m in self.matrices.items()} if None in genes.levels else {}

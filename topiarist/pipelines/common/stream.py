@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from topiarist.core.gram import Gram
-from topiarist.models.families import BlockCall, Matrix, capture_calls, watch_inputs
-from topiarist.models.sources import Source
+from topiarist.models.families import BlockCall, Matrix, capture_calls
+from topiarist.models.hooks import EndForward, watch_inputs
+from topiarist.models.opened import OpenedModel
 
 
 @dataclass
@@ -28,10 +29,6 @@ class GramGroup:
     gram: Gram
     asked: list[Tensor] | None = None
     """Weights for the solver to approximate on this Gram, if not the matrices' own."""
-
-
-class StopForward(Exception):
-    """Ends a forward early: everything that was asked for has been seen."""
 
 
 @dataclass
@@ -80,7 +77,7 @@ class BlockStream:
     """Hidden states on their way through the blocks, in batches that are called as the model itself would."""
 
     def __init__(
-        self, source: Source, tokens: Tensor, *, batch_size: int, device: torch.device, spill: Path | None = None
+        self, source: OpenedModel, tokens: Tensor, *, batch_size: int, device: torch.device, spill: Path | None = None
     ) -> None:
         self.source, self.device, self._spill = source, device, spill
         self._batches = [slice(s, min(s + batch_size, len(tokens))) for s in range(0, len(tokens), batch_size)]
@@ -186,11 +183,11 @@ class BlockStream:
 
         def on_input(_: Matrix, x: Tensor) -> None:
             found.values[rows] = x.reshape(rows.stop - rows.start, -1, x.shape[-1]).cpu()
-            raise StopForward
+            raise EndForward
 
         with watch_inputs([matrix], on_input):
             for batch, rows in enumerate(self._batches):  # noqa: B007  (on_input reads rows)
-                with suppress(StopForward):
+                with suppress(EndForward):
                     self.run_batch(index, block, batch)
         return found
 
@@ -216,12 +213,12 @@ class BlockStream:
             collector.on_input(matrix, x)
             remaining.discard(matrix)
             if stop_early and not remaining:
-                raise StopForward
+                raise EndForward
 
         with watch_inputs(matrices, on_input):
             for batch in range(1 if one_batch else self.num_batches):
                 remaining.update(matrices)
-                with suppress(StopForward):
+                with suppress(EndForward):
                     self.run_batch(index, block, batch)
                 collector.end_of_forward()
         return collector.groups

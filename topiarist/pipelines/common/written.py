@@ -13,11 +13,15 @@ from torch import nn
 
 from topiarist import __about__
 from topiarist.checkpoints.reading import Checkpoint
-from topiarist.checkpoints.writing import OutputFolder
+from topiarist.checkpoints.writing import REPORT, OutputFolder
 from topiarist.core.errors import CheckpointError
 from topiarist.data.text import Windows
+from topiarist.models.opened import OpenedModel
 from topiarist.results.pages import PAGE, Result, model_card, report_page
 from topiarist.results.report import Report
+
+RESULT_DIGEST = "result_digest"
+"""Of a model object after it was pruned, in its report."""
 
 
 def finish(output: OutputFolder, checkpoint: Checkpoint, report: Report, windows: Windows) -> None:
@@ -46,14 +50,26 @@ def saved_beside(
         raise CheckpointError(f"cannot write {named or folder}: {error}{cure}") from error
 
 
-def save_loaded(model: Any, tokenizer: Any, out: Path, report: Report, windows: Windows) -> None:
-    """Written beside `out`, then one rename: `out` is whole or not there."""
+def dense_digest(source: OpenedModel, out: Path) -> str:
+    """The digest of a model; of an object that an earlier call pruned to `out`, the one it had before."""
+    digest = source.digest()
+    if source.checkpoint is None and (out / REPORT).is_file():
+        written = json.loads((out / REPORT).read_text(encoding="utf-8"))
+        if written.get(RESULT_DIGEST) == digest:
+            return written["fingerprint"]["model"]
+    return digest
+
+
+def save_loaded(source: OpenedModel, tokenizer: Any, output: OutputFolder, report: Report, windows: Windows) -> None:
+    """A model object and its papers, written beside the output folder, then one rename: it is whole or not there."""
+    out = output.folder
     temporary = out.with_name(out.name + ".tmp")
-    with saved_beside(model, tokenizer, temporary, named=out):
+    with saved_beside(source.model, tokenizer, temporary, named=out):
         config = json.loads((temporary / "config.json").read_text())
         config["pruning_config"] = report.pruning_config(__about__.__version__)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (temporary / "pruning_report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        papers = {**report.to_dict(), "fingerprint": output.fingerprint, RESULT_DIGEST: source.digest()}
+        (temporary / REPORT).write_text(json.dumps(papers, indent=2) + "\n")
         for name, text in _side_texts(report, windows).items():
             (temporary / name).write_text(text)
         temporary.replace(out)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from topiarist import __about__
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.writing import MASKS, OutputFolder
 from topiarist.core.errors import TopiaristError
 from topiarist.data.text import Windows
-from topiarist.masks import MaskFile, save_masks, weight_digest
+from topiarist.masks import MaskFile, save_masks
 from topiarist.masks.files import write_masked
-from topiarist.models.sources import LoadedModel
+from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.common.written import saved_beside
 from topiarist.pipelines.learning import recover
 from topiarist.pipelines.learning.masking import Target
@@ -30,13 +29,6 @@ PRIOR, SHARDS = "prior", "shards"
 """Of sharded runs instead; SHARDS: a folder with the states of their processes (sharding.py)."""
 STATE_BYTES = 13
 """Of the state on disk, per masked weight at 2:4: fp32 logits, bf16 moments, the prior's bit."""
-
-
-def model_digest(model: nn.Module) -> str:
-    total = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        total.update(f"{name} {weight_digest(parameter)}".encode())
-    return total.hexdigest()
 
 
 def open_output(
@@ -105,7 +97,7 @@ def layer_reports(wanted: Sequence[Target], masks: Mapping[str, Tensor], flips: 
 def write_result(
     output: OutputFolder,
     checkpoint: Checkpoint | None,
-    source: LoadedModel,
+    source: ObjectModel,
     tokenizer: Any,
     wanted: Sequence[Target],
     masks: Mapping[str, Tensor],

@@ -14,16 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from topiarist.checkpoints.reading import Checkpoint
-from topiarist.core.errors import CalibrationError, TopiaristError, UnsupportedModel
+from topiarist.core.errors import CalibrationError, TopiaristError
 from topiarist.core.patterns import Pattern
 from topiarist.core.registry import look_up
-from topiarist.data.text import TextFiles, Windows, evaluation_windows, load_tokenizer
-from topiarist.evaluation.perplexity import load_model
+from topiarist.data.text import TextFiles, Windows, evaluation_windows
 from topiarist.masklearn import PRESETS, Preset
-from topiarist.models.families import block_names
-from topiarist.models.sources import LoadedModel
-from topiarist.pipelines.common.setup import object_name, open_checkpoint, resolve_patterns
+from topiarist.models.opened import DEFAULT_WINDOW, ObjectModel, open_model
+from topiarist.pipelines.common.setup import resolve_patterns
 from topiarist.pipelines.learning.masking import Target, targets
 
 
@@ -46,8 +43,7 @@ class Job:
 
 
 def prepare(
-    source: LoadedModel,
-    checkpoint: Checkpoint | None,
+    source: ObjectModel,
     *,
     data: TextFiles | Tensor | Sequence[str],
     pattern: Pattern,
@@ -64,14 +60,14 @@ def prepare(
 ) -> Job:
     """Resolve the arguments of `learn`. Raises a TopiaristError for every one that does not fit."""
     recipe = _recipe(preset, steps, lean, eight_bit)
-    names = block_names(source.model, source.family)
+    names = source.block_names
     dense = [*skip, f"^{re.escape(names[-1])}\\."] if last_block_dense else list(skip)
     patterns, unmatched = resolve_patterns(source, pattern, None, dense)
     blocks = targets(source, patterns)
     if not any(blocks):
         raise TopiaristError("every layer is skipped: nothing to learn")
     notes = [f"--skip {expression!r} matches no layer" for expression in unmatched]
-    windows, recipe = _windows(source, checkpoint, data, tokenizer, recipe, notes)
+    windows, recipe = _windows(source, data, tokenizer, recipe, notes)
     training, watching = _split(windows.tokens, held_out)
     size = _batch_size(batch_size, recipe.sequences, processes)
     if len(training) < recipe.sequences:
@@ -104,36 +100,23 @@ def shortened(recipe: Preset, steps: int) -> Preset:
     return replace(recipe, steps=steps, lr=lr)
 
 
-def open_model(
-    model: str | Path | nn.Module,
-    out: str | Path | None,
-    device: str | torch.device | None,
-    trust_remote_code: bool,
-    *,
-    planning: bool = False,
-) -> tuple[LoadedModel, Checkpoint | None, str]:
-    """The whole model in memory, its checkpoint if it is on disk, its name."""
-    if isinstance(model, nn.Module):
-        return LoadedModel(model), None, object_name(model)
-    checkpoint = open_checkpoint(model, out, planning=planning)
-    if "quantization_config" in checkpoint.config:
-        raise UnsupportedModel(f"{checkpoint.folder} is quantised; learn on the original weights, then quantise")
+def open_whole(
+    model: str | Path | nn.Module, device: str | torch.device | None, trust_remote_code: bool
+) -> ObjectModel:
+    """The whole model in memory, on the accelerator of this process."""
     local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    loaded = load_model(checkpoint.folder, device=device or local, trust_remote_code=trust_remote_code)
-    return LoadedModel(loaded), checkpoint, str(model)
+    return open_model(model, device=device or local, trust_remote_code=trust_remote_code).whole()
 
 
 def _windows(
-    source: LoadedModel,
-    checkpoint: Checkpoint | None,
+    source: ObjectModel,
     data: TextFiles | Tensor | Sequence[str],
     tokenizer: Any,
     recipe: Preset,
     notes: list[str],
 ) -> tuple[Windows, Preset]:
     """All sequences of the text, and the recipe with the length they have."""
-    config: Any = source.model.config
-    limit = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
+    limit = source.limit or DEFAULT_WINDOW
     if isinstance(data, Tensor):
         if data.ndim != 2 or data.numel() == 0:
             raise CalibrationError(f"training tokens must be (num, window), got shape {tuple(data.shape)}")
@@ -142,13 +125,13 @@ def _windows(
     else:
         if recipe.length > limit:
             notes.append(f"sequences of {limit} tokens, the model's limit, instead of the preset's {recipe.length}")
-        tokenizer = tokenizer or load_tokenizer(checkpoint.folder if checkpoint else config.name_or_path)
+        tokenizer = source.tokenizer(tokenizer)
         windows = evaluation_windows(data, tokenizer, window=min(recipe.length, limit))
     if windows.window > limit:
         raise CalibrationError(f"sequences of {windows.window} tokens are longer than the model's limit of {limit}")
-    if int(windows.tokens.max()) >= config.vocab_size:
+    if int(windows.tokens.max()) >= source.vocabulary:
         raise CalibrationError(
-            f"training token {int(windows.tokens.max())} is outside the model's vocabulary of {config.vocab_size}: is "
+            f"training token {int(windows.tokens.max())} is outside the model's vocabulary of {source.vocabulary}: is "
             "this the model's own tokenizer?"
         )
     return windows, replace(recipe, length=windows.window)

@@ -32,11 +32,10 @@ from topiarist.pipelines.learning.files import (
     keep_prior,
     layer_reports,
     mask_in_place,
-    model_digest,
     open_output,
     write_result,
 )
-from topiarist.pipelines.learning.job import open_model, prepare
+from topiarist.pipelines.learning.job import open_whole, prepare
 from topiarist.pipelines.learning.loop import Progress, Run
 from topiarist.pipelines.learning.masking import targets
 from topiarist.pipelines.learning.priors import given_masks, prior_identity
@@ -103,9 +102,11 @@ def learn(
     sharded = processes.size > 1 and not isinstance(model, nn.Module) if shard is None else shard
     _check_sharding(sharded, processes, model, recover)
     # FSDP moves the shards to the accelerator: only the host has to hold the whole model.
-    source, checkpoint, name = open_model(model, out, "cpu" if sharded else device, trust_remote_code)
+    source = open_whole(model, "cpu" if sharded else device, trust_remote_code)
+    source.check_output(out)
+    checkpoint, name = source.checkpoint, source.name
     job = prepare(
-        source, checkpoint, data=data, pattern=parse_pattern(pattern), preset=preset, steps=steps, lean=lean,
+        source, data=data, pattern=parse_pattern(pattern), preset=preset, steps=steps, lean=lean,
         eight_bit=eight_bit, skip=skip, last_block_dense=last_block_dense, batch_size=batch_size, held_out=held_out,
         processes=processes.size, tokenizer=tokenizer,
     )  # fmt: skip
@@ -140,7 +141,7 @@ def learn(
     output = None
     if out is not None:
         fingerprint = {
-            "model": checkpoint.digest() if checkpoint else model_digest(source.model),
+            "model": source.digest(),
             "method": "learn",
             "patterns": {k: None if p is None else str(p) for k, p in job.patterns.items()},
             "data": calibration,
@@ -176,7 +177,7 @@ def learn(
         masked.restore()
     run.note_if_useless(report)
     if sharded and processes.first:  # the dense weights again, whole
-        source, _, _ = open_model(model, out, "cpu", trust_remote_code)
+        source = open_whole(model, "cpu", trust_remote_code)
         wanted = [target for block in targets(source, job.patterns) for target in block]
     replaced = None
     if recovery is not None:

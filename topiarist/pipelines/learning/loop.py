@@ -15,7 +15,7 @@ from torch import Tensor
 from topiarist.checkpoints.writing import OutputFolder
 from topiarist.core.errors import NumericalError
 from topiarist.masklearn import Prior
-from topiarist.models.sources import LoadedModel
+from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.learning.files import SHARDS, STATE, Scalars, packed_prior
 from topiarist.pipelines.learning.job import Job
 from topiarist.pipelines.learning.masking import MaskedModel
@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 class Run:
     """What the stages of one run share."""
 
-    source: LoadedModel
+    source: ObjectModel
     job: Job
     processes: Processes
     progress: Progress

@@ -26,7 +26,7 @@ from topiarist.masklearn import (
     set_draws,
 )
 from topiarist.models.families import Matrix, block_names
-from topiarist.models.sources import LoadedModel, block_matrices
+from topiarist.models.opened import ObjectModel
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ class Target:
         return mask.T.contiguous() if self.transposed else mask
 
 
-def targets(source: LoadedModel, patterns: Mapping[str, Pattern | None]) -> list[list[Target]]:
+def targets(source: ObjectModel, patterns: Mapping[str, Pattern | None]) -> list[list[Target]]:
     """The parameters to mask, block by block. Raises PatternError if the experts of one parameter do not agree."""
     found: list[list[Target]] = []
-    for index, path in enumerate(block_names(source.model, source.family)):
+    for index, path in enumerate(source.block_names):
         stages: dict[str, list[Matrix]] = {}
-        for matrix in block_matrices(source, index):
+        for matrix in source.matrices(index):
             stages.setdefault(matrix.stage, []).append(matrix)
         block: list[Target] = []
         for stage, matrices in stages.items():
@@ -121,7 +121,7 @@ class MaskedModel:
 
     def __init__(
         self,
-        source: LoadedModel,
+        source: ObjectModel,
         wanted: Sequence[Target],
         masks: Mapping[str, Tensor],
         *,

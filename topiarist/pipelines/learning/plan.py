@@ -13,7 +13,7 @@ from topiarist.core.meter import peak_memory_bytes
 from topiarist.core.patterns import parse_pattern
 from topiarist.masklearn import Preset, Prior, resident_bytes
 from topiarist.pipelines.learning.files import STATE_BYTES
-from topiarist.pipelines.learning.job import open_model, prepare
+from topiarist.pipelines.learning.job import open_whole, prepare
 from topiarist.pipelines.learning.masking import MaskedModel
 from topiarist.pipelines.learning.trainer import MaskTrainer
 from topiarist.pipelines.pruning.plan import duration
@@ -66,9 +66,9 @@ def plan_learn(
 
     Without the prior (a few percent of `quick`) and the evaluations (about a tenth).
     """
-    source, checkpoint, _ = open_model(model, None, device, trust_remote_code, planning=True)
+    source = open_whole(model, device, trust_remote_code)
     plan = prepare(
-        source, checkpoint, data=data, pattern=parse_pattern(pattern), preset=preset, steps=steps, lean=lean,
+        source, data=data, pattern=parse_pattern(pattern), preset=preset, steps=steps, lean=lean,
         eight_bit=eight_bit, skip=skip, last_block_dense=last_block_dense, batch_size=batch_size, held_out=1,
         processes=1, tokenizer=None,
     )  # fmt: skip
@@ -96,6 +96,6 @@ def plan_learn(
         steps=plan.recipe.steps,
         bytes_per_weight=resident_bytes(masked.layers, trainer.optimizer),
         peak_memory_bytes=peak_memory_bytes(),
-        disk_bytes=(checkpoint.weight_bytes() if checkpoint else 0) + 2 * STATE_BYTES * weights,
+        disk_bytes=(source.nbytes if source.checkpoint else 0) + 2 * STATE_BYTES * weights,
         step_seconds=seconds * plan.recipe.sequences / plan.batch_size,
     )

@@ -16,8 +16,7 @@ from topiarist.core.patterns import NM, Pattern
 from topiarist.masklearn.candidates import MAX_CLASSES, num_classes
 from topiarist.masklearn.descent import descend
 from topiarist.masks import MaskFile, read_npz, weight_digest
-from topiarist.models.families import block_names
-from topiarist.models.sources import LoadedModel, block_matrices, eager_experts
+from topiarist.models.opened import ObjectModel, eager_experts
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.learning.masking import Target
 from topiarist.pipelines.pruning.block import BlockPruner
@@ -55,7 +54,7 @@ class MaskOnly(Solver):
 
 @torch.no_grad()
 def one_shot_masks(
-    source: LoadedModel,
+    source: ObjectModel,
     wanted: Sequence[Sequence[Target]],
     patterns: Mapping[str, Pattern | None],
     tokens: Tensor,
@@ -78,7 +77,7 @@ def one_shot_masks(
         patterns,
         on_solution=lambda name, solution: by_matrix.__setitem__(name, solution.mask),
     )
-    names = block_names(source.model, source.family)
+    names = source.block_names
     with eager_experts(source.model):
         stream = BlockStream(source, tokens, batch_size=batch_size, device=source.device)
         for index, path in enumerate(names):
@@ -86,7 +85,7 @@ def one_shot_masks(
             block = source.load(index)
             dense = {target.name: target.parameter.clone() for target in wanted[index]}
             try:
-                pruner.prune(stream, index, block, block_matrices(source, index), path, sequential=False)
+                pruner.prune(stream, index, block, source.matrices(index), path, sequential=False)
                 if index + 1 < len(names):
                     stream.advance(index, block)
             finally:

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, Shard
 from topiarist.core.errors import CheckpointError, PatternError
 from topiarist.masklearn import Annealing, LearnedMask, Prior, kernels, relaxation_for, set_draws
 from topiarist.models.families import block_names
-from topiarist.models.sources import LoadedModel
+from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.learning.masking import MaskedModel, Target
 from topiarist.pipelines.learning.processes import Processes
 
@@ -78,7 +78,7 @@ class ShardedModel(MaskedModel):
 
     def __init__(
         self,
-        source: LoadedModel,
+        source: ObjectModel,
         wanted: Sequence[Target],
         masks: Mapping[str, Tensor],
         *,

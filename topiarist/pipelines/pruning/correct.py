@@ -23,8 +23,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from topiarist.core import linalg
-from topiarist.models.families import Matrix, matrices_of, watch_inputs
-from topiarist.pipelines.common.stream import BlockStream, GramCollector, GramGroup, StopForward
+from topiarist.models.families import Matrix, matrices_of
+from topiarist.models.hooks import EndForward, hooked, watch_inputs
+from topiarist.pipelines.common.stream import BlockStream, GramCollector, GramGroup
 
 ROUNDING = 0.1
 """Relative error of the median token up to which two sums in the model's dtype count as equal. With a norm or a factor in
@@ -126,17 +127,17 @@ class Corrector:
                 told(matrix, x)
             remaining.discard(matrix)
             if not remaining and writer is None and not to_the_end:
-                raise StopForward
+                raise EndForward
 
         def wrote(_: nn.Module, __: object, out: Tensor) -> None:
             written.append(out)
-            raise StopForward
+            raise EndForward
 
         with ExitStack() as stack:
             stack.enter_context(watch_inputs(matrices, seen))
             if writer is not None and not to_the_end:
-                stack.callback(writer.module.register_forward_hook(wrote).remove)
-            with suppress(StopForward):
+                stack.enter_context(hooked(writer.module.register_forward_hook(wrote)))
+            with suppress(EndForward):
                 _, _, out = self.stream.run_batch(self.index, block, batch, states)
                 return out if writer is not None else None
         return _tokens(self.stream.batch_of(states, batch)) + _tokens(written[0]) if written else None
@@ -148,10 +149,8 @@ class Corrector:
         modules, outputs = dict(self.block.named_modules()), dict[str, Tensor]()
         downs = [row.down for row in self._family.feed_forward]
         last = self._family.ffn[-1]
-        with ExitStack() as stack:
-            for name in {self._attention, last, *downs} & modules.keys():
-                hook = modules[name].register_forward_hook(partial(_note_output, outputs, name))
-                stack.callback(hook.remove)
+        names = {self._attention, last, *downs} & modules.keys()
+        with hooked(*(modules[n].register_forward_hook(partial(_note_output, outputs, n)) for n in names)):
             _, hidden, out = self.stream.run_batch(self.index, self.block, 0)
         if not {self._attention, last} <= outputs.keys():
             return set()

@@ -18,12 +18,12 @@ from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.patterns import Pattern, parse_pattern
 from topiarist.core.registry import name_of, resolve
 from topiarist.data.text import TextFiles
-from topiarist.models.families import matrices_of, watch_inputs
-from topiarist.models.sources import eager_experts
+from topiarist.models.families import matrices_of
+from topiarist.models.hooks import watch_inputs
+from topiarist.models.opened import eager_experts, open_model
 from topiarist.pipelines.allocating.allocation import allocated, fixed_patterns
-from topiarist.pipelines.common.setup import open_source
 from topiarist.pipelines.common.stream import GramCollector
-from topiarist.pipelines.common.written import finish, save_loaded, weights_of
+from topiarist.pipelines.common.written import dense_digest, finish, save_loaded, weights_of
 from topiarist.pipelines.pruning.block import BlockPruner, check_finite
 from topiarist.pipelines.pruning.command import prune_command
 from topiarist.pipelines.pruning.correct import Correct
@@ -110,11 +110,13 @@ def prune_with(
     meter = Meter()
     reset_peak_memory()
     solver, correction, refinement, rule = options.solver, options.correction, options.refinement, options.rule
-    source, checkpoint, name = open_source(model, out, options.device, options.trust_remote_code)
+    source = options.opened(model)
+    source.check_output(out)
+    checkpoint, name = source.checkpoint, source.name
     progress = progress or (lambda *_: None)
     # Of a rule only the shapes are checked yet; its patterns are found when it is clear that the run is not finished.
     patterns, unmatched = fixed_patterns(options, source)
-    windows = options.windows(source, checkpoint)
+    windows = options.windows(source)
     command, unsaid = prune_command(model, options, windows)
     report = Report(
         method=name_of(METHODS, solver),
@@ -140,9 +142,9 @@ def prune_with(
     for expression in unmatched:
         pruner.warn(f"--skip {expression!r} matches no layer", UserWarning)
     output = None
-    if checkpoint is not None:
+    if out is not None:
         fingerprint = {
-            "model": checkpoint.digest(),
+            "model": dense_digest(source, Path(out)),
             "method": {"name": report.method, **report.settings},
             "patterns": {k: None if p is None else str(p) for k, p in patterns.items()},
             "calibration": report.calibration,
@@ -150,11 +152,13 @@ def prune_with(
             **({} if correction is None else {"correct": asdict(correction)}),
             **({} if rule is None else {"allocation": recipe(rule)}),
         }
-        output = OutputFolder(Path(str(out)), fingerprint)
+        output = OutputFolder(Path(out), fingerprint)
         if output.complete:
+            if checkpoint is None:  # the object becomes what the first call made of it
+                source.model.load_state_dict(open_model(output.folder, device="cpu").whole().model.state_dict())
             return Report.from_folder(output.folder)
     if rule is not None:
-        pruner.patterns, report.allocation = allocated(options, rule, source, checkpoint, windows, output, progress)
+        pruner.patterns, report.allocation = allocated(options, rule, source, windows, output, progress)
     walk = Walk(source, pruner, windows.tokens, options, progress)
     with eager_experts(source.model):
         if checkpoint is None or output is None:
@@ -166,8 +170,8 @@ def prune_with(
     report.run = pruner.meter.run(source.device)
     if checkpoint is not None and output is not None:
         finish(output, checkpoint, report, windows)
-    elif out is not None:
-        save_loaded(source.model, options.tokenizer, Path(out), report, windows)
+    elif output is not None:
+        save_loaded(source, options.tokenizer, output, report, windows)
     return report
 
 

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from topiarist.allocate import ALLOCATIONS, Linear, Rule, Uniform
-from topiarist.checkpoints.reading import Checkpoint
 from topiarist.core.errors import CalibrationError
 from topiarist.core.patterns import Pattern, parse_pattern
 from topiarist.core.registry import name_of, resolve
 from topiarist.data.text import TextFiles, Windows
-from topiarist.models.sources import Source
+from topiarist.models.opened import OpenedModel, open_model
 from topiarist.pipelines.common.setup import read_windows
 from topiarist.pipelines.pruning.correct import Correct
 from topiarist.pipelines.pruning.refine import Refine
@@ -79,14 +78,16 @@ class PruneOptions:
     def refinement(self) -> Refine | None:
         return _settings(self.refine, Refine)
 
-    def windows(self, source: Source, checkpoint: Checkpoint | None) -> Windows:
+    def opened(self, model: str | Path | nn.Module) -> OpenedModel:
+        """The model, where and as these options say."""
+        return open_model(model, device=self.device, trust_remote_code=self.trust_remote_code, tokenizer=self.tokenizer)
+
+    def windows(self, source: OpenedModel) -> Windows:
         """The calibration windows; none at all if no text was given. Raises CalibrationError if something needs it."""
         if self.calibration is None:
             self._check_without_data()
             return Windows(torch.empty(0, 0, dtype=torch.int64), "", frozenset())
-        return read_windows(
-            source, checkpoint, self.calibration, self.tokenizer, self.num_samples, self.window, self.seed
-        )
+        return read_windows(source, self.calibration, self.tokenizer, self.num_samples, self.window, self.seed)
 
     def _check_without_data(self) -> None:
         solver, rule, wanting = self.solver, self.rule, ""

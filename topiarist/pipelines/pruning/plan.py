@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from topiarist.checkpoints.reading import Checkpoint
 from topiarist.core.meter import peak_memory_bytes, resident_bytes
 from topiarist.models.families import Matrix
-from topiarist.models.sources import block_matrices, eager_experts, num_blocks
+from topiarist.models.opened import eager_experts
 from topiarist.pipelines.allocating.allocation import fixed_patterns
-from topiarist.pipelines.common.setup import open_source
 from topiarist.pipelines.common.stream import BlockStream, GramGroup
 from topiarist.pipelines.pruning.block import BlockPruner
 from topiarist.pipelines.pruning.options import PruneOptions
@@ -50,19 +48,18 @@ class Plan:
 def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
     """Probe the first block with two windows and extrapolate. Writes nothing."""
     joint = options.solver if isinstance(options.solver, SparseLLM) else None
-    source, checkpoint, _ = open_source(model, None, options.device, options.trust_remote_code, planning=True)
-    assert isinstance(checkpoint, Checkpoint)
+    source = options.opened(model)
     patterns, _ = fixed_patterns(options, source)
-    windows = options.windows(source, checkpoint)
+    windows = options.windows(source)
     if options.calibration is None:
-        return _plan_without_data(source, checkpoint, options, patterns)
+        return _plan_without_data(source, options, patterns)
     with eager_experts(source.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a probe of two windows is thin by design
         probe = windows.tokens[:PROBE_WINDOWS]
         stream = BlockStream(source, probe, batch_size=len(probe), device=source.device)
         block = source.load(0)
         path = f"{source.family.blocks}.0"
-        matrices = [m for m in block_matrices(source, 0) if patterns[f"{path}.{m.name}"] is not None]
+        matrices = [m for m in source.matrices(0) if patterns[f"{path}.{m.name}"] is not None]
         start = time.perf_counter()
         groups = stream.grams(0, block, matrices)
         gram_seconds = time.perf_counter() - start
@@ -73,7 +70,7 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
         start = time.perf_counter()
         BlockPruner.of(options.solver, patterns).solve([smallest], smallest.matrices, path)
         rate = (time.perf_counter() - start) / _work(smallest.matrices)
-    blocks = num_blocks(source)
+    blocks = len(source.block_names)
     solves = sum(_work(g.matrices) for g in groups)
     if joint is not None:  # as if all of a block were its feed-forward network, which is most of it
         solves *= 1 + joint.down_refit + joint.epochs
@@ -88,25 +85,25 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
         blocks=blocks,
         matrices=len(matrices),
         peak_memory_bytes=resident_bytes() + _working_set(source, stream, groups, len(windows.tokens), options, joint),
-        disk_bytes=checkpoint.weight_bytes(),
+        disk_bytes=source.nbytes,
         forward_seconds=blocks * passes * len(windows.tokens) / len(probe),
         solver_seconds=blocks * rate * solves,
     )
 
 
-def _plan_without_data(source: Any, checkpoint: Checkpoint, options: PruneOptions, patterns: Any) -> Plan:
+def _plan_without_data(source: Any, options: PruneOptions, patterns: Any) -> Plan:
     """From the first block, pruned: blocks are all alike, and one is in memory at a time."""
-    block, matrices = source.load(0), block_matrices(source, 0)
+    block, matrices = source.load(0), source.matrices(0)
     start = time.perf_counter()
     layers = BlockPruner.of(options.solver, patterns).prune_without_data(block, matrices, f"{source.family.blocks}.0")
     seconds = time.perf_counter() - start
     return Plan(
-        blocks=num_blocks(source),
+        blocks=len(source.block_names),
         matrices=len(layers),
         peak_memory_bytes=peak_memory_bytes(),
-        disk_bytes=checkpoint.weight_bytes(),
+        disk_bytes=source.nbytes,
         forward_seconds=0.0,
-        solver_seconds=num_blocks(source) * seconds,
+        solver_seconds=len(source.block_names) * seconds,
     )
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.writing import OutputFolder
 from topiarist.core.meter import return_freed_memory
-from topiarist.models.families import block_names
-from topiarist.models.sources import LoadedModel, StreamedModel, block_matrices
+from topiarist.models.folder import FolderModel
+from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.pruning.block import BlockPruner
 from topiarist.pipelines.pruning.options import Progress, PruneOptions
@@ -26,14 +26,14 @@ class Walk:
 
     def __init__(
         self,
-        source: LoadedModel | StreamedModel,
+        source: OpenedModel,
         pruner: BlockPruner,
         tokens: Tensor,
         options: PruneOptions,
         progress: Progress,
     ) -> None:
         self.source, self.pruner, self.tokens, self.options, self.progress = source, pruner, tokens, options, progress
-        self.names = block_names(source.model, source.family)
+        self.names = source.block_names
 
     def _start(self) -> BlockStream | None:
         """The hidden states before the first block; None where nothing has to flow."""
@@ -53,7 +53,7 @@ class Walk:
     def _prune_block(self, stream: BlockStream | None, index: int) -> list[LayerReport]:
         self.progress("pruning", index, len(self.names))
         block = self._dense_block(stream, index)
-        matrices = block_matrices(self.source, index)
+        matrices = self.source.matrices(index)
         if stream is None:
             return self.pruner.prune_without_data(block, matrices, self.names[index])
         return self.pruner.prune(
@@ -83,7 +83,7 @@ class Walk:
 
     def streamed(self, checkpoint: Checkpoint, output: OutputFolder) -> list[LayerReport]:
         """Prune to shards. Blocks that an earlier try finished are read back from its shards and only run forward."""
-        assert isinstance(self.source, StreamedModel)
+        assert isinstance(self.source, FolderModel)
         in_blocks = self.source.names_in_blocks()
         outer = checkpoint.grouped([key for key in checkpoint.files if key not in in_blocks], OUTER_SHARD_BYTES)
         total = len(outer) + len(self.names)

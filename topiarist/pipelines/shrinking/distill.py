@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from topiarist.core.errors import TopiaristError
 from topiarist.core.losses import divergence
 from topiarist.models.families import Matrix, family_of, matrices_of
+from topiarist.models.hooks import hooked
 from topiarist.pipelines.learning.recover import STATE_BYTES, Descent, Loss, Recover, recover_weights
 
 
@@ -100,17 +101,13 @@ def distill(student: Any, teacher: Any, settings: Distill, descent: Descent) -> 
         stored.data = stored.data.clone()
     generator = torch.Generator().manual_seed(descent.seed)
     updates = [_Update.of(m, settings.rank, generator) for m in matrices if m.expert is None]
-    hooks = [update.matrix.module.register_forward_hook(update.hook) for update in updates]
 
     def logits(batch: Tensor) -> Tensor:
         return student(input_ids=batch, use_cache=False).logits
 
-    try:
-        masters = [master for update in updates for master in (update.A, update.B)]
+    masters = [master for update in updates for master in (update.A, update.B)]
+    with hooked(*(update.matrix.module.register_forward_hook(update.hook) for update in updates)):
         losses = descent.run(settings, masters, logits, loss)
-    finally:
-        for hook in hooks:
-            hook.remove()
     for update in updates:
         update.merge()
     return losses

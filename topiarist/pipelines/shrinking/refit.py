@@ -14,7 +14,7 @@ from topiarist.core.errors import CalibrationWarning, NumericalError
 from topiarist.core.gram import Gram
 from topiarist.core.linalg import reconstruction_error
 from topiarist.models.families import Matrix
-from topiarist.models.sources import LoadedModel, block_matrices, eager_experts, num_blocks
+from topiarist.models.opened import ObjectModel, eager_experts
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.shrinking.report import Refitted
 from topiarist.structured import Kept, UnitGroup
@@ -26,7 +26,7 @@ Saved = tuple[dict[str, Tensor], list[dict[str, Any]]]
 
 
 def refit_consumers(
-    source: LoadedModel,
+    source: ObjectModel,
     groups: Sequence[UnitGroup],
     kept: Kept,
     tokens: Tensor,
@@ -46,9 +46,9 @@ def refit_consumers(
         return [], []
     with eager_experts(source.model):
         stream = BlockStream(source, tokens, batch_size=batch_size, device=source.device)
-        for index in range(num_blocks(source)):
-            progress("refitting", index, num_blocks(source))
-            matrices = {f"{source.family.blocks}.{index}.{m.name}": m for m in block_matrices(source, index)}
+        for index in range(len(source.block_names)):
+            progress("refitting", index, len(source.block_names))
+            matrices = {f"{source.family.blocks}.{index}.{m.name}": m for m in source.matrices(index)}
             own = [group for group in wanted if group.block == index]
             done = load(index)
             if done is None:
@@ -59,7 +59,7 @@ def refit_consumers(
                 matrices[name].assign(weight)
             reports += [Refitted(**{**row, "shape": tuple(row["shape"])}) for row in rows]
             stream.advance(index, source.load(index))
-    progress("refitting", num_blocks(source), num_blocks(source))
+    progress("refitting", len(source.block_names), len(source.block_names))
     thin = [f"{r.name} ({r.tokens} tokens, {r.shape[1]} inputs)" for r in reports if r.tokens < r.shape[1]]
     if not thin:
         return reports, []

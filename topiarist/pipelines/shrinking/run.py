@@ -15,7 +15,7 @@ from topiarist.checkpoints.writing import OutputFolder, SavedState
 from topiarist.core.errors import UnsupportedModel
 from topiarist.core.meter import Meter
 from topiarist.data.text import Windows
-from topiarist.models.sources import LoadedModel
+from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.learning.recover import Descent
 from topiarist.pipelines.shrinking.distill import Distill, distill
 from topiarist.pipelines.shrinking.plan import remember
@@ -32,7 +32,7 @@ class ShrinkRun:
 
     def __init__(
         self,
-        source: LoadedModel,
+        source: ObjectModel,
         groups: Sequence[UnitGroup],
         method: Method,
         output: OutputFolder | None,

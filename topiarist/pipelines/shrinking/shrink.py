@@ -15,11 +15,9 @@ from topiarist.core.errors import CalibrationError, TopiaristError
 from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.registry import name_of, resolve
 from topiarist.data.text import TextFiles, Windows
-from topiarist.evaluation.perplexity import load_model
-from topiarist.models.sources import LoadedModel, device_or_default
-from topiarist.pipelines.common.setup import open_source, read_windows
+from topiarist.models.opened import open_model
+from topiarist.pipelines.common.setup import read_windows
 from topiarist.pipelines.common.written import weights_of
-from topiarist.pipelines.learning.files import model_digest
 from topiarist.pipelines.shrinking.distill import Distill, disk_bytes
 from topiarist.pipelines.shrinking.files import write_shrunk
 from topiarist.pipelines.shrinking.plan import plan_choice, refuse_pruned
@@ -79,12 +77,12 @@ def shrink(
     reset_peak_memory()
     scorer = resolve(METHODS, method)
     recovery = Distill(kind=recover) if isinstance(recover, str) else recover
-    # A model object's own folder may be there: it resumes too.
-    target = None if isinstance(model, nn.Module) else out
-    source, checkpoint, name = open_source(model, target, device, trust_remote_code)
-    refuse_pruned(source.model.config, name)
+    opened = open_model(model, device=device, trust_remote_code=trust_remote_code, tokenizer=tokenizer)
+    opened.check_output(out)
+    checkpoint, name = opened.checkpoint, opened.name
+    refuse_pruned(opened.config, name)
     notes: list[str] = []
-    groups, counts, scope = plan_choice(source.model, scorer, keep, layout, units, scope, round_to, notes)
+    groups, counts, scope = plan_choice(opened.model, scorer, keep, layout, units, scope, round_to, notes)
     if recovery is not None and layout == "masked" and checkpoint is None:
         raise TopiaristError(
             "a model object that is masked in place cannot teach itself: give its folder, or another layout"
@@ -92,7 +90,7 @@ def shrink(
     refit = refit and any(group.kind in COLUMN_KINDS for group in groups)
     windows = None
     if data is not None:
-        windows = read_windows(source, checkpoint, data, tokenizer, num_samples, window, seed)
+        windows = read_windows(opened, data, tokenizer, num_samples, window, seed)
     else:
         _refuse_without_text(scorer, refit, recovery)
     calibration = _calibration(windows, seed, batch_size)
@@ -108,7 +106,7 @@ def shrink(
         command=command, not_in_command=unsaid,
     )  # fmt: skip
     output = None
-    digest = checkpoint.digest() if checkpoint is not None else model_digest(source.model)
+    digest = opened.digest()
     if out is not None:
         fingerprint = {
             "model": digest,
@@ -120,12 +118,9 @@ def shrink(
         output = OutputFolder(Path(out), fingerprint)
         if output.complete:
             return ShrinkReport.from_folder(output.folder)
-        states = 0 if recovery is None else disk_bytes(source.model, recovery)
-        output.begin(int(2.1 * weights_of(source.model, checkpoint)["bytes"]) + states)
-    if checkpoint is not None:
-        del source
-        loaded = load_model(checkpoint.folder, device=device_or_default(device), trust_remote_code=trust_remote_code)
-        source = LoadedModel(loaded)
+        states = 0 if recovery is None else disk_bytes(opened.model, recovery)
+        output.begin(int(2.1 * opened.nbytes) + states)
+    source = opened.whole()
     run = ShrinkRun(
         source, groups, scorer, output, windows, batch_size, seed, progress or (lambda *_: None), notes, meter
     )
@@ -140,7 +135,7 @@ def shrink(
     if recovery is not None:
         if checkpoint is not None:
             del source, run.source  # the dense model again, before anything was refit
-            teacher = load_model(checkpoint.folder, device=where, trust_remote_code=trust_remote_code)
+            teacher = opened.whole().model
         else:
             teacher = model
         report.recovered = run.recover(small, teacher, recovery)

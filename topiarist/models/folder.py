@@ -1,83 +1,139 @@
-"""Where blocks come from: a checkpoint on disk, read block by block, or a model that is already in memory."""
+"""A model folder: its blocks are read from the files when they are needed, and the whole of it never, unless asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from topiarist.checkpoints.reading import Checkpoint
-from topiarist.core.errors import CheckpointError, UnsupportedModel
-from topiarist.models import modeling_pruned
-from topiarist.models.families import Matrix, family_of, matrices_of
+from topiarist.core.errors import CheckpointError
+from topiarist.models import checks, modeling_pruned
+from topiarist.models.families import FAMILIES
+from topiarist.models.opened import ObjectModel, OpenedModel
 
 
-def device_or_default(device: str | torch.device | None) -> torch.device:
-    """The device that was asked for; otherwise a GPU if there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-@contextmanager
-def eager_experts(model: nn.Module) -> Iterator[None]:
-    """Experts run one by one while inside, so that each expert's input can be seen."""
-    config: Any = getattr(model, "config", None)
-    before = getattr(config, "_experts_implementation", None)
-    if before is not None:
-        config._experts_implementation = "eager"
-    try:
-        yield
-    finally:
-        if before is not None:
-            config._experts_implementation = before
-
-
-class LoadedModel:
-    """A model object that is already in memory; it is pruned in place."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.device = next(model.parameters()).device
-        self.family = family_of(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
-
-    def load_embeddings(self) -> None: ...
-    def release_embeddings(self) -> None: ...
-    def release(self, index: int) -> None: ...
-
-    def load(self, index: int) -> nn.Module:
-        return self.model.get_submodule(f"{self.family.blocks}.{index}")
-
-
-class StreamedModel:
+class FolderModel(OpenedModel):
     """A checkpoint folder behind a model without memory: parameters come and go block by block."""
 
-    def __init__(self, checkpoint: Checkpoint, *, device: torch.device, trust_remote_code: bool = False) -> None:
+    checkpoint: Checkpoint
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, device: torch.device, trust_remote_code: bool = False, name: str = ""
+    ) -> None:
+        self.checkpoint, self.device, self.trust_remote_code = checkpoint, device, trust_remote_code
+        self.name = name or str(checkpoint.folder)
+        checks.check_unquantised(checkpoint)
+        self.model: Any = self._without_memory()
+        self._prefix = f"{self.model.base_model_prefix}."
+        self._stored_dtype: dict[str, torch.dtype] = {}
+        self._has_row = str(checkpoint.config.get("model_type")).removeprefix("pruned_") in FAMILIES
+        if self._untied():
+            self.model = self._without_memory()
+        if self._has_row:
+            self._check_tensors()
+
+    def _without_memory(self) -> Any:
+        """The model's modules, their parameters on the meta device."""
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self.checkpoint, self.device, self.trust_remote_code = checkpoint, device, trust_remote_code
-        self.family = family_of(str(checkpoint.config.get("model_type")))
-        if "quantization_config" in checkpoint.config:
-            raise UnsupportedModel(f"{checkpoint.folder} is quantised; prune the original weights, then quantise")
+        checkpoint, trust = self.checkpoint, self.trust_remote_code
         modeling_pruned.register(checkpoint.config)
         try:
-            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust)
+            config.tie_word_embeddings = checkpoint.config.get("tie_word_embeddings", config.tie_word_embeddings)
+            checks.usable_attention(config)
             with init_empty_weights(include_buffers=False):
-                self.model: Any = AutoModelForCausalLM.from_config(
-                    config, dtype=checkpoint.dtype(), trust_remote_code=trust_remote_code
-                )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                model = AutoModelForCausalLM.from_config(config, dtype=checkpoint.dtype(), trust_remote_code=trust)
+        except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, OSError) as error:
+            if checks.needs_remote_code(error) and not trust:
+                raise checks.remote_code_error(checkpoint.folder) from error
             raise CheckpointError(f"transformers cannot build a model from {checkpoint.folder}: {error}") from error
-        self.model.eval().requires_grad_(False)
-        self._prefix = f"{self.model.base_model_prefix}."
-        self._stored_dtype: dict[str, torch.dtype] = {}
+        return model.eval().requires_grad_(False)
+
+    def _tied(self) -> dict[str, str]:
+        """Parameters that are another one by the config: their names, and the other's."""
+        return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+
+    def _untied(self) -> bool:
+        """Whether the files hold two different tensors where the config says that they are one; it says so no longer then.
+
+        Merging an adapter that trained the head leaves such folders; transformers reads them as untied too.
+        """
+        for target, source in self._tied().items():
+            names = self._on_disk(target), self._on_disk(source)
+            if all(names) and not torch.equal(*(self.checkpoint.read(str(n), mapped=True) for n in names)):
+                self.checkpoint.config["tie_word_embeddings"] = False
+                return True
+        return False
+
+    def _check_tensors(self) -> None:
+        """Every parameter comes from the files, with the shape that the config asks for."""
+        checkpoint, tied = self.checkpoint, self._tied()
+        others = {**{source: target for target, source in tied.items()}, **tied}
+        missing, shapes = [], []
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            try:
+                parts = self.disk_parts(name)
+            except CheckpointError:
+                if name not in others or self._on_disk(others[name]) is None:
+                    missing.append(name)
+                continue
+            if len(parts) == 1 and len(parts[0]) == 1:
+                shapes.append((parts[0][0], checkpoint.shape(parts[0][0]), tuple(parameter.shape)))
+        checks.check_complete(checkpoint.folder, missing, checkpoint.files)
+        checks.check_shapes(checkpoint.folder, shapes)
+
+    def _tokenizer_folder(self) -> Path:
+        return self.checkpoint.folder
+
+    def digest(self) -> str:
+        return self.checkpoint.digest()
+
+    @property
+    def nbytes(self) -> int:
+        return self.checkpoint.weight_bytes()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.checkpoint.dtype()
+
+    def check_output(self, out: str | Path | None) -> None:
+        if out is None:
+            raise CheckpointError("a checkpoint needs an output folder")
+        if Path(out).resolve() == self.checkpoint.folder.resolve():
+            raise CheckpointError(f"{out} is the model itself; choose another output folder")
+
+    def whole(self) -> ObjectModel:
+        from transformers import GenerationConfig
+
+        folder = self.checkpoint.folder
+        # The tensors are handed over, so that adapters beside them, or a second set of weights, play no part.
+        state = {name: self.checkpoint.read(name) for name in self.checkpoint.files}
+        try:
+            model, about = type(self.model).from_pretrained(
+                None, config=self.model.config, state_dict=state, dtype=self.dtype, output_loading_info=True
+            )
+        except (ValueError, KeyError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
+        checks.check_complete(folder, about["missing_keys"], self.checkpoint.files)
+        with suppress(OSError):  # few folders have none
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return ObjectModel(model.to(self.device).eval(), origin=self)
+
+    def fresh(self) -> Any:
+        return self.whole().model
 
     def _on_disk(self, name: str) -> str | None:
         """The checkpoint's name for a parameter: as it is, without the base model's prefix, or under an older name."""
         names = [name, name.removeprefix(self._prefix)]
-        names += [n.replace(new, old) for n in list(names) for old, new in self.family.renames]
+        renames = self.family.renames if self._has_row else ()
+        names += [n.replace(new, old) for n in list(names) for old, new in renames]
         return next((n for n in names if n in self.checkpoint), None)
 
     def disk_parts(self, name: str) -> list[list[str]]:
@@ -184,18 +240,5 @@ class StreamedModel:
 
     def names_in_blocks(self) -> set[str]:
         """The checkpoint's names of everything that belongs to a block."""
-        stems = tuple(stem for i in range(num_blocks(self)) for stem in self._stems(i))
+        stems = tuple(stem for i in range(len(self.block_names)) for stem in self._stems(i))
         return {key for key in self.checkpoint.files if key.startswith(stems)}
-
-
-Source = LoadedModel | StreamedModel
-"""Where a pipeline gets its blocks: load, use, release, one at a time."""
-
-
-def num_blocks(source: Source) -> int:
-    return len(source.model.get_submodule(source.family.blocks))  # pyright: ignore[reportArgumentType]
-
-
-def block_matrices(source: Source, index: int) -> list[Matrix]:
-    """The prunable matrices of one block, named relative to it."""
-    return matrices_of(source.model.get_submodule(f"{source.family.blocks}.{index}"), source.family)

@@ -1,0 +1,123 @@
+"""What must hold before a model is opened. Each check raises one line: the cause, then the cure."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from topiarist.checkpoints.reading import Checkpoint
+from topiarist.core.errors import CheckpointError, DeviceError, UnsupportedModel
+
+ADAPTER = "adapter_config.json"
+_WRAPPERS = {
+    "_orig_mod.": "was saved from a compiled model: save the model that torch.compile was given",
+    "base_model.model.": "was saved inside an adapter's wrapper: save it after merge_and_unload()",
+    "module.": "was saved inside a DistributedDataParallel wrapper: save its .module",
+}
+_SHOWN = 3
+
+
+def device_or_default(device: str | torch.device | None) -> torch.device:
+    """The device that was asked for; otherwise a GPU if there is one. Raises DeviceError if it is not here."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise DeviceError(f"{str(device)!r} is no device: choose cpu, cuda, cuda:N or mps") from None
+    here = f"here (torch {torch.__version__})"
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"no CUDA {here}: choose device cpu")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"no {found} {here}: there are {torch.cuda.device_count()} CUDA devices, cuda:0 is the first")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError(f"no MPS {here}: choose device cpu")
+    if found.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise DeviceError(f"device {found} cannot run a model {here}: choose cpu, cuda or mps")
+    return found
+
+
+def check_object(model: nn.Module) -> None:
+    """Refuse an object whose parameters are not plain tensors in one memory."""
+    layers = (type(module).__module__ for module in model.modules())
+    if hasattr(model, "peft_config") or any(name.partition(".")[0] == "peft" for name in layers):
+        raise UnsupportedModel("the model carries an adapter: merge the adapter first (model.merge_and_unload())")
+    config = getattr(model, "config", None)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModel("the model is quantised: prune the original weights, then quantise")
+    parameters = list(model.parameters())
+    if not parameters:
+        raise UnsupportedModel(f"{type(model).__name__} has no parameters: nothing to prune")
+    devices = {parameter.device for parameter in parameters}
+    if any(device.type == "meta" for device in devices):
+        raise UnsupportedModel(
+            "the model's parameters are offloaded: give its folder instead, it is read block by block"
+        )
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise UnsupportedModel(f"the model is spread over {names}: give its folder instead, it is read block by block")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds only an adapter."""
+    if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
+        raise UnsupportedModel(
+            f"{folder} holds an adapter, not a model: merge the adapter first (load it with peft, then "
+            "merge_and_unload().save_pretrained(DIR))"
+        )
+
+
+def check_unquantised(checkpoint: Checkpoint) -> None:
+    if "quantization_config" in checkpoint.config:
+        raise UnsupportedModel(f"{checkpoint.folder} is quantised; prune the original weights, then quantise")
+
+
+def check_complete(folder: Path, missing: Iterable[str], on_disk: Iterable[str]) -> None:
+    """Raise CheckpointError for parameters that the files do not hold; without them the model would invent weights."""
+    lacking = sorted(missing)
+    if not lacking:
+        return
+    more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+    text = f"{folder} lacks {lacking[0]}{more}"
+    for wrapper, cure in _WRAPPERS.items():
+        if named := next((name for name in on_disk if name.startswith(wrapper)), None):
+            raise CheckpointError(f"{text}: it holds {named}, so it {cure}")
+    raise CheckpointError(f"{text}: download it again, or save the whole model")
+
+
+def check_shapes(folder: Path, found: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> None:
+    """found: (name, shape on disk, shape by the config). Raises CheckpointError for the first that differs."""
+    for name, stored, expected in found:
+        if tuple(stored) != tuple(expected):
+            raise CheckpointError(
+                f"tensor {name} of {folder} has shape {tuple(stored)}, config.json asks for {tuple(expected)}: they are not "
+                "of one model"
+            )
+
+
+def usable_attention(config: Any) -> None:
+    """Let the config ask for an attention that is installed; nothing is fetched to serve it."""
+    asked = getattr(config, "_attn_implementation", None)
+    if asked in (None, "eager", "sdpa"):
+        return
+    from transformers.utils.import_utils import is_flash_attn_2_available
+
+    if asked == "flash_attention_2" and is_flash_attn_2_available():
+        return
+    warnings.warn(f"attention {asked!r} is not installed here; another one is used", UserWarning, stacklevel=2)
+    config._attn_implementation = None
+
+
+def needs_remote_code(error: Exception) -> bool:
+    """Whether transformers refused to run the folder's own code."""
+    return bool(re.search(r"trust_remote_code|custom code", str(error)))
+
+
+def remote_code_error(folder: Path) -> UnsupportedModel:
+    return UnsupportedModel(f"{folder} needs code of its own to run: read it, then pass --trust-remote-code")

@@ -1,0 +1,237 @@
+"""A model, opened: what a pipeline asks of a folder on disk and of an object in memory alike."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from topiarist.checkpoints.reading import Checkpoint, locate, weight_digest
+from topiarist.core.errors import CheckpointError
+from topiarist.data.text import load_tokenizer
+from topiarist.models.checks import check_folder, check_object, device_or_default
+from topiarist.models.families import Family, Matrix, block_names, family_of, matrices_of
+
+DEFAULT_WINDOW = 2048
+"""Tokens of a window where neither the user nor the config says how many."""
+
+
+class OpenedModel(ABC):
+    """A causal language model as blocks of prunable matrices, one in use at a time."""
+
+    model: Any
+    """The module tree. Of a folder it is without memory but for what is loaded."""
+    device: torch.device
+    """Where forwards run."""
+    name: str
+    """What the user called it."""
+    checkpoint: Checkpoint | None
+    """The files it came from; None for an object."""
+    _tokenizer: Any = None
+
+    @property
+    def config(self) -> Any:
+        """The transformers config, whole."""
+        return self.model.config
+
+    @property
+    def text_config(self) -> Any:
+        """The part of the config that is the language model's own; of most models all of it."""
+        ask = getattr(self.config, "get_text_config", None)
+        return ask(decoder=True) if ask is not None else self.config
+
+    @cached_property
+    def family(self) -> Family:
+        """Where blocks, routers and experts are. Raises UnsupportedModel if nothing is known of its type."""
+        return family_of(str(getattr(self.config, "model_type", type(self.model).__name__)))
+
+    @cached_property
+    def block_names(self) -> list[str]:
+        """Full names of the decoder blocks, first to last."""
+        return block_names(self.model, self.family)
+
+    def block(self, index: int) -> nn.Module:
+        """One block, loaded or not."""
+        return self.model.get_submodule(self.block_names[index])
+
+    def matrices(self, index: int) -> list[Matrix]:
+        """The prunable matrices of one block, named relative to it."""
+        return matrices_of(self.block(index), self.family)
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every prunable matrix by its full name, in order."""
+        return {
+            f"{path}.{matrix.name}": matrix.shape
+            for index, path in enumerate(self.block_names)
+            for matrix in self.matrices(index)
+        }
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens that a window may have at most; None where the config names no limit."""
+        for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
+            value = getattr(self.text_config, key, None)
+            if isinstance(value, int) and value > 0:
+                return value
+        return None
+
+    @property
+    def window(self) -> int:
+        """Tokens of a window where the user does not say."""
+        return min(DEFAULT_WINDOW, self.limit or DEFAULT_WINDOW)
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are below this."""
+        return int(self.text_config.vocab_size)
+
+    def tokenizer(self, given: Any = None) -> Any:
+        """The given tokenizer, or the model's own. Raises CheckpointError if there is none."""
+        if given is not None:
+            self._tokenizer = given
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._tokenizer_folder())
+        return self._tokenizer
+
+    @abstractmethod
+    def _tokenizer_folder(self) -> str | Path: ...
+
+    @abstractmethod
+    def digest(self) -> str:
+        """sha256 over config and weights: what "the same model" means to a resume."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the weights, as the config states it or the first of them has it."""
+
+    @abstractmethod
+    def load(self, index: int) -> nn.Module:
+        """The block, its weights in memory."""
+
+    def release(self, index: int) -> None:
+        """Give back what `load` took."""
+        return
+
+    def load_embeddings(self) -> None:
+        """Bring what stands around the blocks, but for the head, into memory."""
+        return
+
+    def release_embeddings(self) -> None:
+        """Give back what `load_embeddings` took."""
+        return
+
+    @abstractmethod
+    def whole(self) -> ObjectModel:
+        """The same model, all of it in memory; of a folder, loaded anew at every call."""
+
+    @abstractmethod
+    def fresh(self) -> Any:
+        """All of the model in memory, apart from this one: it may be changed."""
+
+    def check_output(self, out: str | Path | None) -> None:
+        """Raises CheckpointError if a result cannot go there."""
+        return
+
+
+class ObjectModel(OpenedModel):
+    """A model object in memory: what is done to its blocks is done to it."""
+
+    def __init__(self, model: nn.Module, *, origin: OpenedModel | None = None) -> None:
+        self.model, self._origin = model, origin
+        self.device = next(model.parameters()).device
+        config = getattr(model, "config", None)
+        self.name = origin.name if origin else str(getattr(config, "name_or_path", "") or type(model).__name__)
+        self.checkpoint = origin.checkpoint if origin else None
+
+    def _tokenizer_folder(self) -> str | Path:
+        return self._origin._tokenizer_folder() if self._origin else self.config.name_or_path
+
+    def digest(self) -> str:
+        if self._origin is not None:
+            return self._origin.digest()
+        total = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            total.update(f"{name} {weight_digest(parameter)}".encode())
+        return total.hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        return self._origin.nbytes if self._origin else sum(p.nbytes for p in self.model.parameters())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    def load(self, index: int) -> nn.Module:
+        return self.block(index)
+
+    def check_output(self, out: str | Path | None) -> None:
+        if self._origin is not None:
+            self._origin.check_output(out)
+
+    def whole(self) -> ObjectModel:
+        return self
+
+    def fresh(self) -> Any:
+        return copy.deepcopy(self.model).eval()
+
+
+def open_model(
+    model: str | Path | nn.Module | OpenedModel,
+    *,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    tokenizer: Any = None,
+) -> OpenedModel:
+    """Open a folder, a hub id or a model object. Nothing of a folder but its headers is read yet.
+
+    device: where forwards run; a GPU if there is one. An object stays where it is.
+    trust_remote_code: whether code in the folder may run; it is refused, never asked about, otherwise.
+    tokenizer: taken instead of the model's own.
+    Raises CheckpointError, UnsupportedModel or DeviceError for everything that cannot be opened rightly: no such folder,
+    tensors that are missing or of another shape, adapters, quantised or offloaded weights, a device that is not here.
+    """
+    from topiarist.models.folder import FolderModel
+
+    if isinstance(model, OpenedModel):
+        return model
+    where = device_or_default(device)
+    if isinstance(model, nn.Module):
+        check_object(model)
+        opened: OpenedModel = ObjectModel(model)
+    else:
+        folder = locate(model)
+        if not folder.is_dir():
+            raise CheckpointError(f"{model} is a file: name the folder of a model")
+        check_folder(folder)
+        opened = FolderModel(Checkpoint(folder), device=where, trust_remote_code=trust_remote_code, name=str(model))
+    opened._tokenizer = tokenizer
+    return opened
+
+
+@contextmanager
+def eager_experts(model: nn.Module) -> Iterator[None]:
+    """Experts run one by one while inside, so that each expert's input can be seen."""
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "_experts_implementation", None)
+    if before is not None:
+        config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        if before is not None:
+            config._experts_implementation = before
