@@ -9,12 +9,12 @@ PACKAGE = Path(__file__).parent.parent / "topiarist"
 FLOORS = [
     ["__about__"],
     ["core", "checkpoints", "data", "models"],
-    ["solvers", "allocate", "masklearn", "structured", "masks", "runtime", "evaluation", "results"],
+    ["solvers", "allocate", "masklearn", "structured", "masks", "quantize", "runtime", "evaluation", "results"],
     ["pipelines"],
     ["cli", "__main__", "__init__"],
 ]
 MAY_USE = {"evaluation": {"results"}, "masks": {"masklearn"}}
-NEEDS_NO_MODEL = {"solvers", "masklearn"}
+NEEDS_NO_MODEL = {"solvers", "masklearn", "quantize"}
 
 
 def imports_of(path: Path) -> set[str]:

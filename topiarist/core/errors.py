@@ -21,6 +21,10 @@ class CheckpointError(TopiaristError, OSError):
     """A model folder that cannot be read safely, or an output folder that cannot be written."""
 
 
+class QuantizationError(TopiaristError, ValueError):
+    """A grid that does not fit a weight, or quantised tensors that cannot be read."""
+
+
 class UnsupportedModel(TopiaristError, NotImplementedError):
     """A model type, or a part of one, that topiarist has no row of knowledge about."""
 
