@@ -23,10 +23,10 @@ from topiarist.evaluation.perplexity import load_model
 from topiarist.masklearn import Preset, Prior, Schedule
 from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.common.setup import resolve_patterns
-from topiarist.pipelines.learning import recover
 from topiarist.pipelines.learning.masking import targets
-from topiarist.pipelines.learning.processes import Processes
 from topiarist.pipelines.learning.sharding import ShardedModel
+from topiarist.pipelines.training import loop
+from topiarist.pipelines.training.processes import Processes
 
 RECIPE = Preset(
     steps=6, sequences=4, length=32, lr=Schedule(2e-2, 0.0, "cosine"), tau=Schedule(1.0, 0.05, "exponential"),
@@ -109,8 +109,8 @@ def test_two_processes_learn_what_one_learns(family: str, sample: Any, shard: bo
     ids=["copies", "shards", "recovery"],
 )
 def test_two_killed_processes_resume(shard: bool, kill: Kill, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(recover, "SAVED_AFTER", 0.0)
-    monkeypatch.setattr(recover, "SHARE", 1e9)
+    monkeypatch.setattr(loop, "SAVED_AFTER", 0.0)
+    monkeypatch.setattr(loop, "SHARE", 1e9)
     base = tiny.tiny_checkpoint(tmp_path / "base")
     two(base, tmp_path / "whole", RECIPE, shard=shard)
     two(base, tmp_path / "stopped", RECIPE, shard=shard, kill=kill)
@@ -124,7 +124,7 @@ def test_two_killed_processes_resume(shard: bool, kill: Kill, tmp_path: Path, mo
 
 def test_sequences_that_cannot_be_divided_are_refused(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(Processes, "join", classmethod(lambda cls: Processes(0, 3)))
-    monkeypatch.setattr(Processes, "once", lambda self, what: what())
+    monkeypatch.setattr(Processes, "on_main", lambda self, what: what())
     base = tiny.tiny_checkpoint(tmp_path / "base")
     with pytest.raises(tp.CalibrationError, match="4 sequences a step cannot be divided among 3 processes"):
         run(base, tmp_path / "out", RECIPE)

@@ -18,7 +18,7 @@ from topiarist.checkpoints.writing import STATES
 from topiarist.evaluation.perplexity import audit, load_model
 from topiarist.masklearn import PRESETS, Preset, Schedule
 from topiarist.pipelines.learning.files import MASKS
-from topiarist.pipelines.learning.trainer import Batches
+from topiarist.pipelines.training.batches import Batches
 
 FAST = Preset(
     steps=24, sequences=4, length=32, lr=Schedule(1e-2, 0.0, "cosine"), tau=Schedule(1.0, 0.05, "exponential"),

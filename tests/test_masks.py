@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -305,3 +306,66 @@ def test_hold_refuses_a_dense_model_and_foreign_masks():
         masks.hold(model)
     with pytest.raises(PatternError, match="no such parameter"):
         masks.hold(model, {"other": torch.ones(8, 8, dtype=torch.bool)})
+
+
+class Adapted(nn.Module):
+    """A linear with a low-rank adapter beside it, named as peft names them."""
+
+    adapter_layer_names = ("lora_A", "lora_B")
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, base.out_features, bias=False)})
+        nn.init.zeros_(self.lora_B["default"].weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["pruning_config", "pruned in memory"])
+def test_hold_trains_adapters_alike_wrapped_before_or_after(recorded: bool):
+    def trained(first: str) -> tuple[list[float], nn.Module, torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"proj": nn.Linear(8, 8)})
+        mask = NM(2, 4).mask(torch.rand(8, 8))
+        with torch.no_grad():
+            model["proj"].weight.mul_(mask)
+        if recorded:
+            model.config = SimpleNamespace(pruning_config={"pattern": "2:4", "modules": {"proj": 0.5}})
+        if first == "hold":
+            masks.hold(model)
+        model["proj"] = Adapted(model["proj"])
+        if first == "wrap":
+            assert masks.hold(model).sparsity == 0.5
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        x, losses = torch.randn(16, 8), []
+        for _ in range(8):
+            loss = (model["proj"](x) - 1.0).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss))
+        return losses, model, mask
+
+    before, model, mask = trained("hold")
+    after, _, _ = trained("wrap")
+    assert before == after and after[-1] < 0.8 * after[0]
+    assert torch.equal(model["proj"].base_layer.weight != 0, mask)
+
+
+def test_hold_takes_what_the_checkpoint_records_and_nothing_else():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8), "experts": nn.Module()})
+    model["experts"].up = nn.Parameter(torch.rand(2, 8, 8))
+    with torch.no_grad():
+        for weight in (model["a"].weight, model["b"].weight, model["experts"].up):
+            weight[..., ::2] = 0.0
+    model.config = SimpleNamespace(pruning_config={"modules": {"a": 0.5, "experts.up.0": 0.5, "experts.up.1": 0.5}})
+    held = masks.hold(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    held.apply()
+    assert not model["a"].weight[:, ::2].any() and not model["experts"].up[..., ::2].any()
+    assert bool(model["b"].weight[:, ::2].all())

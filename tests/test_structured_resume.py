@@ -15,8 +15,8 @@ from killing import Kept, Killed, assert_kills_change_nothing
 
 import topiarist as tp
 from topiarist.checkpoints.writing import STATES
-from topiarist.pipelines.learning import recover
 from topiarist.pipelines.shrinking.distill import distill
+from topiarist.pipelines.training import loop
 
 TOKENS = tiny.tiny_tokens(16, 32)
 
@@ -27,21 +27,20 @@ def run(base: Path, out: Path, **options) -> tp.ShrinkReport:
 
 def test_killed_anywhere_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch):
     base = tiny.tiny_checkpoint(tmp_path / "base", num_hidden_layers=4)
-    monkeypatch.setattr(recover, "SAVED_AFTER", 0.0)
+    monkeypatch.setattr(loop, "SAVED_AFTER", 0.0)
     options = {"recover": tp.Distill(kind="lora", steps=4)}
     assert_kills_change_nothing(lambda out: run(base, out, **options), tmp_path, kills=4, each=2)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_killed_recovery_goes_on_to_the_same_bits(kind: str, monkeypatch):
-    monkeypatch.setattr(recover, "SAVED_AFTER", 0.0)
-    monkeypatch.setattr(recover, "SHARE", 1e9)
+    monkeypatch.setattr(loop, "SAVED_AFTER", 0.0)
+    monkeypatch.setattr(loop, "SHARE", 1e9)
     model, settings, state = tiny.tiny_model(), tp.Distill(kind=kind, steps=8), Kept()
 
     def distilled(**options: Any) -> tuple[list[float], dict[str, Any]]:
         student = tiny.tiny_model(seed=1)
-        descent = recover.Descent(tokens=TOKENS, batch_size=2, seed=0, **options)
-        return distill(student, model, settings, descent), student.state_dict()
+        return distill(student, model, settings, TOKENS, batch_size=2, seed=0, **options), student.state_dict()
 
     def kill(_: str, done: int, total: int) -> None:
         if done == 5:

@@ -55,7 +55,7 @@ def learn(
     """Learn MODEL's masks on text, from a one-shot prior, and write OUT. The same command resumes a stopped run."""
     import topiarist as tp
     from topiarist.pipelines.learning.plan import plan_learn
-    from topiarist.pipelines.learning.processes import Processes
+    from topiarist.pipelines.training.processes import Processes
 
     set_threads(threads)
     quiet()
@@ -94,7 +94,7 @@ def learn(
             progress=progress,
             **options,
         )
-    Processes.leave()
+    Processes.destroy()
     if not first:
         return
     table = Table(title=f"learned {report.pattern}: {len(report.layers)} masks, {report.sparsity:.2%} zeros")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -66,28 +67,27 @@ class Hold:
         self.release()
 
 
-def hold(model: nn.Module, masks: Mapping[str, Tensor] | None = None, *, least: float = 0.01) -> Hold:
+def hold(model: nn.Module, masks: Mapping[str, Bool[Tensor, "..."]] | None = None, *, least: float = 0.01) -> Hold:
     """Keep the zeros of a pruned model through any training loop that uses torch optimisers.
 
-    masks: parameter name -> bool mask (True = kept). By default the zeros that stand in the weights now: every
-    parameter of two or more axes in which at least a fraction `least` is zero, embeddings excepted.
+    masks: parameter name -> bool mask in the parameter's shape (True = kept). By default the zeros that stand now in the
+    matrices that the model's `pruning_config` names; if it has none (a model pruned in memory), in every parameter of
+    two or more axes in which at least a fraction `least` is zero, but for embeddings, adapters, and matrices that are
+    zero as a whole: a pruned matrix keeps something, a fresh adapter does not.
 
     Two guards: a gradient hook cuts gradients at the zeros, so no optimiser state builds up there; and a hook after
     every optimiser step writes the zeros again, whatever the optimiser added. So it holds under Trainer and TRL (full
-    fine-tuning), Accelerate, gradient accumulation, clipping, weight decay and moved models. It does not see parameters
-    that a wrapper replaces by its own (FSDP's flat parameters, DeepSpeed): hold after wrapping, or call `apply()`.
-    LoRA adapters leave the weights alone; merging them fills the zeros, so call `apply()` after a merge.
+    fine-tuning), Accelerate, gradient accumulation, clipping, weight decay and moved models, and with peft's adapters
+    wrapped before or after. It does not see parameters that a wrapper replaces by its own (FSDP's flat parameters,
+    DeepSpeed): hold after wrapping, or call `apply()`. Merging adapters fills the zeros, so call `apply()` after a merge.
 
     Raises PatternError if there is nothing to hold, or a mask fits no parameter.
     """
     parameters = dict(model.named_parameters())
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     if masks is None:
-        chosen = {
-            p: (p != 0).detach()
-            for p in parameters.values()
-            if p.ndim >= 2 and id(p) not in embeddings and float((p == 0).float().mean()) >= least
-        }
+        claimed = _claimed(model, parameters)
+        names = _with_zeros(model, parameters, least) if claimed is None else claimed
+        chosen = {parameters[name]: (parameters[name] != 0).detach() for name in names}
     else:
         chosen = {}
         for name, mask in masks.items():
@@ -98,3 +98,41 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor] | None = None, *, least: 
     if not chosen:
         raise PatternError("nothing to hold: no weight of the model has zeros; prune it first, or pass masks")
     return Hold(chosen)
+
+
+def _claimed(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[str] | None:
+    """Names of the parameters that hold the matrices which the model's `pruning_config` names; None if it names none."""
+    provenance = getattr(getattr(model, "config", None), "pruning_config", None) or {}
+    # A matrix is a module's weight, or (of fused experts) a parameter and the expert's number.
+    claimed = {
+        name
+        for matrix in provenance.get("modules", {})
+        for name in (f".{matrix}.weight", "." + matrix.rpartition(".")[0])
+    }
+    # Wrappers put names before a parameter's own, and peft one into it; a base model lacks the first.
+    own = {name: "." + name.replace(".base_layer.", ".") for name in parameters}
+    suffixes = {path[at:] for path in claimed for at in range(len(path)) if path[at] == "."}
+    found = [
+        name
+        for name, path in own.items()
+        if parameters[name].ndim >= 2
+        and (path in suffixes or any(path[at:] in claimed for at in range(len(path)) if path[at] == "."))
+    ]
+    return found or None
+
+
+def _with_zeros(model: nn.Module, parameters: Mapping[str, nn.Parameter], least: float) -> list[str]:
+    """Names of the parameters whose zeros look pruned."""
+    excluded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():
+        for name in getattr(module, "adapter_layer_names", ()):  # how peft's layers list their own parts
+            part = getattr(module, name, None)
+            parts = part.parameters() if isinstance(part, nn.Module) else ()
+            excluded.update(id(parameter) for parameter in parts)
+    found = []
+    for name, parameter in parameters.items():
+        if parameter.ndim >= 2 and id(parameter) not in excluded:
+            zeros = float((parameter == 0).float().mean())
+            if least <= zeros < 1.0:
+                found.append(name)
+    return found

@@ -19,9 +19,9 @@ from topiarist.masks import MaskFile, save_masks
 from topiarist.masks.files import write_masked
 from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.common.written import saved_beside
-from topiarist.pipelines.learning import recover
 from topiarist.pipelines.learning.masking import Target
 from topiarist.pipelines.learning.report import METHOD, LearnedLayer, LearnReport, learned_card
+from topiarist.pipelines.training.weights import STATE_BYTES as WEIGHT_STATE_BYTES
 from topiarist.results.pages import PAGE, Result, report_page
 
 STATE = "learning"
@@ -39,7 +39,7 @@ def open_output(
     if not output.complete:
         weights = sum(target.parameter.numel() for target in wanted)
         # A new state is whole before the old one goes.
-        states = STATE_BYTES + max(STATE_BYTES, 2 * recover.STATE_BYTES if recovers else 0)
+        states = STATE_BYTES + max(STATE_BYTES, 2 * WEIGHT_STATE_BYTES if recovers else 0)
         output.begin(states * weights + (checkpoint.weight_bytes() if checkpoint else 4 * weights))
     return output
 

@@ -36,13 +36,14 @@ from topiarist.pipelines.learning.files import (
     write_result,
 )
 from topiarist.pipelines.learning.job import open_whole, prepare
-from topiarist.pipelines.learning.loop import Progress, Run
+from topiarist.pipelines.learning.loop import Run
 from topiarist.pipelines.learning.masking import targets
 from topiarist.pipelines.learning.priors import given_masks, prior_identity
-from topiarist.pipelines.learning.processes import Processes
-from topiarist.pipelines.learning.recover import Descent, Recover, recover_weights
+from topiarist.pipelines.learning.recover import Recover, recover_weights
 from topiarist.pipelines.learning.report import LearnReport
 from topiarist.pipelines.learning.trainer import MaskTrainer
+from topiarist.pipelines.training.loop import Progress
+from topiarist.pipelines.training.processes import Processes
 from topiarist.solvers import SOLVERS
 
 
@@ -97,7 +98,7 @@ def learn(
     meter = Meter()
     reset_peak_memory()
     processes = Processes.join()
-    scalars = Scalars(tensorboard if processes.first else None)
+    scalars = Scalars(tensorboard if processes.is_main else None)
     identity = prior_identity(prior)
     sharded = processes.size > 1 and not isinstance(model, nn.Module) if shard is None else shard
     _check_sharding(sharded, processes, model, recover)
@@ -113,7 +114,7 @@ def learn(
     recipe, wanted, notes = job.recipe, job.targets, job.notes
     given: dict[str, Tensor] = {}
     if not (isinstance(prior, str) and prior in SOLVERS):  # refused, if at all, before anything is written
-        processes.once(lambda: given.update(given_masks(prior, wanted)))  # pyright: ignore[reportArgumentType]
+        processes.on_main(lambda: given.update(given_masks(prior, wanted)))  # pyright: ignore[reportArgumentType]
     every = evaluate_every or max(1, min(25, recipe.steps // 5))
     recovery = (recover or None) if not isinstance(recover, bool) else Recover() if recover else None
     settings = {
@@ -147,12 +148,12 @@ def learn(
             "data": calibration,
             **settings,
         }
-        output = processes.once(
+        output = processes.on_main(
             lambda: open_output(Path(out), fingerprint, checkpoint, wanted, recovers=bool(recovery))
         )
         if output.complete:
             return LearnReport.from_folder(output.folder)
-    state = output.state(PRIOR if sharded else STATE).load() if output is not None and processes.first else None
+    state = output.state(PRIOR if sharded else STATE).load() if output is not None and processes.is_main else None
     tell = progress or (lambda *_: None)
     run = Run(source, job, processes, tell)
     masks = run.prior_masks(given or prior, state, seed)
@@ -160,7 +161,7 @@ def learn(
     masked = run.masked(masks, relaxation, seed, lean=lean, sharded=sharded)
     if sharded and output is not None:
         folder = output
-        processes.once(lambda: state is None and keep_prior(folder, wanted, masks, notes))
+        processes.on_main(lambda: state is None and keep_prior(folder, wanted, masks, notes))
     del masks
     try:
         trainer = MaskTrainer(
@@ -176,21 +177,21 @@ def learn(
     finally:
         masked.restore()
     run.note_if_useless(report)
-    if sharded and processes.first:  # the dense weights again, whole
+    if sharded and processes.is_main:  # the dense weights again, whole
         source = open_whole(model, "cpu", trust_remote_code)
         wanted = [target for block in targets(source, job.patterns) for target in block]
     replaced = None
     if recovery is not None:
-        descent = Descent(
-            tokens=job.training, batch_size=job.batch_size, seed=seed, progress=tell,
-            processes=processes, state=SavedState() if output is None else output.state("recovery"),
+        replaced = recover_weights(
+            source.model, final, recovery, job.training,
+            batch_size=job.batch_size, seed=seed, progress=tell, processes=processes,
+            state=SavedState() if output is None else output.state("recovery"),
         )  # fmt: skip
-        replaced, _ = recover_weights(source.model, final, recovery, descent)
     report.run = {**meter.run(source.device), "processes": processes.size}
     if output is not None:
         report.output = str(out)
         folder = output
-        processes.once(  # nobody returns before the folder is whole
+        processes.on_main(  # nobody returns before the folder is whole
             lambda: write_result(folder, checkpoint, source, tokenizer, wanted, final, replaced, report, job.windows)
         )
     if isinstance(model, nn.Module):

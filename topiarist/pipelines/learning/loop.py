@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,12 @@ from topiarist.pipelines.learning.files import SHARDS, STATE, Scalars, packed_pr
 from topiarist.pipelines.learning.job import Job
 from topiarist.pipelines.learning.masking import MaskedModel
 from topiarist.pipelines.learning.priors import one_shot_masks
-from topiarist.pipelines.learning.processes import Processes
 from topiarist.pipelines.learning.report import LearnReport
 from topiarist.pipelines.learning.trainer import MaskTrainer
+from topiarist.pipelines.training.loop import Progress
+from topiarist.pipelines.training.processes import Processes
+from topiarist.pipelines.training.sharded_state import ShardedState
 from topiarist.solvers import SOLVERS
-
-Progress = Callable[[str, int, int], None]
-"""(what is going on, done, in all)"""
 
 
 @dataclass
@@ -99,11 +98,11 @@ class Run:
                 return warned
             return []
 
-        self.job.notes.extend(self.processes.once(find))
+        self.job.notes.extend(self.processes.on_main(find))
         if self.processes.size > 1:
             for target in wanted:
                 mask = masks.get(target.name, torch.zeros(target.parameter.shape, dtype=torch.bool))
-                told = self.processes.same(mask.to(self.source.device, torch.uint8).contiguous())
+                told = self.processes.broadcast(mask.to(self.source.device, torch.uint8).contiguous())
                 masks[target.name] = told.bool()
         return masks
 
@@ -114,13 +113,12 @@ class Run:
         state: tuple[dict[str, Tensor], dict[str, str]] | None,
     ) -> None:
         """Go on from the saved state, if there is one: every process from the first one's, or each with its own rows."""
-        masked: Any = trainer.masked
-        if not masked.sharded:
+        if not trainer.masked.sharded:
             if state is not None:
                 trainer.load(*state)
             trainer.share()
         elif output is not None:
-            loop = masked.load(output.states / SHARDS, trainer.tensors())
+            loop = ShardedState(output.states / SHARDS, self.processes).load(trainer.tensors())
             if loop is not None:
                 trainer.go_on(loop)
 
@@ -151,11 +149,11 @@ class Run:
         self.progress(f"hard mask {perplexity:.2f}, {entry['flips']:.2%} changed", trainer.step, trainer.preset.steps)
 
     def _save(self, trainer: MaskTrainer, output: OutputFolder) -> None:
-        masked: Any = trainer.masked
-        if masked.sharded:
-            masked.save(output.states / SHARDS, trainer.step, trainer.tensors(), trainer.progress())
+        if trainer.masked.sharded:
+            state = ShardedState(output.states / SHARDS, self.processes)
+            state.save(trainer.step, trainer.tensors(), trainer.progress())
             return
         prior = packed_prior(self.job.targets, trainer.masked.prior_bits)
         notes = {"notes": json.dumps(self.job.notes)}  # a resume does not compute the prior and its warnings again
 
-        self.processes.once(lambda: output.state(STATE).save(trainer.tensors() | prior, trainer.progress() | notes))
+        self.processes.on_main(lambda: output.state(STATE).save(trainer.tensors() | prior, trainer.progress() | notes))

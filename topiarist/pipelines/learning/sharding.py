@@ -10,31 +10,23 @@ Between steps a process holds 1 / processes of: the weight, W * M, logits and mo
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from topiarist.core.errors import CheckpointError, PatternError
+from topiarist.core.errors import PatternError
 from topiarist.masklearn import Annealing, LearnedMask, Prior, kernels, relaxation_for, set_draws
 from topiarist.models.families import block_names
 from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.learning.masking import MaskedModel, Target
-from topiarist.pipelines.learning.processes import Processes
-
-LATEST, LOOP = "LATEST", "loop.json"
+from topiarist.pipelines.training.processes import Processes
 
 
 class MaskShard(LearnedMask):
@@ -180,59 +172,3 @@ class ShardedModel(MaskedModel):
 
     def _whole(self, shard: Tensor) -> DTensor:
         return DTensor.from_local(shard, self.mesh, [Shard(0)])
-
-    def _state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {key: self._whole(tensor) if tensor.ndim else tensor for key, tensor in tensors.items()}
-
-    def save(self, folder: Path, step: int, tensors: Mapping[str, Tensor], loop: Mapping[str, str]) -> None:
-        """One folder a state, by torch.distributed.checkpoint; the name of the last whole one is written after it.
-
-        Raises CheckpointError in every process if it fails in one; the state before it is then untouched.
-        """
-        place = folder / f"{step:08d}"
-        state = self._state(tensors)
-        try:
-            save(state, checkpoint_id=place)
-        except (OSError, CheckpointException) as error:
-            raise CheckpointError(f"cannot write {place}: {_reason(error)}; the state before it is kept") from error
-
-        def point() -> None:
-            (place / LOOP).write_text(json.dumps(dict(loop)))
-            temporary = folder / f"{LATEST}.tmp"
-            temporary.write_text(place.name)
-            temporary.replace(folder / LATEST)
-            for other in folder.iterdir():
-                if other.is_dir() and other != place:
-                    shutil.rmtree(other)
-
-        self.processes.once(point)
-
-    @torch.no_grad()
-    def load(self, folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str] | None:
-        """Fill `tensors` from the last whole state, whatever number of processes wrote it. What `save` was told, or
-        None if there is no state.
-        """
-
-        def find() -> tuple[str, dict[str, str]] | None:
-            latest = folder / LATEST
-            if not latest.is_file():
-                return None
-            name = latest.read_text()
-            return name, json.loads((folder / name / LOOP).read_text())
-
-        found = self.processes.once(find)
-        if found is None:
-            return None
-        state = self._state(tensors)
-        try:
-            load(state, checkpoint_id=folder / found[0])
-        except (OSError, CheckpointException) as error:
-            raise CheckpointError(f"cannot read {folder / found[0]}: {_reason(error)}") from error
-        for key, tensor in tensors.items():  # what lies on another device than the mesh was read into a copy
-            read = state[key]
-            tensor.copy_(read.to_local() if isinstance(read, DTensor) else read)
-        return found[1]
-
-
-def _reason(error: BaseException) -> str:
-    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__

@@ -16,35 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topiarist.core.errors import CalibrationError, NumericalError
+from topiarist.core.errors import NumericalError
 from topiarist.core.losses import divergence, next_token_loss
 from topiarist.masklearn import Annealing, MaskAdamW, Preset, eight_bit
 from topiarist.pipelines.learning.masking import MaskedModel
-from topiarist.pipelines.learning.processes import Processes
+from topiarist.pipelines.training.batches import Batches, accumulate_gradients, held_out_mean
+from topiarist.pipelines.training.processes import Processes
 
 CERTAIN, STILL = 0.99, 1e-6
 """The stop rule: mean largest probability above the one, changed weights since the last evaluation below the other."""
-
-
-class Batches:
-    """Rows of a token table in an order that depends on the seed alone: epoch after epoch, each in its own order."""
-
-    def __init__(self, num: int, size: int, seed: int) -> None:
-        if num < size:
-            raise CalibrationError(f"training text holds {num} sequences, a step needs {size}: add text")
-        self.num, self.size, self.seed = num, size, seed
-        self._epoch, self._order = -1, torch.empty(0)
-
-    def rows(self, step: int) -> list[int]:
-        """The rows of one step."""
-        return [self._row(position) for position in range(step * self.size, (step + 1) * self.size)]
-
-    def _row(self, position: int) -> int:
-        epoch, place = divmod(position, self.num)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
-            self._epoch, self._order = epoch, torch.randperm(self.num, generator=generator)
-        return int(self._order[place])
 
 
 class MaskTrainer:
@@ -96,27 +76,24 @@ class MaskTrainer:
     def run_step(self) -> Tensor:
         """One optimiser step on all processes. The mean soft loss, still on its device."""
         preset, step = self.preset, self.step
-        rows = self.batches.rows(step)
-        micro = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        micro_batches = self.batches.micro_batches(step, self.batch_size)
         shared, split = preset.sample == "step", self.masked.sharded
         self.masked.train()
         self.optimizer.param_groups[0]["lr"] = preset.lr(step, preset.steps)
-        total = torch.zeros((), device=self.device)
-        for index in range(self.processes.rank, len(micro), self.processes.size):
+
+        def loss(numbered: tuple[int, list[int]]) -> Tensor:
             # Shards draw one mask together, so a micro-batch of theirs is what all processes run at the same time.
-            number, of = (
-                (index // self.processes.size, len(micro) // self.processes.size) if split else (index, len(micro))
-            )
-            sample = {} if shared else {"sample": number, "samples": of}
+            together = self.processes.size if split else 1
+            index, samples = numbered[0] // together, len(micro_batches) // together
+            sample = {} if shared else {"sample": index, "samples": samples}
             self.masked.set_draws(self.annealing, step, preset.steps, seed=self.seed, **sample)
-            loss = self._loss(self.tokens[micro[index]].to(self.device)) / len(micro)
-            loss.backward()
-            self.masked.collect()
-            total += loss.detach()
-        if self.processes.size > 1:
-            if not split:
-                self.optimizer.synchronise(self.processes.add_up, one_draw=shared)
-            self.processes.add_up(total)
+            return self._loss(self.tokens[numbered[1]].to(self.device))
+
+        total = accumulate_gradients(
+            list(enumerate(micro_batches)), loss, self.processes, self.device, after_backward=self.masked.collect
+        )
+        if self.processes.size > 1 and not split:
+            self.optimizer.synchronise(self.processes.all_reduce, one_draw=shared)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._losses.append((step, total))
@@ -136,20 +113,15 @@ class MaskTrainer:
     def _logits(self, tokens: Tensor) -> Tensor:
         return self.masked.model(input_ids=tokens, use_cache=False).logits
 
-    @torch.no_grad()
     def hard_loss(self) -> float:
         """Mean loss of the hard masks on the held-out sequences."""
         self.masked.train(False)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for first in range(0, len(self.held_out), self.processes.size):
-            index = first + self.processes.rank
-            if index >= len(self.held_out) and not self.masked.sharded:
-                break  # shards run together or not at all
-            row = min(index, len(self.held_out) - 1)
+
+        def loss(row: int) -> Tensor:
             tokens = self.held_out[row : row + 1].to(self.device)
-            loss = next_token_loss(self._logits(tokens), tokens).double()
-            total += loss if row == index else 0.0
-        return float(self.processes.add_up(total)) / len(self.held_out)
+            return next_token_loss(self._logits(tokens), tokens)
+
+        return held_out_mean(len(self.held_out), loss, self.processes, self.device, in_step=self.masked.sharded)
 
     def evaluate(self) -> dict[str, Any]:
         """Look at the hard masks and note it in `history`. Raises NumericalError, naming the step, for a broken run."""
@@ -217,7 +189,7 @@ class MaskTrainer:
         """The sum over all processes of what each has counted in its rows; the value itself where there are no shards."""
         if not self.masked.sharded:
             return value
-        return float(self.processes.add_up(torch.tensor(float(value), dtype=torch.float64, device=self.device)))
+        return float(self.processes.all_reduce(torch.tensor(float(value), dtype=torch.float64, device=self.device)))
 
     def tensors(self) -> dict[str, Tensor]:
         """Logits, moments, counts and the best masks so far, by parameter name: with `progress`, all that is needed to go
@@ -250,8 +222,8 @@ class MaskTrainer:
         """Every process goes on from the first one's state."""
         if self.processes.size > 1:
             for tensor in self.tensors().values():
-                self.processes.same(tensor)
-            self.go_on(self.processes.once(self.progress))
+                self.processes.broadcast(tensor)
+            self.go_on(self.processes.on_main(self.progress))
 
 
 def _differing(a: np.ndarray, b: np.ndarray) -> int:

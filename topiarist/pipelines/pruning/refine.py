@@ -6,7 +6,6 @@ where the mask keeps a weight. Works after any solver, keeps the pattern exactly
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,11 +13,11 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from topiarist.core.errors import NumericalError
 from topiarist.models.families import Matrix
 from topiarist.pipelines.common.stream import BlockStream
+from topiarist.pipelines.training.loop import FineTuning
+from topiarist.pipelines.training.weights import TrainedWeights
 from topiarist.results.report import BlockRefinement
 
 
@@ -57,69 +56,44 @@ def refine_block(
     Raises NumericalError if the loss is not finite.
     """
     trained = _trained_parameters(block, matrices, settings.norms)
-    masters = {key: nn.Parameter(value.detach().float().clone()) for key, value in trained.items()}
-    pruned = {_parameter_name(block, m) for m in matrices}
-    masks = {key: trained[key].detach() != 0 for key in masters if key in pruned}
+    masks = {key: trained[key].detach() != 0 for key in (_parameter_name(block, m) for m in matrices)}
+    weights = TrainedWeights(trained, masks)
 
-    def current() -> dict[str, Tensor]:
-        return {
-            key: (master * masks[key] if key in masks else master).to(trained[key].dtype)
-            for key, master in masters.items()
-        }
+    def squared_error(batch: int) -> tuple[Tensor, Tensor]:
+        """(sum of squared differences, sum of squared changes that the dense block makes) over one batch."""
+        rows, hidden, out = stream.run_batch(index, block, batch)
+        target = targets[rows].to(out.device).float()
+        return (out.float() - target).square().sum(), (target - hidden.float()).square().sum()
 
-    def error(rows: Sequence[int]) -> float:
-        with torch.no_grad():
-            weights = current()
-            sums = [_squared_error(stream, index, block, weights, targets, batch) for batch in rows]
+    def loss(batch: int) -> Tensor:
+        squared, change = squared_error(batch)
+        return squared / change.clamp_min(1e-30)
+
+    @torch.no_grad()
+    def held_out_error() -> float:
+        sums = [squared_error(batch) for batch in checking]
         return float(sum(s for s, _ in sums)) / max(float(sum(t for _, t in sums)), 1e-30)
 
     num_batches = stream.num_batches
     held = max(1, round(settings.held_out * num_batches)) if num_batches > 1 else 0
     training, checking = list(range(num_batches - held)), list(range(num_batches - held, num_batches)) or [0]
-    before = best = error(checking)
-    best_epoch, best_weights = 0, None
-    scales = {
-        key: float(master.detach().norm() / max(int(master.count_nonzero()), 1) ** 0.5)
-        for key, master in masters.items()
-    }
-    optimizer = torch.optim.Adam([{"params": [master], "lr": 0.0} for master in masters.values()], fused=True)
-    total = settings.epochs * len(training)
-    for step in range(total):
-        progress = 0.5 * (1 + math.cos(math.pi * step / total))
-        rate = settings.final_learning_rate + (1 - settings.final_learning_rate) * progress
-        for group, scale in zip(optimizer.param_groups, scales.values(), strict=True):
-            group["lr"] = settings.learning_rate * scale * rate
-        squared, change = _squared_error(stream, index, block, current(), targets, training[step % len(training)])
-        loss = squared / change.clamp_min(1e-30)
-        if not torch.isfinite(loss):
-            raise NumericalError(f"{name}: the loss of the refinement is not finite; lower its learning rate")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if (step + 1) % len(training) == 0:
-            now = error(checking)
-            if now < best:
-                best, best_epoch = now, (step + 1) // len(training)
-                best_weights = {key: value.detach().clone() for key, value in current().items()}
-    if best_weights is not None:
-        with torch.no_grad():
-            for key, value in best_weights.items():
-                # +0.0 where pruned: a product with the mask may leave -0.0.
-                trained[key].copy_(value.masked_fill(~masks[key], 0.0) if key in masks else value)
-    return BlockRefinement(name, before, best, best_epoch)
+    tuning = FineTuning(
+        name=f"{name} refinement",
+        steps=settings.epochs * len(training),
+        learning_rate=settings.learning_rate,
+        scales=[_rms_of_kept(master) for master in weights.masters.values()],
+        final_learning_rate=settings.final_learning_rate,
+        betas=(0.9, 0.999),
+        max_norm=None,
+        evaluate_every=len(training),
+    )
+    history = tuning.run(block, weights, lambda step: [training[step % len(training)]], loss, held_out_error)
+    best_step, after = history.best
+    return BlockRefinement(name, history.evaluations[0][1], after, best_step // max(1, len(training)))
 
 
-def _squared_error(
-    stream: BlockStream, index: int, block: nn.Module, weights: dict[str, Tensor], targets: Tensor, batch: int
-) -> tuple[Tensor, Tensor]:
-    """(sum of squared differences, sum of squared changes that the dense block makes) over one batch."""
-
-    def run(hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return functional_call(block, weights, (hidden, *args), kwargs)
-
-    rows, hidden, out = stream.run_batch(index, run, batch)
-    wanted = targets[rows].to(out.device).float()
-    return (out.float() - wanted).square().sum(), (wanted - hidden.float()).square().sum()
+def _rms_of_kept(weight: Tensor) -> float:
+    return float(weight.detach().norm() / max(int(weight.count_nonzero()), 1) ** 0.5)
 
 
 def _parameter_name(block: nn.Module, matrix: Matrix) -> str:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from jaxtyping import Int
+from torch import Tensor
 
+from topiarist.checkpoints.writing import SavedState
 from topiarist.core.errors import TopiaristError
 from topiarist.core.losses import divergence
 from topiarist.models.families import Matrix, family_of, matrices_of
 from topiarist.models.hooks import hooked
-from topiarist.pipelines.learning.recover import STATE_BYTES, Descent, Loss, Recover, recover_weights
+from topiarist.pipelines.learning.recover import Recover
+from topiarist.pipelines.training.batches import Batches
+from topiarist.pipelines.training.loop import Progress
+from topiarist.pipelines.training.low_rank import LowRankUpdate
+from topiarist.pipelines.training.processes import Processes
+from topiarist.pipelines.training.weights import STATE_BYTES, TrainedWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,44 +39,6 @@ class Distill(Recover):
             raise TopiaristError(f"unknown recovery {self.kind!r}; choose lora or full")
 
 
-@dataclass
-class _Update:
-    """W + B A for one linear, with A (rank, in) and B (out, rank); where W has empty rows and columns they stay empty."""
-
-    matrix: Matrix
-    A: nn.Parameter
-    B: nn.Parameter
-    rows: Tensor | None
-    columns: Tensor | None
-    """Which are not empty; None: all."""
-
-    @classmethod
-    def of(cls, matrix: Matrix, rank: int, generator: torch.Generator) -> _Update:
-        weight = matrix.weight
-        out_features, in_features = weight.shape
-        rank = min(rank, out_features, in_features)
-        A = torch.randn(rank, in_features, generator=generator) / in_features**0.5
-        B = torch.zeros(out_features, rank)
-        filled = [(weight != 0).any(dim) for dim in (1, 0)]
-        rows, columns = (None if bool(x.all()) else x for x in filled)
-        place = {"device": weight.device, "dtype": torch.float32}
-        return cls(matrix, nn.Parameter(A.to(**place)), nn.Parameter(B.to(**place)), rows, columns)
-
-    def hook(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Adds B A x to the module's output."""
-        x = args[0] if self.columns is None else args[0] * self.columns.to(args[0].dtype)
-        low = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
-        return output + (low if self.rows is None else low * self.rows.to(low.dtype))
-
-    def merge(self) -> None:
-        update = (self.B @ self.A).detach()
-        if self.rows is not None:
-            update *= self.rows[:, None]
-        if self.columns is not None:
-            update *= self.columns
-        self.matrix.assign((self.matrix.weight.float() + update).to(self.matrix.weight.dtype))
-
-
 def disk_bytes(model: Any, settings: Distill) -> int:
     """Of the states of a run, at most: a new one is whole before the old one goes."""
     matrices = _matrices(model)
@@ -83,40 +52,50 @@ def _matrices(model: Any) -> list[Matrix]:
     return [matrix for block in model.get_submodule(family.blocks) for matrix in matrices_of(block, family)]
 
 
-def distill(student: Any, teacher: Any, settings: Distill, descent: Descent) -> list[float]:
-    """Train the blocks of `student` in place; empty rows and columns stay empty. Loss: KL(teacher || student), the mean
-    over all positions. Returns that of every step.
+def distill(
+    student: Any,
+    teacher: Any,
+    settings: Distill,
+    tokens: Int[Tensor, "num window"],
+    *,
+    batch_size: int,
+    seed: int,
+    progress: Progress = lambda *_: None,
+    state: SavedState | None = None,
+) -> list[float]:
+    """Train the blocks of `student` in place towards the teacher's predictions; empty rows and columns stay empty.
+
+    Loss: KL(teacher || student) in nats, the mean over all positions; that of every step is returned. batch_size:
+    sequences a forward. seed: of the text's order and the low-rank updates' start. Raises NumericalError for a loss
+    that is not finite.
     """
-    matrices, loss = _matrices(student), _divergence(teacher)
-    if settings.kind == "full":
-        names = {id(parameter): name for name, parameter in student.named_parameters()}
-        wanted = {names[id(getattr(matrix.module, matrix.parameter))] for matrix in matrices}
-        masks = {name: student.get_parameter(name) != 0 for name in sorted(wanted)}
-        new, losses = recover_weights(student, masks, settings, descent, loss)
-        for name, weight in new.items():
-            student.get_parameter(name).data = weight
-        return losses
+    matrices = _matrices(student)
     for matrix in matrices:  # the caller's model may share them
         stored = getattr(matrix.module, matrix.parameter)
         stored.data = stored.data.clone()
-    generator = torch.Generator().manual_seed(descent.seed)
-    updates = [_Update.of(m, settings.rank, generator) for m in matrices if m.expert is None]
+    size = math.gcd(batch_size, settings.sequences)
+    batches = Batches(len(tokens), settings.sequences, seed + 1)
+    device = next(student.parameters()).device
 
-    def logits(batch: Tensor) -> Tensor:
-        return student(input_ids=batch, use_cache=False).logits
+    def loss(rows: list[int]) -> Tensor:
+        batch = tokens[rows].to(device)
+        with torch.no_grad():
+            reference = teacher(input_ids=batch, use_cache=False).logits
+        return divergence(student(input_ids=batch, use_cache=False).logits, reference)
 
-    masters = [master for update in updates for master in (update.A, update.B)]
+    def train(weights: TrainedWeights) -> list[float]:
+        tuning = settings.tuning(progress, Processes(), state or SavedState())
+        return tuning.run(student, weights, lambda step: batches.micro_batches(step, size), loss).losses
+
+    if settings.kind == "full":
+        trained = {id(getattr(matrix.module, matrix.parameter)) for matrix in matrices}
+        parameters = {name: p for name, p in sorted(student.named_parameters()) if id(p) in trained}
+        return train(TrainedWeights(parameters, {name: p != 0 for name, p in parameters.items()}))
+    generator = torch.Generator().manual_seed(seed)
+    updates = [LowRankUpdate.of(m, settings.rank, generator) for m in matrices if m.expert is None]
+    parameters = {f"{i} {part}": getattr(update, part) for i, update in enumerate(updates) for part in "AB"}
     with hooked(*(update.matrix.module.register_forward_hook(update.hook) for update in updates)):
-        losses = descent.run(settings, masters, logits, loss)
+        losses = train(TrainedWeights(parameters))
     for update in updates:
         update.merge()
     return losses
-
-
-def _divergence(teacher: Any) -> Loss:
-    def loss(logits: Tensor, batch: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = teacher(input_ids=batch, use_cache=False).logits
-        return divergence(logits, wanted)
-
-    return loss

@@ -16,7 +16,6 @@ from topiarist.core.errors import UnsupportedModel
 from topiarist.core.meter import Meter
 from topiarist.data.text import Windows
 from topiarist.models.opened import ObjectModel
-from topiarist.pipelines.learning.recover import Descent
 from topiarist.pipelines.shrinking.distill import Distill, distill
 from topiarist.pipelines.shrinking.plan import remember
 from topiarist.pipelines.shrinking.refit import Saved, refit_consumers
@@ -126,11 +125,10 @@ class ShrinkRun:
     def recover(self, small: Any, teacher: Any, settings: Distill) -> list[dict[str, float]]:
         """Train the small model in place; some of the losses on the way."""
         with self.meter.timed("recovery"):
-            descent = Descent(
-                tokens=self.tokens, batch_size=self.batch_size, seed=self.seed,
-                progress=self.progress, state=self.state("recovery"),
+            losses = distill(
+                small, teacher, settings, self.tokens,
+                batch_size=self.batch_size, seed=self.seed, progress=self.progress, state=self.state("recovery"),
             )  # fmt: skip
-            losses = distill(small, teacher, settings, descent)
         every = max(1, len(losses) // LOGGED)
         shown = [step for step in range(1, len(losses) + 1) if step % every == 0 or step == len(losses)]
         return [{"step": step, "loss": losses[step - 1]} for step in shown]

@@ -1,7 +1,7 @@
-"""Several processes with one model each (data parallel): who I am, sums over all, and things that only the first does.
+"""Several processes that work on one run: this one's rank, sums over all, and work that only the main one does.
 
-Started by `torchrun`, or by code that has called `torch.distributed.init_process_group` itself. One process needs
-nothing of this: every method is then the identity.
+Started by `torchrun`, or by code that has called `torch.distributed.init_process_group` itself. For a single process
+every method is the identity.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Shaped
 from torch import Tensor
 
 from topiarist.core.errors import TopiaristError
@@ -20,7 +21,7 @@ from topiarist.core.errors import TopiaristError
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among its equals."""
+    """This process' place among all that work on the run."""
 
     rank: int = 0
     size: int = 1
@@ -38,35 +39,39 @@ class Processes:
         return cls()
 
     @staticmethod
-    def leave() -> None:
-        """Leave the group, for a program that ends here."""
+    def destroy() -> None:
+        """Destroy the process group, for a program that ends here."""
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and talks."""
         return self.rank == 0
 
-    def add_up(self, tensor: Tensor) -> Tensor:
-        """Sum over all processes, in place."""
+    def all_reduce(self, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        """Sum a tensor over all processes, in place, and return it."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def same(self, tensor: Tensor) -> Tensor:
-        """The first process's values, in place."""
+    def broadcast(self, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        """Overwrite a tensor with the main process' values, in place, and return it."""
         if self.size > 1:
             dist.broadcast(tensor, src=0)
         return tensor
 
-    def once(self, what: Callable[[], Any]) -> Any:
-        """What the first process returns, or the user error it raises, in every process. Small values only."""
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Do `work` in the main process; every process returns its result, or raises the TopiaristError it raised.
+
+        Small results only: they travel as pickles between processes of one run.
+        """
         if self.size == 1:
-            return what()
+            return work()
         result: list[Any] = [None, None]
-        if self.first:
+        if self.is_main:
             try:
-                result[0] = what()
+                result[0] = work()
             except TopiaristError as error:
                 result[1] = error
         dist.broadcast_object_list(result, src=0)

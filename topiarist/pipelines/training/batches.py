@@ -1,0 +1,89 @@
+"""Token sequences in an order that depends on the seed alone, and a step's gradients from its micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from topiarist.core.errors import CalibrationError
+from topiarist.pipelines.training.processes import Processes
+
+MicroBatch = TypeVar("MicroBatch")
+
+
+class Batches:
+    """Rows of a token table, epoch after epoch, each epoch in an order of its own that depends on the seed alone.
+
+    num: rows of the table. size: rows a step. Raises CalibrationError if the table holds less than one step.
+    """
+
+    def __init__(self, num: int, size: int, seed: int) -> None:
+        if num < size:
+            raise CalibrationError(f"training text holds {num} sequences, a step needs {size}: add text")
+        self.num, self.size, self.seed = num, size, seed
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def rows(self, step: int) -> list[int]:
+        """Return the rows of one step."""
+        return [self._row(position) for position in range(step * self.size, (step + 1) * self.size)]
+
+    def micro_batches(self, step: int, size: int) -> list[list[int]]:
+        """Return the rows of one step in micro-batches of at most `size` rows."""
+        rows = self.rows(step)
+        return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+    def _row(self, position: int) -> int:
+        epoch, place = divmod(position, self.num)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+            self._epoch, self._order = epoch, torch.randperm(self.num, generator=generator)
+        return int(self._order[place])
+
+
+def accumulate_gradients(
+    micro_batches: Sequence[MicroBatch],
+    loss: Callable[[MicroBatch], Float[Tensor, ""]],
+    processes: Processes,
+    device: torch.device,
+    *,
+    after_backward: Callable[[], None] = lambda: None,
+) -> Float[Tensor, ""]:
+    """Run forward and backward of this process' share of a step's micro-batches.
+
+    loss: of one micro-batch, a mean. Gradients are those of the mean over all micro-batches, of this process' share
+    only: the caller sums them over processes. Returns the mean loss over all processes, detached.
+    """
+    total = torch.zeros((), device=device)
+    for index in range(processes.rank, len(micro_batches), processes.size):
+        share = loss(micro_batches[index]) / len(micro_batches)
+        share.backward()
+        after_backward()
+        total += share.detach()
+    return processes.all_reduce(total)
+
+
+@torch.no_grad()
+def held_out_mean(
+    num: int,
+    loss: Callable[[int], Float[Tensor, ""]],
+    processes: Processes,
+    device: torch.device,
+    *,
+    in_step: bool = False,
+) -> float:
+    """Mean of `loss(row)` over `num` held-out rows, divided among the processes.
+
+    in_step: every process runs as many forwards as the others, because their models are shards of one.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for first in range(0, num, processes.size):
+        index = first + processes.rank
+        if index >= num and not in_step:
+            break
+        value = loss(min(index, num - 1)).double()
+        total += value if index < num else 0.0
+    return float(processes.all_reduce(total)) / num

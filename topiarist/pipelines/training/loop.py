@@ -1,0 +1,191 @@
+"""The loop of every training of weights: AdamW on fp32 masters, masks held, the best state kept, resumed to the same bits."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from topiarist.checkpoints.writing import SavedState
+from topiarist.core.errors import NumericalError
+from topiarist.pipelines.training.batches import accumulate_gradients
+from topiarist.pipelines.training.processes import Processes
+from topiarist.pipelines.training.weights import TrainedWeights
+
+SAVED_AFTER, SHARE = 120.0, 0.05
+"""A state is saved after so many seconds, or so many that saving takes no more than this share of them."""
+MicroBatch = TypeVar("MicroBatch")
+Progress = Callable[[str, int, int], None]
+"""(what is going on, done, in all)"""
+
+
+@dataclass
+class History:
+    """What a training did: the loss of every step, and the held-out losses with the steps after which they were measured."""
+
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """(steps, loss) of the evaluation with the least held-out loss; the earliest of equals."""
+        return min(self.evaluations, key=lambda evaluation: evaluation[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuning:
+    """How long and how fast weights are trained: AdamW without decay, along a cosine."""
+
+    steps: int
+    learning_rate: float
+    """Peak."""
+    scales: Sequence[float] | None = None
+    """Factors of the learning rate, one a parameter; None: 1 for all."""
+    final_learning_rate: float = 0.0
+    """Fraction of the learning rate that the cosine ends at."""
+    warmup: int = 0
+    """Steps over which the learning rate climbs to its peak."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_norm: float | None = 1.0
+    """The gradient's norm over all parameters is clipped to it."""
+    evaluate_every: int = 0
+    """Steps between two looks at the held-out loss, where there is one."""
+    name: str = "recovery"
+    """What progress lines and errors call this training."""
+    progress: Progress = lambda *_: None
+    processes: Processes = field(default_factory=Processes)
+    state: SavedState = field(default_factory=SavedState)
+
+    def rate(self, step: int) -> float:
+        """Factor of the learning rate at `step`, counted from 0."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        fraction = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.final_learning_rate + (1 - self.final_learning_rate) * 0.5 * (1 + math.cos(math.pi * fraction))
+
+    def run(
+        self,
+        module: nn.Module,
+        weights: TrainedWeights,
+        micro_batches: Callable[[int], Sequence[MicroBatch]],
+        loss: Callable[[MicroBatch], Float[Tensor, ""]],
+        held_out: Callable[[], float] | None = None,
+    ) -> History:
+        """Train `weights`, parameters of `module`, in place.
+
+        micro_batches: of a step. loss: mean over one of them, with the module's weights as they are. held_out: loss that
+        chooses among the states before the first step and after every `evaluate_every`; the best one is what the module
+        holds at the end, also when an error ends the training. Without it, that is the last.
+
+        Raises NumericalError, naming the step, for a loss or gradient that is not finite.
+        """
+        run = _Run(self, weights)
+        history = run.resume()
+        saved, pause = time.monotonic(), SAVED_AFTER
+        with weights.training(module), run.best_at_the_end(held_out):
+            if not history.evaluations:
+                run.evaluate(0, held_out)
+            for step in range(len(history.losses), self.steps):
+                history.losses.append(run.step(step, micro_batches(step), loss))
+                if step + 1 == self.steps or (self.evaluate_every and (step + 1) % self.evaluate_every == 0):
+                    run.evaluate(step + 1, held_out)
+                self.progress(f"{self.name}, loss {history.losses[-1]:.3f}", step + 1, self.steps)
+                if self.processes.is_main and step + 1 < self.steps and time.monotonic() - saved >= pause:
+                    started = time.monotonic()
+                    run.save()
+                    saved = time.monotonic()
+                    pause = max(SAVED_AFTER, (saved - started) / SHARE)
+        return history
+
+
+class _Run:
+    """One run of a FineTuning: optimiser, history and the best state so far."""
+
+    def __init__(self, settings: FineTuning, weights: TrainedWeights) -> None:
+        self.settings, self.weights = settings, weights
+        self.processes = settings.processes
+        self.masters = list(weights.masters.values())
+        scales = settings.scales or [1.0] * len(self.masters)
+        self.scales = dict(zip(self.masters, scales, strict=True))
+        groups = [{"params": [master], "lr": 0.0} for master in self.masters]
+        self.optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=0.0, fused=True)
+        self.history = History()
+        self.best: Mapping[str, Shaped[Tensor, "..."]] | None = None
+
+    def step(self, step: int, micro_batches: Sequence[Any], loss: Callable[[Any], Tensor]) -> float:
+        settings = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * self.scales[group["params"][0]] * settings.rate(step)
+        device = self.masters[0].device
+        total = float(accumulate_gradients(micro_batches, loss, self.processes, device))
+        self.weights.finish_gradients(self.processes)
+        norm = 0.0
+        if settings.max_norm is not None:
+            norm = float(nn.utils.clip_grad_norm_(self.masters, settings.max_norm))
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            what = "gradient" if math.isfinite(total) else "loss"
+            raise NumericalError(
+                f"the {what} of {settings.name} step {step + 1} is not finite: lower its learning rate"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.weights.write_back()
+        return total
+
+    def evaluate(self, steps: int, held_out: Callable[[], float] | None) -> None:
+        if held_out is None:
+            return
+        loss = held_out()
+        if not self.history.evaluations or loss < self.history.best[1]:
+            self.best = self.weights.snapshot()
+        self.history.evaluations.append((steps, loss))
+
+    @contextmanager
+    def best_at_the_end(self, held_out: Callable[[], float] | None) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if held_out is not None and self.best is not None:
+                self.weights.restore(self.best)
+
+    def save(self) -> None:
+        tensors = {
+            f"{name} {key}": value.detach().cpu().contiguous()
+            for name, master in self.weights.masters.items()
+            for key, value in {"weight": master, **self.optimizer.state[master]}.items()
+        }
+        best = {f"{name} best": value.cpu().contiguous() for name, value in (self.best or {}).items()}
+        history = {"losses": self.history.losses, "evaluations": self.history.evaluations}
+        self.settings.state.save(tensors | best, {"history": json.dumps(history)})
+
+    @torch.no_grad()
+    def resume(self) -> History:
+        """Put the main process' saved state, if it has one, into every process. Its history."""
+        found = self.settings.state.load() if self.processes.is_main else None
+        history = self.processes.on_main(lambda: json.loads(found[1]["history"]) if found else None)
+        if history is None:
+            return self.history
+        self.history.losses = history["losses"]
+        self.history.evaluations = [(step, loss) for step, loss in history["evaluations"]]
+
+        def told(key: str, like: Tensor) -> Tensor:
+            value = torch.empty_like(like, requires_grad=False)
+            return self.processes.broadcast(value.copy_(found[0][key]) if found else value)
+
+        for name, master in self.weights.masters.items():
+            master.data.copy_(told(f"{name} weight", master))
+            count = torch.zeros((), device=master.device)
+            like = {"step": count, "exp_avg": master, "exp_avg_sq": master}
+            self.optimizer.state[master] = {key: told(f"{name} {key}", tensor) for key, tensor in like.items()}
+        if self.history.evaluations:
+            self.best = {name: told(f"{name} best", p) for name, p in self.weights.parameters.items()}
+        self.weights.write_back()
+        return self.history
