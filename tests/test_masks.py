@@ -346,7 +346,7 @@ def test_hold_trains_adapters_alike_wrapped_before_or_after(recorded: bool):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(float(loss))
+            losses.append(loss.item())
         return losses, model, mask
 
     before, model, mask = trained("hold")

@@ -125,8 +125,9 @@ def test_recovery_nears_the_dense_model_and_keeps_padding_empty(kind: str, layou
     for name, value in plain.result.state_dict().items():
         if ".layers." in name and value.ndim == 2:
             assert not report.result.state_dict()[name][value == 0].any(), name
-    with pytest.raises(tp.TopiaristError, match="choose lora or full"):
-        tp.Distill(kind="half")
+    for wrong in ({"kind": "half"}, {"steps": -1}, {"rank": 0}):
+        with pytest.raises(tp.TopiaristError, match=f"Distill: {next(iter(wrong))} is"):
+            tp.Distill(**wrong)
 
 
 def test_a_method_s_biases_are_kept_or_their_loss_is_told(tmp_path: Path):

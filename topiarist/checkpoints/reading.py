@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -147,12 +147,7 @@ class Checkpoint:
 
     def claims(self) -> dict[str, str]:
         """The pattern that `pruning_config` claims for every matrix; {} if there is none."""
-        provenance = self.config.get("pruning_config", {})
-        claims: dict[str, str] = {}
-        for name, about in provenance.get("modules", {}).items():
-            own = about.get("pattern") if isinstance(about, dict) else None
-            claims[name] = own or provenance.get("patterns", {}).get(name, provenance["pattern"])
-        return claims
+        return claimed_patterns(self.config.get("pruning_config", {}))
 
     def dtype(self) -> torch.dtype:
         """The dtype that the config states, else that of the first floating tensor."""
@@ -171,6 +166,15 @@ class Checkpoint:
 
     def weight_bytes(self) -> int:
         return sum(path.stat().st_size for path in set(self.files.values()))
+
+
+def claimed_patterns(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """The pattern that a `pruning_config` claims for every matrix, by the matrix' full name."""
+    claims: dict[str, str] = {}
+    for name, about in provenance.get("modules", {}).items():
+        own = about.get("pattern") if isinstance(about, dict) else None
+        claims[name] = own or provenance.get("patterns", {}).get(name, provenance["pattern"])
+    return claims
 
 
 @contextmanager

@@ -11,7 +11,7 @@ read_npz / write_npz                                          # the published pa
 
 from topiarist.checkpoints.reading import weight_digest
 from topiarist.masks.files import MaskFile, apply, save_masks, swap
-from topiarist.masks.holding import Hold, hold
+from topiarist.masks.holding import Hold, hold, zeros_of
 from topiarist.masks.npz import read_npz, write_npz
 from topiarist.masks.verify import Breach, Verification, verify
 
@@ -28,4 +28,5 @@ __all__ = [
     "verify",
     "weight_digest",
     "write_npz",
+    "zeros_of",
 ]

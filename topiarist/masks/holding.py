@@ -85,9 +85,7 @@ def hold(model: nn.Module, masks: Mapping[str, Bool[Tensor, "..."]] | None = Non
     """
     parameters = dict(model.named_parameters())
     if masks is None:
-        claimed = _claimed(model, parameters)
-        names = _with_zeros(model, parameters, least) if claimed is None else claimed
-        chosen = {parameters[name]: (parameters[name] != 0).detach() for name in names}
+        chosen = {parameters[name]: mask for name, mask in zeros_of(model, least=least).items()}
     else:
         chosen = {}
         for name, mask in masks.items():
@@ -98,6 +96,14 @@ def hold(model: nn.Module, masks: Mapping[str, Bool[Tensor, "..."]] | None = Non
     if not chosen:
         raise PatternError("nothing to hold: no weight of the model has zeros; prune it first, or pass masks")
     return Hold(chosen)
+
+
+def zeros_of(model: nn.Module, *, least: float = 0.01) -> dict[str, Bool[Tensor, "..."]]:
+    """Masks (True = kept) of the zeros that stand in a pruned model's weights, by parameter name, as `hold` finds them."""
+    parameters = dict(model.named_parameters())
+    claimed = _claimed(model, parameters)
+    names = _with_zeros(model, parameters, least) if claimed is None else claimed
+    return {name: (parameters[name] != 0).detach() for name in names}
 
 
 def _claimed(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[str] | None:

@@ -22,6 +22,7 @@ from topiarist.masklearn import PRESETS, Preset
 from topiarist.models.opened import DEFAULT_WINDOW, ObjectModel, open_model
 from topiarist.pipelines.common.setup import resolve_patterns
 from topiarist.pipelines.learning.masking import Target, targets
+from topiarist.pipelines.training.batches import split_held_out
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def prepare(
         raise TopiaristError("every layer is skipped: nothing to learn")
     notes = [f"--skip {expression!r} matches no layer" for expression in unmatched]
     windows, recipe = _windows(source, data, tokenizer, recipe, notes)
-    training, watching = _split(windows.tokens, held_out)
+    trained, watched = split_held_out(len(windows.tokens), held_out)
+    training, watching = windows.tokens[trained].contiguous(), windows.tokens[watched].contiguous()
     size = _batch_size(batch_size, recipe.sequences, processes)
     if len(training) < recipe.sequences:
         raise CalibrationError(
@@ -135,17 +137,6 @@ def _windows(
             "this the model's own tokenizer?"
         )
     return windows, replace(recipe, length=windows.window)
-
-
-def _split(tokens: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
-    """(training, held-out) sequences; those held out are spread evenly, so that they resemble the rest."""
-    num = len(tokens)
-    count = min(held_out, max(1, num // 10))
-    if count < 1 or num <= count:
-        raise CalibrationError(f"training text holds {num} sequences: too few to train on some and watch others")
-    chosen = torch.zeros(num, dtype=torch.bool)
-    chosen[[(2 * i + 1) * num // (2 * count) for i in range(count)]] = True
-    return tokens[~chosen].contiguous(), tokens[chosen].contiguous()
 
 
 def _batch_size(asked: int | None, sequences: int, processes: int) -> int:

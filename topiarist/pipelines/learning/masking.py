@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.checkpoint import checkpoint
 
 from topiarist.core.errors import PatternError
 from topiarist.core.patterns import Pattern
@@ -27,6 +26,7 @@ from topiarist.masklearn import (
 )
 from topiarist.models.families import Matrix, block_names
 from topiarist.models.opened import ObjectModel
+from topiarist.pipelines.training.recompute import recomputed
 
 
 @dataclass(frozen=True)
@@ -218,11 +218,4 @@ def _wrapped(forward: Any, recompute: bool) -> Any:
         with parametrize.cached():
             return forward(*args, **kwargs)
 
-    if not recompute:
-        return cached
-
-    def checkpointed(*args: Any, **kwargs: Any) -> Any:
-        # Nothing random happens in a block: dropout is off and the masks' noise depends on the step alone.
-        return checkpoint(cached, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    return checkpointed
+    return recomputed(cached) if recompute else cached

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Bool, Int, Shaped
+from pydantic import Field
 from torch import Tensor, nn
 
 from topiarist.checkpoints.writing import SavedState
 from topiarist.core.losses import next_token_loss
+from topiarist.core.options import options
 from topiarist.pipelines.training.batches import Batches
 from topiarist.pipelines.training.loop import FineTuning, Progress
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.weights import TrainedWeights
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Recover:
     """How long and how fast the kept weights are trained."""
 
-    steps: int = 50
-    sequences: int = 2
+    steps: Annotated[int, Field(gt=0)] = 50
+    """Steps of the optimiser."""
+    sequences: Annotated[int, Field(gt=0)] = 2
     """Sequences a step."""
-    learning_rate: float = 1e-4
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak; falls to zero along a cosine."""
 
     def tuning(self, progress: Progress, processes: Processes, state: SavedState) -> FineTuning:

@@ -7,13 +7,14 @@ where the mask keeps a weight. Works after any solver, keeps the pattern exactly
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 
+from topiarist.core.options import options
 from topiarist.models.families import Matrix
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.training.loop import FineTuning
@@ -21,22 +22,23 @@ from topiarist.pipelines.training.weights import TrainedWeights
 from topiarist.results.report import BlockRefinement
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Refine:
     """How long and how fast. A step is one forward of the stream: one window, unless the run's batch size says otherwise."""
 
-    epochs: int = 8
-    learning_rate: float = 0.01
+    epochs: Annotated[int, Field(gt=0)] = 8
+    """Passes over the calibration windows."""
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
     """Of Adam, as a fraction of the root mean square of the parameter's kept weights, so that one value fits models of
     any size."""
-    final_learning_rate: float = 0.2
+    final_learning_rate: Annotated[float, Field(ge=0, le=1)] = 0.2
     """Fraction of the learning rate that the cosine ends at."""
     target: Literal["current", "dense"] = "dense"
     """`dense`: the dense model's own hidden states, so that a block also learns to undo what those before it did; `current`
     (3BASiL): the dense block's output for the inputs as the pruned blocks before it left them, half the hidden states."""
     norms: bool = False
     """Also train the block's one-dimensional parameters (norms and biases)."""
-    held_out: float = 0.1
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the calibration windows that only chooses the best epoch."""
 
 

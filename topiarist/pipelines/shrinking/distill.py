@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Int
+from pydantic import Field
 from torch import Tensor
 
 from topiarist.checkpoints.writing import SavedState
-from topiarist.core.errors import TopiaristError
 from topiarist.core.losses import divergence
+from topiarist.core.options import options
 from topiarist.models.families import Matrix, family_of, matrices_of
 from topiarist.models.hooks import hooked
 from topiarist.pipelines.learning.recover import Recover
@@ -23,20 +23,19 @@ from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.weights import STATE_BYTES, TrainedWeights
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Distill(Recover):
     """What is trained, how long, how fast."""
 
-    kind: str = "lora"
-    """"lora": low-rank updates of the blocks' linears, merged at the end. "full": all matrices of the blocks, 16 bytes
-    a weight."""
-    rank: int = 16
-    """Of the low-rank updates."""
-    learning_rate: float = 3e-4
+    leads = "kind"
 
-    def __post_init__(self) -> None:
-        if self.kind not in ("lora", "full"):
-            raise TopiaristError(f"unknown recovery {self.kind!r}; choose lora or full")
+    kind: Literal["lora", "full"] = "lora"
+    """`lora`: low-rank updates of the blocks' linears, merged at the end; `full`: all matrices of the blocks, 16 bytes a
+    weight."""
+    rank: Annotated[int, Field(gt=0)] = 16
+    """Of the low-rank updates."""
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    """Peak; falls to zero along a cosine."""
 
 
 def disk_bytes(model: Any, settings: Distill) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from topiarist.core.errors import CalibrationError
@@ -87,3 +87,18 @@ def held_out_mean(
         value = loss(min(index, num - 1)).double()
         total += value if index < num else 0.0
     return float(processes.all_reduce(total)) / num
+
+
+def split_held_out(num: int, held_out: int) -> tuple[Bool[Tensor, " num"], Bool[Tensor, " num"]]:
+    """(training, held-out) sequences of `num`, at most a tenth of them held out, spread evenly so that they resemble the rest.
+
+    Raises CalibrationError if there are too few to hold any out.
+    """
+    count = min(held_out, max(1, num // 10))
+    if count < 1 or num <= count:
+        raise CalibrationError(
+            f"training text holds {num} sequences: too few to train on some and hold others out: add text"
+        )
+    chosen = torch.zeros(num, dtype=torch.bool)
+    chosen[[(2 * i + 1) * num // (2 * count) for i in range(count)]] = True
+    return ~chosen, chosen

@@ -1,7 +1,7 @@
-"""Low-rank updates of linear layers (Hu et al., arXiv 2106.09685) that leave empty rows and columns empty.
+"""Low-rank updates of linear layers (Hu et al., arXiv 2106.09685) that leave pruned weights pruned.
 
-peft's LoRA does not serve here: its update B A fills every row and column of the matrix it is merged into, so padding
-and pruned units would come back, and it names no place where a mask could cut them.
+peft's LoRA does not serve here: its update B A fills every row and column of the matrix it is merged into, so padding,
+pruned units and pruned weights would come back, and it has no place where a mask could cut them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from topiarist.models.families import Matrix
 
 @dataclass
 class LowRankUpdate:
-    """W + B A for one linear; where W has empty rows and columns they stay empty."""
+    """W + B A for one linear, cut where W is pruned.
+
+    Empty rows and columns are cut from the output and input, which costs nothing. Another mask is put on B A, which
+    takes rank x out x in products a forward, and holds a second matrix of W's size until backward.
+    """
 
     matrix: Matrix
     A: Float[nn.Parameter, "rank in"]
@@ -27,32 +31,45 @@ class LowRankUpdate:
     rows: Bool[Tensor, " out"] | None
     columns: Bool[Tensor, " in"] | None
     """Which rows and columns are not empty; None: all."""
+    mask: Bool[Tensor, "out in"] | None
+    """Which weights are kept, where that is more than whole rows and columns."""
 
     @classmethod
-    def of(cls, matrix: Matrix, rank: int, generator: torch.Generator) -> LowRankUpdate:
-        """Make an update that starts at zero. generator: of the first A."""
+    def of(
+        cls, matrix: Matrix, rank: int, generator: torch.Generator, mask: Bool[Tensor, "out in"] | None = None
+    ) -> LowRankUpdate:
+        """Make an update that starts at zero. generator: of the first A. mask: by default, empty rows and columns stay."""
         weight = matrix.weight
         out_features, in_features = weight.shape
         rank = min(rank, out_features, in_features)
         A = torch.randn(rank, in_features, generator=generator) / in_features**0.5
         B = torch.zeros(out_features, rank)
-        rows, columns = (
-            None if bool(filled.all()) else filled for filled in ((weight != 0).any(1), (weight != 0).any(0))
-        )
+        kept = weight != 0 if mask is None else mask
+        filled = kept.any(1), kept.any(0)
+        if mask is not None and bool((mask == filled[0][:, None] & filled[1]).all()):
+            mask = None
+        rows, columns = (None if mask is not None or bool(part.all()) else part for part in filled)
         place = {"device": weight.device, "dtype": torch.float32}
-        return cls(matrix, nn.Parameter(A.to(**place)), nn.Parameter(B.to(**place)), rows, columns)
+        return cls(matrix, nn.Parameter(A.to(**place)), nn.Parameter(B.to(**place)), rows, columns, mask)
 
     def hook(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Add B A x to the module's output: a forward hook."""
+        """Add the update's product with the module's input to its output: a forward hook."""
+        if self.mask is not None:
+            return output + F.linear(args[0], self._product().to(args[0].dtype))
         x = args[0] if self.columns is None else args[0] * self.columns.to(args[0].dtype)
         low = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
         return output + (low if self.rows is None else low * self.rows.to(low.dtype))
 
-    def merge(self) -> None:
-        """Add B A to the stored weight."""
-        update = (self.B @ self.A).detach()
+    def _product(self) -> Float[Tensor, "out in"]:
+        """B A, cut where W is pruned."""
+        product = self.B @ self.A
+        if self.mask is not None:
+            return product.masked_fill(~self.mask, 0.0)
         if self.rows is not None:
-            update *= self.rows[:, None]
-        if self.columns is not None:
-            update *= self.columns
-        self.matrix.assign((self.matrix.weight.float() + update).to(self.matrix.weight.dtype))
+            product = product * self.rows[:, None]
+        return product if self.columns is None else product * self.columns
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the update to the stored weight."""
+        self.matrix.assign((self.matrix.weight.float() + self._product()).to(self.matrix.weight.dtype))
