@@ -12,7 +12,7 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup assets demo test lint clean
+.PHONY: help setup assets demo test lint docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -42,6 +42,10 @@ lint: $(STAMP) ## ruff and pyright
 
 test: lint assets ## lint, then pytest
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS)
+
+docs: $(STAMP) ## build the site into build/site, warnings as errors
+	$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null || $(BIN)/python -m pip install -c .venv/constraints.txt -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
 
 clean: ## remove what runs leave behind; .venv and .assets stay
 	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -33,7 +33,7 @@ def test_uniform(family: str, tmp_path: Path):
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - NO_HEADS - ONE_NORM - {"gemma2", "gemma3_text"}))
 def test_head_counts_that_do_not_divide_the_width(family: str, tmp_path: Path):
-    """docs/log-structured.md says which families take them; llama does as mistral."""
+    """docs/methods/recovery.md says which families take them; llama does as mistral."""
     model = tiny.tiny_model(family, num_attention_heads=8, num_key_value_heads=4, head_dim=4)
     groups = units_of(model, ("heads",))
     kept = choose(groups, random_scores(groups), 0.75, scope="per_layer")

@@ -138,7 +138,7 @@ class Sensitivity(Rule):
     ranks of noise. 3. The trace is divided by the number of weights, as eq. 6 has it. 4. Only prunable matrices are
     ranked. 5. A common shift makes the sparsity exact by parameters (theirs at 0.5 is about 0.48). Like theirs it ranks
     by size: a trace below zero is noise, and there is most noise where curvature is largest. `fisher` has most
-    of the gain on the demo model for a fifteenth of the time (docs/log-allocation.md).
+    of the gain on the demo model for a fifteenth of the time (docs/notes/allocation.md).
     """
 
     estimate: str = "hutchinson"

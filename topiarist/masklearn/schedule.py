@@ -99,7 +99,7 @@ PRESETS: dict[str, Preset] = {
         lam=Schedule(0.0, 0.0),
         max_norm=None,
         prior_sweeps=3,
-        source="a 135M model, 164 k tokens; docs/results-learn.md",
+        source="a 135M model, 164 k tokens; docs/results/learned-masks.md",
     ),
     "standard": Preset(
         steps=220,
@@ -111,7 +111,7 @@ PRESETS: dict[str, Preset] = {
         max_norm=None,
         prior_samples=64,
         prior_sweeps=3,
-        source="a 135M model, 901 k tokens; docs/results-learn.md",
+        source="a 135M model, 901 k tokens; docs/results/learned-masks.md",
     ),
     "paper": Preset(
         steps=2000,

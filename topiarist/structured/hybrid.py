@@ -2,7 +2,7 @@
 
 HyWIA ("Adaptive Estimation Fusion", Liu et al., AAAI 2025, arXiv 2403.10799) publishes neither code nor the formula of
 its attention; the fusion rules here are reconstructions. `attention` is the best of them in an ablation on calibration
-text (docs/log-policy.md), and the coarse estimate by itself, meant as a control, is better still: it is the default.
+text (docs/notes/structural.md), and the coarse estimate by itself, meant as a control, is better still: it is the default.
 
 c, f  the two estimates of the units of one layer (count,); rules look at them divided by their means, and give the
       shares (coarse, fine) of the layer, or of every unit
@@ -80,7 +80,7 @@ class Hybrid(Method):
     scope: ClassVar[str] = "parameters"
     samples: int = 128
     window: int = 512
-    """Tokens of a backward pass: on short ones what long contexts need is not seen (log-policy.md)."""
+    """Tokens of a backward pass: on short ones what long contexts need is not seen (docs/notes/structural.md)."""
     order: str = "mix"
     pooled: bool = False
     fusion: str = "coarse"

@@ -21,7 +21,7 @@ Scores = dict[str, Tensor]
 HEAD_WEIGHT = 2.0
 """Times the scores of heads that were taken from the loss of the model as it is. They are no guide to what a refit gives
 back: much of what channels of a layer did, less of what heads did. Where little stays and nothing is refitted, 1 is
-better. docs/log-policy.md and docs/results.md have the numbers."""
+better. docs/notes/structural.md and docs/results/structural.md have the numbers."""
 
 
 def weigh_heads(scores: Scores, groups: Sequence[UnitGroup], weight: float) -> Scores:

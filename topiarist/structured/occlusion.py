@@ -67,7 +67,7 @@ class Occlusion(Method):
 
     def _pieces(self, task: Task, group: UnitGroup) -> int:
         """Trials of a group. Where every layer keeps a count of its own, slices of channels, which tell layers apart, only
-        disturb their metric's order (docs/log-policy.md), and where all units stay nothing is left to tell.
+        disturb their metric's order (docs/notes/structural.md), and where all units stay nothing is left to tell.
         """
         fixed = task.scope == "per_layer" and group.kind in WIDTH_KINDS
         if fixed and (group.kind == "channels" or task.layer_counts()[group.place] == group.count):

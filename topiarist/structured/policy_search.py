@@ -57,7 +57,7 @@ class PolicyGradient(Method):
     windows: int = 1
     """Windows a step."""
     window: int = 512
-    """Their tokens; docs/log-policy.md has the reason."""
+    """Their tokens; docs/notes/structural.md has the reason."""
     antithetic: bool = False
     """Masks in mirrored pairs."""
     baseline: str = "loo"
