@@ -7,17 +7,21 @@ from torch import nn
 from topiarist.runtime import cpu, cuda
 from topiarist.runtime.bench import BenchReport, bench_folder
 from topiarist.runtime.cpu import Acceleration
+from topiarist.runtime.generate import Generator
 from topiarist.runtime.legacy import convert_legacy
+from topiarist.runtime.loading import load_model
 from topiarist.runtime.packed import PackReport, from_packed, pack_folder, unpack_folder
 
 __all__ = [
     "Acceleration",
     "BenchReport",
+    "Generator",
     "PackReport",
     "accelerate",
     "bench_folder",
     "convert_legacy",
     "from_packed",
+    "load_model",
     "pack_folder",
     "restore",
     "unpack_folder",

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from topiarist.core.errors import CheckpointError, TopiaristError
-from topiarist.models.opened import open_model
+from topiarist.core.errors import CheckpointError
 from topiarist.runtime import cpu, cuda
 from topiarist.runtime.cpu import MARGIN, Acceleration
-from topiarist.runtime.packed import MANIFEST, from_packed
+from topiarist.runtime.loading import load_model
 
 ROUNDS = 3
 PROMPT = 64
@@ -82,15 +81,9 @@ def bench_folder(
 
     Raises CheckpointError if the folder cannot be read, or if the model in it has no sparse linear.
     """
+    model = load_model(folder, device=device)
     try:
-        packed = (Path(folder) / MANIFEST).exists()
-        model: Any = from_packed(folder) if packed else open_model(folder, device=device).whole().model
-    except TopiaristError:
-        raise
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load a model from {folder}: {error}") from error
-    try:
-        return bench_model(model.to(device), tokens=tokens, batches=batches, prompt=prompt)
+        return bench_model(model, tokens=tokens, batches=batches, prompt=prompt)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, Int64
 from torch import Tensor
 
 from topiarist.core.compiled import loaded
@@ -119,6 +119,10 @@ class Kernels:
             self.level if level is None else level, threads,
         )  # fmt: skip
 
+    def rows(self, weight: Weight, indices: Int64[Tensor, " count"], out: Float[Tensor, "count cols"]) -> None:
+        """Write some rows of a weight to `out`, fp32 and contiguous."""
+        self.code.topiarist_rows(ctypes.byref(weight), indices.data_ptr(), indices.numel(), out.data_ptr(), self.level)
+
 
 @functools.cache
 def load_kernels() -> Kernels:
@@ -140,8 +144,12 @@ def _declare(library: ctypes.CDLL) -> None:
         "gather_integers": [whole, whole, long, long, pointer, pointer, pointer, pointer, whole],
         "multiply": [pointer, pointer, whole, long, pointer, whole, whole, whole],
         "expand": [pointer, long, long, pointer, whole, whole, whole],
+        "rows": [pointer, pointer, long, pointer, whole],
+        "step": [pointer, pointer, long, long, pointer, pointer],
     }
     for name, types in arguments.items():
         function = getattr(library, f"topiarist_{name}")
         function.argtypes, function.restype = types, None
     library.topiarist_level.restype = whole
+    library.topiarist_workspace_size.argtypes = [pointer, long]
+    library.topiarist_workspace_size.restype = long

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, Int64
 from torch import Tensor, nn
 
 from topiarist.runtime.build import FORMS, INTEGERS, TILE_ROWS, TYPES, Weight, load_kernels
@@ -204,3 +204,29 @@ def fastest_dtype(dtype: torch.dtype) -> torch.dtype:
     calls = [functools.partial(F.linear, x.to(kind), weight.to(kind)) for kind in (dtype, torch.float32)]
     own, wide = race([calls], seconds=0.02)
     return dtype if own <= wide else torch.float32
+
+
+class QuantisedEmbedding(nn.Module):
+    """Token embeddings as 8-bit or 4-bit integers; `table` may be the model's head, where the two are tied."""
+
+    def __init__(self, table: QuantisedLinear) -> None:
+        super().__init__()
+        self._table = (table,)  # not a submodule, whose weight would be saved twice
+        self.training = False
+
+    @property
+    def table(self) -> QuantisedLinear:
+        return self._table[0]
+
+    @property
+    def weight(self) -> Float[Tensor, "tokens width"]:
+        """The dense embeddings, made anew at each call."""
+        return self.table.weight
+
+    def forward(self, ids: Int64[Tensor, "*batch"]) -> Float[Tensor, "*batch width"]:
+        out = torch.empty(ids.numel(), self.table.in_features)
+        load_kernels().rows(self.table.described(), ids.contiguous(), out)
+        return out.to(self.table.dtype).view(*ids.shape, self.table.in_features)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self.weight

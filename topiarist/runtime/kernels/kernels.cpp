@@ -1,6 +1,6 @@
 // The C interface of the kernels, called from build.py.
 
-#include "multiply.hpp"
+#include "decoder.hpp"
 
 extern "C" {
 
@@ -72,6 +72,20 @@ void topiarist_expand(const Weight* w, int64_t begin, int64_t end, void* out, in
         else if (type == BF16) expand_tile_to_floats<BF16>(Matrix(*w), tile, reinterpret_cast<float*>(at), level);
         else expand_tile_to_floats<F16>(Matrix(*w), tile, reinterpret_cast<float*>(at), level);
     });
+}
+
+// Rows `indices` of a weight, in fp32.
+void topiarist_rows(const Weight* w, const int64_t* indices, int64_t count, float* out, int level) {
+    std::vector<float> row4(size_t(R * w->cols));
+    for (int64_t i = 0; i < count; i++) read_row(*w, indices[i], Level(level), row4.data(), out + i * w->cols);
+}
+
+int64_t topiarist_workspace_size(const Decoder* decoder, int64_t batch) { return workspace_size(*decoder, batch); }
+
+// tokens [batch], all at `position`; logits [batch][vocabulary] in fp32.
+void topiarist_step(const Decoder* decoder, const int64_t* tokens, int64_t batch, int64_t position, float* workspace,
+                    float* logits) {
+    step_decoder(*decoder, tokens, batch, position, workspace, logits);
 }
 
 }  // extern "C"

@@ -1,0 +1,185 @@
+"""Greedy texts and logits equal to transformers' own, for every family of the decoder and for one that goes around it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokens
+
+from topiarist import runtime
+from topiarist.core.compiled import NoKernels
+from topiarist.core.errors import TopiaristError
+from topiarist.runtime import cpu
+from topiarist.runtime.build import load_kernels
+from topiarist.runtime.decoder import FAMILIES, Decoder
+from topiarist.runtime.generate import Generator
+
+
+def compiled() -> bool:
+    try:
+        load_kernels()
+    except NoKernels:
+        return False
+    return True
+
+
+needs_kernels = pytest.mark.skipif(not compiled(), reason="no C++ compiler")
+
+
+def by_transformers(model, ids, new):
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)[
+        :, ids.shape[1] :
+    ]
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_texts_are_those_of_transformers(family):
+    """Mistral's window of 16 tokens is passed within the text."""
+    model, ids = tiny_model(family), tiny_tokens(3, 9)
+    generator = Generator(model)
+    assert not generator.reason
+    assert torch.equal(generator.generate(ids, 24), by_transformers(model, ids, 24))
+    assert torch.equal(generator.generate(ids[:1], 24), by_transformers(model, ids[:1], 24)), (
+        "another batch, a new cache"
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"tie_word_embeddings": True, "attention_bias": True}),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+                                       "high_freq_factor": 4.0, "original_max_position_embeddings": 32}}),
+        ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
+        ("qwen3", {"tie_word_embeddings": True}),
+    ],
+    ids=["tied, biases", "llama3 angles", "gelu", "tied qwen3"],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_of_every_step(family, options, dtype):
+    model = tiny_model(family, **options)
+    model, exact = model.to(dtype), model.to(dtype).to(torch.float32)
+    ids = tiny_tokens(2, 12)
+    generator = Generator(model)
+    decoder = generator._prepare(2, 12)
+    with torch.inference_mode():
+        expected = exact(ids).logits
+        generator._read_prompt(decoder, ids[:, :1])
+        for position in range(1, 12):
+            logits = decoder.step(ids[:, position].contiguous(), position)
+            tolerance = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}
+            torch.testing.assert_close(logits, expected[:, position], **tolerance)
+
+
+@needs_kernels
+def test_packed_linears():
+    model, ids = tiny_model("llama", hidden_size=64), tiny_tokens(1, 8)
+    for module in model.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data[torch.rand_like(module.weight) < 0.6] = 0
+    expected = by_transformers(model, ids, 12)
+    assert cpu.accelerate(model, measure=False).num_packed == 14
+    assert torch.equal(Generator(model).generate(ids, 12), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [("gpt2", {}, "not gpt2"), ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+                                "kind 'dynamic'")],
+)  # fmt: skip
+def test_other_models_go_through_transformers(family, options, reason):
+    model, ids = tiny_model(family, **options), tiny_tokens(2, 5)
+    generator = Generator(model)
+    if compiled():
+        assert reason in generator.reason
+    assert torch.equal(generator.generate(ids, 6), by_transformers(model, ids, 6))
+    drawn = [generator.generate(ids, 6, temperature=2.0, seed=seed) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_without_a_compiler(monkeypatch):
+    def none():
+        raise NoKernels("no C++ compiler found")
+
+    monkeypatch.setattr("topiarist.runtime.decoder.load_kernels", none)
+    generator = Generator(tiny_model())
+    assert generator.reason == "no C++ compiler found"
+    assert generator.generate(tiny_tokens(1, 4), 3).shape == (1, 3)
+
+
+@needs_kernels
+def test_texts_end_each_by_itself():
+    model, ids = tiny_model(), tiny_tokens(4, 6)
+    free = Generator(model).generate(ids, 12)
+    model.generation_config.eos_token_id = [int(free[0, 3]), int(free[2, 1])]
+    expected = by_transformers(model, ids, 12)
+    assert torch.equal(Generator(model).generate(ids, 12), expected)
+    assert (expected == 0).any(), "padding follows an end"
+
+
+@needs_kernels
+def test_temperature_draws_by_the_seed():
+    generator, ids = Generator(tiny_model()), tiny_tokens(2, 5)
+    drawn = [generator.generate(ids, 8, temperature=2.0, seed=seed) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(generator.generate(ids, 8, temperature=1e-4), generator.generate(ids, 8))
+
+
+@needs_kernels
+def test_layers_of_different_size_and_absent_ones():
+    from topiarist.models.modeling_pruned import reshape
+
+    model = tiny_model()
+    reshape(model, {
+        "shapes": {
+            "model.layers.0.self_attn.q_proj.weight": (16, 32), "model.layers.0.self_attn.k_proj.weight": (8, 32),
+            "model.layers.0.self_attn.v_proj.weight": (8, 32), "model.layers.0.self_attn.o_proj.weight": (32, 16),
+            "model.layers.0.mlp.gate_proj.weight": (24, 32), "model.layers.0.mlp.up_proj.weight": (24, 32),
+            "model.layers.0.mlp.down_proj.weight": (32, 24),
+        },
+        "heads": {"model.layers.0.self_attn": [2, 1]}, "experts": {},
+        "absent": [["model.layers.1.self_attn", "attention"]],
+    })  # fmt: skip
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    ids = tiny_tokens(2, 7)
+    generator = Generator(model.eval())
+    assert not generator.reason
+    assert torch.equal(generator.generate(ids, 10), by_transformers(model, ids, 10))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "message"),
+    [(60, 10, r"60 tokens of prompt and 10 new ones are more than the model's 64 positions"), (0, 1, "needs a token"),
+     (4, 0, "at least 1")],
+)  # fmt: skip
+def test_refusals(prompt, new, message):
+    with pytest.raises(TopiaristError, match=message):
+        Generator(tiny_model()).generate(tiny_tokens(1, prompt), new)
+
+
+@needs_kernels
+def test_the_decoder_allocates_once():
+    decoder = Decoder(tiny_model(), batch=1, max_tokens=8)
+    first, second = (decoder.step(torch.tensor([5]), position).data_ptr() for position in (0, 1))
+    assert first == second
+
+
+def test_the_command(command, tmp_path):
+    from tiny import tiny_checkpoint
+
+    folder = tiny_checkpoint(tmp_path / "model")
+    code, text, said = command("generate", folder, "--prompt", "ab", "-n", 5)
+    assert code == 0 and text.endswith("\n") and "2 tokens of prompt" in said
+    assert command("generate", folder, "--prompt", "ab", "-n", 5)[1] == text
+    code, _, said = command("generate", folder, "--prompt", "")
+    assert code == 2 and "the prompt is empty" in said
+    code, _, said = command("generate", folder, "--prompt", "ab", "-n", 500)
+    assert code == 2 and "the model's 64 positions" in said
+    assert command("generate", tmp_path / "nothing", "--prompt", "ab")[0] == 2
+
+
+def test_public_names():
+    assert runtime.Generator is Generator

@@ -1,0 +1,127 @@
+"""Text from a model, a token at a time: in C++ for Llama-like ones, by transformers' own loop for all others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from topiarist.core.compiled import NoKernels
+from topiarist.core.errors import TopiaristError, UnsupportedModel
+from topiarist.runtime.decoder import Decoder
+
+CACHE_STEP = 256
+"""Caches are made for a multiple of so many tokens, so that texts of like lengths share one."""
+
+
+class Generator:
+    """Decodes with a causal LM of transformers, whose linears may be packed (`topiarist.runtime.accelerate`).
+
+    The prompt goes through the model itself. Tokens after it come from a C++ loop with a cache of fixed size, whose
+    activations are fp32: a greedy text can differ from transformers' in bf16 where two tokens are as good as equal.
+    `reason` says why a model goes through transformers instead; it is empty for those that do not.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval()
+        self._decoder: Decoder | None = None
+        self._batch = 0
+        self.reason = ""
+        try:
+            self._prepare(batch=1, tokens=1)
+        except (UnsupportedModel, NoKernels) as error:
+            self.reason = str(error)
+
+    def generate(
+        self, ids: Int64[Tensor, "batch prompt"], max_new_tokens: int, **options: Any
+    ) -> Int64[Tensor, "batch new"]:
+        """All tokens that `stream` gives with the same options."""
+        new = list(self.stream(ids, max_new_tokens, **options))
+        return torch.stack(new, dim=1) if new else ids[:, :0]
+
+    @torch.inference_mode()
+    def stream(
+        self, ids: Int64[Tensor, "batch prompt"], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0
+    ) -> Iterator[Int64[Tensor, " batch"]]:
+        """New tokens as they come, until every text has ended.
+
+        ids: prompts of one length. temperature: 0 takes the likeliest token, more draws from the softmax of logits divided by
+        it. A text that has ended goes on in padding. Raises TopiaristError if the model's positions do not suffice.
+        """
+        self._check(ids, max_new_tokens, temperature)
+        if self.reason:
+            yield from self._stream_by_transformers(ids, max_new_tokens, temperature, seed)
+            return
+        batch, length = ids.shape
+        decoder = self._prepare(batch, length + max_new_tokens)
+        draw = torch.Generator().manual_seed(seed)
+        ends, padding = self._ends()
+        logits = self._read_prompt(decoder, ids)
+        ended = torch.zeros(batch, dtype=torch.bool)
+        for position in range(length, length + max_new_tokens):
+            tokens = torch.where(ended, padding, choose(logits, temperature, draw))
+            yield tokens
+            ended |= torch.isin(tokens, ends)
+            if ended.all() or position + 1 == length + max_new_tokens:
+                return
+            logits = decoder.step(tokens, position)
+
+    def _read_prompt(self, decoder: Decoder, ids: Tensor) -> Float[Tensor, "batch vocabulary"]:
+        from transformers import DynamicCache
+
+        # Without the config no layer forgets what lies beyond a sliding window; the mask alone hides it.
+        cache = DynamicCache()
+        out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        decoder.fill(cache)
+        return out.logits[:, -1].float()
+
+    def _prepare(self, batch: int, tokens: int) -> Decoder:
+        """A decoder with room for so many tokens: the one at hand if it suffices."""
+        if self._decoder is None or self._batch != batch or self._decoder.max_tokens < tokens:
+            self._decoder = None  # two caches need not be in memory at once
+            self._decoder = Decoder(self.model, batch=batch, max_tokens=-(-tokens // CACHE_STEP) * CACHE_STEP)
+            self._batch = batch
+        return self._decoder
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """(tokens that end a text, the padding after it)."""
+        config = self.model.generation_config
+        ends = config.eos_token_id
+        ends = torch.tensor([] if ends is None else ends if isinstance(ends, list) else [ends], dtype=torch.int64)
+        padding = config.pad_token_id if config.pad_token_id is not None else ends[0] if len(ends) else 0
+        return ends, torch.as_tensor(padding)
+
+    def _check(self, ids: Tensor, max_new_tokens: int, temperature: float) -> None:
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if ids.shape[1] == 0 or max_new_tokens < 1 or temperature < 0:
+            raise TopiaristError("a prompt needs a token, max_new_tokens must be at least 1 and temperature at least 0")
+        if limit is not None and ids.shape[1] + max_new_tokens > limit:
+            raise TopiaristError(
+                f"{ids.shape[1]} tokens of prompt and {max_new_tokens} new ones are more than the model's {limit} positions; "
+                "shorten one of them"
+            )
+
+    def _stream_by_transformers(self, ids: Tensor, new: int, temperature: float, seed: int) -> Iterator[Tensor]:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            out = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                pad_token_id=int(self._ends()[1]),
+                **sampling,
+            )
+        yield from out[:, ids.shape[1] :].unbind(1)
+
+
+def choose(
+    logits: Float[Tensor, "batch vocabulary"], temperature: float, draw: torch.Generator
+) -> Int64[Tensor, " batch"]:
+    """The next token of each text."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=draw)[:, 0]
