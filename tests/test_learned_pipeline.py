@@ -325,7 +325,7 @@ def test_a_broken_loss_stops_and_keeps_the_last_good_state(base: Path, tmp_path:
 
 
 def test_a_full_disk_keeps_the_last_state(base: Path, tmp_path: Path, monkeypatch):
-    import topiarist.checkpoints.writing as output
+    import topiarist.checkpoints.atomic as output
 
     whole, calls = output.save_file, []
 
@@ -339,7 +339,7 @@ def test_a_full_disk_keeps_the_last_state(base: Path, tmp_path: Path, monkeypatc
         patch.setattr(output, "save_file", full)
         with pytest.raises(tp.CheckpointError, match="the disk is full"):
             learn(base, tmp_path / "out")
-    assert not list((tmp_path / "out").glob("*.tmp"))
+    assert not list((tmp_path / "out").rglob("*.tmp"))
     learn(base, tmp_path / "out")
     assert (tmp_path / "out" / "config.json").exists()
 

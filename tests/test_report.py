@@ -100,7 +100,7 @@ def test_the_command_of_the_page_repeats_the_run(root: Path, call):
     command = json.loads((root / "first" / "pruning_report.json").read_text())["command"]
     code, _, error = call(*["second" if word == "OUT" else word for word in command[1:]])
     assert code == 0, error
-    for name in ("pruning_report.html", "README.md", "pruning_report.json", "model-00002-of-00004.safetensors"):
+    for name in ("pruning_report.html", "README.md", "pruning_report.json", "model.safetensors"):
         assert (root / "first" / name).read_bytes() == (root / "second" / name).read_bytes()
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import pytest
 import tiny
-from killing import assert_kills_change_nothing, contents
+from killing import Killed, assert_kills_change_nothing, contents
 
 import topiarist as tp
-from topiarist.checkpoints.writing import JOURNAL
+from topiarist.checkpoints.writing import JOURNAL, OutputFolder
 
 
 @pytest.fixture
@@ -47,11 +46,14 @@ def test_a_finished_run_is_not_done_again(base: Path, tmp_path: Path):
     ],
 )
 @pytest.mark.parametrize("finished", [True, False])
-def test_another_recipe_is_refused_and_the_difference_named(base: Path, tmp_path: Path, change, named: str, finished):
+def test_another_recipe_is_refused_and_the_difference_named(
+    base: Path, tmp_path: Path, change, named: str, finished, monkeypatch
+):
     out = tmp_path / "out"
-    run(base, out)
-    if not finished:
-        interrupted(out)
+    if finished:
+        run(base, out)
+    else:
+        interrupted(base, out, 2, monkeypatch)
     before = contents(out)
     with pytest.raises(tp.CheckpointError, match=f"holds another run: .*{named}"):
         run(base, out, **change)
@@ -65,47 +67,31 @@ def test_another_model_is_refused(base: Path, tmp_path: Path):
         run(base, tmp_path / "out")
 
 
-def test_a_damaged_finished_shard_is_done_again(base: Path, tmp_path: Path):
+def test_a_damaged_finished_block_is_done_again(base: Path, tmp_path: Path, monkeypatch):
     expected = contents(run_folder(base, tmp_path / "whole"))
-    out = run_folder(base, tmp_path / "out")
-    interrupted(out)
-    shard = sorted(out.glob("model-*.safetensors"))[3]
+    out = tmp_path / "out"
+    interrupted(base, out, 5, monkeypatch)
+    shard = sorted(out.rglob("*.safetensors"))[3]
     raw = bytearray(shard.read_bytes())
     raw[-5] ^= 0xFF
     shard.write_bytes(raw)
     assert contents(run_folder(base, out)) == expected
 
 
+def interrupted(base: Path, out: Path, blocks: int, monkeypatch) -> None:
+    """Run, and stop when `blocks` are written."""
+
+    def counted(self: OutputFolder, tensors, info) -> None:
+        if len(self.blocks) == blocks:
+            raise Killed
+        write_block(self, tensors, info)
+
+    write_block = OutputFolder.write_block
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(OutputFolder, "write_block", counted)
+        run(base, out)
+
+
 def run_folder(base: Path, out: Path) -> Path:
     run(base, out)
     return out
-
-
-def interrupted(out: Path) -> None:
-    """Turn a finished folder back into one that was killed before its last block."""
-    import json
-
-    report = json.loads((out / "pruning_report.json").read_text())
-    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
-    shards = sorted(set(index.values()))
-    lines = [report["fingerprint"]]
-    for shard in shards[:-1]:
-        names = [name for name, file in index.items() if file == shard]
-        block = {name.split(".")[2] for name in names if ".layers." in name}
-        layers = [layer for layer in report["layers"] if layer["name"].split(".")[2] in block]
-        digest = hashlib.sha256((out / shard).read_bytes()).hexdigest()
-        sizes = {name: size_of(out / shard, name) for name in names}
-        lines.append(
-            {"file": shard, "sha256": digest, "tensors": sizes, "layers": layers, "warnings": [], "refined": []}
-        )
-    for path in out.iterdir():
-        if path.name not in shards[:-1]:
-            path.unlink()
-    (out / JOURNAL).write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def size_of(path: Path, name: str) -> int:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as reader:
-        return reader.get_tensor(name).nbytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import huggingface_hub
@@ -9,11 +10,11 @@ import pytest
 import tiny
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import topiarist as tp
-from topiarist.checkpoints.reading import Checkpoint, locate
-from topiarist.checkpoints.writing import OutputFolder
+from topiarist.checkpoints.reading import Checkpoint, StoredTensor, file_digest, locate
+from topiarist.checkpoints.streaming import tensor_bytes, write_tensors
 
 
 def test_a_hub_id_is_fetched_without_pickles(tmp_path: Path, monkeypatch):
@@ -51,39 +52,31 @@ def test_tensors_are_copied_byte_for_byte(tmp_path: Path, dtype: torch.dtype):
     save_file(tensors, tmp_path / "model" / "model.safetensors")
     (tmp_path / "model" / "config.json").write_text("{}")
     checkpoint = Checkpoint(tmp_path / "model")
-    checkpoint.copy_bytes(["scalar", "a", "empty"], tmp_path / "copy.safetensors")
-    with safe_open(tmp_path / "copy.safetensors", "pt") as reader:
-        assert set(reader.keys()) == set(tensors)
-        assert all(torch.equal(reader.get_tensor(name), tensor) for name, tensor in tensors.items())
+    stored = {name: checkpoint.stored(name) for name in ("scalar", "a", "empty")}
+    for number, chunks in enumerate(
+        (lambda name: checkpoint.chunks(name, 7), lambda name: [tensor_bytes(tensors[name])])
+    ):
+        copy = tmp_path / f"{number}.safetensors"
+        assert write_tensors(copy, stored, chunks) == file_digest(copy)
+        with safe_open(copy, "pt") as reader:
+            assert set(reader.keys()) == set(tensors)
+            assert all(torch.equal(reader.get_tensor(name), tensor) for name, tensor in tensors.items())
     assert [checkpoint.nbytes(name) for name in tensors] == [t.numel() * t.element_size() for t in tensors.values()]
 
 
-def test_tensors_are_grouped_by_size(tmp_path: Path):
-    (tmp_path / "model").mkdir()
-    save_file(
-        {name: torch.zeros(n) for name, n in (("a", 10), ("b", 10), ("c", 90), ("d", 1))},
-        tmp_path / "model/model.safetensors",
-    )
-    (tmp_path / "model" / "config.json").write_text("{}")
-    assert Checkpoint(tmp_path / "model").grouped(["d", "c", "b", "a"], 80) == [["a", "b"], ["c"], ["d"]]
+def test_mixed_tensors_are_aligned_and_wrong_sizes_refused(tmp_path: Path):
+    tensors = {"a": torch.ones(3, dtype=torch.int8), "b": torch.ones(5), "c": torch.ones(3, dtype=torch.bfloat16)}
+    stored = {"a": StoredTensor("I8", (3,), 3), "b": StoredTensor("F32", (5,), 20), "c": StoredTensor("BF16", (3,), 6)}
+    write_tensors(tmp_path / "x.safetensors", stored, lambda name: [tensor_bytes(tensors[name])])
+    assert all(torch.equal(value, tensors[key]) for key, value in load_file(tmp_path / "x.safetensors").items())
+    with pytest.raises(ValueError, match="b has 3 bytes instead of 20"):
+        write_tensors(tmp_path / "y.safetensors", stored, lambda name: [b"123"])
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_a_kill_at_the_very_first_line_leaves_a_folder_that_can_be_used(tmp_path: Path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "pruning_journal.jsonl.tmp").write_text("{")
-    output = OutputFolder(tmp_path / "out", {"recipe": 1})
-    output.begin(0)
-    assert OutputFolder(tmp_path / "out", {"recipe": 1}).finished == []
-
-
-def test_a_journal_line_cut_off_by_a_kill_does_not_count(tmp_path: Path):
-    output = OutputFolder(tmp_path / "out", {"recipe": 1})
-    output.begin(0)
-    output.write_shard("model-00001-of-00002.safetensors", {"a": torch.ones(3)}, {"layers": []})
-    with (tmp_path / "out" / "pruning_journal.jsonl").open("a") as journal:
-        journal.write('{"file": "model-00002')
-    again = OutputFolder(tmp_path / "out", {"recipe": 1})
-    again.begin(0)
-    assert len(again.finished) == 1 and again.shard_is_done(0) and again.shard_is_done(1) is None
-    again.write_shard("model-00002-of-00002.safetensors", {"b": torch.ones(3)}, {"layers": []})
-    assert len(OutputFolder(tmp_path / "out", {"recipe": 1}).finished) == 2
+def test_two_sets_of_weights_in_one_folder_are_refused(tmp_path: Path):
+    tiny.tiny_checkpoint(tmp_path / "model")
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(tp.CheckpointError, match="two sets of weights"):
+        Checkpoint(tmp_path / "model")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,22 @@ from torch import Tensor
 from topiarist.core.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a safetensors header describes it."""
+
+    dtype: str
+    """In the format's own terms: BF16, F32, I8, ..."""
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes an element; 0 if there is none."""
+        return self.nbytes // max(1, math.prod(self.shape))
 
 
 class Checkpoint:
@@ -40,16 +57,9 @@ class Checkpoint:
         return shard
 
     def _read_json(self, name: str) -> dict[str, Any]:
-        path = self.folder / name
-        if not path.is_file():
+        if not (self.folder / name).is_file():
             raise CheckpointError(f"{self.folder} has no {name}: not a Hugging Face model folder")
-        try:
-            loaded = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} is not valid JSON: {error}; download it again") from error
-        if not isinstance(loaded, dict):
-            raise CheckpointError(f"{path} does not hold a JSON object; download it again")
-        return loaded
+        return read_json(self.folder / name, cure="download it again")
 
     def _locate_tensors(self) -> dict[str, Path]:
         """Tensor name -> file."""
@@ -57,14 +67,18 @@ class Checkpoint:
             weight_map = self._read_json(INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise CheckpointError(f"{self.folder / INDEX} has no weight_map; download it again")
+            if (self.folder / SINGLE).is_file() and SINGLE not in weight_map.values():
+                raise CheckpointError(
+                    f"{self.folder} holds two sets of weights, {SINGLE} and what {INDEX} names: remove one of them"
+                )
             for shard in set(weight_map.values()):
                 if Path(shard).name != shard or not shard.endswith(".safetensors"):
                     raise CheckpointError(
                         f"{self.folder / INDEX} names the shard {shard!r}: only .safetensors files inside the folder are read"
                     )
             files = {name: self.folder / shard for name, shard in weight_map.items()}
-        elif (self.folder / "model.safetensors").is_file():
-            path = self.folder / "model.safetensors"
+        elif (self.folder / SINGLE).is_file():
+            path = self.folder / SINGLE
             with opened(path) as reader:
                 files = dict.fromkeys(reader.keys(), path)
         elif pickles := sorted(p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
@@ -73,7 +87,7 @@ class Checkpoint:
                 "convert it with from_pretrained(...).save_pretrained(...)"
             )
         else:
-            raise CheckpointError(f"{self.folder} has no model.safetensors and no {INDEX}: no weights to prune")
+            raise CheckpointError(f"{self.folder} has no {SINGLE} and no {INDEX}: no weights to prune")
         held: set[str] = set()
         for path in sorted(set(files.values())):
             if not path.is_file():
@@ -93,57 +107,37 @@ class Checkpoint:
             tensor = reader.get_tensor(name)
             return tensor if mapped else tensor.clone()
 
-    def grouped(self, names: Sequence[str], limit: int) -> list[list[str]]:
-        """The names in order, cut into groups of at most `limit` bytes (a larger tensor stands alone)."""
-        groups: list[list[str]] = []
-        room = 0
-        for name in sorted(names):
-            size = self.nbytes(name)
-            if not groups or size > room:
-                groups.append([])
-                room = limit
-            groups[-1].append(name)
-            room -= size
-        return groups
+    def stored(self, name: str) -> StoredTensor:
+        """What the file says of a tensor, without reading it."""
+        about = self._header(self.files[name])[0][name]
+        begin, end = about["data_offsets"]
+        return StoredTensor(about["dtype"], tuple(about["shape"]), end - begin)
 
     def nbytes(self, name: str) -> int:
-        begin, end = self._header(self.files[name])[0][name]["data_offsets"]
-        return end - begin
-
-    def numel(self, name: str) -> int:
-        return math.prod(self._header(self.files[name])[0][name]["shape"])
+        return self.stored(name).nbytes
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._header(self.files[name])[0][name]["shape"])
+        return self.stored(name).shape
+
+    def numel(self, name: str) -> int:
+        return math.prod(self.shape(name))
 
     def _header(self, path: Path) -> tuple[dict[str, Any], int]:
-        """A shard's header and where its data begins. The format: 8 bytes of length, JSON, data."""
+        """A file's header and where its data begins. The format: 8 bytes of length, JSON, data."""
         if path not in self._headers:
             with path.open("rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
                 self._headers[path] = json.loads(stream.read(length)), 8 + length
         return self._headers[path]
 
-    def copy_bytes(self, names: Sequence[str], target: Path) -> None:
-        """Write a safetensors file of the named tensors as they are stored, through a small buffer."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        spans: list[tuple[Path, int, int]] = []
-        offset = 0
-        for name in names:
-            shard, data = self._header(self.files[name])
-            begin, end = shard[name]["data_offsets"]
-            header[name] = {**shard[name], "data_offsets": [offset, offset + end - begin]}
-            spans.append((self.files[name], data + begin, end - begin))
-            offset += end - begin
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # data starts aligned
-        with target.open("wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            for path, start, size in spans:
-                with path.open("rb") as source:
-                    source.seek(start)
-                    while size:
-                        size -= out.write(source.read(min(size, 1 << 24)))
+    def chunks(self, name: str, size: int = 1 << 24) -> Iterator[bytes]:
+        """The bytes of a tensor as they are stored, in pieces of at most `size` bytes."""
+        header, data = self._header(self.files[name])
+        begin, end = header[name]["data_offsets"]
+        with self.files[name].open("rb") as source:
+            source.seek(data + begin)
+            for place in range(begin, end, size):
+                yield source.read(min(size, end - place))
 
     def claims(self) -> dict[str, str]:
         """The pattern that `pruning_config` claims for every matrix; {} if there is none."""
@@ -175,6 +169,17 @@ def claimed_patterns(provenance: Mapping[str, Any]) -> dict[str, str]:
         own = about.get("pattern") if isinstance(about, dict) else None
         claims[name] = own or provenance.get("patterns", {}).get(name, provenance["pattern"])
     return claims
+
+
+def read_json(path: Path, *, cure: str = "delete it, or make it again") -> dict[str, Any]:
+    """The JSON object in a file. Raises CheckpointError, with the cure, for everything else."""
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}; {cure}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object; {cure}")
+    return loaded
 
 
 @contextmanager

@@ -1,28 +1,34 @@
-"""The folder a run writes: finished blocks one by one, each atomically, and the journal that a resume reads.
+"""The folder that a run writes: blocks one by one while it works, an ordinary model when it is finished.
 
-OUT while work goes on: `pruning_journal.jsonl` (first line: what the run is; then one line a finished shard) and the
-shards themselves, and `run_state/`, what else the run needs to go on after a kill. The index, config and report come
-last, so an unfinished folder never opens as a model.
+OUT while work goes on: `pruning_journal.jsonl` (first line: what the run is; then a line for every file of weights that
+is whole), `pruning_run.lock`, and `run_state/`: the blocks done so far, and what else the run needs to go on after a
+kill. At the end the blocks are gathered in ordinary files, each block's file going as soon as its tensors are in one.
+Report and config come last, so that an unfinished folder never opens as a model.
 """
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from topiarist.checkpoints.reading import INDEX, Checkpoint, file_digest
+from topiarist.checkpoints.atomic import TEMPORARY, disk_errors, fsync, save_tensors, write_atomically
+from topiarist.checkpoints.journal import complete_lines, differences
+from topiarist.checkpoints.locking import LOCK, FolderLock
+from topiarist.checkpoints.reading import INDEX, Checkpoint, StoredTensor, file_digest, read_json
+from topiarist.checkpoints.side_files import copy_side_files
+from topiarist.checkpoints.states import KEPT, FileState, SavedState
+from topiarist.checkpoints.streaming import SHARD_BYTES, Chunks, split, write_tensors
 from topiarist.core.errors import CheckpointError
 
+FORMAT = 2
+"""Of journal and report. Format 1, of topiarist 0.1, is read but not resumed."""
 JOURNAL = "pruning_journal.jsonl"
 REPORT = "pruning_report.json"
 SHOWN = 3
@@ -31,116 +37,58 @@ STATES = "run_state"
 """Folder of OUT, gone when the run is finished."""
 MASKS = "masks.safetensors"
 """Beside a model whose masks were learned, or for another copy of its base."""
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+_CHECKED = (INDEX, MASKS, "pruning_spec.json", "modeling_pruned.py")
+"""Files beside weights and config without which a result is not what its report says."""
 
 
-class SavedState:
-    """What a long computation needs to go on after a kill. This one forgets; that of an output folder does not."""
-
-    def load(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        """Tensors and metadata of the last `save`; None at a fresh start."""
-        return None
-
-    def save(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Replace the saved state."""
+def bytes_to_write(weights: int) -> int:
+    """Bytes of disk that a run needs which writes blocks and gathers them at the end: all, and one file twice."""
+    return int(1.01 * weights) + min(weights, SHARD_BYTES)
 
 
 class OutputFolder:
-    """Where a run writes. Opens an unfinished run of the same recipe again; refuses everything else that is there."""
+    """Where a run writes.
+
+    Raises CheckpointError for a folder that holds another run or something else, and for a finished run whose files are
+    damaged. Nothing is created before the `with` block, inside which nobody else writes there:
+
+        with OutputFolder(out, fingerprint) as output:
+            if output.complete:
+                return Report.from_folder(output.folder)
+            output.begin(bytes_to_write(checkpoint.weight_bytes()))
+            ...
+    """
 
     def __init__(self, folder: str | Path, fingerprint: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
-        self.fingerprint = json.loads(json.dumps(fingerprint))
-        self.finished: list[dict[str, Any]] = []
+        self.fingerprint = json.loads(json.dumps({"format": FORMAT, **fingerprint}))
         self.complete = False
-        if self.folder.exists():
-            self._reopen()
+        self._lock = FolderLock(self.folder)
+        self._look()
+
+    def __enter__(self) -> OutputFolder:
+        if not self.complete:
+            self._lock.acquire()
+            try:
+                self._look()  # again: another run may have come and gone in between
+                self._remove_strays()
+            except BaseException:
+                self._lock.release()
+                raise
+        elif self.states.exists():  # killed between the last file and this
+            shutil.rmtree(self.states, ignore_errors=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lock: other processes of the same run may write, and this one holds it for them."""
+        return {**vars(self), "_lock": FolderLock(self.folder)}
 
     @property
     def _journal(self) -> Path:
         return self.folder / JOURNAL
-
-    def _reopen(self) -> None:
-        if not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder} exists and is not a folder; choose another output")
-        if self._journal.is_file():
-            lines = _complete_lines(self._journal)
-            if lines:
-                self._compare(lines[0])
-                self.finished = lines[1:]
-            for pattern in ("*.tmp", ".tmp*"):  # ours, and those of the library while it writes
-                for stray in self.folder.glob(pattern):
-                    stray.unlink()
-        elif (self.folder / REPORT).is_file():
-            self._compare(json.loads((self.folder / REPORT).read_text())["fingerprint"])
-            self.complete = True
-            self._remove_states()  # killed between the last file and this
-        elif any(path.name != f"{JOURNAL}.tmp" for path in self.folder.iterdir()):  # killed at its very first line
-            raise CheckpointError(f"{self.folder} exists and is not a topiarist run; choose another output or empty it")
-
-    def _compare(self, found: Mapping[str, Any]) -> None:
-        differing = list(_differences(found, self.fingerprint))
-        if differing:
-            more = f" (and {len(differing) - SHOWN} more)" if len(differing) > SHOWN else ""
-            raise CheckpointError(
-                f"{self.folder} holds another run: {'; '.join(differing[:SHOWN])}{more}. Choose another output, or delete it"
-            )
-
-    def begin(self, expected_bytes: int) -> None:
-        """Make the folder and the journal's first line. Raises CheckpointError if the disk cannot hold the result."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"cannot create {self.folder}: {error.strerror}") from error
-        written = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-        free = shutil.disk_usage(self.folder).free
-        if free + written < expected_bytes:
-            if not any(self.folder.iterdir()):
-                self.folder.rmdir()
-            raise CheckpointError(
-                f"{self.folder} needs {expected_bytes / 1e9:.2f} GB, only {free / 1e9:.2f} GB are free: make room and run "
-                "the same command again"
-            )
-        self._write_journal()  # anew, for a kill may have left half a line at its end
-
-    def shard_is_done(self, index: int) -> dict[str, Any] | None:
-        """The journal line of shard `index` if its file is there and unchanged. Later lines are then trusted no more."""
-        if index >= len(self.finished):
-            return None
-        line = self.finished[index]
-        path = self.folder / line["file"]
-        if path.is_file() and file_digest(path) == line["sha256"]:
-            return line
-        self.finished = self.finished[:index]
-        self._write_journal()
-        return None
-
-    def _write_journal(self) -> None:
-        lines = [self.fingerprint, *self.finished]
-        self._write_text(self._journal, "".join(json.dumps(line) + "\n" for line in lines))
-
-    def write_shard(self, name: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Write a shard (temporary file, fsync, rename), then its journal line."""
-        whole = {key: t.contiguous() for key, t in tensors.items()}
-        sizes = {key: t.numel() * t.element_size() for key, t in tensors.items()}
-        self._write_shard(name, lambda path: save_file(whole, path, metadata={"format": "pt"}), sizes, info)
-
-    def copy_shard(self, name: str, source: Checkpoint, keys: Sequence[str]) -> None:
-        """A shard of tensors that stay as they are."""
-        sizes = {key: source.nbytes(key) for key in keys}
-        self._write_shard(name, lambda path: source.copy_bytes(keys, path), sizes, {})
-
-    def _write_shard(
-        self, name: str, write: Callable[[Path], None], sizes: Mapping[str, int], info: Mapping[str, Any]
-    ) -> None:
-        path = self._write_file(name, write)
-        with self._disk_errors():
-            line = {"file": name, "sha256": file_digest(path), "tensors": sizes, **info}
-            with self._journal.open("a") as journal:
-                journal.write(json.dumps(line) + "\n")
-                journal.flush()
-                os.fsync(journal.fileno())
-        self.finished.append(json.loads(json.dumps(line)))
 
     @property
     def states(self) -> Path:
@@ -149,131 +97,213 @@ class OutputFolder:
 
     def state(self, name: str) -> SavedState:
         """A file of tensors in `states`."""
-        return _FileState(self, f"{STATES}/{name}.safetensors")
+        return FileState(self.states / f"{name}.safetensors")
 
-    def _remove_states(self) -> None:
-        shutil.rmtree(self.states, ignore_errors=True)
+    def _look(self) -> None:
+        """Read what is there."""
+        self.blocks: list[dict[str, Any]] = []
+        """Journal lines of finished blocks, in order."""
+        self.files: dict[str, dict[str, Any]] = {}
+        """Journal lines of finished files of the model, by name."""
+        if not self.folder.exists():
+            return
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder} exists and is not a folder; choose another output")
+        if self._journal.is_file():
+            if lines := complete_lines(self._journal):
+                self._compare(lines[0])
+                self.blocks = [line for line in lines[1:] if "block" in line]
+                self.files = {line["file"]: line for line in lines[1:] if "file" in line}
+        elif (self.folder / REPORT).is_file():
+            report = read_json(self.folder / REPORT, cure=f"delete {self.folder}, or choose another output")
+            self._compare(report.get("fingerprint", {}))
+            self._check(report.get("files", {}))
+            self.complete = True
+        elif any(path.name not in (f"{JOURNAL}{TEMPORARY}", LOCK) for path in self.folder.iterdir()):
+            raise CheckpointError(f"{self.folder} exists and is not a topiarist run; choose another output or empty it")
 
-    def _write_file(self, name: str, write: Callable[[Path], None]) -> Path:
-        """Temporary file, fsync, rename: the old file or the new one, whenever the power fails."""
+    def _compare(self, found: Mapping[str, Any]) -> None:
+        if found.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{self.folder} was written by another version of topiarist: its results can be read, but not resumed; "
+                "choose another output, or delete it"
+            )
+        differing = list(differences(found, self.fingerprint))
+        if differing:
+            more = f" (and {len(differing) - SHOWN} more)" if len(differing) > SHOWN else ""
+            raise CheckpointError(
+                f"{self.folder} holds another run: {'; '.join(differing[:SHOWN])}{more}. Choose another output, or delete it"
+            )
+
+    def _check(self, files: Mapping[str, Mapping[str, Any]]) -> None:
+        """Compare the files of a finished run with what its report says of them."""
+        for name, known in files.items():
+            path = self.folder / name
+            if not path.is_file():
+                fault = "is missing"
+            elif path.stat().st_size != known["bytes"] or file_digest(path) != known["sha256"]:
+                fault = "is not what the run wrote"
+            else:
+                continue
+            raise CheckpointError(
+                f"{self.folder} is finished, but {name} {fault}: delete the folder and run the same command again"
+            )
+
+    def _remove_strays(self) -> None:
+        """Remove what a kill left half-written: ours, and what libraries call theirs."""
+        for place in (self.folder, self.states, self.states / "blocks"):
+            for pattern in (f"*{TEMPORARY}", ".tmp*"):
+                for stray in place.glob(pattern):
+                    stray.unlink()
+
+    def begin(self, expected_bytes: int) -> None:
+        """Write the journal's first line. Raises CheckpointError if the disk cannot hold `expected_bytes`."""
+        written = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        free = shutil.disk_usage(self.folder).free
+        if free + written < expected_bytes:
+            raise CheckpointError(
+                f"{self.folder} needs {expected_bytes / 1e9:.2f} GB, only {free / 1e9:.2f} GB are free: make room and run "
+                "the same command again"
+            )
+        self._write_journal()  # anew, for a kill may have left half a line at its end
+
+    def _write_journal(self) -> None:
+        lines = [self.fingerprint, *self.blocks, *self.files.values()]
+        write_atomically(self._journal, "".join(json.dumps(line) + "\n" for line in lines), cure=KEPT)
+
+    def _append(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        text = json.dumps(line)
+        with disk_errors(f"cannot write to {self.folder}", cure=KEPT), self._journal.open("a") as journal:
+            journal.write(text + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+        return json.loads(text)
+
+    def done(self) -> list[dict[str, Any]]:
+        """Journal lines of the blocks that need not be done again, from the first on; the others are forgotten."""
+        if self.files:  # gathered blocks are gone: either everything is as it was, or all begins anew
+            if all(self._holds(line["file"], line) for line in self.files.values()) and all(
+                map(self._kept, self.blocks)
+            ):
+                return self.blocks
+            for name in self.files:
+                (self.folder / name).unlink(missing_ok=True)
+            whole = 0
+        else:
+            whole = next((i for i, line in enumerate(self.blocks) if not self._kept(line)), len(self.blocks))
+        if whole < len(self.blocks) or self.files:
+            self.blocks, self.files = self.blocks[:whole], {}
+            self._write_journal()
+        return self.blocks
+
+    def _gathered(self) -> set[str]:
+        """The tensors that are in files of the model."""
+        return {name for file in self.files.values() for name in file["tensors"]}
+
+    def _kept(self, line: Mapping[str, Any]) -> bool:
+        return self._gathered().issuperset(line["tensors"]) or self._holds(line["block"], line)
+
+    def _holds(self, name: str, line: Mapping[str, Any]) -> bool:
         path = self.folder / name
-        temporary = path.with_suffix(".tmp")
-        with self._disk_errors(temporary):
-            write(temporary)
-            temporary.chmod(0o644)  # the library creates private files
-            _fsync(temporary)
-            temporary.replace(path)
-            _fsync(path.parent)
-        return path
+        return path.is_file() and file_digest(path) == line["sha256"]
 
-    def finish(self, source: Path, config: Mapping[str, Any], report: Mapping[str, Any]) -> None:
-        """Write everything that makes the folder a model: index, side files, report, and config last."""
-        weight_map = {key: line["file"] for line in self.finished for key in line["tensors"]}
-        total = sum(size for line in self.finished for size in line["tensors"].values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        with self._disk_errors():
-            for path in sorted(source.iterdir()):
-                if path.is_file() and _is_side_file(path):
-                    shutil.copyfile(path, self.folder / path.name)
-        self._write_text(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
-        self._write_text(self.folder / REPORT, json.dumps({**report, "fingerprint": self.fingerprint}, indent=2) + "\n")
-        self._write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
+    def write_block(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+        """Write the next block: its tensors under their names on disk, then its journal line with `info`."""
+        path = self.states / "blocks" / f"{len(self.blocks):05d}.safetensors"
+        with disk_errors(f"cannot write to {self.folder}", cure=KEPT):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(path, tensors, {"format": "pt"}, cure=KEPT)
+        where = str(path.relative_to(self.folder))
+        line = {"block": where, "sha256": file_digest(path), "tensors": list(tensors), **info}
+        self.blocks.append(self._append(line))
+
+    def block(self, line: Mapping[str, Any]) -> Checkpoint:
+        """The weights of a finished block."""
+        return Checkpoint.of_shard(self.folder / line["block"])
+
+    def gather(self, checkpoint: Checkpoint, rest: Sequence[str]) -> None:
+        """Write all blocks, and the tensors of `checkpoint` named in `rest`, as the files of a model.
+
+        A block's file goes when its tensors are in place, so that the disk holds no second copy of a large model.
+        """
+        sources: dict[str, Any] = dict.fromkeys(rest, checkpoint)
+        for line in self.blocks:
+            if (self.folder / line["block"]).is_file():
+                sources |= dict.fromkeys(line["tensors"], self.block(line))
+            else:  # killed after it went
+                sources |= dict.fromkeys(line["tensors"])
+        for file in self.files:
+            whole = Checkpoint.of_shard(self.folder / file)
+            sources |= dict.fromkeys(whole.files, whole)
+
+        def remove_gathered() -> None:
+            gathered = self._gathered()
+            for line in self.blocks:
+                if gathered.issuperset(line["tensors"]):
+                    (self.folder / line["block"]).unlink(missing_ok=True)
+
+        stored = {name: source.stored(name) for name, source in sources.items()}
+        self.write_files(stored, lambda name: sources[name].chunks(name), after=remove_gathered)
+
+    def write_files(
+        self, tensors: Mapping[str, StoredTensor], chunks: Chunks, *, after: Callable[[], None] = lambda: None
+    ) -> None:
+        """Write the files of a model from tensors that come one by one; files that an earlier try finished stay.
+
+        chunks: gives the bytes of a tensor by its name. after: called when a file is whole.
+        """
+        for name, names in split(tensors).items():
+            if name in self.files:
+                continue
+            digest = write_tensors(self.folder / name, {n: tensors[n] for n in names}, chunks, cure=KEPT)
+            self._add_file(name, digest, {n: tensors[n].nbytes for n in names})
+            after()
+
+    def take_files(self, written: Path) -> None:
+        """Move the weights of a model folder inside `states` to their place."""
+        for path in sorted(set(Checkpoint(written).files.values())):
+            shard = Checkpoint.of_shard(path)
+            sizes = {name: shard.nbytes(name) for name in shard.files}
+            with disk_errors(f"cannot write to {self.folder}", cure=KEPT):
+                path.chmod(0o644)
+                fsync(path)
+                digest = file_digest(path)
+                path.replace(self.folder / path.name)
+                fsync(self.folder)
+            self._add_file(path.name, digest, sizes)
+
+    def _add_file(self, name: str, digest: str, sizes: Mapping[str, int]) -> None:
+        size = (self.folder / name).stat().st_size
+        line = {"file": name, "sha256": digest, "bytes": size, "tensors": dict(sizes)}
+        self.files[name] = self._append(line)
+
+    def finish(self, config: Mapping[str, Any], report: Mapping[str, Any], *, side_files: Path) -> None:
+        """Write everything that makes the folder a model: index, side files, report, and config last.
+
+        side_files: the model folder whose tokenizer, chat templates and code are copied.
+        """
+        with disk_errors(f"cannot write to {self.folder}", cure=KEPT):
+            copy_side_files(side_files, self.folder)
+        if len(self.files) > 1:
+            weight_map = {name: file for file, line in self.files.items() for name in line["tensors"]}
+            total = sum(size for line in self.files.values() for size in line["tensors"].values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            self.write_text(INDEX, json.dumps(index, indent=2) + "\n")
+        about = json.dumps(config, indent=2) + "\n"
+        raw = about.encode()
+        files = {name: {"bytes": line["bytes"], "sha256": line["sha256"]} for name, line in self.files.items()}
+        for name in _CHECKED:
+            if (path := self.folder / name).is_file():
+                files[name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        files["config.json"] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+        whole = {**report, "files": files, "fingerprint": self.fingerprint}
+        self.write_text(REPORT, json.dumps(whole, indent=2) + "\n")
+        self.write_text("config.json", about)
         self._journal.unlink()
-        _fsync(self.folder)
-        self._remove_states()
+        fsync(self.folder)
+        shutil.rmtree(self.states, ignore_errors=True)
         self.complete = True
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a small side file atomically."""
-        self._write_text(self.folder / name, text)
-
-    def _write_text(self, path: Path, text: str) -> None:
-        temporary = path.with_suffix(path.suffix + ".tmp")
-        with self._disk_errors(temporary):
-            with temporary.open("w", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-
-    @contextmanager
-    def _disk_errors(self, temporary: Path | None = None) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
-            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-            cause = "the disk is full" if full else str(error)
-            raise CheckpointError(
-                f"cannot write to {self.folder}: {cause}; finished blocks are kept: mend it and run the same command again"
-            ) from error
-
-
-class _FileState(SavedState):
-    def __init__(self, output: OutputFolder, name: str) -> None:
-        self.output, self.name = output, name
-
-    def load(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        path = self.output.folder / self.name
-        if not path.is_file():
-            return None
-        with safe_open(path, framework="pt") as reader:
-            return {key: reader.get_tensor(key) for key in reader.keys()}, dict(reader.metadata() or {})  # noqa: SIM118
-
-    def save(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        with self.output._disk_errors():
-            self.output.states.mkdir(exist_ok=True)
-        self.output._write_file(self.name, lambda path: save_file(dict(tensors), path, metadata=dict(metadata)))
-
-
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """What differs between two runs, a sentence each, down to single entries."""
-    for key in sorted({*found, *wanted}):
-        was, now = found.get(key), wanted.get(key)
-        if isinstance(was, Mapping) and isinstance(now, Mapping):
-            yield from _differences(was, now, f"{path}{key} ")
-        elif was != now:
-            yield f"{path}{key} was {was!r} and is {now!r}"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The old file or the new one, never half of it. Raises CheckpointError if it cannot be written."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _is_side_file(path: Path) -> bool:
-    """Tokenizer, generation config, custom code: all that is neither weights nor written by us."""
-    return not (
-        path.name.endswith(_NOT_COPIED)
-        or path.name.startswith(".")
-        or path.name in ("config.json", "README.md", REPORT, JOURNAL)
-        or path.name.startswith("pruning_")
-    )
-
-
-def _complete_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of the journal; a last line cut off by a kill does not count."""
-    lines: list[dict[str, Any]] = []
-    for raw in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not raw.endswith("\n"):
-            break
-        try:
-            lines.append(json.loads(raw))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        """Write a small file atomically."""
+        write_atomically(self.folder / name, text, cure=KEPT)

@@ -213,7 +213,7 @@ def report(
     ] = None,
 ) -> None:
     """Pages to look at: each DIR's own again, with what is measured by now; of several, quality by size and by speed."""
-    from topiarist.checkpoints.writing import write_atomically
+    from topiarist.checkpoints.atomic import write_atomically
     from topiarist.results.pages import Result, compare_page, refresh
 
     results = [Result.from_folder(folder) for folder in folders]

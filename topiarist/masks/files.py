@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from topiarist.__about__ import __version__
+from topiarist.checkpoints.atomic import save_tensors
 from topiarist.checkpoints.reading import Checkpoint, locate, weight_digest
+from topiarist.checkpoints.streaming import tensor_bytes
 from topiarist.checkpoints.writing import OutputFolder
 from topiarist.core.errors import CheckpointError, PatternError, TopiaristError
 from topiarist.core.patterns import Pattern, parse_pattern
@@ -29,7 +29,6 @@ from topiarist.masks.bitpack import pack, unpack
 from topiarist.models.folder import FolderModel
 
 FORMAT = "topiarist_masks"
-SHARD_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -89,14 +88,7 @@ def save_masks(
         "base_model": base_model,
         "masks": entries,
     }
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save_file(tensors, temporary, metadata={FORMAT: json.dumps(metadata, sort_keys=True)})
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error}") from error
+    save_tensors(path, tensors, {FORMAT: json.dumps(metadata, sort_keys=True)})
 
 
 class MaskFile(Mapping[str, Tensor]):
@@ -191,10 +183,14 @@ def apply(base: str | Path, masks: str | Path | MaskFile, out: str | Path) -> Pa
         "apply": hashlib.sha256(json.dumps(file.metadata, sort_keys=True).encode()).hexdigest(),
         "base": checkpoint.digest(),
     }
-    output = OutputFolder(out, fingerprint)
-    if output.complete:
-        return output.folder
-    output.begin(checkpoint.weight_bytes())
+    with OutputFolder(out, fingerprint) as output:
+        if not output.complete:
+            output.begin(checkpoint.weight_bytes())
+            _apply(checkpoint, file, output)
+    return output.folder
+
+
+def _apply(checkpoint: Checkpoint, file: MaskFile, output: OutputFolder) -> None:
     write_masked(output, checkpoint, file)
     patterns = sorted({entry.pattern for entry in file.entries.values()})
     provenance = {
@@ -205,16 +201,14 @@ def apply(base: str | Path, masks: str | Path | MaskFile, out: str | Path) -> Pa
         "masks": file.path.name,
         "modules": {name.removesuffix(".weight"): {"pattern": entry.pattern} for name, entry in file.entries.items()},
     }
-    output.finish(
-        checkpoint.folder, {**checkpoint.config, "pruning_config": provenance}, {"pruning_config": provenance}
-    )
-    return output.folder
+    config = {**checkpoint.config, "pruning_config": provenance}
+    output.finish(config, {"pruning_config": provenance}, side_files=checkpoint.folder)
 
 
 def write_masked(
     output: OutputFolder, checkpoint: Checkpoint, file: MaskFile, *, replaced: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write the checkpoint's tensors, masked, as shards of `output`; shards that an earlier try finished stay.
+    """Write the checkpoint's tensors, masked, as files of `output`; files that an earlier try finished stay.
 
     replaced: weights (by parameter name) that are written in place of the checkpoint's, masked as well.
     """
@@ -229,20 +223,17 @@ def write_masked(
         """The share of a parameter that one tensor on disk holds: experts are stacked, their matrices joined."""
         return whole if whole.shape == wanted else whole[expert].chunk(of)[index]
 
-    def final(part: str) -> Tensor:
-        weight = checkpoint.read(part)
+    def final(part: str) -> Iterable[bytes | memoryview]:
         if part not in place:
-            return weight
+            return checkpoint.chunks(part)
+        weight = checkpoint.read(part)
         name, expert, index, of = place[part]
         if replaced is not None and name in replaced:
             weight = piece(replaced[name].cpu(), expert, index, of, weight.shape).to(weight.dtype)
-        return masked(weight, piece(file[name], expert, index, of, weight.shape))
+        return [tensor_bytes(masked(weight, piece(file[name], expert, index, of, weight.shape)))]
 
-    groups = checkpoint.grouped(sorted(checkpoint.files), SHARD_BYTES)
-    for number, parts in enumerate(groups):
-        if output.shard_is_done(number) is None:
-            name = f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
-            output.write_shard(name, {part: final(part) for part in parts}, {})
+    output.done()
+    output.write_files({part: checkpoint.stored(part) for part in checkpoint.files}, final)
 
 
 def _parts(checkpoint: Checkpoint, file: MaskFile) -> dict[str, list[list[str]]]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from topiarist import allocate
 from topiarist.allocate import Rule, Scores, Search
 from topiarist.allocate.fixed import kept_by
-from topiarist.checkpoints.writing import OutputFolder, write_atomically
+from topiarist.checkpoints.atomic import write_atomically
+from topiarist.checkpoints.writing import OutputFolder, bytes_to_write
 from topiarist.core.errors import NumericalWarning
 from topiarist.core.patterns import Pattern
 from topiarist.core.registry import look_up
@@ -104,7 +105,7 @@ def allocated(
         found = apply_rule(options, rule, source, windows, progress)
         if output is None or source.checkpoint is None:
             return dict(found.patterns), _facts(found.to_dict())
-        output.begin(int(source.nbytes * 1.01))
+        output.begin(bytes_to_write(source.nbytes))
         output.write_text(FILE, json.dumps(found.to_dict(), indent=2) + "\n")
     assert stored is not None
     facts = _facts(json.loads(stored.read_text(encoding="utf-8")))

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from topiarist.checkpoints.writing import write_atomically
+from topiarist.checkpoints.atomic import save_tensors, write_atomically
 from topiarist.core.errors import CalibrationWarning
 from topiarist.core.patterns import Pattern, Unstructured
 from topiarist.masks.bitpack import BITMAP, pack, unpack
@@ -51,10 +50,7 @@ class Database:
             mask = solution.mask.cpu()
             tensors[f"{name}|values"] = solution.weight.cpu()[mask]
             tensors[f"{name}|mask"] = pack(mask, _ANY)[0]
-        path = self.path(block, pattern)
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary)
-        temporary.replace(path)
+        save_tensors(self.path(block, pattern), tensors, {})
 
     def read(self, block: int, pattern: Pattern, name: str, shape: tuple[int, int]) -> Tensor:
         """The pruned weight of a layer, (out, in)."""

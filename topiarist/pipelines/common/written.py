@@ -13,6 +13,7 @@ from torch import nn
 
 from topiarist import __about__
 from topiarist.checkpoints.reading import Checkpoint
+from topiarist.checkpoints.streaming import SHARD_BYTES
 from topiarist.checkpoints.writing import REPORT, OutputFolder
 from topiarist.core.errors import CheckpointError
 from topiarist.data.text import Windows
@@ -28,7 +29,7 @@ def finish(output: OutputFolder, checkpoint: Checkpoint, report: Report, windows
     for name, text in _side_texts(report, windows).items():
         output.write_text(name, text)
     config = {**checkpoint.config, "pruning_config": report.pruning_config(__about__.__version__)}
-    output.finish(checkpoint.folder, config, report.to_dict())
+    output.finish(config, report.to_dict(), side_files=checkpoint.folder)
 
 
 @contextmanager
@@ -41,7 +42,7 @@ def saved_beside(
     """
     try:
         shutil.rmtree(folder, ignore_errors=True)
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         yield
@@ -61,18 +62,15 @@ def dense_digest(source: OpenedModel, out: Path) -> str:
 
 
 def save_loaded(source: OpenedModel, tokenizer: Any, output: OutputFolder, report: Report, windows: Windows) -> None:
-    """A model object and its papers, written beside the output folder, then one rename: it is whole or not there."""
-    out = output.folder
-    temporary = out.with_name(out.name + ".tmp")
-    with saved_beside(source.model, tokenizer, temporary, named=out):
-        config = json.loads((temporary / "config.json").read_text())
-        config["pruning_config"] = report.pruning_config(__about__.__version__)
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        papers = {**report.to_dict(), "fingerprint": output.fingerprint, RESULT_DIGEST: source.digest()}
-        (temporary / REPORT).write_text(json.dumps(papers, indent=2) + "\n")
-        for name, text in _side_texts(report, windows).items():
-            (temporary / name).write_text(text)
-        temporary.replace(out)
+    """A model object and its papers. transformers knows names and ties, so it writes, and the files are moved."""
+    written = output.states / "written"
+    with saved_beside(source.model, tokenizer, written, named=output.folder):
+        config = Checkpoint(written).config
+    output.take_files(written)
+    for name, text in _side_texts(report, windows).items():
+        output.write_text(name, text)
+    config = {**config, "pruning_config": report.pruning_config(__about__.__version__)}
+    output.finish(config, {**report.to_dict(), RESULT_DIGEST: source.digest()}, side_files=written)
 
 
 def weights_of(model: nn.Module, checkpoint: Checkpoint | None) -> dict[str, Any]:

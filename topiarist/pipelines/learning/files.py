@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,19 @@ STATE_BYTES = 13
 
 
 def open_output(
-    out: Path, fingerprint: dict[str, Any], checkpoint: Checkpoint | None, wanted: Sequence[Target], *, recovers: bool
+    out: Path,
+    fingerprint: dict[str, Any],
+    checkpoint: Checkpoint | None,
+    wanted: Sequence[Target],
+    held: ExitStack,
+    *,
+    recovers: bool,
 ) -> OutputFolder:
-    """Begin the output or open it again. Raises CheckpointError for another run's, and for a disk that is too small."""
-    output = OutputFolder(out, fingerprint)
+    """Begin the output or open it again, locked for as long as `held` is.
+
+    Raises CheckpointError for another run's, and for a disk that is too small.
+    """
+    output = held.enter_context(OutputFolder(out, fingerprint))
     if not output.complete:
         weights = sum(target.parameter.numel() for target in wanted)
         # A new state is whole before the old one goes.
@@ -124,7 +134,7 @@ def write_result(
     output.write_text("pruning_run.json", json.dumps(report.run, indent=2) + "\n")
     output.write_text("pruning_calibration.json", windows.record())
     config = {**checkpoint.config, "pruning_config": report.pruning_config(__about__.__version__)}
-    output.finish(checkpoint.folder, config, report.to_dict())
+    output.finish(config, report.to_dict(), side_files=checkpoint.folder)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ exponentially there. 4. Biases stay. 5. A prior that is missing or not of the pa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -140,63 +141,66 @@ def learn(
     }
     report = LearnReport(str(parse_pattern(pattern)), name, settings, calibration, warnings=notes)
     output = None
-    if out is not None:
-        fingerprint = {
-            "model": source.digest(),
-            "method": "learn",
-            "patterns": {k: None if p is None else str(p) for k, p in job.patterns.items()},
-            "data": calibration,
-            **settings,
-        }
-        output = processes.on_main(
-            lambda: open_output(Path(out), fingerprint, checkpoint, wanted, recovers=bool(recovery))
-        )
-        if output.complete:
-            return LearnReport.from_folder(output.folder)
-    state = output.state(PRIOR if sharded else STATE).load() if output is not None and processes.is_main else None
-    tell = progress or (lambda *_: None)
-    run = Run(source, job, processes, tell)
-    masks = run.prior_masks(given or prior, state, seed)
-    given.clear()
-    masked = run.masked(masks, relaxation, seed, lean=lean, sharded=sharded)
-    if sharded and output is not None:
-        folder = output
-        processes.on_main(lambda: state is None and keep_prior(folder, wanted, masks, notes))
-    del masks
-    try:
-        trainer = MaskTrainer(
-            masked, job.training, job.watching, recipe,
-            batch_size=job.batch_size, seed=seed, distill=distill, processes=processes,
-        )  # fmt: skip
-        run.resume(trainer, output, state)
-        with masked.running(recompute=activation_checkpointing), scalars:
-            run.loop(trainer, every, stop, output, scalars)
-        report.history = trainer.history
-        final = masked.masks(trainer.best_bits)
-        report.layers = layer_reports(wanted, final, trainer.flips_by_layer())
-    finally:
-        masked.restore()
-    run.note_if_useless(report)
-    if sharded and processes.is_main:  # the dense weights again, whole
-        source = open_whole(model, "cpu", trust_remote_code)
-        wanted = [target for block in targets(source, job.patterns) for target in block]
-    replaced = None
-    if recovery is not None:
-        replaced = recover_weights(
-            source.model, final, recovery, job.training,
-            batch_size=job.batch_size, seed=seed, progress=tell, processes=processes,
-            state=SavedState() if output is None else output.state("recovery"),
-        )  # fmt: skip
-    report.run = {**meter.run(source.device), "processes": processes.size}
-    if output is not None:
-        report.output = str(out)
-        folder = output
-        processes.on_main(  # nobody returns before the folder is whole
-            lambda: write_result(folder, checkpoint, source, tokenizer, wanted, final, replaced, report, job.windows)
-        )
-    if isinstance(model, nn.Module):
-        mask_in_place(wanted, final, replaced)
-    return report
+    with ExitStack() as held:
+        if out is not None:
+            fingerprint = {
+                "model": source.digest(),
+                "method": "learn",
+                "patterns": {k: None if p is None else str(p) for k, p in job.patterns.items()},
+                "data": calibration,
+                **settings,
+            }
+            output = processes.on_main(
+                lambda: open_output(Path(out), fingerprint, checkpoint, wanted, held, recovers=bool(recovery))
+            )
+            if output.complete:
+                return LearnReport.from_folder(output.folder)
+        state = output.state(PRIOR if sharded else STATE).load() if output is not None and processes.is_main else None
+        tell = progress or (lambda *_: None)
+        run = Run(source, job, processes, tell)
+        masks = run.prior_masks(given or prior, state, seed)
+        given.clear()
+        masked = run.masked(masks, relaxation, seed, lean=lean, sharded=sharded)
+        if sharded and output is not None:
+            folder = output
+            processes.on_main(lambda: state is None and keep_prior(folder, wanted, masks, notes))
+        del masks
+        try:
+            trainer = MaskTrainer(
+                masked, job.training, job.watching, recipe,
+                batch_size=job.batch_size, seed=seed, distill=distill, processes=processes,
+            )  # fmt: skip
+            run.resume(trainer, output, state)
+            with masked.running(recompute=activation_checkpointing), scalars:
+                run.loop(trainer, every, stop, output, scalars)
+            report.history = trainer.history
+            final = masked.masks(trainer.best_bits)
+            report.layers = layer_reports(wanted, final, trainer.flips_by_layer())
+        finally:
+            masked.restore()
+        run.note_if_useless(report)
+        if sharded and processes.is_main:  # the dense weights again, whole
+            source = open_whole(model, "cpu", trust_remote_code)
+            wanted = [target for block in targets(source, job.patterns) for target in block]
+        replaced = None
+        if recovery is not None:
+            replaced = recover_weights(
+                source.model, final, recovery, job.training,
+                batch_size=job.batch_size, seed=seed, progress=tell, processes=processes,
+                state=SavedState() if output is None else output.state("recovery"),
+            )  # fmt: skip
+        report.run = {**meter.run(source.device), "processes": processes.size}
+        if output is not None:
+            report.output = str(out)
+            folder = output
+            processes.on_main(  # nobody returns before the folder is whole
+                lambda: write_result(
+                    folder, checkpoint, source, tokenizer, wanted, final, replaced, report, job.windows
+                )
+            )
+        if isinstance(model, nn.Module):
+            mask_in_place(wanted, final, replaced)
+        return report
 
 
 def _check_sharding(sharded: bool, processes: Processes, model: Any, recover: Any) -> None:

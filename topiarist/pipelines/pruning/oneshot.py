@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -142,37 +143,40 @@ def prune_with(
     for expression in unmatched:
         pruner.warn(f"--skip {expression!r} matches no layer", UserWarning)
     output = None
-    if out is not None:
-        fingerprint = {
-            "model": dense_digest(source, Path(out)),
-            "method": {"name": report.method, **report.settings},
-            "patterns": {k: None if p is None else str(p) for k, p in patterns.items()},
-            "calibration": report.calibration,
-            "refine": None if refinement is None else asdict(refinement),
-            **({} if correction is None else {"correct": asdict(correction)}),
-            **({} if rule is None else {"allocation": recipe(rule)}),
-        }
-        output = OutputFolder(Path(out), fingerprint)
-        if output.complete:
-            if checkpoint is None:  # the object becomes what the first call made of it
-                source.model.load_state_dict(open_model(output.folder, device="cpu").whole().model.state_dict())
-            return Report.from_folder(output.folder)
-    if rule is not None:
-        pruner.patterns, report.allocation = allocated(options, rule, source, windows, output, progress)
-    walk = Walk(source, pruner, windows.tokens, options, progress)
-    with eager_experts(source.model):
-        if checkpoint is None or output is None:
-            report.layers = walk.in_memory()
-        else:
-            report.layers = walk.streamed(checkpoint, output)
-    report.warnings, report.refined, report.joint = pruner.warned, pruner.refined, pruner.joined
-    report.output = None if out is None else str(out)
-    report.run = pruner.meter.run(source.device)
-    if checkpoint is not None and output is not None:
-        finish(output, checkpoint, report, windows)
-    elif output is not None:
-        save_loaded(source, options.tokenizer, output, report, windows)
-    return report
+    with ExitStack() as held:
+        if out is not None:
+            fingerprint = {
+                "model": dense_digest(source, Path(out)),
+                "method": {"name": report.method, **report.settings},
+                "patterns": {k: None if p is None else str(p) for k, p in patterns.items()},
+                "calibration": report.calibration,
+                "refine": None if refinement is None else asdict(refinement),
+                **({} if correction is None else {"correct": asdict(correction)}),
+                **({} if rule is None else {"allocation": recipe(rule)}),
+            }
+            output = held.enter_context(OutputFolder(Path(out), fingerprint))
+            if output.complete:
+                if checkpoint is None:  # the object becomes what the first call made of it
+                    source.model.load_state_dict(open_model(output.folder, device="cpu").whole().model.state_dict())
+                return Report.from_folder(output.folder)
+            if checkpoint is None:
+                output.begin(source.nbytes)
+        if rule is not None:
+            pruner.patterns, report.allocation = allocated(options, rule, source, windows, output, progress)
+        walk = Walk(source, pruner, windows.tokens, options, progress)
+        with eager_experts(source.model):
+            if checkpoint is None or output is None:
+                report.layers = walk.in_memory()
+            else:
+                report.layers = walk.streamed(checkpoint, output)
+        report.warnings, report.refined, report.joint = pruner.warned, pruner.refined, pruner.joined
+        report.output = None if out is None else str(out)
+        report.run = pruner.meter.run(source.device)
+        if checkpoint is not None and output is not None:
+            finish(output, checkpoint, report, windows)
+        elif output is not None:
+            save_loaded(source, options.tokenizer, output, report, windows)
+        return report
 
 
 def prune_module(

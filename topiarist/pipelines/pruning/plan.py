@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from topiarist.checkpoints.writing import bytes_to_write
 from topiarist.core.meter import peak_memory_bytes, resident_bytes
 from topiarist.models.families import Matrix
 from topiarist.models.opened import eager_experts
@@ -85,7 +86,7 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
         blocks=blocks,
         matrices=len(matrices),
         peak_memory_bytes=resident_bytes() + _working_set(source, stream, groups, len(windows.tokens), options, joint),
-        disk_bytes=source.nbytes,
+        disk_bytes=bytes_to_write(source.nbytes),
         forward_seconds=blocks * passes * len(windows.tokens) / len(probe),
         solver_seconds=blocks * rate * solves,
     )
@@ -101,7 +102,7 @@ def _plan_without_data(source: Any, options: PruneOptions, patterns: Any) -> Pla
         blocks=len(source.block_names),
         matrices=len(layers),
         peak_memory_bytes=peak_memory_bytes(),
-        disk_bytes=source.nbytes,
+        disk_bytes=bytes_to_write(source.nbytes),
         forward_seconds=0.0,
         solver_seconds=len(source.block_names) * seconds,
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from topiarist.checkpoints.reading import Checkpoint
-from topiarist.checkpoints.writing import OutputFolder
+from topiarist.checkpoints.writing import OutputFolder, bytes_to_write
 from topiarist.core.meter import return_freed_memory
 from topiarist.models.folder import FolderModel
 from topiarist.models.opened import OpenedModel
@@ -82,48 +84,52 @@ class Walk:
         return layers
 
     def streamed(self, checkpoint: Checkpoint, output: OutputFolder) -> list[LayerReport]:
-        """Prune to shards. Blocks that an earlier try finished are read back from its shards and only run forward."""
+        """Prune into `output`. Blocks that an earlier try finished are read back and only run forward."""
         assert isinstance(self.source, FolderModel)
-        in_blocks = self.source.names_in_blocks()
-        outer = checkpoint.grouped([key for key in checkpoint.files if key not in in_blocks], OUTER_SHARD_BYTES)
-        total = len(outer) + len(self.names)
-        output.begin(int(checkpoint.weight_bytes() * 1.01))
-        for number, names in enumerate(outer):
-            if output.shard_is_done(number) is None:
-                with self.pruner.meter.timed("write"):
-                    output.copy_shard(_shard_name(number, total), checkpoint, names)
-        stream, layers = self._start(), []
+        output.begin(bytes_to_write(checkpoint.weight_bytes()))
+        done = output.done()
+        every = len(done) == len(self.names)  # killed while it gathered the blocks: nothing has to flow
+        stream = None if every else self._start()
+        layers: list[LayerReport] = []
         for index in range(len(self.names)):
-            number = len(outer) + index
-            if line := output.shard_is_done(number):
+            if index < len(done):
                 self.progress("catching up", index, len(self.names))
+                layers += self._take_over(done[index])
+                if every:
+                    continue
                 if self.pruner.follows_dense:
                     self._dense_block(stream, index)
                 with self.pruner.meter.timed("read"):
-                    self.source.load(index, Checkpoint.of_shard(output.folder / line["file"]))
-                layers += [LayerReport.from_dict(layer) for layer in line["layers"]]
-                self.pruner.warned += line["warnings"]
-                self.pruner.refined += [BlockRefinement(**refined) for refined in line["refined"]]
-                self.pruner.joined += [JointBlock(**joint) for joint in line.get("joint", [])]
+                    self.source.load(index, output.block(done[index]))
             else:
-                warned, refined = len(self.pruner.warned), len(self.pruner.refined)
-                joined = len(self.pruner.joined)
-                new = self._prune_block(stream, index)
-                layers += new
-                info = {
-                    "layers": [asdict(layer) for layer in new],
-                    "warnings": self.pruner.warned[warned:],
-                    "refined": [asdict(done) for done in self.pruner.refined[refined:]],
-                    "joint": [asdict(done) for done in self.pruner.joined[joined:]],
-                }
-                with self.pruner.meter.timed("write"):
-                    output.write_shard(_shard_name(number, total), self.source.block_on_disk(index), info)
+                layers += self._prune_and_write(stream, index, output)
             self._advance(stream, index)
             self.source.release(index)
             return_freed_memory()
+        self.progress("writing the model", len(self.names), len(self.names))
+        in_blocks = self.source.names_in_blocks()
+        with self.pruner.meter.timed("write"):
+            output.gather(checkpoint, [key for key in checkpoint.files if key not in in_blocks])
         self.progress("done", len(self.names), len(self.names))
         return layers
 
+    def _take_over(self, line: Mapping[str, Any]) -> list[LayerReport]:
+        """What an earlier try said of a block."""
+        self.pruner.warned += line["warnings"]
+        self.pruner.refined += [BlockRefinement(**refined) for refined in line["refined"]]
+        self.pruner.joined += [JointBlock(**joint) for joint in line["joint"]]
+        return [LayerReport.from_dict(layer) for layer in line["layers"]]
 
-def _shard_name(number: int, total: int) -> str:
-    return f"model-{number + 1:05d}-of-{total:05d}.safetensors"
+    def _prune_and_write(self, stream: BlockStream | None, index: int, output: OutputFolder) -> list[LayerReport]:
+        assert isinstance(self.source, FolderModel)
+        warned, refined, joined = len(self.pruner.warned), len(self.pruner.refined), len(self.pruner.joined)
+        layers = self._prune_block(stream, index)
+        info = {
+            "layers": [asdict(layer) for layer in layers],
+            "warnings": self.pruner.warned[warned:],
+            "refined": [asdict(done) for done in self.pruner.refined[refined:]],
+            "joint": [asdict(done) for done in self.pruner.joined[joined:]],
+        }
+        with self.pruner.meter.timed("write"):
+            output.write_block(self.source.block_on_disk(index), info)
+        return layers

@@ -18,7 +18,6 @@ from topiarist.structured import PruneSpec
 from topiarist.structured.block_configs import ARCHITECTURE
 from topiarist.structured.spec import SPEC
 
-SHARD_BYTES = 1 << 31
 CODE = "modeling_pruned.py"
 
 
@@ -35,10 +34,7 @@ def write_shrunk(
     written = output.states / "written"
     with saved_beside(model, tokenizer, written, cure="; make room and run the same command again"):
         fresh = Checkpoint(written)
-    shards = fresh.grouped(list(fresh.files), SHARD_BYTES)
-    for number, names in enumerate(shards):
-        if output.shard_is_done(number) is None:
-            output.copy_shard(f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors", fresh, names)
+    output.take_files(written)
     result = Result(report.to_dict(), __about__.__version__)
     texts = {
         SPEC: spec.to_json(),
@@ -57,4 +53,5 @@ def write_shrunk(
         texts[CODE] = f'{code}\n\nPrunedConfig, PrunedForCausalLM = pruned_classes("{base}")\n'
     for name, text in texts.items():
         output.write_text(name, text)
-    output.finish(checkpoint.folder if checkpoint is not None else written, config, report.to_dict())
+    side_files = checkpoint.folder if checkpoint is not None else written
+    output.finish(config, report.to_dict(), side_files=side_files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -106,52 +107,53 @@ def shrink(
         command=command, not_in_command=unsaid,
     )  # fmt: skip
     output = None
-    digest = opened.digest()
-    if out is not None:
-        fingerprint = {
-            "model": digest,
-            "method": {"name": report.method, **report.settings},
-            **{key: list(value) if isinstance(value, tuple) else value for key, value in said.items()},
-            "calibration": calibration,
-            "recover": None if recovery is None else asdict(recovery),
-        }
-        output = OutputFolder(Path(out), fingerprint)
-        if output.complete:
-            return ShrinkReport.from_folder(output.folder)
-        states = 0 if recovery is None else disk_bytes(opened.model, recovery)
-        output.begin(int(2.1 * opened.nbytes) + states)
-    source = opened.whole()
-    run = ShrinkRun(
-        source, groups, scorer, output, windows, batch_size, seed, progress or (lambda *_: None), notes, meter
-    )
-    with frozen(source.model):
-        kept, biases = run.choice(keep, scope, counts, round_to, with_biases=not refit)
-        plan = run.plan(kept, layout, max_waste, biases)
-        with run.consumers_restored(checkpoint is None and layout != "masked"):
-            if refit:
-                report.layers = run.refit(kept)
-            small = run.cut(kept, plan, biases)
-    dense, dense_bytes, where = _numel(source.model), weights_of(source.model, None)["bytes"], source.device
-    if recovery is not None:
-        if checkpoint is not None:
-            del source, run.source  # the dense model again, before anything was refit
-            teacher = opened.whole().model
-        else:
-            teacher = model
-        report.recovered = run.recover(small, teacher, recovery)
-    report.parameters = {**predicted_parameters(dense, groups, kept, plan.slots), "stored": _numel(small)}
-    spec = PruneSpec(
-        name, digest, report.method, report.settings, keep, scope, layout, kinds, report.parameters,
-        PruneSpec.indices(groups, kept, plan.slots),
-    )  # fmt: skip
-    report.blocks, report.warnings = spec.by_block(), notes
-    report.tensor_parallel = _tensor_parallel(groups, plan)
-    report.weights = {"dense": dense_bytes, **weights_of(small, None)}
-    report.output, report.result = None if out is None else str(out), None if checkpoint else small
-    report.run = meter.run(where)
-    if output is not None:
-        write_shrunk(output, checkpoint, small, tokenizer, spec, report, windows)
-    return report
+    with ExitStack() as held:
+        digest = opened.digest()
+        if out is not None:
+            fingerprint = {
+                "model": digest,
+                "method": {"name": report.method, **report.settings},
+                **{key: list(value) if isinstance(value, tuple) else value for key, value in said.items()},
+                "calibration": calibration,
+                "recover": None if recovery is None else asdict(recovery),
+            }
+            output = held.enter_context(OutputFolder(Path(out), fingerprint))
+            if output.complete:
+                return ShrinkReport.from_folder(output.folder)
+            states = 0 if recovery is None else disk_bytes(opened.model, recovery)
+            output.begin(int(1.1 * opened.nbytes) + states)
+        source = opened.whole()
+        run = ShrinkRun(
+            source, groups, scorer, output, windows, batch_size, seed, progress or (lambda *_: None), notes, meter
+        )
+        with frozen(source.model):
+            kept, biases = run.choice(keep, scope, counts, round_to, with_biases=not refit)
+            plan = run.plan(kept, layout, max_waste, biases)
+            with run.consumers_restored(checkpoint is None and layout != "masked"):
+                if refit:
+                    report.layers = run.refit(kept)
+                small = run.cut(kept, plan, biases)
+        dense, dense_bytes, where = _numel(source.model), weights_of(source.model, None)["bytes"], source.device
+        if recovery is not None:
+            if checkpoint is not None:
+                del source, run.source  # the dense model again, before anything was refit
+                teacher = opened.whole().model
+            else:
+                teacher = model
+            report.recovered = run.recover(small, teacher, recovery)
+        report.parameters = {**predicted_parameters(dense, groups, kept, plan.slots), "stored": _numel(small)}
+        spec = PruneSpec(
+            name, digest, report.method, report.settings, keep, scope, layout, kinds, report.parameters,
+            PruneSpec.indices(groups, kept, plan.slots),
+        )  # fmt: skip
+        report.blocks, report.warnings = spec.by_block(), notes
+        report.tensor_parallel = _tensor_parallel(groups, plan)
+        report.weights = {"dense": dense_bytes, **weights_of(small, None)}
+        report.output, report.result = None if out is None else str(out), None if checkpoint else small
+        report.run = meter.run(where)
+        if output is not None:
+            write_shrunk(output, checkpoint, small, tokenizer, spec, report, windows)
+        return report
 
 
 def _refuse_without_text(scorer: Method, refit: bool, recovery: Distill | None) -> None:

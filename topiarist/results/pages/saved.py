@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from topiarist.checkpoints.writing import write_atomically
+from topiarist.checkpoints.atomic import write_atomically
 from topiarist.results.pages.card import with_measurements
 from topiarist.results.pages.render import report_page
 from topiarist.results.pages.result import BENCHMARK, CARD, EVALUATION, PAGE, REPORT, Result, read_json

@@ -1,0 +1,73 @@
+"""Files that appear whole or not at all, whenever the power fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from topiarist.core.errors import CheckpointError
+
+TEMPORARY = ".tmp"
+"""What a file is called until it is whole, after its own name."""
+CHUNK = 1 << 24
+
+
+@contextmanager
+def replacing(path: Path, *, cure: str = "") -> Iterator[Path]:
+    """Give a temporary name to write to; the file then takes the place of `path`: temporary file, fsync, rename, fsync.
+
+    path: the file to be made or replaced. cure: what a user can do about a full or read-only disk, for the message.
+    Raises CheckpointError, and leaves the old file as it was, if the new one cannot be written.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    with disk_errors(f"cannot write {path}", cure=cure):
+        try:
+            yield temporary
+            fsync(temporary)
+            temporary.replace(path)
+            fsync(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_atomically(path: Path, text: str, *, cure: str = "") -> None:
+    """Write a text file: the old one or the new one stays. Raises CheckpointError if it cannot be written."""
+    with replacing(path, cure=cure) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, cure: str = "") -> None:
+    """Write tensors of any shape as one safetensors file. Raises CheckpointError if it cannot be written."""
+    with replacing(path, cure=cure) as temporary:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata=dict(metadata))
+        temporary.chmod(0o644)  # the library creates private files
+
+
+@contextmanager
+def disk_errors(what: str, *, cure: str = "") -> Iterator[None]:
+    """Turn errors of the disk into one line: `what` failed, why, and the cure. Raises CheckpointError."""
+    try:
+        yield
+    except CheckpointError:  # has its line already
+        raise
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        cause = "the disk is full" if full else (getattr(error, "strerror", None) or str(error))
+        raise CheckpointError(f"{what}: {cause}{cure}") from error
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,45 @@
+"""The journal of a run, line by line, and how two runs differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from topiarist.core.errors import CheckpointError
+
+
+def complete_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a journal; a last one cut off by a kill does not count.
+
+    The first line says what the run is; each other one names a finished "block" or "file", its sha256 and its tensors.
+    Raises CheckpointError for a line that is anything else.
+    """
+    lines: list[dict[str, Any]] = []
+    for number, raw in enumerate(path.read_bytes().split(b"\n")[:-1]):
+        try:
+            line = json.loads(raw)
+        except (ValueError, RecursionError):
+            line = None
+        if not isinstance(line, dict) or (number and not _is_known(line)):
+            raise CheckpointError(f"line {number + 1} of {path} is damaged: delete {path.parent} and start again")
+        lines.append(line)
+    return lines
+
+
+def _is_known(line: Mapping[str, Any]) -> bool:
+    place = line.get("block", line.get("file"))
+    names = line.get("tensors")
+    inside = isinstance(place, str) and not Path(place).is_absolute() and ".." not in Path(place).parts
+    return inside and isinstance(line.get("sha256"), str) and isinstance(names, list | dict)
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Yield what differs between two runs, a sentence each, down to single entries."""
+    for key in sorted({*found, *wanted}):
+        was, now = found.get(key), wanted.get(key)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            yield from differences(was, now, f"{path}{key} ")
+        elif was != now:
+            yield f"{path}{key} was {was!r} and is {now!r}"

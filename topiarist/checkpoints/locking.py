@@ -1,0 +1,72 @@
+"""One run a folder: a lock that the kernel gives up when its holder ends, however it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from topiarist.checkpoints.atomic import disk_errors
+from topiarist.core.errors import CheckpointError
+
+LOCK = "pruning_run.lock"
+
+
+class FolderLock:
+    """The lock of one folder. The file says who holds it; a file left by a kill is locked by nobody and is taken over."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._made: list[Path] = []
+        """Folders that `acquire` created, the innermost first."""
+        self._lock: FileLock | None = None
+        self._holder: Any = None
+
+    @property
+    def held(self) -> bool:
+        return self._lock is not None
+
+    def acquire(self) -> None:
+        """Create the folder if need be, and lock it. Raises CheckpointError that names the process which holds it."""
+        path = self.folder / LOCK
+        with disk_errors(f"cannot create {self.folder}"):
+            self._made = [place for place in (self.folder, *self.folder.parents) if not place.exists()]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path, timeout=0)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise CheckpointError(
+                    f"{self.folder} is being written by {_holder(path)}: wait for it, or choose another output"
+                ) from None
+            # Open until the release: where locks belong to a process, closing any handle of the file would end them.
+            self._holder = path.open("w", encoding="utf-8")
+            self._holder.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+            self._holder.flush()
+        self._lock = lock
+
+    def release(self) -> None:
+        """Unlock. A folder in which nothing was written goes again, so that a refusal leaves nothing behind."""
+        if self._lock is None:
+            return
+        with suppress(OSError):
+            (self.folder / LOCK).unlink(missing_ok=True)  # before the release: nobody else's file is removed
+        self._holder.close()
+        self._lock.release()
+        self._lock = None
+        with suppress(OSError):  # of a folder that is not empty
+            for place in self._made:
+                place.rmdir()
+
+
+def _holder(path: Path) -> str:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {known['pid']} on {known['host']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it has not written its name yet
+        return "another process"
