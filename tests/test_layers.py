@@ -8,8 +8,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "topiarist"
 FLOORS = [
     ["__about__"],
-    ["core", "checkpoints", "data", "models"],
-    ["solvers", "allocate", "masklearn", "structured", "masks", "quantize", "runtime", "evaluation", "results"],
+    ["core", "quantize", "checkpoints", "data", "models"],
+    ["solvers", "allocate", "masklearn", "structured", "masks", "runtime", "evaluation", "results"],
     ["pipelines"],
     ["cli", "__main__", "__init__"],
 ]
