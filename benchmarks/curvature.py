@@ -17,7 +17,7 @@ from torch import Tensor
 import topiarist as tp
 from demo.assets import model_dir, text_dir
 from topiarist.allocate.scores import probe, random_signs
-from topiarist.data.text import calibration_windows, load_tokenizer
+from topiarist.data import calibration_windows, load_tokenizer
 from topiarist.evaluation.perplexity import load_model
 from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.allocating.measure import layers_of, loss_gradients

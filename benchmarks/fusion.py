@@ -20,7 +20,7 @@ import torch
 import topiarist as tp
 from benchmarks.quality import keep_cell, stored_cells
 from demo.assets import assets_dir, model_dir, text_dir
-from topiarist.data.text import calibration_windows, load_tokenizer
+from topiarist.data import calibration_windows, load_tokenizer
 from topiarist.evaluation.perplexity import load_model
 from topiarist.structured import METHODS, Scores, Task, gates, layer_counts, units_of
 from topiarist.structured.hybrid import FUSIONS, LEVELS, Hybrid

@@ -11,7 +11,7 @@ from typing import Any
 import topiarist as tp
 from benchmarks.quality import documents
 from demo.assets import model_dir, text_dir
-from topiarist.data.text import Windows, evaluation_windows, load_tokenizer, read_documents
+from topiarist.data import Windows, evaluation_windows, load_tokenizer, read_documents
 
 
 def finished(path: Path) -> dict[str, dict[str, Any]]:

@@ -27,7 +27,7 @@ import topiarist as tp
 from benchmarks.learn_cells import cell, demo_windows
 from benchmarks.quality import documents, load_texts
 from demo.assets import model_dir, text_dir
-from topiarist.data.text import Windows, load_tokenizer
+from topiarist.data import Windows, load_tokenizer
 from topiarist.evaluation.perplexity import load_model
 from topiarist.masklearn import relaxation_for
 from topiarist.masks import read_npz, write_npz

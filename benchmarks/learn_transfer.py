@@ -20,7 +20,7 @@ import torch
 import topiarist as tp
 from benchmarks.learn_cells import books, cell, finished, web, wikipedia, windows
 from demo.assets import assets_dir, model_dir
-from topiarist.data.text import Windows
+from topiarist.data import Windows
 from topiarist.evaluation.perplexity import load_model
 
 CELLS, PAGE = Path("benchmarks/results/learn-transfer.jsonl"), Path("benchmarks/results/learn-transfer.md")

@@ -30,7 +30,7 @@ from benchmarks.quality import keep_cell, load_texts, stored_cells
 from demo.assets import assets_dir, model_dir
 from topiarist.cli.common import filled, name_and_fields
 from topiarist.core.registry import look_up
-from topiarist.data.text import Windows, load_tokenizer
+from topiarist.data import Windows, load_tokenizer
 from topiarist.evaluation.perplexity import load_model
 from topiarist.evaluation.tasks import compare_tasks
 from topiarist.runtime.bench import PHASES, generation_seconds, machine

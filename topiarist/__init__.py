@@ -13,7 +13,7 @@ from topiarist.core.errors import (
 from topiarist.core.gram import Gram
 from topiarist.core.linalg import reconstruction_error
 from topiarist.core.patterns import NM, Columns, Pattern, TransposableNM, Unstructured, parse_pattern
-from topiarist.data.text import text_files
+from topiarist.data import text_files
 from topiarist.evaluation.perplexity import audit, perplexity
 from topiarist.evaluation.perplexity import load_model as load_pruned
 from topiarist.masklearn import PRESETS, Preset

@@ -47,7 +47,7 @@ def evaluate(
 ) -> None:
     """Perplexity of every MODEL on every text file, and its score in every task, dense reference first."""
     from topiarist.core.errors import TopiaristError
-    from topiarist.data.text import text_files
+    from topiarist.data import text_files
     from topiarist.evaluation.perplexity import compare, entries
     from topiarist.evaluation.tasks import compare_tasks
     from topiarist.evaluation.tasks import entries as task_entries

@@ -1,29 +1,23 @@
-"""Text files and datasets into windows of tokens. The choice of windows depends on the seed alone.
-
-A source is .txt (one document), .jsonl or .jsonl.gz (a `text` field per line) or a folder that `datasets` can read.
-Documents are joined by a blank line into one stream, tokenised once, cut into windows without overlap.
-"""
+"""Where text lies, and its documents in order: files of every kind, datasets folders, the hub, lists in memory."""
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import json
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
+from topiarist.core.errors import CalibrationError, CalibrationWarning
+from topiarist.data.compressed import DAMAGE
+from topiarist.data.folders import HUB, HubRows, folder_readers, hub_rows
+from topiarist.data.kinds import check_kind, reader_of
+from topiarist.data.readers import SEPARATOR, Reader
 
-from topiarist.core.errors import CalibrationError, CheckpointError
-
-SEPARATOR = "\n\n"
-MAX_PART = 1 << 22  # characters tokenised at once; the tokenizer needs about a hundred bytes a token
-MIN_LINE = 64  # shorter lines are too common to say that two texts share a source
-MAX_SHARED = 0.01  # fraction of held-out characters that may stand in calibration text: boilerplate, not leakage
+CALIBRATION = ("train",)
+HELD_OUT = ("test", "validation")
+"""Splits of a dataset that are read when none is named."""
 
 
 @dataclass(frozen=True)
@@ -31,186 +25,131 @@ class TextFiles:
     """Where text lies; nothing is read until it is needed."""
 
     paths: tuple[Path, ...]
+    field: str = "text"
+    """Of rows: the one that holds the text, or chat messages for the tokenizer's template."""
+    split: str | None = None
+    """Of datasets; by default `train` for calibration and training, `test` or `validation` for evaluation."""
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Token windows (num, window), int64, with what identifies them."""
+def text_files(paths: str | Path | Iterable[str | Path], *, field: str = "text", split: str | None = None) -> TextFiles:
+    """Name one or several text sources: files, datasets folders, or datasets of the hub as hub:NAME[:CONFIG].
 
-    tokens: Tensor
-    digest: str
-    """sha256 of the chosen tokens."""
-    line_hashes: frozenset[int]
-    """64-bit hashes of every long line of the source, to tell calibration from held-out text."""
-    overlap: float = 0.0
-
-    @property
-    def window(self) -> int:
-        return self.tokens.shape[1]
-
-    def record(self) -> str:
-        """JSON of what an evaluation needs to tell its text from this one; kept beside the result."""
-        lines = [f"{h:016x}" for h in sorted(self.line_hashes)]
-        return json.dumps({"digest": self.digest, "line_hashes": lines}) + "\n"
-
-
-def text_files(paths: str | Path | Iterable[str | Path]) -> TextFiles:
-    """Name one or several text sources. Raises CalibrationError if one does not exist."""
+    field: of rows, the one that holds the text or the chat messages. split: of datasets; see `TextFiles`.
+    Raises CalibrationError if one does not exist or is of no kind that can be read.
+    """
     listed = [paths] if isinstance(paths, str | Path) else list(paths)
     if not listed:
-        raise CalibrationError("no text files given: name at least one .txt, .jsonl, .jsonl.gz or datasets folder")
+        raise CalibrationError("no text files given: name at least one .txt, .jsonl, .parquet or datasets folder")
     for path in listed:
+        if str(path).startswith(HUB):
+            continue
         if not Path(path).exists():
             raise CalibrationError(f"text file {path} does not exist")
-    return TextFiles(tuple(Path(path) for path in listed))
+        if not Path(path).is_dir():
+            check_kind(Path(path))
+    return TextFiles(tuple(Path(path) for path in listed), field, split)
 
 
-def read_documents(source: TextFiles) -> Iterator[str]:
-    """Every document, in file order. Raises CalibrationError for an unreadable or unknown file."""
+def readers(source: TextFiles, usual: Sequence[str]) -> list[Reader | HubRows]:
+    """A reader for every file of the source. usual: splits that are read when it names none."""
+    found: list[Reader | HubRows] = []
     for path in source.paths:
-        try:
-            yield from _read_one(path)
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, EOFError) as error:
-            raise CalibrationError(f"cannot read text from {path}: {error}") from error
-
-
-def _read_one(path: Path) -> Iterator[str]:
-    if path.is_dir():
-        yield from _read_dataset(path)
-    elif path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                    raise CalibrationError(f"{path} line {number} has no `text` field of type string")
-                yield row["text"]
-    else:
-        yield path.read_text(encoding="utf-8")
-
-
-def _read_dataset(path: Path) -> Iterator[str]:
-    import datasets
-
-    try:
-        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            loaded: Any = datasets.load_from_disk(str(path))
+        if str(path).startswith(HUB):
+            found.append(hub_rows(str(path), source.field, source.split, usual))
+        elif path.is_dir():
+            found += folder_readers(path, source.field, source.split, usual)
         else:
-            loaded = datasets.load_dataset(str(path))
-    except Exception as error:  # the library raises many types; all mean that the folder is not a dataset
-        raise CalibrationError(f"{path} is not a datasets folder: {error}") from error
-    for split in loaded.values() if isinstance(loaded, dict) else [loaded]:
-        if "text" not in split.column_names:
-            raise CalibrationError(f"dataset {path} has no `text` column, only {split.column_names}")
-        yield from split["text"]
+            with reading(path):
+                found.append(reader_of(path, source.field))
+    return found
 
 
-def tokenize(documents: Iterable[str], tokenizer: Any) -> tuple[Tensor, frozenset[int]]:
-    """One stream of token ids without special tokens, and the hashes of its long lines."""
-    texts = list(documents)
-    hashes = frozenset(h for text in texts for h, _ in _line_hashes(text))
-    pieces: list[np.ndarray] = []
-    for part in _parts(texts):
-        # verbose=False: a text longer than the model's limit is fine, it is cut into windows afterwards.
-        pieces.append(np.asarray(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64))
-    stream = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
-    return torch.from_numpy(stream), hashes
-
-
-def _parts(texts: Sequence[str]) -> Iterator[str]:
-    """Documents joined by the separator, cut between documents every few megabytes.
-
-    Joined first, because a tokenizer reads blank lines at the end of a text otherwise than between two: on the demo's
-    C4 text that alone is 4 % of perplexity.
-    """
-    part: list[str] = []
-    size = 0
-    for text in texts:
-        if size > MAX_PART:
-            yield SEPARATOR.join([*part, ""])
-            part, size = [], 0
-        part.append(text)
-        size += len(text)
-    if part:
-        yield SEPARATOR.join(part)
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a model folder. Raises CheckpointError if there is none."""
-    from transformers import AutoTokenizer
-
+@contextmanager
+def reading(path: object) -> Iterator[None]:
+    """Turns what a damaged file raises into a CalibrationError."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # missing files, unknown classes, hub errors: all mean the same to the user
-        raise CheckpointError(f"no tokenizer in {folder or 'the model'} ({type(error).__name__}); pass one") from error
+        yield
+    except DAMAGE as error:
+        raise CalibrationError(f"cannot read text from {path}: {error}") from error
 
 
-def calibration_windows(
-    source: TextFiles | Tensor | Sequence[str], tokenizer: Any, *, num_samples: int = 128, window: int, seed: int = 0
-) -> Windows:
-    """Pick `num_samples` windows at random from all windows of the source (a Tensor (num, window) is taken as it is).
+class Rows:
+    """Rows' values as texts. Counts those that hold none, and says so at the end."""
 
-    Raises CalibrationError if the text holds fewer windows than asked for.
+    def __init__(self, tokenizer: Any = None) -> None:
+        self.tokenizer, self.empty, self.seen = tokenizer, 0, 0
+
+    def text(self, value: Any, where: str) -> str:
+        """The text of a value, "" if it has none. Raises CalibrationError for a value that is no text."""
+        self.seen += 1
+        if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+            value = self._conversation(value, where)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            self.empty += 1
+            return ""
+        if not isinstance(value, str):
+            raise CalibrationError(f"{where} holds {type(value).__name__} where text is expected")
+        # Half of a surrogate pair, which JSON can spell, is no character; a tokenizer refuses it.
+        return value if value.isascii() else value.encode("utf-8", "replace").decode()
+
+    def _conversation(self, messages: list[Any], where: str) -> str:
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise CalibrationError(f"{where} holds chat messages, and the tokenizer has no chat template for them")
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # templates raise what they like
+            raise CalibrationError(f"the chat template does not take the messages of {where}: {error}") from error
+
+    def warn(self) -> None:
+        if self.empty:
+            warnings.warn(
+                f"{self.empty:,} of {self.seen:,} rows hold no text and were skipped", CalibrationWarning, stacklevel=3
+            )
+
+
+def read_documents(
+    source: TextFiles | Sequence[Any], *, tokenizer: Any = None, usual: Sequence[str] = CALIBRATION
+) -> Iterator[str]:
+    """Every document, in order. Rows without text are skipped, and counted in a warning at the end.
+
+    tokenizer: its chat template makes text of chat messages. usual: splits that are read when the source names none.
+    Raises CalibrationError for an unreadable file and for a row that is no text.
     """
-    if isinstance(source, Tensor):
-        if source.ndim != 2 or source.numel() == 0:
-            raise CalibrationError(f"calibration tokens must be (num, window), got shape {tuple(source.shape)}")
-        return Windows(source.long(), _digest(source.long()), frozenset())
-    if num_samples < 1 or window < 2:
-        raise CalibrationError(f"need at least 1 sample of 2 tokens, got {num_samples} of {window}")
-    documents = read_documents(source) if isinstance(source, TextFiles) else source
-    stream, hashes = tokenize(documents, tokenizer)
-    available = len(stream) // window
-    if available < num_samples:
-        raise CalibrationError(
-            f"calibration text holds {len(stream):,} tokens = {available} windows of {window}, {num_samples} were asked "
-            "for; add text, or ask for fewer samples or a shorter window"
-        )
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:num_samples]
-    tokens = stream[: available * window].view(available, window)[order].contiguous()
-    return Windows(tokens, _digest(tokens), hashes)
+    parts: list[str] = []
+    for text, ends in pieces(source, tokenizer=tokenizer, usual=usual):
+        parts.append(text)
+        if ends:
+            yield "".join(parts)
+            parts = []
 
 
-def evaluation_windows(
-    source: TextFiles | Sequence[str],
-    tokenizer: Any,
-    *,
-    window: int,
-    max_windows: int | None = None,
-    calibration_hashes: frozenset[int] = frozenset(),
-) -> Windows:
-    """The first windows of the source in order, no special tokens; the rest that fills no window is dropped.
-
-    `overlap` of the result is the share of its text that stands in the calibration text too.
-    Raises CalibrationError if there is not one whole window.
-    """
-    texts = list(read_documents(source) if isinstance(source, TextFiles) else source)
-    stream, hashes = tokenize(texts, tokenizer)
-    available = len(stream) // window
-    if available == 0:
-        raise CalibrationError(f"text holds {len(stream):,} tokens, less than one window of {window}; shorten --window")
-    if max_windows is not None:
-        available = min(available, max_windows)
-    tokens = stream[: available * window].view(available, window).contiguous()
-    return Windows(tokens, _digest(tokens), hashes, overlap=_overlap(texts, calibration_hashes))
+def pieces(
+    source: TextFiles | Sequence[Any], *, tokenizer: Any = None, usual: Sequence[str] = CALIBRATION
+) -> Iterator[tuple[str, bool]]:
+    """(text, whether its document ends there), so that a long document need not be in memory whole."""
+    rows = Rows(tokenizer)
+    if not isinstance(source, TextFiles):
+        for number, value in enumerate(source, 1):
+            if text := rows.text(value, f"calibration text {number}"):
+                yield text, True
+        rows.warn()
+        return
+    for reader in readers(source, usual):
+        with reading(reader.path):
+            yield from _pieces_of(reader, rows)
+    rows.warn()
 
 
-def _overlap(texts: Sequence[str], known: frozenset[int]) -> float:
-    shared = total = 0
-    for text in texts if known else ():
-        for line_hash, length in _line_hashes(text):
-            total += length
-            shared += length if line_hash in known else 0
-    return shared / total if total else 0.0
-
-
-def _line_hashes(text: str) -> Iterator[tuple[int, int]]:
-    lines = [line for line in (raw.strip() for raw in text.split("\n")) if len(line) >= MIN_LINE]
-    for line in lines or [text.strip()]:
-        yield int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8).digest(), "little"), len(line)
-
-
-def _digest(tokens: Tensor) -> str:
-    return hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
+def _pieces_of(reader: Reader | HubRows, rows: Rows) -> Iterator[tuple[str, bool]]:
+    values = enumerate(reader.values())
+    if isinstance(reader, Reader) and reader.separator != SEPARATOR:  # all rows are one document
+        previous = ""
+        for _, value in values:
+            if previous:
+                yield previous, False
+            previous = value
+        yield from [(previous, True)] if previous.strip() else []
+        return
+    for row, value in values:
+        if text := rows.text(value, reader.where(row)):
+            yield text, True

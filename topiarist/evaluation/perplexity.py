@@ -16,7 +16,7 @@ from topiarist.checkpoints.reading import Checkpoint, locate
 from topiarist.core.errors import CalibrationError, NumericalError, PatternError
 from topiarist.core.losses import next_token_losses
 from topiarist.core.patterns import parse_pattern
-from topiarist.data.text import MAX_SHARED, TextFiles, Windows, evaluation_windows, load_tokenizer
+from topiarist.data import MAX_SHARED, TextFiles, Windows, evaluation_windows, load_tokenizer
 from topiarist.models.checks import device_or_default
 from topiarist.models.folder import FolderModel
 from topiarist.models.opened import open_model
@@ -80,10 +80,8 @@ def held_out_windows(
     record = path / "pruning_calibration.json"
     known: frozenset[int] = frozenset()
     if record.is_file():
-        known = frozenset(int(h, 16) for h in json.loads(record.read_text(encoding="utf-8"))["line_hashes"])
-    windows = evaluation_windows(
-        text, load_tokenizer(path), window=window, max_windows=max_windows, calibration_hashes=known
-    )
+        known = frozenset(int(h, 16) for h in json.loads(record.read_text(encoding="utf-8")).get("passages", []))
+    windows = evaluation_windows(text, load_tokenizer(path), window=window, max_windows=max_windows, calibration=known)
     if windows.overlap > MAX_SHARED and not allow_overlap:
         names = ", ".join(str(p) for p in text.paths)
         raise CalibrationError(

@@ -18,7 +18,7 @@ from typing import Any
 
 from topiarist.checkpoints.reading import file_digest, locate
 from topiarist.core.errors import CalibrationError, TopiaristError
-from topiarist.data.text import load_tokenizer
+from topiarist.data import load_tokenizer
 from topiarist.evaluation.perplexity import load_model, with_reference
 from topiarist.models.checks import device_or_default
 

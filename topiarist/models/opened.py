@@ -16,7 +16,7 @@ from torch import nn
 
 from topiarist.checkpoints.reading import Checkpoint, locate, weight_digest
 from topiarist.core.errors import CheckpointError
-from topiarist.data.text import load_tokenizer
+from topiarist.data import load_tokenizer
 from topiarist.models.checks import check_folder, check_object, device_or_default
 from topiarist.models.families import Family, Matrix, block_names, family_of, matrices_of
 

@@ -21,7 +21,7 @@ from topiarist.checkpoints.writing import OutputFolder, bytes_to_write
 from topiarist.core.errors import NumericalWarning
 from topiarist.core.patterns import Pattern
 from topiarist.core.registry import look_up
-from topiarist.data.text import TextFiles, Windows
+from topiarist.data import TextFiles, Windows
 from topiarist.models.opened import OpenedModel, eager_experts
 from topiarist.pipelines.allocating.measure import measure
 from topiarist.pipelines.allocating.search import search

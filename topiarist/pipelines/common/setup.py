@@ -12,7 +12,7 @@ from topiarist import allocate
 from topiarist.allocate.fixed import check_budget, read_file
 from topiarist.core.errors import CalibrationError, PatternError
 from topiarist.core.patterns import Pattern
-from topiarist.data.text import TextFiles, Windows, calibration_windows
+from topiarist.data import TextFiles, Windows, calibration_windows
 from topiarist.models.opened import OpenedModel
 
 

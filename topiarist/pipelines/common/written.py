@@ -16,7 +16,7 @@ from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.streaming import SHARD_BYTES
 from topiarist.checkpoints.writing import REPORT, OutputFolder
 from topiarist.core.errors import CheckpointError
-from topiarist.data.text import Windows
+from topiarist.data import Windows
 from topiarist.models.opened import OpenedModel
 from topiarist.results.pages import PAGE, Result, model_card, report_page
 from topiarist.results.report import Report

@@ -15,7 +15,7 @@ from topiarist import __about__
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.writing import MASKS, OutputFolder
 from topiarist.core.errors import TopiaristError
-from topiarist.data.text import Windows
+from topiarist.data import Windows
 from topiarist.masks import MaskFile, save_masks
 from topiarist.masks.files import write_masked
 from topiarist.models.opened import ObjectModel

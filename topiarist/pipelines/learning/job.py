@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from topiarist.core.errors import CalibrationError, TopiaristError
 from topiarist.core.patterns import Pattern
 from topiarist.core.registry import look_up
-from topiarist.data.text import TextFiles, Windows, evaluation_windows
+from topiarist.data import TextFiles, Windows, evaluation_windows
 from topiarist.masklearn import PRESETS, Preset
 from topiarist.models.opened import DEFAULT_WINDOW, ObjectModel, open_model
 from topiarist.pipelines.common.setup import resolve_patterns
@@ -128,7 +128,7 @@ def _windows(
         if recipe.length > limit:
             notes.append(f"sequences of {limit} tokens, the model's limit, instead of the preset's {recipe.length}")
         tokenizer = source.tokenizer(tokenizer)
-        windows = evaluation_windows(data, tokenizer, window=min(recipe.length, limit))
+        windows = evaluation_windows(data, tokenizer, window=min(recipe.length, limit), usual=("train",))
     if windows.window > limit:
         raise CalibrationError(f"sequences of {windows.window} tokens are longer than the model's limit of {limit}")
     if int(windows.tokens.max()) >= source.vocabulary:

@@ -24,7 +24,7 @@ from topiarist.checkpoints.writing import SavedState
 from topiarist.core.errors import TopiaristError
 from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.patterns import Pattern, parse_pattern
-from topiarist.data.text import TextFiles
+from topiarist.data import TextFiles
 from topiarist.masklearn import Preset
 from topiarist.pipelines.learning.files import (
     PRIOR,

@@ -10,7 +10,7 @@ from torch import nn
 
 from topiarist.allocate import Rule, recipe
 from topiarist.core.registry import key_of
-from topiarist.data.text import TextFiles, Windows
+from topiarist.data import TextFiles, Windows
 from topiarist.pipelines.pruning.options import PruneOptions
 from topiarist.pipelines.pruning.sparsellm import METHODS, SparseLLM
 from topiarist.solvers import SOLVERS, Solver

@@ -18,7 +18,7 @@ from topiarist.core.errors import CalibrationError, UnsupportedModel
 from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.patterns import Pattern, parse_pattern
 from topiarist.core.registry import name_of, resolve
-from topiarist.data.text import TextFiles
+from topiarist.data import TextFiles
 from topiarist.models.families import matrices_of
 from topiarist.models.hooks import watch_inputs
 from topiarist.models.opened import eager_experts, open_model

@@ -14,7 +14,7 @@ from topiarist.allocate import ALLOCATIONS, Linear, Rule, Uniform
 from topiarist.core.errors import CalibrationError
 from topiarist.core.patterns import Pattern, parse_pattern
 from topiarist.core.registry import name_of, resolve
-from topiarist.data.text import TextFiles, Windows
+from topiarist.data import TextFiles, Windows
 from topiarist.models.opened import OpenedModel, open_model
 from topiarist.pipelines.common.setup import read_windows
 from topiarist.pipelines.pruning.correct import Correct

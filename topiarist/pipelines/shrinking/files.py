@@ -9,7 +9,7 @@ from typing import Any
 from topiarist import __about__
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.writing import OutputFolder
-from topiarist.data.text import Windows
+from topiarist.data import Windows
 from topiarist.models import modeling_pruned
 from topiarist.pipelines.common.written import saved_beside
 from topiarist.pipelines.shrinking.report import ShrinkReport, shrunk_card

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from topiarist.core.registry import key_of
-from topiarist.data.text import TextFiles
+from topiarist.data import TextFiles
 from topiarist.structured import METHODS, Method
 
 

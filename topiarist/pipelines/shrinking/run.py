@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from topiarist.checkpoints.writing import OutputFolder, SavedState
 from topiarist.core.errors import UnsupportedModel
 from topiarist.core.meter import Meter
-from topiarist.data.text import Windows
+from topiarist.data import Windows
 from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.shrinking.distill import Distill, distill
 from topiarist.pipelines.shrinking.plan import remember

@@ -15,7 +15,7 @@ from topiarist.checkpoints.writing import OutputFolder
 from topiarist.core.errors import CalibrationError, TopiaristError
 from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.registry import name_of, resolve
-from topiarist.data.text import TextFiles, Windows
+from topiarist.data import TextFiles, Windows
 from topiarist.models.opened import open_model
 from topiarist.pipelines.common.setup import read_windows
 from topiarist.pipelines.common.written import weights_of
