@@ -6,6 +6,7 @@ import json
 import sys
 from collections import Counter
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -15,14 +16,32 @@ from rich.table import Table
 from topiarist.cli.common import out, quiet, set_threads
 
 
+class Integers(StrEnum):
+    """Values that floating-point weights can be rounded to."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+class Head(StrEnum):
+    """The same of the head and the embeddings."""
+
+    INT8 = "int8"
+
+
 def pack(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="pruned checkpoint")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="pruned or quantised checkpoint")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the packed one")],
+    values: Annotated[
+        Integers | None, typer.Option(help="round the linears to such integers; a quantised DIR keeps its own")
+    ] = None,
+    group: Annotated[int, typer.Option(min=32, help="columns that share a scale, with --values")] = 64,
+    head: Annotated[Head | None, typer.Option(help="round the head and the embeddings, a scale a row")] = None,
 ) -> None:
-    """Write a compact copy of a sparse checkpoint: bitmask and kept values, exactly reversible."""
+    """Write a compact copy of a checkpoint without its zeros: exactly reversible, unless it is told to round."""
     from topiarist.runtime import pack_folder
 
-    report = pack_folder(folder, output)
+    report = pack_folder(folder, output, values=values and values.value, group=group, head=head and head.value)
     out.print(
         f"{report.num_packed} of {report.num_tensors} tensors packed, those to {report.ratio:.3f} x their size; "
         f"{report.dense_bytes / 1e6:.1f} MB -> {report.packed_bytes / 1e6:.1f} MB in all; written to {output}"

@@ -225,7 +225,7 @@ class QuantisedEmbedding(nn.Module):
 
     def forward(self, ids: Int64[Tensor, "*batch"]) -> Float[Tensor, "*batch width"]:
         out = torch.empty(ids.numel(), self.table.in_features)
-        load_kernels().rows(self.table.described(), ids.contiguous(), out)
+        load_kernels().rows(self.table.described(), ids.flatten(), out)
         return out.to(self.table.dtype).view(*ids.shape, self.table.in_features)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

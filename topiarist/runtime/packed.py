@@ -1,8 +1,10 @@
 """Packed checkpoints: a model folder whose sparse tensors are stored without their zeros, and the way back.
 
-    packed-00001.safetensors ...   `NAME:values` and `NAME:index` of sparse tensors (see bits.py), dense ones unchanged
+    packed-00001.safetensors ...   `NAME:values`, `NAME:index`, `NAME:scales` (see entries.py); other tensors unchanged
     packed.json                    format version, the shards and their tensors, sizes
-    config.json, tokenizer ...     copied as they are
+    config.json, tokenizer ...     copied as they are, but for the words on quantisation in a config
+
+Version 2 has integers and a smaller index of 2:4; version 1 is still read.
 
 Every tensor has a SHA-256 over its stored bytes, name, form, dtype and shape, verified before it is given out. The
 files are named so that a loader which knows nothing of them finds no weights, instead of wrong ones. Memory: one shard.
@@ -10,7 +12,6 @@ files are named so that a loader which knows nothing of them finds no weights, i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,33 +19,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from topiarist.checkpoints.dequantised import QUANTIZATION, DequantisedCheckpoint
 from topiarist.checkpoints.reading import Checkpoint, opened
 from topiarist.checkpoints.writing import MASKS
 from topiarist.core.errors import CheckpointError, UnsupportedModel
-from topiarist.runtime.bits import PackedTensor, describe, nonzero_mask, pack, raw_bits, unpack
+from topiarist.quantize.grid import Grid, QuantizedWeight, round_to_nearest
+from topiarist.runtime.entries import Content, Entry, restore, store
+from topiarist.runtime.skeleton import Roles, roles
 
-VERSION = 1
+VERSIONS = (1, 2)
+"""Those that are read; the last one is written."""
 MANIFEST = "packed.json"
 SHARD_BYTES = 2 << 30
 _KEY = "topiarist_packed"
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a shard's header says of one tensor. `pattern` is for people; the rest is needed to read it back."""
-
-    form: str
-    dtype: str
-    shape: list[int]
-    pattern: str
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -64,25 +58,44 @@ class PackReport:
         return self.sparse_packed_bytes / self.sparse_dense_bytes if self.num_packed else 1.0
 
 
-def pack_folder(src: Path | str, out: Path | str, *, shard_bytes: int = SHARD_BYTES) -> PackReport:
+def pack_folder(
+    src: Path | str,
+    out: Path | str,
+    *,
+    values: Literal["int8", "int4"] | None = None,
+    group: int = 64,
+    head: Literal["int8"] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> PackReport:
     """Write a packed copy of the model folder `src` to `out`, which must not exist.
 
+    A folder whose matrices are quantised (compressed-tensors, symmetric) keeps its integers and scales as they are.
+
+    values: rounds the linears of a floating-point folder to the nearest such integers, with a scale for every `group` columns
+    (fewer, or a row, where these do not divide it); 4 bits are better calibrated, by `topiarist quantize`, than rounded.
+    head: rounds the head and the embeddings to int8 with a scale a row.
     Raises CheckpointError if `src` is no readable checkpoint or is packed already, or if `out` exists.
     """
     src = Path(src)
     if (src / MANIFEST).exists():
         raise CheckpointError(f"{src} is packed already; unpack it first")
     checkpoint = Checkpoint(src)
+    if QUANTIZATION in checkpoint.config:
+        checkpoint = DequantisedCheckpoint(src)
+    known = roles(checkpoint.config) if values or head else Roles()
     sizes: list[tuple[str, int, int]] = []
     with new_folder(out) as partial:
         shards = _ShardWriter(partial, "packed-{:05d}.safetensors", shard_bytes)
         for name in checkpoint.files:
-            tensor = checkpoint.read(name)
-            stored, entry = _pack_one(name, tensor)
-            sizes.append((entry.form, tensor.nbytes, sum(part.nbytes for part in stored.values())))
+            content = _content(checkpoint, name, known, values, group, head)
+            stored, entry = store(name, content)
+            kind = "dense" if not entry.parts else "packed"
+            sizes.append((kind, checkpoint.nbytes(name), sum(part.nbytes for part in stored.values())))
             shards.add(name, stored, asdict(entry))
         shards.flush()
         copy_other_files(src, partial)
+        if isinstance(checkpoint, DequantisedCheckpoint):
+            (partial / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n")
         sparse = [size for size in sizes if size[0] != "dense"]
         report = PackReport(
             num_tensors=len(sizes),
@@ -92,13 +105,30 @@ def pack_folder(src: Path | str, out: Path | str, *, shard_bytes: int = SHARD_BY
             sparse_dense_bytes=sum(dense for _, dense, _ in sparse),
             sparse_packed_bytes=sum(packed for _, _, packed in sparse),
         )
-        manifest = {"format": _KEY, "version": VERSION, "shards": shards.names, **asdict(report)}
+        manifest = {"format": _KEY, "version": VERSIONS[-1], "shards": shards.names, **asdict(report)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return report
 
 
+def _content(
+    checkpoint: Checkpoint, name: str, known: Roles, values: str | None, group: int, head: str | None
+) -> Content:
+    """A tensor as it is to be stored: as integers where it has or shall have them."""
+    if isinstance(checkpoint, DequantisedCheckpoint) and (integers := checkpoint.quantized(name)) is not None:
+        return integers
+    tensor = checkpoint.read(name)
+    if head and name in known.heads:
+        return round_to_nearest(tensor, Grid(bits=8, group=None), search=False)
+    if values and name in known.linears:
+        fitting = next((g for g in (group, 128, 64, 32) if g <= group and tensor.shape[1] % g == 0), None)
+        return round_to_nearest(tensor, Grid(bits=8 if values == "int8" else 4, group=fitting))
+    return tensor
+
+
 def unpack_folder(src: Path | str, out: Path | str, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the ordinary model folder that the packed folder `src` was made from: the same tensors, bit for bit.
+
+    Integers come out as code times scale, in the model's dtype, which is what other programs compute with them.
 
     Raises CheckpointError if a shard is missing, truncated, altered or of another version, or if `out` exists.
     """
@@ -123,6 +153,12 @@ def from_packed(folder: Path | str, **kwargs: Any) -> Any:
 
 def read_packed(folder: Path | str) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a packed folder, dense and verified, one at a time. Raises CheckpointError as `unpack_folder`."""
+    for name, content in read_contents(folder):
+        yield name, content.dequantized() if isinstance(content, QuantizedWeight) else content
+
+
+def read_contents(folder: Path | str) -> Iterator[tuple[str, Content]]:
+    """As `read_packed`, with integers as they are."""
     folder = Path(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -131,9 +167,9 @@ def read_packed(folder: Path | str) -> Iterator[tuple[str, Tensor]]:
         raise CheckpointError(f"{folder} is not a packed model: it has no {MANIFEST}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read ({error!r}); copy the folder again") from None
-    if kind != _KEY or version != VERSION:
+    if kind != _KEY or version not in VERSIONS:
         raise CheckpointError(
-            f"{folder} is of packed format {kind!r} version {version}, this topiarist reads version {VERSION}; "
+            f"{folder} is of packed format {kind!r} version {version}, this topiarist reads versions 1 and 2; "
             "unpack it with the topiarist that wrote it"
         )
     for shard, names in shards.items():
@@ -213,56 +249,26 @@ class _ShardWriter:
         file = self.template.format(len(self.names) + 1)
         header = {"format": "pt"}
         if any(self._entries.values()):
-            header[_KEY] = json.dumps({"version": VERSION, "tensors": self._entries})
+            header[_KEY] = json.dumps({"version": VERSIONS[-1], "tensors": self._entries})
         save_file(self._stored, self.folder / file, metadata=header)
         self.names[file] = list(self._entries)
         self._start()
 
 
-def _pack_one(name: str, tensor: Tensor) -> tuple[dict[str, Tensor], Entry]:
-    packed = pack(tensor)
-    if packed is None:
-        stored, form, pattern = {name: tensor}, "dense", "dense"
-    else:
-        stored, form = {f"{name}:values": packed.values, f"{name}:index": packed.index}, packed.form
-        pattern = describe(nonzero_mask(tensor))
-    dtype, shape = str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
-    return stored, Entry(form, dtype, shape, pattern, _digest(name, form, dtype, shape, list(stored.values())))
-
-
-def _read_shard(file: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+def _read_shard(file: Path, names: Sequence[str]) -> Iterator[tuple[str, Content]]:
     with opened(file) as handle:
         try:
             header = json.loads(handle.metadata()[_KEY])
             version = header["version"]
-            entries = {name: Entry(**entry) for name, entry in header["tensors"].items()} if version == VERSION else {}
+            entries = {name: Entry(**entry) for name, entry in header["tensors"].items()} if version in VERSIONS else {}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the header of {file} is damaged ({error!r}); copy the file again") from None
-        if version != VERSION:
-            raise CheckpointError(f"{file} is of packed version {version}, this topiarist reads version {VERSION}")
+        if version not in VERSIONS:
+            raise CheckpointError(f"{file} is of packed version {version}, this topiarist reads versions 1 and 2")
         if set(entries) != set(names):
             raise CheckpointError(f"{file} does not hold the tensors that {MANIFEST} lists; copy the folder again")
         for name, entry in entries.items():
             try:
-                yield name, _read_one(handle, name, entry)
+                yield name, restore(handle, name, entry)
             except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
                 raise CheckpointError(f"{name} in {file} is damaged ({error}); copy the file again") from None
-
-
-def _read_one(handle: Any, name: str, entry: Entry) -> Tensor:
-    keys = [name] if entry.form == "dense" else [f"{name}:values", f"{name}:index"]
-    stored = [handle.get_tensor(key) for key in keys]
-    if _digest(name, entry.form, entry.dtype, entry.shape, stored) != entry.sha256:
-        raise ValueError("its checksum does not match")
-    if entry.form == "dense":
-        return stored[0]
-    return unpack(PackedTensor(entry.form, tuple(entry.shape), values=stored[0], index=stored[1]))
-
-
-def _digest(name: str, form: str, dtype: str, shape: list[int], stored: Sequence[Tensor]) -> str:
-    """SHA-256 over everything that decides what tensor is read back. The actual dtypes and shapes are in it as well."""
-    actual = [[str(part.dtype), list(part.shape)] for part in stored]
-    digest = hashlib.sha256(json.dumps([VERSION, name, form, dtype, shape, actual]).encode())
-    for part in stored:
-        digest.update(raw_bits(part).reshape(-1).numpy().data)
-    return digest.hexdigest()
