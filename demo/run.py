@@ -17,7 +17,8 @@ from rich.table import Table
 
 import topiarist as tp
 from demo.assets import assets_dir, model_dir, text_dir
-from topiarist.evaluation.perplexity import held_out_windows, load_model
+from topiarist.evaluation.comparison import held_out_windows
+from topiarist.evaluation.perplexity import load_model
 
 PATTERNS = ("2:4", "0.7")
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps")

@@ -91,7 +91,7 @@ def test_without_text(call, folder: Path):
 
 
 def test_allocation_file(call, folder: Path):
-    from topiarist.evaluation.perplexity import audit
+    from topiarist.evaluation.audit import audit
 
     _, matrices = audit("model")
     chosen = {m.name: ("4:8" if "mlp" in m.name else None) for m in matrices}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ import tiny
 import torch
 
 import topiarist as tp
-from topiarist.evaluation.perplexity import compare
+from topiarist.data import Windows
+from topiarist.evaluation.comparison import compare
 
 
 def test_perplexity_agrees_with_a_plain_loop():
@@ -53,3 +56,151 @@ def test_audit_sees_a_broken_pattern(tmp_path: Path):
     assert [m.name for m in matrices if not m.holds] == [name.removesuffix(".weight")]
     _, dense = tp.audit(tmp_path / "base")
     assert all(m.holds is None and m.pattern is None and m.sparsity == 0 for m in dense)
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    tiny.tiny_text(tmp_path)
+    return tiny.tiny_checkpoint(tmp_path / "base")
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--window", "1"], "2 is the least"),
+        (["--window", "0"], "2 is the least"),
+        (["--window", "32", "--max-windows", "0"], "1 is the least"),
+        (["--window", "32", "--batch-size", "0"], "batch size 0: 1 is the least"),
+        (["--window", "32", "--batch-size", "-1"], "batch size -1: 1 is the least"),
+        (["--window", "32", "--bos", "sometimes"], "auto, always, never"),
+        (["--window", "32", "--tokenizer", "nowhere"], "no tokenizer in nowhere"),
+        (["--window", "32", "--device", "gpu"], "device"),
+        (["--window", "32", "--text-field", "body", "--text", "rows.jsonl"], "has no field `body`; it has text"),
+    ],
+)
+def test_what_eval_refuses_is_one_line(base: Path, command, words: list[str], says: str):
+    Path("rows.jsonl").write_text('{"text": "' + "words " * 100 + '"}')
+    code, printed, error = command("eval", "base", "--text", "text.txt", *words)
+    assert code == 2 and says in error and "Traceback" not in error and not printed
+    assert error.count("error ") == 1
+
+
+def test_learned_positions_are_a_limit_and_rotary_ones_a_warning(base: Path, tmp_path: Path, command):
+    tiny.tiny_checkpoint(tmp_path / "learned", "gpt2")
+    code, _, error = command("eval", "learned", "--text", "text.txt", "--window", "128")
+    assert code == 2 and "longer than the 64 positions of learned: pass --window 64" in error
+    code, printed, error = command("eval", "base", "--text", "text.txt", "--window", "128", "--max-windows", "2")
+    assert code == 0 and "longer than the 64 that base was made for" in error and "254 tokens" in printed
+
+
+def test_tokens_that_the_model_has_no_row_for_are_refused(base: Path, command):
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.add_tokens(["<a>", "<b>", "zz"])
+    tokenizer.save_pretrained(base)
+    Path("added.txt").write_text("zz " * 200)
+    code, _, error = command("eval", "base", "--text", "added.txt", "--window", "32")
+    assert code == 2 and "text token 261 is outside the model's vocabulary of 260" in error
+    with pytest.raises(tp.CalibrationError, match="outside the model's vocabulary"):
+        tp.perplexity(tiny.tiny_model(), torch.full((1, 4), 300))
+
+
+def test_a_config_that_asks_for_tuples(base: Path, command):
+    words = ("eval", "base", "--text", "text.txt", "--window", "32", "--max-windows", "2", "--json")
+    value = json.loads(command(*words)[1])[0]["results"][0]["value"]
+    edit_config(base, return_dict=False)
+    assert json.loads(command(*words)[1])[0]["results"][0]["value"] == value
+
+
+def test_windows_begin_as_the_tokenizer_begins_a_text(base: Path, command):
+    from test_data import with_start
+
+    words = ("eval", "base", "--text", "text.txt", "--window", "32", "--max-windows", "2")
+    code, printed, _ = command(*words)
+    assert code == 0 and "no start token" in printed
+    with_start(None, "<s>").save_pretrained(base)
+    code, printed, _ = command(*words)
+    assert code == 0 and "start token first" in printed
+    begun = json.loads(command(*words, "--json")[1])[0]["results"][0]
+    never = json.loads(command(*words, "--bos", "never", "--json")[1])[0]["results"][0]
+    assert (begun["start_tokens"], never["start_tokens"]) == (1, 0) and begun["tokens"] == never["tokens"] == 62
+    assert begun["text_digest"] != never["text_digest"] and begun["value"] != never["value"]
+
+
+def test_start_tokens_themselves_are_not_predicted():
+    """Two start tokens: the second is given as well, so the figure is that of the text after both."""
+    model, tokens = tiny.tiny_model(), tiny.tiny_tokens(3, 16)
+    with torch.no_grad():
+        losses = torch.stack([model(row[None], labels=row[None]).loss for row in tokens])
+        first = torch.nn.functional.cross_entropy(model(tokens).logits[:, 0], tokens[:, 1])
+    windows = Windows(tokens, "", frozenset(), start=2)
+    found = tp.perplexity(model, windows)
+    assert found.tokens == 3 * 14
+    assert math.log(found.value) == pytest.approx(float((losses.mean() * 15 - first) / 14), rel=1e-4)
+
+
+def test_another_tokenizer_can_be_named(base: Path, tmp_path: Path, command):
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    for path in base.glob("tokenizer*"):
+        path.unlink()
+    words = ("eval", "base", "--text", "text.txt", "--window", "32", "--max-windows", "1")
+    code, _, error = command(*words)
+    assert code == 2 and "no tokenizer in" in error and "--tokenizer" in error
+    assert command(*words, "--tokenizer", "tokenizer")[0] == 0
+
+
+def test_code_of_a_tokenizer_is_never_asked_about(base: Path, monkeypatch, command):
+    for path in base.glob("tokenizer*"):
+        path.unlink()
+    (base / "tok.py").write_text(
+        "import pathlib\nfrom transformers import PreTrainedTokenizer\npathlib.Path('ran').touch()\n"
+        "class T(PreTrainedTokenizer): pass\n"
+    )
+    about = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["tok.T", None]}}
+    (base / "tokenizer_config.json").write_text(json.dumps(about))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    words = ("eval", "base", "--text", "text.txt", "--window", "32")
+    code, _, error = command(*words)
+    assert code == 2 and "pass --trust-remote-code" in error and not Path("ran").exists()
+    code, _, error = command(*words, "--trust-remote-code")
+    assert code == 2 and Path("ran").exists(), "this code cannot tokenise, but it was let run"
+
+
+def test_the_dense_reference_is_the_model_that_was_pruned(base: Path, tmp_path: Path, command):
+    tp.prune("base", "out", method="magnitude", pattern="0.5", calibration=tiny.tiny_tokens(4, 16))
+    tp.prune("out", "twice", method="magnitude", pattern="0.7", calibration=tiny.tiny_tokens(4, 16))
+    text = [tp.text_files("text.txt")]
+    options = {"window": 32, "max_windows": 1}
+    assert [(r.model, r.dense) for r in compare(["twice"], text, **options)] == [("base", True), ("twice", False)]
+    with pytest.warns(UserWarning, match=r"out-copy is no dense reference: \d+% of its weights are zero"):
+        shutil.copytree("out", "out-copy")
+        edit_config(Path("out-copy"), pruning_config=None)
+        config = json.loads(Path("out-copy/config.json").read_text())
+        del config["pruning_config"]
+        Path("out-copy/config.json").write_text(json.dumps(config))
+        assert [r.dense for r in compare(["out-copy"], text, **options)] == [False]
+    tiny.tiny_checkpoint(tmp_path / "other", seed=3)
+    Path("base").rename("moved")
+    with pytest.warns(UserWarning, match="no dense reference for out: base is not here"):
+        assert [r.model for r in compare(["out"], text, **options)] == ["out"]
+    Path("other").rename("base")
+    with pytest.warns(UserWarning, match="base is not the model that was pruned"):
+        assert [r.model for r in compare(["out"], text, **options)] == ["out"]
+
+
+def test_results_are_printed_before_they_are_saved(base: Path, monkeypatch, command):
+    tp.prune("base", "out", method="magnitude", calibration=tiny.tiny_tokens(4, 16))
+
+    def full(*_):
+        raise tp.CheckpointError("cannot write: the disk is full")
+
+    monkeypatch.setattr("topiarist.results.pages.save_evaluation", full)
+    code, printed, error = command(
+        "eval", "out", "--text", "text.txt", "--window", "32", "--max-windows", "1", "--save"
+    )
+    assert code == 2 and "disk is full" in error and "(dense)" in printed

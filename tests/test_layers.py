@@ -13,7 +13,7 @@ FLOORS = [
     ["pipelines"],
     ["cli", "__main__", "__init__"],
 ]
-MAY_USE = {"evaluation": {"results"}, "masks": {"masklearn"}}
+MAY_USE = {"evaluation": {"masks"}, "masks": {"masklearn"}}
 NEEDS_NO_MODEL = {"solvers", "masklearn", "quantize"}
 
 

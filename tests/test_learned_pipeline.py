@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 import topiarist as tp
 from topiarist.checkpoints.writing import STATES
-from topiarist.evaluation.perplexity import audit, load_model
+from topiarist.evaluation.audit import audit
+from topiarist.evaluation.perplexity import load_model
 from topiarist.masklearn import PRESETS, Preset, Schedule
 from topiarist.pipelines.learning.files import MASKS
 from topiarist.pipelines.training.batches import Batches

@@ -10,7 +10,8 @@ import torch
 import topiarist as tp
 from demo.assets import model_dir, text_dir
 from topiarist.checkpoints.reading import Checkpoint
-from topiarist.evaluation.perplexity import held_out_windows, load_model
+from topiarist.evaluation.comparison import held_out_windows
+from topiarist.evaluation.perplexity import load_model
 from topiarist.models.folder import FolderModel
 
 pytestmark = [

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import topiarist as tp
-from topiarist.masks import save_masks, verify
+from topiarist import verify
+from topiarist.masks import save_masks
 
 UP = "model.layers.1.mlp.up_proj"
 
@@ -34,7 +35,7 @@ def edit(folder: Path, name: str, change) -> None:
 
 def write_masks(folder: Path) -> Path:
     """masks.safetensors of a pruned folder, as learning would have left it."""
-    weights = {name: t for p in folder.glob("model-*.safetensors") for name, t in load_file(p).items()}
+    weights = {name: t for p in folder.glob("model*.safetensors") for name, t in load_file(p).items()}
     wanted = {
         f"{name}.weight" for name in json.loads((folder / "config.json").read_text())["pruning_config"]["modules"]
     }
@@ -107,11 +108,8 @@ def quantise(folder: Path, dtype: torch.dtype, extra: dict[str, torch.Tensor] | 
             folder, f"{name}.weight", lambda weight: (weight * 100).to(dtype) if dtype != torch.int8 else _int8(weight)
         )
     if extra:
-        save_file(extra, folder / "model-extra.safetensors")
-        index = folder / "model.safetensors.index.json"
-        plain = json.loads(index.read_text())
-        plain["weight_map"] |= dict.fromkeys(extra, "model-extra.safetensors")
-        index.write_text(json.dumps(plain))
+        (shard,) = folder.glob("model*.safetensors")
+        save_file({**load_file(shard), **extra}, shard, metadata={"format": "pt"})
 
 
 def _int8(weight: torch.Tensor) -> torch.Tensor:
@@ -127,12 +125,51 @@ def test_quantised_weights(pruned: Path, dtype: torch.dtype):
     assert {b.name for b in verify(pruned, masks).breaches} == {UP, f"{UP}.weight"}
 
 
-def test_what_cannot_be_compared_is_a_breach_that_says_so(pruned: Path):
+def test_what_cannot_be_seen_is_neither_held_nor_broken(pruned: Path, command):
     quantise(pruned, torch.int8, {f"{UP}.weight_zero_point": torch.ones(64, 1)})
-    (breach,) = verify(pruned).breaches
-    assert breach.came_back == 0 and "zero point" in str(breach)
+    found = verify(pruned)
+    assert not found.breaches and not found.holds and "zero point" in found.unread[UP]
     edit(pruned, f"{UP}.weight", lambda weight: torch.zeros(1024, 1, dtype=torch.uint8))
-    assert "stored in a quantised format" in str(verify(pruned).breaches[0])
+    assert verify(pruned).unread == {UP: "cannot look into compressed-tensors weights (uint8)"}
+    code, printed, _ = command("inspect", str(pruned), "--verify")
+    assert code == 2 and "unseen in 1 tensors" in printed and f"first {UP}: cannot look into" in printed
+    code, printed, _ = command("inspect", str(pruned))
+    assert code == 0 and "1 matrices are unseen" in printed and "50.00% zeros in 13 matrices" in printed
+
+
+def as_gptq(folder: Path) -> None:
+    """What GPTQ leaves: qweight instead of weight."""
+    for shard in folder.glob("model*.safetensors"):
+        tensors = load_file(shard)
+        renamed = {k.replace("proj.weight", "proj.qweight"): t.int() if "proj" in k else t for k, t in tensors.items()}
+        save_file(renamed, shard, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_weights_quantised_by_others_are_unseen(pruned: Path, command):
+    as_gptq(pruned)
+    found = verify(pruned)
+    assert not found.breaches and set(found.unread) == set(tp.audit(pruned)[0]["modules"])
+    assert found.unread[UP] == f"cannot look into gptq weights ({UP}.qweight)"
+    code, printed, _ = command("inspect", str(pruned))
+    assert code == 0 and "14 matrices are unseen" in printed and "gptq" in printed
+    tiny.tiny_text(pruned.parent)
+    code, _, error = command("eval", str(pruned), "--text", str(pruned.parent / "text.txt"), "--window", "32")
+    assert code == 2 and "quantised" in error and len(error.strip().splitlines()) <= 2
+
+
+def test_a_type_without_a_row_is_looked_at_by_its_files(pruned: Path, command):
+    """Also one that this transformers does not know at all."""
+    before = [(m.name, m.sparsity, m.holds) for m in tp.audit(pruned)[1]]
+    config = json.loads((pruned / "config.json").read_text())
+    (pruned / "config.json").write_text(json.dumps(config | {"model_type": "brand_new"}))
+    assert sorted(before) == sorted((m.name, m.sparsity, m.holds) for m in tp.audit(pruned)[1])
+    assert verify(pruned).holds
+    edit(pruned, f"{UP}.weight", fill_row)
+    assert [breach.name for breach in verify(pruned).breaches] == [UP]
+    assert command("inspect", str(pruned))[0] == 0
 
 
 def test_nothing_to_verify(pruned: Path, tmp_path: Path, command):

@@ -14,8 +14,10 @@ from topiarist.core.gram import Gram
 from topiarist.core.linalg import reconstruction_error
 from topiarist.core.patterns import NM, Columns, Pattern, TransposableNM, Unstructured, parse_pattern
 from topiarist.data import text_files
-from topiarist.evaluation.perplexity import audit, perplexity
+from topiarist.evaluation.audit import audit
 from topiarist.evaluation.perplexity import load_model as load_pruned
+from topiarist.evaluation.perplexity import perplexity
+from topiarist.evaluation.verify import verify
 from topiarist.masklearn import PRESETS, Preset
 from topiarist.pipelines.allocating.allocation import FoundAllocation, find_allocation
 from topiarist.pipelines.learning.learn import learn
@@ -73,4 +75,5 @@ __all__ = [
     "solvers",
     "structured",
     "text_files",
+    "verify",
 ]

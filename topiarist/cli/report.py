@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,8 @@ from rich.table import Table
 
 from topiarist.cli.common import out, progress_bar, quiet, set_threads
 
-BROKEN = 1
+BROKEN, UNSEEN = 1, 2
+BOS = ("auto", "always", "never")
 
 
 def evaluate(
@@ -23,8 +25,19 @@ def evaluate(
         list[str], typer.Argument(metavar="MODEL...", help="model folders; a pruned one's base is added")
     ],
     text: Annotated[
-        list[Path] | None, typer.Option(help=".txt, .jsonl, .jsonl.gz or a datasets folder; may be repeated")
+        list[Path] | None,
+        typer.Option(
+            "--text",
+            "--data",
+            help=".txt, .jsonl, .csv, .parquet (also .gz, .zst ...), a datasets folder or hub:NAME[:CONFIG]; may be repeated",
+        ),
     ] = None,
+    text_field: Annotated[str, typer.Option(help="field of rows that holds the text, or chat messages")] = "text",
+    split: Annotated[str | None, typer.Option(help="split of datasets; default: test, or validation")] = None,
+    bos: Annotated[
+        str, typer.Option(help="start token before every window: auto (as the tokenizer does), always or never")
+    ] = "auto",
+    tokenizer: Annotated[Path | None, typer.Option(help="folder of the tokenizer; default: each model's own")] = None,
     tasks: Annotated[
         str | None, typer.Option(help="zero-shot tasks, e.g. piqa,arc_easy, through lm-evaluation-harness")
     ] = None,
@@ -48,7 +61,7 @@ def evaluate(
     """Perplexity of every MODEL on every text file, and its score in every task, dense reference first."""
     from topiarist.core.errors import TopiaristError
     from topiarist.data import text_files
-    from topiarist.evaluation.perplexity import compare, entries
+    from topiarist.evaluation.comparison import compare, entries
     from topiarist.evaluation.tasks import compare_tasks
     from topiarist.evaluation.tasks import entries as task_entries
     from topiarist.results.pages import save_evaluation
@@ -58,46 +71,51 @@ def evaluate(
     if not text and not tasks:
         raise TopiaristError("nothing to evaluate on: name --text heldout.txt or --tasks piqa,arc_easy")
     paths, wanted = text or [], [task.strip() for task in (tasks or "").split(",") if task.strip()]
-    sources = [text_files(path) for path in paths]
+    sources = [text_files(path, field=text_field, split=split) for path in paths]
     common: dict[str, Any] = {
         "batch_size": batch_size,
         "device": device,
         "reference": reference,
         "trust_remote_code": trust_remote_code,
+        "tokenizer": tokenizer,
     }
+    if bos not in BOS:
+        raise TopiaristError(f"--bos {bos}: it is one of {', '.join(BOS)}")
     with progress_bar() as progress:
         scores = (
             compare_tasks(models, wanted, files=task_files, limit=limit, progress=progress, **common) if wanted else []
         )
-        options = {"window": window, "max_windows": max_windows, "allow_overlap": allow_overlap, **common}
-        rows = compare(models, sources, progress=progress, **options) if sources else []
-    if save:
-        texts, items = entries(rows, [path.name for path in paths]), task_entries(scores)
-        for folder in dict.fromkeys([*texts, *items]):
-            save_evaluation(folder, {"perplexity": texts.get(folder, []), "tasks": items.get(folder, [])})
+        options = {"window": window, "max_windows": max_windows, "allow_overlap": allow_overlap, "bos": bos}
+        rows = compare(models, sources, progress=progress, **options, **common) if sources else []
     if as_json:
         tables = {"perplexity": [asdict(row) for row in rows], "tasks": [asdict(row) for row in scores]}
         # One kind of measurement is a plain list, as it always was.
         sys.stdout.write(
             json.dumps(tables if rows and scores else tables["tasks" if scores else "perplexity"], indent=2) + "\n"
         )
-        return
-    if rows:
-        _print_perplexities(rows, paths, window)
-    if scores:
-        _print_scores(scores)
+    else:
+        if rows:
+            _print_perplexities(rows, paths, window)
+        if scores:
+            _print_scores(scores)
+    if save:
+        texts, items = entries(rows, [path.name for path in paths]), task_entries(scores)
+        for folder in dict.fromkeys([*texts, *items]):
+            save_evaluation(folder, {"perplexity": texts.get(folder, []), "tasks": items.get(folder, [])})
 
 
 def _print_perplexities(rows: Sequence[Any], text: Sequence[Path], window: int) -> None:
-    table = Table(title=f"perplexity, windows of {window} tokens without overlap, no special tokens")
+    starts = {row.results[0].start_tokens for row in rows}
+    begin = "no start token" if starts == {0} else "start token first" if 0 not in starts else "start tokens differ"
+    table = Table(title=f"perplexity, windows of {window} tokens without overlap, {begin}")
     table.add_column("model")
     table.add_column("dtype")
     for path, result in zip(text, rows[0].results, strict=True):
-        header = f"{path.name}\n{result.tokens:,} tokens\nsha256 {result.text_digest[:12]}"
+        header = f"{escape(path.name)}\n{result.tokens:,} tokens\nsha256 {result.text_digest[:12]}"
         table.add_column(header, justify="right")
     for row in rows:
         cells = [f"{r.value:.2f}" if r.value < 1e5 else f"{r.value:.3g}" for r in row.results]
-        table.add_row(row.model + (" (dense)" if row.dense else ""), row.results[0].dtype, *cells)
+        table.add_row(escape(row.model) + (" (dense)" if row.dense else ""), row.results[0].dtype, *cells)
     out.print(table)
 
 
@@ -105,7 +123,7 @@ def _print_scores(results: Sequence[Any]) -> None:
     table = Table(title=f"zero-shot, {results[0].harness}; ± one standard error")
     for column in ("task", "metric"):
         table.add_column(column)
-    for column in ("items", *(result.model + (" (dense)" if result.dense else "") for result in results)):
+    for column in ("items", *(escape(result.model) + (" (dense)" if result.dense else "") for result in results)):
         table.add_column(column, justify="right")
     for same in zip(*(result.scores for result in results), strict=True):
         errors = ["" if score.stderr is None else f" ± {score.stderr:.4f}" for score in same]
@@ -117,7 +135,8 @@ def _print_scores(results: Sequence[Any]) -> None:
 def inspect(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="checkpoint folder")],
     verify: Annotated[
-        bool, typer.Option("--verify", help="only check that patterns and masks still hold; exit code 1 if not")
+        bool,
+        typer.Option("--verify", help="only check that patterns and masks still hold; exit code 1 if not, 2 if unseen"),
     ] = False,
     masks: Annotated[
         Path | None, typer.Option(help="with --verify: the masks that must hold; default DIR/masks.safetensors")
@@ -125,7 +144,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """What is in a checkpoint: sparsity of every layer, whether its pattern holds in the files, provenance."""
-    from topiarist.evaluation.perplexity import audit
+    from topiarist.evaluation.audit import audit
     from topiarist.structured import audit_shrunk
 
     if verify or masks is not None:
@@ -140,16 +159,19 @@ def inspect(
             plain["structured"] = {**counted, "units": [asdict(unit) for unit in shrunk.units]}
         sys.stdout.write(json.dumps(plain, indent=2) + "\n")
         return
-    table = Table(title=str(folder))
+    table = Table(title=escape(str(folder)))
     for column in ("layer", "shape", "sparsity", "pattern", "holds"):
         table.add_column(column, justify="right" if column == "sparsity" else "left")
     for a in audits:
-        holds = "" if a.holds is None else "yes" if a.holds else "[red]NO[/red]"
-        table.add_row(a.name, f"{a.shape[0]} x {a.shape[1]}", f"{a.sparsity:.4f}", a.pattern or "", holds)
+        holds = "unseen" if a.unread else "" if a.holds is None else "yes" if a.holds else "[red]NO[/red]"
+        sparsity = "" if a.sparsity is None else f"{a.sparsity:.4f}"
+        table.add_row(escape(a.name), " x ".join(map(str, a.shape)), sparsity, a.pattern or "", holds)
     out.print(table)
-    size = sum(a.shape[0] * a.shape[1] for a in audits)
-    zeros = sum(a.sparsity * a.shape[0] * a.shape[1] for a in audits)
-    out.print(f"{zeros / size:.2%} zeros in {len(audits)} matrices ({size:,} weights)")
+    seen = [(math.prod(a.shape), a.sparsity) for a in audits if a.sparsity is not None]
+    if size := sum(size for size, _ in seen):
+        zeros = sum(size * sparsity for size, sparsity in seen)
+        out.print(f"{zeros / size:.2%} zeros in {len(seen)} matrices ({size:,} weights)")
+    _print_unread({a.name: a.unread for a in audits if a.unread})
     broken = [a.name for a in audits if a.holds is False]
     if broken:
         out.print(f"the claimed pattern is broken in {len(broken)} matrices, first {broken[0]}")
@@ -190,8 +212,15 @@ def _print_shrunk(shrunk: Any) -> None:
     out.print(f"{shrunk.parameters:,} parameters of {claimed['dense']:,}, {verdict}", highlight=False)
 
 
+def _print_unread(unread: Mapping[str, str]) -> None:
+    """One line: how many, and why the first cannot be seen."""
+    if unread:
+        name, why = next(iter(unread.items()))
+        out.print(escape(f"{len(unread)} matrices are unseen, first {name}: {why}"), highlight=False, soft_wrap=True)
+
+
 def _verify(folder: str, masks: Path | None, as_json: bool) -> None:
-    from topiarist.masks import verify
+    from topiarist.evaluation.verify import verify
 
     found = verify(folder, masks)
     if as_json:
@@ -200,10 +229,12 @@ def _verify(folder: str, masks: Path | None, as_json: bool) -> None:
         for breach in found.breaches:
             out.print(f"[red]broken[/red] {escape(str(breach))}", highlight=False, soft_wrap=True)
         compared = [f"{found.patterns} patterns"] * bool(found.patterns) + [f"{found.masks} masks"] * bool(found.masks)
-        verdict = f"broken in {len({b.name for b in found.breaches})} tensors" if found.breaches else "held"
+        _print_unread(found.unread)
+        unseen = f"unseen in {len(found.unread)} tensors" if found.unread else "held"
+        verdict = f"broken in {len({b.name for b in found.breaches})} tensors" if found.breaches else unseen
         out.print(f"{' and '.join(compared)}: {verdict}", highlight=False)
     if not found.holds:
-        raise typer.Exit(BROKEN)
+        raise typer.Exit(BROKEN if found.breaches else UNSEEN)
 
 
 def report(

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from topiarist.checkpoints.reading import file_digest, locate
+from topiarist.checkpoints.reading import file_digest
 from topiarist.core.errors import CalibrationError, TopiaristError
-from topiarist.data import load_tokenizer
-from topiarist.evaluation.perplexity import load_model, with_reference
-from topiarist.models.checks import device_or_default
+from topiarist.evaluation.comparison import is_dense, with_reference
+from topiarist.evaluation.perplexity import check_batch_size
+from topiarist.models.opened import open_model
 
 BOOTSTRAP = 1000
 """Resamples for the standard error of figures that have no formula for it, such as LAMBADA's perplexity."""
@@ -133,23 +133,31 @@ def compare_tasks(
     device: str | None = None,
     reference: bool = True,
     trust_remote_code: bool = False,
+    tokenizer: Any = None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> list[Scores]:
     """Every task on every model, dense models first (the base of a pruned one joins, as in `compare`).
 
     limit: only the first items of each task. All item files are read, and refused, before any model is loaded.
+    Raises as `open_model` does, CalibrationError for items that do not fit, TopiaristError without the harness.
     """
+    check_batch_size(batch_size)
+    if limit is not None and limit < 1:
+        raise CalibrationError(f"--limit {limit}: 1 item is the least")
     harness = _harness()
     specs = [task if files is None else local_task(task, files) for task in tasks]
     digests = {spec["task"]: spec["metadata"]["sha256"] for spec in specs if not isinstance(spec, str)}
-    where = device_or_default(device)
     named = with_reference(models, reference)
+    opened = [
+        open_model(name, device=device, trust_remote_code=trust_remote_code, tokenizer=tokenizer) for name, _ in named
+    ]
     results = []
-    for number, (name, dense) in enumerate(named):
+    for number, ((name, dense), source) in enumerate(zip(named, opened, strict=True)):
         progress(f"tasks: {Path(name).name}", number, len(named))
-        model = load_model(name, device=where, trust_remote_code=trust_remote_code)
-        found = _run(harness, model, load_tokenizer(locate(name)), specs, limit, batch_size)
+        model = source.whole().model
+        found = _run(harness, model, source.tokenizer(), specs, limit, batch_size)
         dtype = str(model.dtype).removeprefix("torch.")
+        dense = dense and is_dense(name, model)
         results.append(Scores(name, dense, dtype, f"lm-eval {harness.__version__}", _scores(found, digests)))
         del model
     return results

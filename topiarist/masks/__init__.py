@@ -5,7 +5,6 @@ file = MaskFile("masks.safetensors"); file["model.layers.0.mlp.up_proj.weight"] 
 apply("base-folder", "masks.safetensors", "out-folder")       # refuses another base
 swap(model, "masks.safetensors")                              # on a loaded model, again and again
 hold(model)                                                   # keep zeros through anyone's training loop
-verify("out-folder")                                          # are the zeros still there?
 read_npz / write_npz                                          # the published packbits format
 """
 
@@ -13,19 +12,15 @@ from topiarist.checkpoints.reading import weight_digest
 from topiarist.masks.files import MaskFile, apply, save_masks, swap
 from topiarist.masks.holding import Hold, hold, zeros_of
 from topiarist.masks.npz import read_npz, write_npz
-from topiarist.masks.verify import Breach, Verification, verify
 
 __all__ = [
-    "Breach",
     "Hold",
     "MaskFile",
-    "Verification",
     "apply",
     "hold",
     "read_npz",
     "save_masks",
     "swap",
-    "verify",
     "weight_digest",
     "write_npz",
     "zeros_of",

@@ -47,6 +47,7 @@ class FolderModel(OpenedModel):
         try:
             config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust)
             config.tie_word_embeddings = checkpoint.config.get("tie_word_embeddings", config.tie_word_embeddings)
+            config.return_dict = True  # outputs are read by name, whatever the config asks for
             checks.usable_attention(config)
             with init_empty_weights(include_buffers=False):
                 model = AutoModelForCausalLM.from_config(config, dtype=checkpoint.dtype(), trust_remote_code=trust)

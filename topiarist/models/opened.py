@@ -35,6 +35,8 @@ class OpenedModel(ABC):
     """What the user called it."""
     checkpoint: Checkpoint | None
     """The files it came from; None for an object."""
+    trust_remote_code: bool = False
+    """Whether code in the folder may run."""
     _tokenizer: Any = None
 
     @property
@@ -94,11 +96,11 @@ class OpenedModel(ABC):
         return int(self.text_config.vocab_size)
 
     def tokenizer(self, given: Any = None) -> Any:
-        """The given tokenizer, or the model's own. Raises CheckpointError if there is none."""
+        """The given tokenizer (an object or its folder), or the model's own. Raises CheckpointError if there is none."""
         if given is not None:
             self._tokenizer = given
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._tokenizer_folder())
+        if self._tokenizer is None or isinstance(self._tokenizer, str | Path):
+            self._tokenizer = load_tokenizer(self._tokenizer_folder(), self.trust_remote_code, self._tokenizer)
         return self._tokenizer
 
     @abstractmethod

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from topiarist.checkpoints.reading import Checkpoint, locate
 from topiarist.checkpoints.writing import MASKS
 from topiarist.core.errors import CheckpointError, PatternError
 from topiarist.core.patterns import NM, Columns, Pattern, Unstructured, parse_pattern
-from topiarist.masks.files import MaskFile, read_whole
-from topiarist.models.folder import FolderModel
-
-_EIGHT_BIT = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+from topiarist.evaluation.stored import StoredMatrices, Unread
+from topiarist.masks.files import MaskFile
 
 
 @dataclass(frozen=True)
@@ -41,89 +38,78 @@ class Breach:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared, and every tensor that broke."""
+    """What was compared, every tensor that broke, and every one that could not be compared."""
 
     patterns: int
     masks: int
     breaches: list[Breach]
+    unread: dict[str, str]
+    """Names of weights whose zeros cannot be seen, and why."""
 
     @property
     def holds(self) -> bool:
-        return not self.breaches
+        """Whether all that is claimed was seen to hold."""
+        return not self.breaches and not self.unread
 
 
 def verify(folder: str | Path, masks: str | Path | None = None) -> Verification:
     """Hold every claimed pattern of `pruning_config`, and every mask of a mask file, against the weights in the files.
 
     masks: by default `masks.safetensors` in the folder, if there is one. Quantised weights are compared where they are
-    stored element by element (int8 and float8); other formats are a breach that says so.
+    stored element by element (int8 and float8); those of other formats are unread, and the result says why.
     Raises CheckpointError if nothing is claimed at all: there is nothing to verify then.
     """
     path = locate(folder)
     checkpoint = Checkpoint(path)
-    claimed = checkpoint.claims()
+    claims = checkpoint.claims()
     beside = path / MASKS
     file = MaskFile(masks if masks is not None else beside) if masks is not None or beside.is_file() else None
-    if not claimed and file is None:
+    if not claims and file is None:
         raise CheckpointError(
             f"{folder} claims no pattern (no pruning_config in its config.json): nothing to verify; pass --masks "
             "masks.safetensors"
         )
-    quantised = "quantization_config" in checkpoint.config
-    source = None if quantised else FolderModel(checkpoint, device=torch.device("cpu"))
-    breaches = [b for b in map(_judge, _claimed_weights(checkpoint, source, claimed)) if b is not None]
-    for name in file or ():
-        weight = _parameter(checkpoint, source, name)
-        breaches += [b for b in [_against_mask(name, weight, file[name])] if b is not None]  # pyright: ignore[reportOptionalSubscript]
-    return Verification(len(claimed), len(file or ()), breaches)
+    stored = StoredMatrices(checkpoint)
+    breaches: list[Breach] = []
+    unread: dict[str, str] = {}
+    left = dict(claims)
+    for name, weight in stored.matrices(claims) if claims else ():
+        if claim := left.pop(name, None):
+            _note(name, _against_pattern(name, weight, claim), breaches, unread)
+    breaches += [Breach(name, claim, 0, 0, "the checkpoint has no such matrix") for name, claim in left.items()]
+    if file is not None:
+        for name, mask in file.items():
+            try:
+                found = _against_mask(name, stored.parameter(name), mask)
+            except CheckpointError:
+                found = Breach(name, "its mask", 0, 0, "the checkpoint has no such tensor")
+            _note(name, found, breaches, unread)
+    return Verification(len(claims), len(file or ()), breaches, unread)
 
 
-def _claimed_weights(
-    checkpoint: Checkpoint, source: FolderModel | None, claimed: Mapping[str, str]
-) -> Iterator[tuple[str, str, Tensor | str]]:
-    """(name, claim, weight) of every claimed matrix; a text in place of the weight says why it cannot be read."""
-    left = dict(claimed)
-    if source is None:
-        for name, claim in claimed.items():
-            yield name, claim, _parameter(checkpoint, None, f"{name}.weight")
-        return
-    for index, path in enumerate(source.block_names):
-        source.load(index)
-        for matrix in source.matrices(index):
-            if claim := left.pop(f"{path}.{matrix.name}", None):
-                yield f"{path}.{matrix.name}", claim, matrix.weight
-        source.release(index)
-    for name, claim in left.items():
-        yield name, claim, "the checkpoint has no such matrix"
-
-
-def _parameter(checkpoint: Checkpoint, source: FolderModel | None, name: str) -> Tensor | str:
-    """A parameter by its model's name, stacked from its experts if it is stored so; or why it cannot be read."""
+def pattern_holds(mask: Bool[Tensor, "rows cols"], claim: str) -> bool:
+    """Whether a matrix has at least the zeros of a claimed pattern; False if the claim does not fit its shape."""
     try:
-        parts = [[name]] if name in checkpoint or source is None else source.disk_parts(name)
-        weight = read_whole(checkpoint, parts)
-    except (CheckpointError, KeyError, AttributeError):
-        stem = name.removesuffix("weight")
-        packed = [key for key in checkpoint.files if key.startswith(stem) and key != f"{stem}bias"]
-        return f"stored in a quantised format ({packed[0]})" if packed else "the checkpoint has no such tensor"
-    if weight.dtype not in _EIGHT_BIT:
-        quantised = not weight.is_floating_point()
-        return f"stored in a quantised format ({weight.dtype})" if quantised else weight
-    points = name.removesuffix("weight") + "weight_zero_point"
-    if points in checkpoint and bool(checkpoint.read(points).float().ne(0).any()):
-        return "quantised with a zero point, so a stored zero is no zero"
-    return weight.float()
+        return parse_pattern(claim).holds(mask)
+    except PatternError:
+        return False
 
 
-def _judge(found: tuple[str, str, Tensor | str]) -> Breach | None:
-    name, claim, weight = found
-    if isinstance(weight, str):
-        return Breach(name, claim, 0, 0, weight)
+def _note(name: str, found: Breach | Unread | None, breaches: list[Breach], unread: dict[str, str]) -> None:
+    if isinstance(found, Unread):
+        unread[name] = found.why
+    elif found is not None:
+        breaches.append(found)
+
+
+def _against_pattern(name: str, weight: Tensor | Unread, claim: str) -> Breach | Unread | None:
+    if isinstance(weight, Unread):
+        return weight
+    mask = weight != 0
+    if pattern_holds(mask, claim):
+        return None
     try:
         pattern = parse_pattern(claim)
-        mask = weight != 0
-        if pattern.holds(mask):
-            return None
         total = mask.numel() - pattern.num_kept(tuple(mask.shape))
         count, where = _excess(pattern, mask)
     except PatternError as error:
@@ -131,7 +117,7 @@ def _judge(found: tuple[str, str, Tensor | str]) -> Breach | None:
     return Breach(name, claim, count, total, where)
 
 
-def _excess(pattern: Pattern, mask: Tensor) -> tuple[int, str]:
+def _excess(pattern: Pattern, mask: Bool[Tensor, "rows cols"]) -> tuple[int, str]:
     """How many weights too many, and where. Without a mask no one can say which of them came back."""
     rows, columns = mask.shape
     if isinstance(pattern, NM):
@@ -151,9 +137,9 @@ def _excess(pattern: Pattern, mask: Tensor) -> tuple[int, str]:
     return excess, f"{int(mask.sum()):,} of {mask.numel():,} weights are not zero"
 
 
-def _against_mask(name: str, weight: Tensor | str, mask: Tensor) -> Breach | None:
-    if isinstance(weight, str):
-        return Breach(name, "its mask", 0, 0, weight)
+def _against_mask(name: str, weight: Tensor | Unread, mask: Bool[Tensor, "..."]) -> Breach | Unread | None:
+    if isinstance(weight, Unread):
+        return weight
     if weight.shape != mask.shape:
         return Breach(name, "its mask", 0, 0, f"has shape {tuple(weight.shape)}, its mask {tuple(mask.shape)}")
     back = (weight != 0) & ~mask

@@ -1,0 +1,215 @@
+"""Perplexities of several models on several texts, the dense model first."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from topiarist.checkpoints.reading import Checkpoint, locate
+from topiarist.core.errors import CalibrationError, CheckpointError
+from topiarist.data import MAX_SHARED, Bos, TextFiles, Windows, check_vocabulary, evaluation_windows
+from topiarist.evaluation.perplexity import Perplexity, check_batch_size, perplexity
+from topiarist.models.opened import OpenedModel, open_model
+
+MANY_ZEROS = 0.1
+"""Share of zero weights above which a model is no dense reference."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Perplexities of one model, one for every text."""
+
+    model: str
+    dense: bool
+    results: list[Perplexity]
+
+
+def compare(
+    models: Sequence[str],
+    texts: Sequence[TextFiles],
+    *,
+    window: int = 1024,
+    max_windows: int | None = None,
+    batch_size: int = 1,
+    device: str | None = None,
+    reference: bool = True,
+    allow_overlap: bool = False,
+    trust_remote_code: bool = False,
+    tokenizer: Any = None,
+    bos: Bos = "auto",
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> list[Row]:
+    """Perplexity of every model on every text, dense models first.
+
+    With `reference`, the base of a pruned model joins if it can be found and no dense model was named. All windows are
+    made, and refused, before any model is loaded. tokenizer: a folder or an object, for all models. bos: see
+    `topiarist.data.Bos`.
+    Raises as `open_model` and `held_out_windows` do.
+    """
+    check_batch_size(batch_size)
+    prepared = []
+    for name, dense in with_reference(models, reference):
+        opened = open_model(name, device=device, trust_remote_code=trust_remote_code, tokenizer=tokenizer)
+        made = [
+            held_out_windows(opened, text, window=window, max_windows=max_windows, allow_overlap=allow_overlap, bos=bos)
+            for text in texts
+        ]
+        prepared.append((name, dense, opened, made))
+    rows = []
+    for name, dense, opened, made in prepared:
+        model, label = opened.whole().model, Path(name).name
+        results = [
+            perplexity(model, w, batch_size=batch_size, progress=lambda done, total, n=label: progress(n, done, total))
+            for w in made
+        ]
+        rows.append(Row(name, dense and is_dense(name, model), results))
+        del model
+    return sorted(rows, key=lambda row: not row.dense)
+
+
+def held_out_windows(
+    model: str | Path | OpenedModel,
+    text: TextFiles,
+    *,
+    window: int,
+    max_windows: int | None = None,
+    allow_overlap: bool = False,
+    bos: Bos = "auto",
+) -> Windows:
+    """Evaluation windows for a checkpoint, by its own tokenizer.
+
+    Raises CalibrationError if the checkpoint was pruned on that very text (its calibration is written beside it), if a
+    window is longer than its learned positions, or if a token is outside its vocabulary.
+    """
+    opened = model if isinstance(model, OpenedModel) else open_model(model, device="cpu")
+    _check_positions(opened, window)
+    known = _calibration_passages(opened.checkpoint.folder) if opened.checkpoint is not None else frozenset()
+    windows = evaluation_windows(
+        text, opened.tokenizer(), window=window, max_windows=max_windows, calibration=known, bos=bos
+    )
+    check_vocabulary(windows.tokens, opened.vocabulary, "text")
+    if windows.overlap > MAX_SHARED and not allow_overlap:
+        names = ", ".join(str(p) for p in text.paths)
+        raise CalibrationError(
+            f"{windows.overlap:.0%} of {names} is calibration text of {opened.name}: the result would flatter it; evaluate "
+            "on other text"
+        )
+    return windows
+
+
+def _check_positions(opened: OpenedModel, window: int) -> None:
+    limit, config = opened.limit, opened.text_config
+    if limit is None or window <= limit:
+        return
+    relative = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_dim", "rotary_pct", "alibi")
+    if not any(getattr(config, key, None) for key in relative):
+        raise CalibrationError(
+            f"a window of {window} tokens is longer than the {limit} positions of {opened.name}: pass --window {limit}"
+        )
+    warnings.warn(
+        f"a window of {window} tokens is longer than the {limit} that {opened.name} was made for",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _calibration_passages(folder: Path) -> frozenset[int]:
+    """What the checkpoint was pruned on, as `Windows.record` kept it; nothing if there is no record that can be compared."""
+    record = folder / "pruning_calibration.json"
+    if not record.is_file():
+        return frozenset()
+    try:
+        passages = json.loads(record.read_text(encoding="utf-8")).get("passages")
+        if passages is None:
+            warnings.warn(f"{record} is of version 0.1: overlap with it cannot be seen", UserWarning, stacklevel=4)
+        return frozenset(int(found, 16) for found in passages or ())
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{record} is damaged ({error}); copy it again, or remove it") from error
+
+
+def with_reference(models: Sequence[str], reference: bool = True) -> list[tuple[str, bool]]:
+    """(model, whether it counts as dense), dense ones first.
+
+    With `reference`, the base of a pruned model joins if no dense model is named. A warning says if it cannot be found or
+    is not the model that was pruned.
+    """
+    bases = {str(name): _base_of(name) for name in models}
+    names = [str(name) for name in models]
+    if reference and all(base is not None for base in bases.values()):
+        found = next((base for name in names if (base := _found_base(name)) is not None), None)
+        if found is not None:
+            names, bases = [found, *names], {**bases, found: None}
+    return sorted(((name, bases[name] is None) for name in names), key=lambda named: not named[1])
+
+
+def is_dense(name: str, model: nn.Module) -> bool:
+    """Whether few weights are zero. A warning says so if it is no dense model after all."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    zeros = sum(int((matrix == 0).sum()) for matrix in matrices) / max(sum(matrix.numel() for matrix in matrices), 1)
+    if zeros > MANY_ZEROS:
+        warnings.warn(f"{name} is no dense reference: {zeros:.0%} of its weights are zero", UserWarning, stacklevel=3)
+    return zeros <= MANY_ZEROS
+
+
+def entries(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """What is stored beside every pruned model of a comparison: its figures, each with that of the dense model.
+
+    names: of the texts. A dense figure counts only if it was measured on the very same tokens.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in (row for row in rows if not row.dense):
+        for index, (name, result) in enumerate(zip(names, row.results, strict=True)):
+            same = (
+                {"model": other.model, "value": other.results[index].value}
+                for other in rows
+                if other.dense and other.results[index].text_digest == result.text_digest
+            )
+            entry = {"text": name, "digest": result.text_digest, "window": result.window, "tokens": result.tokens}
+            entry |= {"start_tokens": result.start_tokens, "dtype": result.dtype, "value": result.value}
+            found.setdefault(row.model, []).append({**entry, "dense": next(same, None)})
+    return found
+
+
+def _base_of(model: str | Path) -> str | None:
+    """The base that a pruned checkpoint names; None for a dense one."""
+    config = Checkpoint(locate(model)).config
+    return str(config["pruning_config"].get("base_model", "")) if "pruning_config" in config else None
+
+
+def _found_base(pruned: str) -> str | None:
+    """The dense model at the end of the chain of bases, if it is here. A warning says if it is not."""
+    name, seen = pruned, {pruned}
+    while (base := _base_of(name)) is not None:
+        if not base or base in seen or not Path(base).is_dir():
+            where = f"{base} is not here" if base else "its name is not recorded"
+            warnings.warn(f"no dense reference for {name}: {where}; name it as a MODEL", UserWarning, stacklevel=4)
+            return None
+        if not _is_the_base(name, base):
+            warnings.warn(
+                f"no dense reference for {name}: {base} is not the model that was pruned; name that one as a MODEL",
+                UserWarning,
+                stacklevel=4,
+            )
+            return None
+        seen.add(base)
+        name = base
+    return name
+
+
+def _is_the_base(pruned: str, base: str) -> bool:
+    """Whether a folder is the very model that was pruned, as far as the report knows its digest.
+
+    The digest of a model that was pruned as an object is of another kind, and cannot be compared.
+    """
+    try:
+        report = json.loads((locate(pruned) / "pruning_report.json").read_text(encoding="utf-8"))
+        digest = None if "result_digest" in report else report["fingerprint"]["model"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return True
+    return digest in (None, Checkpoint(Path(base)).digest())
