@@ -45,7 +45,7 @@ test: lint assets ## lint, then pytest
 
 docs: $(STAMP) ## build the site into build/site, warnings as errors
 	$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null || $(BIN)/python -m pip install -c .venv/constraints.txt -e '.[docs]'
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean: ## remove what runs leave behind; .venv and .assets stay
 	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
-"""The pictures of docs/figures, drawn from the cells in benchmarks/results and, for the house, from the imports of the code.
+"""The pictures of docs/figures that show measurements, drawn from the cells in benchmarks/results.
 
     python -m benchmarks.figures              # all of them
-    python -m benchmarks.figures alps house   # some
+    python -m benchmarks.figures alps owl     # some
 
 Equal cells give equal bytes: no dates, fixed identifiers.
 """
@@ -9,7 +9,6 @@ Equal cells give equal bytes: no dates, fixed identifiers.
 from __future__ import annotations
 
 import argparse
-import ast
 import functools
 import json
 import math
@@ -38,6 +37,11 @@ def cells(name: str) -> list[dict[str, Any]]:
 def perplexities(name: str, settings: str) -> dict[str, dict[str, float]]:
     """Cell -> corpus -> perplexity, of cells made with those settings (JSON)."""
     return {c["cell"]: c["perplexity"] for c in cells(name) if c.get("settings") == json.loads(settings)}
+
+
+def same_bytes() -> None:
+    """Make matplotlib write the same file for the same picture."""
+    plt.rcParams.update({"svg.hashsalt": "topiarist", "font.size": 9, "svg.fonttype": "none"})
 
 
 def save(figure: Any, name: str) -> None:
@@ -243,47 +247,22 @@ def recovery() -> None:
     save(figure, "recovery")
 
 
-# -------------------------------------------------------------------------------------------------- the house
-
-FLOORS = (
-    ("core",), ("models", "checkpoints", "data"),
-    ("solvers", "allocate", "structured", "masklearn", "masks", "quantize", "runtime"),
-    ("evaluation", "results"), ("pipelines",), ("cli",),
-)  # fmt: skip
-
-
-def house() -> None:
-    """Rooms of the package by floor, and an arrow for every room that another one imports from."""
-    package = ROOT / "topiarist"
-    floors = [[room for room in floor if (package / room).is_dir()] for floor in FLOORS]
-    places = {
-        room: ((i + 0.5) / len(floor) * 14, 1.6 * level)
-        for level, floor in enumerate(floors)
-        for i, room in enumerate(floor)
-    }
-    figure, ax = plt.subplots(figsize=(10, 6))
-    for user, used in sorted(imports(package, places)):
-        (x, y), (u, v) = places[user], places[used]
-        bend = "arc3,rad=0.25" if y == v else "arc3,rad=0.0"
-        arrow = {"arrowstyle": "->", "color": GREY, "lw": 0.8, "connectionstyle": bend, "shrinkA": 14, "shrinkB": 14}
-        ax.annotate("", (u, v), (x, y), arrowprops=arrow, zorder=1)
-    for room, (x, y) in places.items():
-        box = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": COLOURS[0]}
-        ax.text(x, y, room, ha="center", va="center", fontsize=11, bbox=box, zorder=2)
-    ax.set(xlim=(0, 14), ylim=(-0.8, 1.6 * len(floors) - 0.8))
-    ax.axis("off")
-    save(figure, "house")
-
-
-def imports(package: Path, rooms: Iterable[str]) -> set[tuple[str, str]]:
-    """(room, room that it imports from) over all modules."""
-    found = set()
-    for room in rooms:
-        for file in (package / room).rglob("*.py"):
-            for node in ast.walk(ast.parse(file.read_text())):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("topiarist."):
-                    found.add((room, (node.module or "").split(".")[1]))
-    return {(user, used) for user, used in found if user != used and used in rooms}
+def summary() -> None:
+    """What methods and repairs leave at 2:4, on C4."""
+    table = perplexities("quality", '["standard", 128, 512, 16, false]')
+    learned = {c["name"]: c["perplexity"] for c in cells("learn-curve")}["standard, step 220, standard c4"]
+    bars = {
+        "Wanda": table["wanda 2:4"]["c4"], "SparseGPT": table["sparsegpt 2:4"]["c4"], "ALPS": table["alps 2:4"]["c4"],
+        "MaskLLM, weights frozen": learned, "ALPS --correct": table["alps+correct 2:4"]["c4"],
+        "ALPS --refine": table["alps+refine:epochs=3 2:4"]["c4"], "dense": table["dense -"]["c4"],
+    }  # fmt: skip
+    figure, ax = axes(7, 2.6)
+    ax.barh(list(bars), list(bars.values()), color=[*[COLOURS[0]] * (len(bars) - 1), GREY])
+    for place, value in enumerate(bars.values()):
+        ax.text(value + 2, place, f"{value:.0f}", va="center", fontsize=8)
+    ax.invert_yaxis()
+    ax.set(xlabel="perplexity on held-out C4, SmolLM2-135M with 2:4 zeros")
+    save(figure, "summary")
 
 
 ALL: dict[str, Callable[[], None]] = {
@@ -306,7 +285,7 @@ ALL: dict[str, Callable[[], None]] = {
     "wanda-sp": lambda: structural("wanda-sp", "wanda-sp"),
     "block-influence": lambda: structural("block-influence", "block-influence"),
     "recovery": recovery,
-    "house": house,
+    "summary": summary,
 }
 
 
@@ -314,7 +293,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ALL)}; default all")
     names = parser.parse_args().names or list(ALL)
-    plt.rcParams.update({"svg.hashsalt": "topiarist", "font.size": 9, "svg.fonttype": "none"})
+    same_bytes()
     for name in names:
         ALL[name]()
         print(FIGURES / f"{name}.svg")
