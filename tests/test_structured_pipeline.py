@@ -191,7 +191,7 @@ def test_what_was_pruned_otherwise_is_refused(tmp_path: Path):
 def test_refused_before_any_work(family: str, options, error, message: str, tmp_path: Path, monkeypatch):
     tiny.tiny_checkpoint(tmp_path / "base", family)
     monkeypatch.setattr(
-        "topiarist.pipelines.shrinking.shrink.load_model", lambda *_, **__: pytest.fail("weights were loaded")
+        "topiarist.models.folder.FolderModel.whole", lambda *_, **__: pytest.fail("weights were loaded")
     )
     with pytest.raises(error, match=message):
         run(tmp_path / "base", tmp_path / "out", **options)

@@ -27,6 +27,9 @@ from topiarist.pipelines.pruning.correct import Correct
 from topiarist.pipelines.pruning.oneshot import prune, prune_module
 from topiarist.pipelines.pruning.refine import Refine
 from topiarist.pipelines.pruning.sparsellm import SparseLLM
+from topiarist.pipelines.recovering.options import RecoverOptions
+from topiarist.pipelines.recovering.recover import recover
+from topiarist.pipelines.recovering.report import RecoverReport
 from topiarist.pipelines.shrinking.distill import Distill
 from topiarist.pipelines.shrinking.report import ShrinkReport
 from topiarist.pipelines.shrinking.shrink import shrink
@@ -49,6 +52,8 @@ __all__ = [
     "PatternError",
     "Preset",
     "Recover",
+    "RecoverOptions",
+    "RecoverReport",
     "Refine",
     "Report",
     "ShrinkReport",
@@ -70,6 +75,7 @@ __all__ = [
     "prune",
     "prune_module",
     "reconstruction_error",
+    "recover",
     "runtime",
     "shrink",
     "solvers",

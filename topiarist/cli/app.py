@@ -15,6 +15,7 @@ from topiarist.__about__ import __version__
 from topiarist.cli import allocate as cli_allocate
 from topiarist.cli import generate as cli_generate
 from topiarist.cli import masks as cli_masks
+from topiarist.cli import recover as cli_recover
 from topiarist.cli import report as cli_report
 from topiarist.cli import runtime as cli_runtime
 from topiarist.cli import shrink as cli_shrink
@@ -144,7 +145,7 @@ def prune(
         out.print(f"{kept} holds the solutions that the search used: another sparsity needs them, nothing else does")
 
 
-COMMAND_GROUPS = (cli_allocate, cli_report, cli_masks, cli_shrink, cli_runtime, cli_generate)
+COMMAND_GROUPS = (cli_allocate, cli_report, cli_masks, cli_shrink, cli_recover, cli_runtime, cli_generate)
 for group in (module.COMMANDS for module in COMMAND_GROUPS):
     for name, command in group.items():
         app.command(name)(command)

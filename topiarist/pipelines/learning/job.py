@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 from topiarist.core.errors import CalibrationError, TopiaristError
 from topiarist.core.patterns import Pattern
 from topiarist.core.registry import look_up
-from topiarist.data import TextFiles, Windows, evaluation_windows
+from topiarist.data import TextFiles, Windows
 from topiarist.masklearn import PRESETS, Preset
-from topiarist.models.opened import DEFAULT_WINDOW, ObjectModel, open_model
+from topiarist.models.opened import ObjectModel, open_model
 from topiarist.pipelines.common.setup import resolve_patterns
 from topiarist.pipelines.learning.masking import Target, targets
 from topiarist.pipelines.training.batches import split_held_out
+from topiarist.pipelines.training.text import training_windows
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,12 @@ def prepare(
     if not any(blocks):
         raise TopiaristError("every layer is skipped: nothing to learn")
     notes = [f"--skip {expression!r} matches no layer" for expression in unmatched]
-    windows, recipe = _windows(source, data, tokenizer, recipe, notes)
+    windows = training_windows(source, data, window_tokens=recipe.length, tokenizer=tokenizer)
+    if windows.window < recipe.length and not isinstance(data, Tensor):
+        notes.append(
+            f"sequences of {windows.window} tokens, the model's limit, instead of the preset's {recipe.length}"
+        )
+    recipe = replace(recipe, length=windows.window)
     trained, watched = split_held_out(len(windows.tokens), held_out)
     training, watching = windows.tokens[trained].contiguous(), windows.tokens[watched].contiguous()
     size = _batch_size(batch_size, recipe.sequences, processes)
@@ -108,35 +113,6 @@ def open_whole(
     """The whole model in memory, on the accelerator of this process."""
     local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     return open_model(model, device=device or local, trust_remote_code=trust_remote_code).whole()
-
-
-def _windows(
-    source: ObjectModel,
-    data: TextFiles | Tensor | Sequence[str],
-    tokenizer: Any,
-    recipe: Preset,
-    notes: list[str],
-) -> tuple[Windows, Preset]:
-    """All sequences of the text, and the recipe with the length they have."""
-    limit = source.limit or DEFAULT_WINDOW
-    if isinstance(data, Tensor):
-        if data.ndim != 2 or data.numel() == 0:
-            raise CalibrationError(f"training tokens must be (num, window), got shape {tuple(data.shape)}")
-        digest = hashlib.sha256(data.long().numpy().tobytes()).hexdigest()
-        windows = Windows(data.long(), digest, frozenset())
-    else:
-        if recipe.length > limit:
-            notes.append(f"sequences of {limit} tokens, the model's limit, instead of the preset's {recipe.length}")
-        tokenizer = source.tokenizer(tokenizer)
-        windows = evaluation_windows(data, tokenizer, window=min(recipe.length, limit), usual=("train",))
-    if windows.window > limit:
-        raise CalibrationError(f"sequences of {windows.window} tokens are longer than the model's limit of {limit}")
-    if int(windows.tokens.max()) >= source.vocabulary:
-        raise CalibrationError(
-            f"training token {int(windows.tokens.max())} is outside the model's vocabulary of {source.vocabulary}: is "
-            "this the model's own tokenizer?"
-        )
-    return windows, replace(recipe, length=windows.window)
 
 
 def _batch_size(asked: int | None, sequences: int, processes: int) -> int:

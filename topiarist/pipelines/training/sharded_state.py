@@ -7,7 +7,6 @@ of processes can read what another number wrote.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -17,10 +16,9 @@ from typing import Any
 import torch
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from topiarist.checkpoints.writing import write_atomically
+from topiarist.checkpoints.atomic import save_tensors, write_atomically
 from topiarist.core.errors import CheckpointError
 from topiarist.pipelines.training.processes import Processes
 
@@ -43,10 +41,7 @@ class ShardedState:
 
         def write() -> None:
             place.mkdir(parents=True, exist_ok=True)
-            path = place / _file(self.processes.rank)
-            save_file(own, path)
-            with path.open("rb") as written:
-                os.fsync(written.fileno())
+            save_tensors(place / _file(self.processes.rank), own, {})
 
         self._together(write, f"write {place}", "; the state before it is kept")
 
@@ -56,7 +51,7 @@ class ShardedState:
             write_atomically(self.folder / LATEST, place.name)
             for other in self.folder.iterdir():
                 if other.is_dir() and other != place:
-                    shutil.rmtree(other)
+                    shutil.rmtree(other, ignore_errors=True)
 
         self.processes.on_main(point)
 

@@ -91,6 +91,16 @@ class TrainedWeights:
             if master is not self.parameters[name]:
                 self.parameters[name].copy_(master)
 
+    @property
+    def resident_bytes(self) -> float:
+        """Bytes in memory a weight, gradients and Adam's moments counted."""
+        total = 0
+        for name, master in self.masters.items():
+            own = self.parameters[name]
+            copies = own.nbytes + (0 if own is master else master.nbytes) + 3 * master.nbytes
+            total += copies + (self._pruned[name].nbytes if name in self._pruned else 0)
+        return total / sum(master.numel() for master in self.masters.values())
+
     def snapshot(self) -> dict[str, Shaped[Tensor, "..."]]:
         """Copy what the module reads now, by name."""
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}

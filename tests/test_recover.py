@@ -1,0 +1,283 @@
+"""Recovery: every kind of result, zeros exact at every step, the arithmetic of a plain loop, resumed to the same bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from killing import Kept, Killed
+from safetensors.torch import load_file
+from torch import nn
+
+import topiarist as tp
+from topiarist.cli import main
+from topiarist.core.losses import divergence
+from topiarist.masklearn import Preset, Schedule
+from topiarist.pipelines.recovering.options import RecoverOptions
+from topiarist.pipelines.training import loop
+from topiarist.pipelines.training.batches import Batches, split_held_out
+from topiarist.pipelines.training.loop import FineTuning
+from topiarist.pipelines.training.weights import TrainedWeights
+
+TOKENS = tiny.tiny_tokens(40, 32)
+SETTINGS: dict[str, Any] = {"data": TOKENS, "tokens": 6 * 8 * 32, "learning_rate": 3e-3, "held_out": 2, "warmup": 0.0}
+LEARN = Preset(
+    steps=2, sequences=4, length=32, lr=Schedule(2e-2, 0.0, "cosine"), tau=Schedule(1.0, 0.05, "exponential"),
+    lam=Schedule(1e-5, 0.0), max_norm=1.0, gap=0.02, prior_samples=8,
+)  # fmt: skip
+
+
+def prune(base: Path, out: Path, how: str) -> None:
+    shrink = {"method": "magnitude", "keep": 0.6, "refit": False}
+    if how == "learned":
+        tp.learn(base, out, data=TOKENS, preset=LEARN, prior="magnitude", evaluate_every=2)
+    elif how in ("uniform", "padded", "hetero"):
+        scope = {} if how == "uniform" else {"scope": "parameters", "max_waste": 2.0}
+        tp.shrink(base, out, layout=how, units=["channels"], round_to=8, **shrink, **scope)
+    else:
+        tp.prune(base, out, method="wanda", pattern=how, calibration=TOKENS[:8])
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: value for path in sorted(folder.glob("*.safetensors")) for key, value in load_file(path).items()}
+
+
+def loss_of(model: Any, teacher: Any) -> float:
+    with torch.no_grad():
+        return float(divergence(model(TOKENS).logits, teacher(TOKENS).logits))
+
+
+@pytest.mark.parametrize(
+    ("family", "how", "kind"),
+    [
+        ("llama", "2:4", "full"),
+        ("llama", "2:4", "lora"),
+        ("gpt2", "0.6", "full"),  # Conv1D, a tied head
+        ("gpt2", "0.6", "lora"),
+        ("mixtral", "2:4", "full"),  # fused experts, stored one by one
+        ("llama", "learned", "full"),
+        ("llama", "uniform", "full"),
+        ("llama", "padded", "lora"),
+        ("llama", "hetero", "full"),
+    ],
+)
+def test_every_result_recovers_and_keeps_its_zeros(family: str, how: str, kind: Any, tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base", family, dtype=torch.bfloat16)
+    prune(base, tmp_path / "pruned", how)
+    report = tp.recover(tmp_path / "pruned", tmp_path / "out", kind=kind, **SETTINGS)
+    assert report.best["loss"] < report.before and report.steps == 6
+    before, after = (tensors(tmp_path / name) for name in ("pruned", "out"))
+    assert {k: (v.shape, v.dtype) for k, v in before.items()} == {k: (v.shape, v.dtype) for k, v in after.items()}
+    if how not in ("uniform", "hetero"):
+        assert report.weights["held"] > 0
+        assert tp.audit(tmp_path / "pruned")[0]["pattern"] == tp.audit(tmp_path / "out")[0]["pattern"]
+        for name, value in before.items():
+            if value.ndim == 2 and float((value == 0).float().mean()) > 0.01:
+                assert not after[name][value == 0].any(), name
+                assert not (torch.signbit(after[name]) & (after[name] == 0)).any(), name
+    teacher, pruned, recovered = (tp.load_pruned(tmp_path / name).float() for name in ("base", "pruned", "out"))
+    assert loss_of(recovered, teacher) < loss_of(pruned, teacher)
+    if how in ("2:4", "0.6", "learned"):
+        assert tp.masks.verify(tmp_path / "out").holds
+
+
+def test_zeros_are_exact_at_every_step():
+    model = tiny.tiny_model()
+    tp.prune(model, method="wanda", calibration=TOKENS[:8])
+    zeros = {name: p == 0 for name, p in model.named_parameters() if p.ndim == 2 and (p == 0).any()}
+    seen: list[int] = []
+
+    def check(what: str, done: int, total: int) -> None:
+        for name, mask in zeros.items():
+            assert not model.get_parameter(name)[mask].any()
+        seen.append(done)
+
+    tp.recover(model, teacher=tiny.tiny_model(), progress=check, **SETTINGS)
+    assert seen == [1, 2, 3, 4, 5, 6] and len(zeros) == 14
+
+
+def test_it_is_the_arithmetic_of_a_plain_loop_that_holds_the_zeros():
+    """The user's own loop: fp32 weights, torch's AdamW, masks.hold."""
+    model, own, teacher = tiny.tiny_model(), tiny.tiny_model(), tiny.tiny_model()
+    for one in (model, own):
+        tp.prune(one, method="wanda", calibration=TOKENS[:8])
+    tp.recover(model, teacher=teacher, **{**SETTINGS, "batch_size": 8, "evaluate_every": 6})
+    trained, _ = split_held_out(len(TOKENS), 2)
+    tokens, batches = TOKENS[trained], Batches(int(trained.sum()), 8, 0)
+    optimizer = torch.optim.AdamW(own.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    with tp.masks.hold(own):
+        for step in range(6):
+            optimizer.param_groups[0]["lr"] = 3e-3 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / 6))).item()
+            batch = tokens[batches.rows(step)]
+            divergence(own(batch).logits, teacher(batch).logits.detach()).backward()
+            nn.utils.clip_grad_norm_(own.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    for (name, a), b in zip(model.named_parameters(), own.parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=name, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["kl", "kl+hidden", "lm"])
+def test_micro_batches_and_checkpointing_change_nothing(loss: str):
+    def recovered(**options: Any) -> torch.Tensor:
+        model = tiny.tiny_model()
+        tp.prune(model, method="wanda", calibration=TOKENS[:8])
+        tp.recover(model, teacher=tiny.tiny_model(), loss=loss, **{**SETTINGS, "tokens": 512, **options})
+        return model.model.layers[0].mlp.up_proj.weight.detach()
+
+    plain = recovered(batch_size=4)
+    assert torch.equal(plain, recovered(batch_size=4, activation_checkpointing=True))
+    torch.testing.assert_close(plain, recovered(batch_size=8), rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_trained_is_what_was_asked_for():
+    def changed(**options: Any) -> set[str]:
+        model = tiny.tiny_model("gpt2")
+        tp.prune(model, method="magnitude")
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        tp.recover(model, teacher=tiny.tiny_model("gpt2"), **{**SETTINGS, "tokens": 256, "warmup": 0.0}, **options)
+        moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        return {name.split(".")[-2] + "." + name.split(".")[-1] for name in moved}
+
+    linears = {"c_attn.weight", "c_proj.weight", "c_fc.weight"}
+    assert changed(norms=False, embeddings=False) == linears
+    assert {"wte.weight", "ln_f.weight"} <= changed()
+    assert not {"wte.weight", "wpe.weight"} & changed(kind="lora")
+    assert changed(kind="lora", norms=False) == linears
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_killed_recovery_resumes_to_the_same_bits(kind: Any, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(loop, "SAVED_AFTER", 0.0)
+    monkeypatch.setattr(loop, "SHARE", 1e9)
+    base = tiny.tiny_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    prune(base, tmp_path / "pruned", "2:4")
+    options = {**SETTINGS, "kind": kind, "evaluate_every": 2}
+    tp.recover(tmp_path / "pruned", tmp_path / "whole", **options)
+
+    def kill(what: str, done: int, total: int) -> None:
+        if done == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        tp.recover(tmp_path / "pruned", tmp_path / "out", progress=kill, **options)
+    steps: list[int] = []
+    report = tp.recover(tmp_path / "pruned", tmp_path / "out", progress=lambda _, n, __: steps.append(n), **options)
+    assert steps == [5, 6]
+    whole, resumed = tensors(tmp_path / "whole"), tensors(tmp_path / "out")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    again = tp.recover(tmp_path / "pruned", tmp_path / "out", **options)
+    assert again.evaluations == report.evaluations and again.losses == report.losses
+    with pytest.raises(tp.CheckpointError, match="learning_rate was"):
+        tp.recover(tmp_path / "pruned", tmp_path / "out", **{**options, "learning_rate": 1e-3})
+
+
+def test_a_broken_step_is_named_and_the_best_state_stays():
+    module = nn.Linear(4, 1, bias=False)
+    start = module.weight.detach().clone()
+    x = torch.randn(8, 4)
+
+    def loss(step: int) -> torch.Tensor:
+        value = (module(x) - 1.0).square().mean()
+        return value * float("nan") if step == 3 else value
+
+    def held_out() -> float:
+        with torch.no_grad():
+            return float((module(x) - 1.0).square().mean())
+
+    tuning, state = FineTuning(steps=5, learning_rate=0.1, evaluate_every=1), Kept()
+    with pytest.raises(tp.NumericalError, match=r"loss of recovery step 4 is not finite"):
+        tuning.run(module, TrainedWeights({"weight": module.weight}), lambda step: [step], loss, held_out)
+    assert held_out() < float((x @ start.T - 1.0).square().mean())
+    assert bool(torch.isfinite(module.weight).all()) and state.saved is None
+
+
+def test_a_harmful_training_is_not_kept():
+    model = tiny.tiny_model()
+    tp.prune(model, method="sparsegpt", calibration=TOKENS[:8])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    report = tp.recover(model, teacher=tiny.tiny_model(), **{**SETTINGS, "learning_rate": 3.0})
+    assert report.best["step"] == 0
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_refused_before_any_work(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    prune(base, tmp_path / "pruned", "2:4")
+    other = tiny.tiny_checkpoint(tmp_path / "wide", vocab_size=300)
+    swapped = tiny.tiny_checkpoint(tmp_path / "swapped")
+    spoken = json.loads((swapped / "tokenizer.json").read_text())
+    vocab = spoken["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (swapped / "tokenizer.json").write_text(json.dumps(spoken))
+    shallow = tiny.tiny_checkpoint(tmp_path / "shallow", num_hidden_layers=1)
+    few = {**SETTINGS, "data": TOKENS[:6]}
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"teacher": other}, tp.UnsupportedModel, "predicts 300 tokens"),
+        ({"teacher": swapped}, tp.UnsupportedModel, "another tokenizer: token 'a' is"),
+        ({"teacher": tmp_path / "pruned"}, tp.UnsupportedModel, "is itself pruned"),
+        ({"teacher": shallow, "loss": "kl+hidden"}, tp.UnsupportedModel, "block by block"),
+        ({"teacher": tmp_path / "none"}, tp.CheckpointError, "none"),
+        (few, tp.CalibrationError, "a step takes 8"),
+        ({"tokens": 255}, tp.CalibrationError, "below one step of 8 x 32 = 256"),
+        ({"data": None}, tp.CalibrationError, "--data"),
+        ({"data": TOKENS + 250}, tp.CalibrationError, "outside the model's vocabulary"),
+        ({"kind": "lora", "embeddings": True}, tp.TopiaristError, "cannot train embeddings"),
+        ({"kind": "half"}, tp.TopiaristError, "kind is 'half'"),
+    ]
+    for options, error, message in cases:
+        with pytest.raises(error, match=message):
+            tp.recover(tmp_path / "pruned", tmp_path / "out", **{**SETTINGS, **options})
+        assert not (tmp_path / "out").exists(), message
+
+
+def test_zeros_that_came_back_are_refused(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    prune(base, tmp_path / "pruned", "2:4")
+    model = tp.load_pruned(tmp_path / "pruned")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, :4] = 1.0
+    model.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(tp.CheckpointError, match=r"layers\.1\.mlp\.up_proj no longer keeps its 2:4 zeros"):
+        tp.recover(tmp_path / "tuned", tmp_path / "out", teacher=base, **SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_with_zeros_is_refused_though_it_says_nothing():
+    pruned = tiny.tiny_model()
+    tp.prune(pruned, method="magnitude")
+    with pytest.raises(tp.UnsupportedModel, match="is itself pruned: 50% of"):
+        tp.recover(pruned, teacher=pruned, **SETTINGS)
+
+
+def test_options_give_the_defaults_of_their_kind():
+    assert RecoverOptions().trains_embeddings and not RecoverOptions(kind="lora").trains_embeddings
+
+
+def test_the_command_recovers_plans_and_refuses(tmp_path: Path, monkeypatch, capsys):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    prune(base, tmp_path / "pruned", "2:4")
+    text = tiny.tiny_text(tmp_path, paragraphs=30)
+    words = ["topiarist", "recover", str(tmp_path / "pruned"), str(tmp_path / "out"), "--data", str(text)]
+    words += ["--tokens", "1k", "--window", "32", "--sequences", "4", "--learning-rate", "3e-3"]
+
+    def run(*more: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", [*words, *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out + captured.err
+
+    code, said = run("--plan")
+    assert code == 0 and "128 x 7" in said and "peak memory" in said and not (tmp_path / "out").exists()
+    code, said = run("--tokens", "many")
+    assert code == 2 and "is no number of tokens" in said
+    code, said = run()
+    assert code == 0 and "held-out divergence" in said
+    report = tp.RecoverReport.from_folder(tmp_path / "out")
+    assert report.steps == 7 and report.best["loss"] < report.before
+    assert "## Recovered" in (tmp_path / "out" / "README.md").read_text()

@@ -1,0 +1,103 @@
+"""The recovered checkpoint: the pruned folder's files with trained weights in place of the old ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from topiarist import __about__
+from topiarist.checkpoints.reading import Checkpoint
+from topiarist.checkpoints.streaming import tensor_bytes
+from topiarist.checkpoints.writing import MASKS, REPORT, OutputFolder
+from topiarist.core.errors import CheckpointError
+from topiarist.data import Windows
+from topiarist.models.folder import FolderModel
+from topiarist.models.opened import OpenedModel
+from topiarist.pipelines.common.written import saved_beside
+from topiarist.pipelines.recovering.report import SECTION, RecoverReport
+from topiarist.results.pages import PAGE, Result, report_page
+from topiarist.results.pages.card import with_measurements
+from topiarist.results.pages.result import read_json
+from topiarist.structured.spec import SPEC
+
+CALIBRATION = "pruning_calibration.json"
+
+
+def write_recovered(
+    output: OutputFolder,
+    opened: OpenedModel,
+    model: Any,
+    trained: Mapping[str, Tensor],
+    report: RecoverReport,
+    windows: Windows,
+) -> None:
+    """Write the whole checkpoint and its papers.
+
+    opened: the pruned model as it was opened. model: the same in memory, trained. trained: its changed parameters, by
+    name. Raises CheckpointError if the disk is full; the trained state is then kept.
+    """
+    if not isinstance(opened, FolderModel):  # transformers knows the names of a model object, so it writes it
+        written = output.states / "written"
+        with saved_beside(model, tokenizer_of(opened), written, cure="; the trained state is kept"):
+            config = Checkpoint(written).config
+        output.take_files(written)
+        _write_papers(output, written, config, report, windows)
+        return
+    checkpoint, changed = opened.checkpoint, _on_disk(opened, model, trained)
+    output.done()
+    output.write_files(
+        {name: checkpoint.stored(name) for name in checkpoint.files},
+        lambda name: [tensor_bytes(changed[name])] if name in changed else checkpoint.chunks(name),
+    )
+    _write_papers(output, checkpoint.folder, checkpoint.config, report, windows)
+
+
+def _on_disk(opened: FolderModel, model: Any, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The trained parameters as the folder stores them: its names, its dtypes, experts one by one, ties under each name."""
+    wanted = {id(parameter) for parameter in trained.values()}
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in wanted:
+            continue
+        try:
+            parts = opened.disk_parts(name)
+        except CheckpointError:
+            if name in trained:
+                raise
+            continue  # another name of a tied parameter, which the folder stores once
+        value = parameter.detach()
+        whole = len(parts) == 1 and len(parts[0]) == 1
+        for row, expert in [(parts[0], value)] if whole else zip(parts, value, strict=True):
+            found |= dict(zip(row, expert.chunk(len(row)), strict=True))
+    dtypes = {name: opened.checkpoint.read(name, mapped=True).dtype for name in found}
+    return {name: value.to("cpu", dtypes[name]) for name, value in found.items()}
+
+
+def _write_papers(
+    output: OutputFolder, folder: Path, config: Mapping[str, Any], report: RecoverReport, windows: Windows
+) -> None:
+    """Write the report, card and config of the pruned model again, with what the recovery did."""
+    before = {key: value for key, value in read_json(folder / REPORT).items() if key not in ("fingerprint", "files")}
+    provenance = {"version": __about__.__version__, **config.get("pruning_config", {})}
+    provenance.setdefault("base_model", report.teacher or report.model)
+    provenance[SECTION] = report.provenance()
+    facts = {"pattern": "?", "warnings": [], "model": provenance["base_model"], **provenance, **before}
+    whole = {**facts, SECTION: report.to_dict()}
+    result = Result(whole, __about__.__version__)
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {result.name}\n"
+    output.write_text("README.md", f"{with_measurements(text, result).rstrip()}\n\n{report.card()}")
+    output.write_text(PAGE, report_page(result))
+    output.write_text("pruning_run.json", json.dumps(report.run, indent=2) + "\n")
+    seen = frozenset(int(passage, 16) for passage in read_json(folder / CALIBRATION).get("passages", []))
+    output.write_text(CALIBRATION, replace(windows, passages=seen | windows.passages).record())
+    for name in (MASKS, SPEC):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, output.folder / name)
+    output.finish({**config, "pruning_config": provenance}, whole, side_files=folder)

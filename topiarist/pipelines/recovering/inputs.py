@@ -1,0 +1,138 @@
+"""What a recovery starts from, checked before any work: student, teacher, masks, text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from topiarist.checkpoints.reading import claimed_patterns
+from topiarist.core.errors import CalibrationError, CheckpointError, UnsupportedModel
+from topiarist.core.patterns import parse_pattern
+from topiarist.data import Windows
+from topiarist.masks import zeros_of
+from topiarist.models.opened import OpenedModel
+from topiarist.pipelines.recovering.options import RecoverOptions
+from topiarist.pipelines.training.batches import split_held_out
+
+PROBE = "The quick brown fox\n\n jumps over 13 lazy dogs; naïve café, 東京.\tfor (i = 0; i < n; ++i) {}"
+"""Text that two tokenizers of one vocabulary and different rules are likely to cut differently."""
+MANY_ZEROS = 0.1
+"""A share of zeros that no matrix of a dense model has."""
+
+
+def held_masks(model: OpenedModel) -> dict[str, Bool[Tensor, "..."]]:
+    """Masks (True = kept) of the weights of a pruned model in memory, by parameter name; {} if it has no zeros to hold.
+
+    Raises CheckpointError if a matrix no longer keeps the pattern that its config claims: zeros came back.
+    """
+    claims = claimed_patterns(getattr(model.config, "pruning_config", None) or {})
+    for index, path in enumerate(model.block_names):
+        for matrix in model.matrices(index):
+            claim = claims.get(f"{path}.{matrix.name}")
+            if claim is not None and not parse_pattern(claim).holds(matrix.weight != 0):
+                raise CheckpointError(
+                    f"{model.name}: {path}.{matrix.name} no longer keeps its {claim} zeros, some came back (topiarist "
+                    "inspect --verify says where): prune it again, or put its masks on again with topiarist apply"
+                )
+    return zeros_of(model.model)
+
+
+def check_teacher(student: OpenedModel, teacher: OpenedModel, *, hidden: bool) -> None:
+    """Raise UnsupportedModel unless the teacher's predictions can be compared with the student's.
+
+    hidden: whether their hidden states are, too. Neither model needs its weights in memory.
+    """
+    own, other = (model.model.get_output_embeddings().weight.shape[0] for model in (student, teacher))
+    if own != other:
+        raise UnsupportedModel(
+            f"the teacher {teacher.name} predicts {other:,} tokens, {student.name} {own:,}: name the dense model that it "
+            "was pruned from"
+        )
+    claims = claimed_patterns(getattr(teacher.config, "pruning_config", None) or {})
+    if claims:
+        raise UnsupportedModel(
+            f"the teacher {teacher.name} is itself pruned ({next(iter(claims.values()))}): name the dense model"
+        )
+    own, other = ((len(m.block_names), int(m.text_config.hidden_size)) for m in (student, teacher))
+    if hidden and own != other:
+        raise UnsupportedModel(
+            f"loss kl+hidden compares block by block: {student.name} has {own[0]} of width {own[1]}, {teacher.name} "
+            f"{other[0]} of width {other[1]}; use loss kl"
+        )
+    check_tokenizers(student, teacher)
+
+
+def check_tokenizers(student: OpenedModel, teacher: OpenedModel) -> None:
+    """Raise UnsupportedModel, naming the first token that differs, unless two models' tokenizers cut text alike.
+
+    A model without a tokenizer passes: its tokens were made elsewhere.
+    """
+    own, other = tokenizer_of(student), tokenizer_of(teacher)
+    if own is None or other is None:
+        return
+    mine, theirs = own.get_vocab(), other.get_vocab()
+    differing = [token for token in set(mine) | set(theirs) if mine.get(token) != theirs.get(token)]
+    cure = "name the dense model that it was pruned from"
+    if differing:
+        token = min(differing, key=lambda token: (mine.get(token, theirs.get(token)), token))
+        raise UnsupportedModel(
+            f"the teacher {teacher.name} has another tokenizer: token {token!r} is {theirs.get(token)} there and "
+            f"{mine.get(token)} in {student.name}; {cure}"
+        )
+    if own(PROBE, add_special_tokens=False)["input_ids"] != other(PROBE, add_special_tokens=False)["input_ids"]:
+        raise UnsupportedModel(f"the teacher {teacher.name} cuts text into other tokens than {student.name}; {cure}")
+
+
+def tokenizer_of(model: OpenedModel) -> Any:
+    """The model's own tokenizer; None if it has none."""
+    try:
+        return model.tokenizer()
+    except CheckpointError:
+        return None
+
+
+def check_dense(teacher: OpenedModel) -> None:
+    """Raise UnsupportedModel if a teacher in memory has the zeros of a pruned model, though it does not say so."""
+    if zeros := zeros_of(teacher.model, least=MANY_ZEROS):
+        name = next(iter(zeros))
+        raise UnsupportedModel(
+            f"the teacher {teacher.name} is itself pruned: {1 - float(zeros[name].float().mean()):.0%} of {name} are zeros; "
+            "name the dense model"
+        )
+
+
+def cut_text(
+    windows: Windows, options: RecoverOptions, processes: int
+) -> tuple[Int[Tensor, "num window"], Int[Tensor, "held window"], int]:
+    """Return (training sequences, held-out sequences, steps). Raises CalibrationError for too little text or budget."""
+    trained, held_out = split_held_out(len(windows.tokens), options.held_out)
+    num, step = int(trained.sum()), options.sequences * windows.window
+    if num < options.sequences:
+        raise CalibrationError(
+            f"training text holds {num} sequences of {windows.window} tokens beside {int(held_out.sum())} held-out ones, "
+            f"a step takes {options.sequences}: add text, or shorten the window"
+        )
+    if options.tokens < step:
+        raise CalibrationError(
+            f"a budget of {options.tokens:,} tokens is below one step of {options.sequences} x {windows.window} = "
+            f"{step:,}: raise --tokens, or lower --sequences"
+        )
+    if options.sequences % processes:
+        raise CalibrationError(f"{options.sequences} sequences a step cannot be divided among {processes} processes")
+    return windows.tokens[trained], windows.tokens[held_out], options.tokens // step
+
+
+def trained_parameters(model: Any, options: RecoverOptions) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained as they are, by name: all but those that the options leave out."""
+    embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    if (head := model.get_output_embeddings()) is not None:
+        embedded.add(id(head.weight))
+
+    def wanted(parameter: nn.Parameter) -> bool:
+        if id(parameter) in embedded:
+            return options.trains_embeddings
+        return options.norms if parameter.ndim == 1 else options.kind == "full"
+
+    return {name: p for name, p in model.named_parameters() if p.is_floating_point() and wanted(p)}

@@ -1,0 +1,75 @@
+"""The settings of `recover`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from topiarist.core.errors import TopiaristError
+from topiarist.core.options import About, options
+
+
+@options
+class RecoverOptions:
+    """What is trained, towards what, on what text, for how long."""
+
+    data: Any = None
+    """Training text: .txt, .jsonl, .jsonl.gz or a datasets folder; may be repeated."""
+    tokens: Annotated[int, Field(gt=0)] = 1_000_000
+    """Budget: tokens trained on. Text that is shorter is repeated, each time in another order."""
+    kind: Literal["full", "lora"] = "full"
+    """`full`: every weight, 18 bytes each in bf16; `lora`: low-rank updates of the blocks' matrices, merged at the end."""
+    loss: Literal["kl", "kl+hidden", "lm"] = "kl"
+    """`kl`: divergence from the teacher's predictions; `kl+hidden`: that and the normalised squared error of every
+    block's output; `lm`: next tokens of the text, no teacher."""
+    hidden_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Of the mean error of the blocks' outputs, in `kl+hidden`."""
+    rank: Annotated[int, Field(gt=0)] = 16
+    """Of the low-rank updates."""
+    norms: bool = True
+    """Norms and biases are trained too."""
+    embeddings: bool | None = None
+    """Embeddings and head are trained too; by default they are in `full`, where alone they can be."""
+    window_tokens: Annotated[int, Field(gt=1)] = 512
+    """Tokens a sequence, at most the model's limit."""
+    sequences: Annotated[int, Field(gt=0)] = 8
+    """Sequences a step."""
+    batch_size: Annotated[int, Field(gt=0)] = 4
+    """Sequences a forward, at most."""
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    """Peak; falls to zero along a cosine."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps over which the learning rate climbs to its peak."""
+    held_out: Annotated[int, Field(gt=0)] = 16
+    """Sequences of the text that are not trained on and choose the best state; at most a tenth of the text."""
+    evaluate_every: Annotated[int | None, Field(gt=0)] = None
+    """Steps between two looks at them; default: a tenth of all."""
+    activation_checkpointing: Annotated[bool, About(result=False)] = False
+    """A third more time, far less memory."""
+    seed: int = 0
+    """Order of the text, and the start of low-rank updates."""
+    device: Annotated[str | torch.device | None, About(result=False)] = None
+    """cpu, cuda, cuda:1; default: a GPU if there is one."""
+    trust_remote_code: Annotated[bool, About(result=False)] = False
+    """Run Python code that the model folders bring."""
+    tokenizer: Annotated[Any, About(cli=False, result=False)] = None
+    """Instead of the model's own."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "lora" and self.embeddings:
+            raise TopiaristError(
+                "kind lora cannot train embeddings: a tied matrix is read in two ways and takes no low-rank update; "
+                "use kind full, or leave embeddings out"
+            )
+
+    @property
+    def trains_embeddings(self) -> bool:
+        """Whether embeddings and head are trained."""
+        return self.kind == "full" if self.embeddings is None else self.embeddings
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss asks a dense model."""
+        return self.loss != "lm"

@@ -1,0 +1,183 @@
+"""Recovery of a pruned model: its kept weights trained as a whole towards the dense model's predictions, its zeros held.
+
+Differs from block refinement in that every weight sees the end of the model, and that norms and embeddings learn too.
+KL to the dense logits at temperature 1 (Minitron, arXiv 2407.14679, section 3.3), hidden states by SquareHead (Kurtic et
+al., arXiv 2310.06927), AdamW without decay on fp32 masters.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topiarist.checkpoints.writing import OutputFolder, SavedState, bytes_to_write
+from topiarist.core.errors import CheckpointError
+from topiarist.core.meter import Meter, reset_peak_memory
+from topiarist.core.options import given_or_made, plain, takes
+from topiarist.models.opened import ObjectModel, OpenedModel, open_model
+from topiarist.pipelines.recovering.files import write_recovered
+from topiarist.pipelines.recovering.inputs import (
+    check_dense,
+    check_teacher,
+    cut_text,
+    held_masks,
+)
+from topiarist.pipelines.recovering.objective import Objective
+from topiarist.pipelines.recovering.options import RecoverOptions
+from topiarist.pipelines.recovering.report import RecoverReport
+from topiarist.pipelines.recovering.trainee import Trainee, blocks_of
+from topiarist.pipelines.training.loop import Progress
+from topiarist.pipelines.training.processes import Processes
+from topiarist.pipelines.training.text import training_windows
+from topiarist.pipelines.training.weights import STATE_BYTES
+
+
+@takes(RecoverOptions)
+def recover(
+    model: str | Path | nn.Module,
+    out: str | Path | None = None,
+    *,
+    teacher: str | Path | nn.Module | None = None,
+    options: RecoverOptions | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> RecoverReport:
+    """Train a pruned model as a whole, its zeros held exactly at every step.
+
+    model: a pruned folder or hub id (`out` is needed), or a model object (trained in place; written to `out` if given):
+    2:4, unstructured, learned, or shrunk in any layout. teacher: the dense model; by default the one that the pruned
+    model's config names. Without `out` nothing is written. options: instead of single settings.
+
+    The state with the least loss on a held-out slice of the text is the result, the model as it came among them. The
+    same call on the same `out` goes on where a killed run saved its state, to the same bits, and returns the report of a
+    finished one. Under `torchrun` the sequences of a step are divided among processes, each with a whole copy.
+    Raises a TopiaristError for everything a user can mend.
+    """
+    meter = Meter()
+    reset_peak_memory()
+    options = given_or_made(RecoverOptions, options, settings)
+    processes = Processes.join()
+    opened = open_pruned(model, options)
+    opened.check_output(out)
+    dense = open_teacher(opened, teacher, options)
+    windows = training_windows(opened, options.data, window_tokens=options.window_tokens, tokenizer=options.tokenizer)
+    tokens, held_out, steps = cut_text(windows, options, processes.size)
+    report = RecoverReport(
+        opened.name,
+        None if dense is None else dense.name,
+        {key: value for key, value in plain(options).items() if key != "data"},
+        {
+            "num_windows": len(tokens),
+            "window_tokens": windows.window,
+            "held_out": len(held_out),
+            "digest": windows.digest,
+        },
+        steps=steps,
+    )
+    output = None
+    if out is not None:
+        place, fingerprint = (
+            Path(out),
+            {
+                "model": opened.digest(),
+                "method": "recover",
+                "teacher": None if dense is None else dense.digest(),
+                **report.settings,
+                "data": report.data,
+            },
+        )
+        output = processes.on_main(lambda: OutputFolder(place, fingerprint))
+        if output.complete:
+            return RecoverReport.from_folder(output.folder)
+    student = opened.whole()
+    masks = held_masks(student)
+    teacher_model = None if dense is None else dense.whole()
+    if teacher_model is not None:
+        check_dense(teacher_model)
+    trainee = Trainee(student, masks, options)
+    objective = make_objective(student, teacher_model, tokens, held_out, options, processes)
+    state = SavedState()
+    with ExitStack() as held:
+        if output is not None:
+            folder, state = output, output.state("recovery")
+            # A new state is whole before the old one goes.
+            due = bytes_to_write(opened.nbytes) + 2 * (STATE_BYTES + 2) * trainee.count
+
+            def begin() -> bool:
+                held.enter_context(folder)
+                if not folder.complete:
+                    folder.begin(due)
+                return folder.complete  # another run may have come and gone since
+
+            if processes.on_main(begin):
+                return RecoverReport.from_folder(folder.folder)
+        with meter.timed("training"):
+            history = trainee.train(objective, steps, processes, progress or (lambda *_: None), state)
+        report.log(history.losses)
+        report.evaluations = [{"step": step, "loss": loss} for step, loss in history.evaluations]
+        zeros = sum(int((~mask).sum()) for mask in masks.values())
+        report.weights = {"trained": trainee.count, "held": zeros}
+        report.warnings = trainee.notes
+        report.run = {**meter.run(student.device), "processes": processes.size}
+        if output is not None:
+            report.output, folder = str(out), output
+            processes.on_main(  # nobody returns before the folder is whole
+                lambda: write_recovered(folder, opened, student.model, trainee.changed, report, windows)
+            )
+    return report
+
+
+def open_pruned(model: str | Path | nn.Module, options: RecoverOptions) -> OpenedModel:
+    """Open the pruned model for this process' own accelerator."""
+    local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    return open_model(
+        model,
+        device=options.device or local,
+        trust_remote_code=options.trust_remote_code,
+        tokenizer=options.tokenizer,
+    )
+
+
+def open_teacher(
+    student: OpenedModel, teacher: str | Path | nn.Module | None, options: RecoverOptions
+) -> OpenedModel | None:
+    """Open the dense model that the loss asks; None if it asks none. Raises a TopiaristError for one that does not fit."""
+    if not options.needs_teacher:
+        return None
+    if teacher is None:
+        provenance = getattr(student.config, "pruning_config", None) or {}
+        teacher = provenance.get("base_model")
+        if not teacher:
+            raise CheckpointError(
+                f"{student.name} does not say which model it was pruned from: name it with --teacher, or use --loss lm"
+            )
+    opened = open_model(teacher, device=student.device, trust_remote_code=options.trust_remote_code)
+    check_teacher(student, opened, hidden=options.loss == "kl+hidden")
+    return opened
+
+
+def make_objective(
+    student: ObjectModel,
+    teacher: ObjectModel | None,
+    tokens: Tensor,
+    held_out: Tensor,
+    options: RecoverOptions,
+    processes: Processes,
+) -> Objective:
+    """Make the loss that the options ask for."""
+    hidden = teacher is not None and options.loss == "kl+hidden"
+    blocks = [blocks_of(m) for m in (student, teacher) if m is not None] if hidden else [[], []]
+    return Objective(
+        student.model,
+        None if teacher is None else teacher.model,
+        tokens,
+        held_out,
+        blocks=(blocks[0], blocks[1]),
+        hidden_weight=options.hidden_weight if hidden else None,
+        processes=processes,
+    )

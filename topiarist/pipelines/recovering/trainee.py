@@ -1,0 +1,129 @@
+"""A pruned model in memory and the weights of it that learn, all or through low-rank updates."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from topiarist.checkpoints.writing import SavedState
+from topiarist.models.hooks import hooked
+from topiarist.models.opened import ObjectModel, OpenedModel
+from topiarist.pipelines.recovering.inputs import trained_parameters
+from topiarist.pipelines.recovering.objective import Objective
+from topiarist.pipelines.recovering.options import RecoverOptions
+from topiarist.pipelines.training.batches import Batches
+from topiarist.pipelines.training.loop import FineTuning, History, Progress
+from topiarist.pipelines.training.low_rank import LowRankUpdate
+from topiarist.pipelines.training.processes import Processes
+from topiarist.pipelines.training.recompute import recomputing
+from topiarist.pipelines.training.weights import TrainedWeights
+
+EVALUATIONS = 10
+"""Looks at the held-out loss, if the options do not say."""
+
+
+class Trainee:
+    """A pruned model in memory and the weights of it that learn."""
+
+    def __init__(self, model: ObjectModel, masks: dict[str, Bool[Tensor, "..."]], options: RecoverOptions) -> None:
+        self.model, self.options = model, options
+        self.notes: list[str] = []
+        self.changed: dict[str, nn.Parameter] = trained_parameters(model.model, options)
+        """Parameters of the model that are other ones at the end, by name."""
+        self.updates: list[LowRankUpdate] = []
+        parameters = dict(self.changed)
+        if options.kind == "lora":
+            self._add_updates(masks, parameters)
+        self.weights = TrainedWeights(parameters, masks)
+
+    def _add_updates(self, masks: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
+        named = {id(p): name for name, p in self.model.model.named_parameters()}
+        generator = torch.Generator().manual_seed(self.options.seed)
+        skipped = 0
+        for index, path in enumerate(self.model.block_names):
+            for matrix in self.model.matrices(index):
+                if matrix.expert is not None:
+                    skipped += 1
+                    continue
+                parameter = getattr(matrix.module, matrix.parameter)
+                name = named[id(parameter)]
+                mask = masks.get(name)
+                if mask is not None and matrix.transposed:
+                    mask = mask.T
+                update = LowRankUpdate.of(matrix, self.options.rank, generator, mask)
+                self.updates.append(update)
+                self.changed[name] = parameter
+                parameters |= {f"{path}.{matrix.name} A": update.A, f"{path}.{matrix.name} B": update.B}
+        if skipped:
+            self.notes.append(f"{skipped} experts share parameters and take no low-rank update: use kind full for them")
+            warnings.warn(self.notes[-1], UserWarning, stacklevel=4)
+
+    @property
+    def count(self) -> int:
+        """Weights that learn."""
+        return sum(parameter.numel() for parameter in self.weights.parameters.values())
+
+    def train(
+        self,
+        objective: Objective,
+        steps: int,
+        processes: Processes,
+        progress: Progress,
+        state: SavedState,
+        *,
+        sequences: int | None = None,
+    ) -> History:
+        """Train the model in place; low-rank updates are merged at the end. sequences: a step, if not the options'."""
+        options, module = self.options, self.model.model
+        sequences = sequences or options.sequences
+        size = math.gcd(sequences // processes.size, options.batch_size)
+        batches = Batches(len(objective.tokens), sequences, options.seed)
+        tuning = FineTuning(
+            steps=steps,
+            learning_rate=options.learning_rate,
+            warmup=round(options.warmup * steps),
+            evaluate_every=options.evaluate_every or max(1, steps // EVALUATIONS),
+            progress=progress,
+            processes=processes,
+            state=state,
+        )
+        hooks = (update.matrix.module.register_forward_hook(update.hook) for update in self.updates)
+        with (
+            in_evaluation_mode(module, objective.teacher),
+            hooked(*hooks),
+            recomputing(blocks_of(self.model), options.activation_checkpointing),
+        ):
+            history = tuning.run(
+                module,
+                self.weights,
+                lambda step: batches.micro_batches(step, size),
+                objective.loss,
+                objective.held_out_loss,
+            )
+        for update in self.updates:
+            update.merge()
+        return history
+
+
+@contextmanager
+def in_evaluation_mode(*models: nn.Module | None) -> Iterator[None]:
+    """Dropout is off inside: nothing random happens in a block, and a teacher says the same every time."""
+    modes = [(model, model.training) for model in models if model is not None]
+    for model, _ in modes:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, mode in modes:
+            model.train(mode)
+
+
+def blocks_of(model: OpenedModel) -> list[nn.Module]:
+    """The decoder blocks, first to last."""
+    return [model.block(index) for index in range(len(model.block_names))]
