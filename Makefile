@@ -12,11 +12,11 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup assets demo test lint docs clean
+.PHONY: help setup assets demo test test-fast test-isa lint docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
 
 setup: $(STAMP) ## create .venv and install topiarist with its test and demo extras
 
@@ -42,6 +42,13 @@ lint: $(STAMP) ## ruff and pyright
 
 test: lint assets ## lint, then pytest
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS)
+
+test-fast: $(STAMP) ## the tests of a few seconds that need nothing fetched
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+# Held to AVX2, to AVX-512 without AMX, free, and emulated (tests/rounding.py).
+test-isa: $(STAMP) ## the fast tests under several instruction sets
+	$(ONE_THREAD) $(BIN)/python tests/processors.py -n $(WORKERS) -m "not slow"
 
 docs: $(STAMP) ## build the site into build/site, warnings as errors
 	$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null || $(BIN)/python -m pip install -c .venv/constraints.txt -e '.[docs]'

@@ -3,25 +3,32 @@
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
 import pytest
+import rounding
 import torch
 from jaxtyping import install_import_hook
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benchmarks")]
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")  # the same examples in every run
 install_import_hook("topiarist", "typecheck.tower")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--processor", choices=rounding.PROCESSORS, default="this", help="compute as on another processor (rounding.py)"
+    )
+
+
 @pytest.fixture(autouse=True)
-def one_thread():
-    """The same arithmetic on every machine, and no fight over cores between workers."""
+def one_thread(request: pytest.FixtureRequest):
+    """One thread, so that workers do not fight over cores; on the processor asked for."""
     torch.set_num_threads(1)
+    with rounding.processor(request.config.getoption("--processor")):
+        yield
 
 
 @pytest.fixture

@@ -127,10 +127,9 @@ def test_an_nm_pattern_gives_its_own_mixture():
     layers = named([(8, 16)] * 5)
     depths = {name: i for i, name in enumerate(layers)}
     found = allocate.Linear(half_width=0.5).patterns(layers, depths, tp.NM(2, 4))
-    assert [str(p) for p in found.values()] == ["None", "3:4", "2:4", "1:4", "1:4"] or kept_by(layers, found) == 5 * 64
-    assert [0.0 if p is None else p.sparsity_of((8, 16)) for p in found.values()] == sorted(
-        0.0 if p is None else p.sparsity_of((8, 16)) for p in found.values()
-    )
+    # Linear asks for densities of 1, 3/4, 1/2, 1/4 and 0; the mixture ends at 1:4 and must pay for it elsewhere.
+    assert [str(p) for p in found.values()] == ["3:4", "3:4", "2:4", "1:4", "1:4"]
+    assert kept_by(layers, found) == 5 * 64
 
 
 # What the rules make of their scores

@@ -27,13 +27,13 @@ FAST = Preset(
 )  # fmt: skip
 
 
-def language(num: int, window: int, seed: int = 0, shift: int = 0) -> torch.Tensor:
-    """Sequences with something to learn: the next token is one of two that follow from the last."""
+def language(num: int, window: int, seed: int = 0, choices: int = 2) -> torch.Tensor:
+    """Sequences with something to learn: the next token is one of `choices` that follow from the last."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, 60, (num, window), generator=generator)
     for i in range(1, window):
-        choice = torch.randint(0, 2, (num,), generator=generator)
-        tokens[:, i] = 3 + (tokens[:, i - 1] * 5 + 7 * choice + shift) % 57
+        choice = torch.randint(0, choices, (num,), generator=generator)
+        tokens[:, i] = 3 + (tokens[:, i - 1] * 5 + 7 * choice) % 57
     return tokens
 
 
@@ -204,10 +204,11 @@ def test_another_recipe_is_refused_and_the_difference_named(base: Path, tmp_path
 
 
 def test_transfer_starts_from_a_learned_mask(base: Path, learned: Path, tmp_path: Path):
-    general = tp.LearnReport.from_folder(learned)
-    domain = language(120, 32, seed=7)
+    domain = language(120, 32, seed=7, choices=1)
     report = learn(base, tmp_path / "out", prior=learned / MASKS, data=domain)
-    assert report.prior_loss < general.prior_loss and report.loss <= report.prior_loss + 0.05
+    one_shot = learn(load_model(base), None, data=domain, steps=1)
+    assert report.prior_loss < one_shot.prior_loss - 0.05, "what was learned in general serves the domain"
+    assert report.loss < report.prior_loss - 0.02, "and the domain adds to it"
     flips = sum(
         int((tp.masks.MaskFile(learned / MASKS)[n] != tp.masks.MaskFile(tmp_path / "out" / MASKS)[n]).sum())
         for n in tp.masks.MaskFile(learned / MASKS)
@@ -238,23 +239,48 @@ def test_one_shot_priors_are_those_of_the_pipeline(base: Path):
     assert all(torch.equal(sparse[n], p != 0) for n, p in pruned.named_parameters() if n in sparse)
 
 
-def test_variants_run(base: Path, tmp_path: Path):
-    plain = learn(load_model(base), None, steps=3)
-    ways: dict[str, dict[str, Any]] = {
-        "recomputed": {"activation_checkpointing": True},
-        "small batches": {"batch_size": 1},
-        "lean": {"lean": True},
-        **({"eight bits": {"eight_bit": True}} if find_spec("torchao") else {}),
-        "topn": {"relaxation": "topn"},
-        "distilled": {"distill": 0.5},
-        "noise per micro-batch": {"preset": Preset(**{**vars(FAST), "sample": "micro-batch", "gap": None})},
-        "clipped": {"preset": Preset(**{**vars(FAST), "max_norm": 1.0, "lam": Schedule(1e-5, 0.0)})},
-    }
-    for name, options in ways.items():
-        report = learn(load_model(base), None, steps=3, **options)
-        assert report.sparsity == 0.5, name
-        if name == "recomputed":
-            assert report.to_dict() == plain.to_dict()
+@pytest.fixture(scope="module")
+def plain(base: Path) -> tp.LearnReport:
+    return learn(load_model(base), None)
+
+
+def last(report: tp.LearnReport, field: str) -> float:
+    return report.history[-1][field]
+
+
+def test_recomputed_activations_change_nothing(base: Path, plain: tp.LearnReport):
+    assert learn(load_model(base), None, activation_checkpointing=True).to_dict() == plain.to_dict()
+
+
+def test_small_batches_learn_the_same_but_for_rounding(base: Path, plain: tp.LearnReport):
+    report = learn(load_model(base), None, batch_size=1)
+    assert report.prior_loss == pytest.approx(plain.prior_loss, rel=1e-5)
+    assert last(report, "loss") == pytest.approx(last(plain, "loss"), rel=1e-2)
+    assert report.loss == pytest.approx(plain.loss, rel=3e-2)
+
+
+def changed(**fields: Any) -> dict[str, Any]:
+    return {"preset": Preset(**{**vars(FAST), **fields})}
+
+
+# TopN's straight-through gradients are larger: a third of the rate.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lean": {"lean": True},
+    "topn": {"relaxation": "topn", **changed(lr=Schedule(3e-3, 0.0, "cosine"))},
+    "distilled": {"distill": 0.5},
+    "noise per micro-batch": {"batch_size": 2, **changed(sample="micro-batch")},
+    "clipped": changed(max_norm=1.0),
+    "regularised": changed(lam=Schedule(1e-3, 0.0)),
+    **({"eight bits": {"eight_bit": True}} if find_spec("torchao") else {}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_learns_and_is_another_run(base: Path, plain: tp.LearnReport, name: str):
+    """Better than the prior by more than a fluke, and not what the plain settings find."""
+    report = learn(load_model(base), None, **VARIANTS[name])
+    assert report.loss < report.prior_loss - 0.02
+    assert last(report, "loss") != pytest.approx(last(plain, "loss"), rel=1e-4)
 
 
 def test_recovery_trains_kept_weights_only(base: Path, tmp_path: Path):
