@@ -44,11 +44,11 @@ test: lint assets ## lint, then pytest
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS)
 
 test-fast: $(STAMP) ## the tests of a few seconds that need nothing fetched
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not real"
 
 # Held to AVX2, to AVX-512 without AMX, free, and emulated (tests/rounding.py).
 test-isa: $(STAMP) ## the fast tests under several instruction sets
-	$(ONE_THREAD) $(BIN)/python tests/processors.py -n $(WORKERS) -m "not slow"
+	$(ONE_THREAD) $(BIN)/python tests/processors.py -n $(WORKERS) -m "not slow and not real"
 
 docs: $(STAMP) ## build the site into build/site, warnings as errors
 	$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null || $(BIN)/python -m pip install -c .venv/constraints.txt -e '.[docs]'
