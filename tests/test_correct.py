@@ -100,6 +100,7 @@ def test_what_writes_to_the_hidden_states_is_asked_of_the_block(family: str, wri
     assert Spoiled(family).corrector.writers == writers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_a_corrected_model_is_closer_to_the_dense_one(family: str):
     tokens, unseen = tiny.tiny_tokens(64, 32), tiny.tiny_tokens(8, 32, seed=9)

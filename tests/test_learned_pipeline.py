@@ -135,6 +135,7 @@ def test_a_model_object_is_masked_in_place_and_otherwise_as_it_was(base: Path, l
 SHORT: dict[str, Any] = {"steps": 6, "evaluate_every": 2, "held_out": 2}
 
 
+@pytest.mark.slow
 def test_killed_at_random_points_ends_in_the_same_bytes(base: Path, tmp_path: Path):
     assert_kills_change_nothing(lambda out: learn(base, out, **SHORT), tmp_path, kills=4, each=3)
 

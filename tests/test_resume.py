@@ -22,6 +22,7 @@ def run(base: Path, out: Path, **options) -> tp.Report:
     return tp.prune(base, out, **(defaults | options))
 
 
+@pytest.mark.slow
 def test_killed_at_random_points_ends_in_the_same_bytes(base: Path, tmp_path: Path):
     assert_kills_change_nothing(lambda out: run(base, out), tmp_path, kills=20, each=5)
     assert not list(tmp_path.glob(f"*/{JOURNAL}"))

@@ -167,6 +167,7 @@ def test_the_gradient_on_the_kept_support_vanishes(solver):
     assert after.norm() < 0.02 * before.norm()
 
 
+@pytest.mark.slow
 def test_better_methods_come_out_better():
     problem = problems.make(128, 192, seed=11, tokens=4096)
     for text in ("0.5", "0.7", "0.9", "2:4", "4:8"):
@@ -175,6 +176,7 @@ def test_better_methods_come_out_better():
         assert errors == sorted(errors, reverse=True), text
 
 
+@pytest.mark.slow
 def test_close_to_the_true_optimum_of_small_problems():
     ratios = []
     for seed in range(8):
@@ -186,6 +188,7 @@ def test_close_to_the_true_optimum_of_small_problems():
     assert sum(ratios) / len(ratios) <= 1.3 and max(ratios) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["0.5", "0.7", "0.9", "2:4", "4:8"])
 def test_alps_against_the_transcription(text):
     problem = problems.make(256, 384, seed=12, tokens=8192)

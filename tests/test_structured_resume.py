@@ -25,6 +25,7 @@ def run(base: Path, out: Path, **options) -> tp.ShrinkReport:
     return tp.shrink(base, out, method="magnitude", keep=0.6, data=TOKENS, batch_size=4, layout="hetero", **options)
 
 
+@pytest.mark.slow
 def test_killed_anywhere_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch):
     base = tiny.tiny_checkpoint(tmp_path / "base", num_hidden_layers=4)
     monkeypatch.setattr(loop, "SAVED_AFTER", 0.0)
