@@ -14,7 +14,7 @@ FLOORS = [
     ["cli", "__main__", "__init__"],
 ]
 MAY_USE = {"evaluation": {"masks"}, "masks": {"masklearn"}}
-NEEDS_NO_MODEL = {"solvers", "masklearn", "quantize"}
+NEEDS_NO_MODEL = {"solvers", "masklearn"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from topiarist.checkpoints.reading import Checkpoint
+from topiarist.checkpoints.reading import Checkpoint, StoredTensor
 from topiarist.core.errors import CheckpointError, UnsupportedModel
 from topiarist.quantize import compressed_tensors, readers
 from topiarist.quantize.compressed_tensors import PACKED, SCALE, SHAPE
@@ -22,6 +21,7 @@ from topiarist.quantize.grid import QuantizedWeight
 
 QUANTIZATION = "quantization_config"
 FLOAT8_BLOCK = (128, 128)
+_FORMAT_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class Stored:
     read: Callable[[Mapping[str, Tensor]], Tensor]
 
 
+_Finder = Callable[[Checkpoint, Mapping[str, Any]], Iterator[tuple[str, Stored]]]
+
+
 class DequantisedCheckpoint(Checkpoint):
     """A folder of quantised weights that answers for `P.weight` as an ordinary one does; its config says nothing of the format.
 
@@ -43,24 +46,34 @@ class DequantisedCheckpoint(Checkpoint):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
-        self._files = Checkpoint(folder)
-        self.config = copy.deepcopy(self.config)
-        self.quantization: dict[str, Any] = self.config.pop(QUANTIZATION, {})
-        method = str(self.quantization.get("quant_method"))
+        about: dict[str, Any] = self.config.get(QUANTIZATION, {})
+        method = str(about.get("quant_method"))
         if method not in _FINDERS:
             raise UnsupportedModel(
                 f"{folder} is quantised by {method!r}, which is not read; {', '.join(_FINDERS)} are: take the original weights"
             )
-        self._stored: dict[str, Stored] = dict(_FINDERS[method](self._files, self.quantization))
+        self._cover(Checkpoint(folder), _FINDERS[method], about)
         if not self._stored:
             raise CheckpointError(
                 f"config.json of {folder} says {method!r}, but no tensor is stored so: they do not belong together"
             )
+
+    @classmethod
+    def of_packed(cls, shard: Checkpoint, dtype: torch.dtype) -> DequantisedCheckpoint:
+        """A single file in compressed-tensors' packed format. dtype: of the model that it is a part of."""
+        made = cls.__new__(cls)
+        made.folder, made._headers = shard.folder, {}
+        made.files, made.config = dict(shard.files), {"dtype": str(dtype).removeprefix("torch.")}
+        made._cover(shard, _compressed, {})
+        return made
+
+    def _cover(self, files: Checkpoint, find: _Finder, about: Mapping[str, Any]) -> None:
+        self._files = files
+        self.config = {key: copy.deepcopy(value) for key, value in self.config.items() if key != QUANTIZATION}
+        self._stored: dict[str, Stored] = dict(find(files, about))
         taken = {name for stored in self._stored.values() for name in stored.parts.values()}
         self.files = {name: path for name, path in self.files.items() if name not in taken}
-        self.files |= {
-            name: self._files.files[next(iter(stored.parts.values()))] for name, stored in self._stored.items()
-        }
+        self.files |= {name: files.files[next(iter(stored.parts.values()))] for name, stored in self._stored.items()}
 
     def read(self, name: str, *, mapped: bool = False) -> Tensor:
         if name not in self._stored:
@@ -77,14 +90,20 @@ class DequantisedCheckpoint(Checkpoint):
         tensors = {part: self._files.read(where) for part, where in stored.parts.items()}
         return compressed_tensors.from_tensors(tensors, _bits(tensors[PACKED].shape[1], int(tensors[SHAPE][1])))
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._stored[name].shape(self._files) if name in self._stored else self._files.shape(name)
+    def stored(self, name: str) -> StoredTensor:
+        """What an ordinary file would say of the tensor."""
+        if name not in self._stored:
+            return self._files.stored(name)
+        shape, dtype = self._stored[name].shape(self._files), self.dtype()
+        return StoredTensor(_FORMAT_NAMES[dtype], shape, math.prod(shape) * dtype.itemsize)
 
-    def numel(self, name: str) -> int:
-        return math.prod(self.shape(name))
-
-    def nbytes(self, name: str) -> int:
-        return self.numel(name) * self.dtype().itemsize if name in self._stored else self._files.nbytes(name)
+    def chunks(self, name: str, size: int = 1 << 24) -> Iterator[bytes]:
+        if name not in self._stored:
+            yield from self._files.chunks(name, size)
+            return
+        whole = memoryview(self.read(name).contiguous().view(-1).view(torch.uint8).numpy())
+        for place in range(0, len(whole), size):
+            yield bytes(whole[place : place + size])
 
     def weight_bytes(self) -> int:
         return sum(self.nbytes(name) for name in self.files)
@@ -96,11 +115,6 @@ class DequantisedCheckpoint(Checkpoint):
         stated = self.config.get("dtype", self.config.get("torch_dtype"))
         found = getattr(torch, str(stated), None)
         return found if isinstance(found, torch.dtype) else torch.bfloat16
-
-    def copy_bytes(self, names: Sequence[str], target: Path) -> None:
-        if not any(name in self._stored for name in names):
-            return self._files.copy_bytes(names, target)
-        return save_file({name: self.read(name).contiguous() for name in names}, target, metadata={"format": "pt"})
 
 
 def readable(folder: str | Path) -> Checkpoint:
@@ -217,7 +231,7 @@ def _gptq(files: Checkpoint, about: Mapping[str, Any]) -> Iterator[tuple[str, St
         yield stem + "weight", Stored(parts, shape, read)
 
 
-_FINDERS: dict[str, Callable[[Checkpoint, Mapping[str, Any]], Iterator[tuple[str, Stored]]]] = {
+_FINDERS: dict[str, _Finder] = {
     "compressed-tensors": _compressed,
     "fp8": _float8,
     "mxfp4": _mxfp4,

@@ -2,5 +2,6 @@
 
 from topiarist.quantize.gptq import GPTQ
 from topiarist.quantize.grid import Grid, QuantizedWeight, dequantize, round_to_nearest
+from topiarist.quantize.methods import METHODS, Method, Rounding
 
-__all__ = ["GPTQ", "Grid", "QuantizedWeight", "dequantize", "round_to_nearest"]
+__all__ = ["GPTQ", "METHODS", "Grid", "Method", "QuantizedWeight", "Rounding", "dequantize", "round_to_nearest"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -48,6 +48,7 @@ class GPTQ:
     within the group, ends with the least error. 2. The mask. 3. The descent. 4. Loud damping.
     """
 
+    needs_data: ClassVar[bool] = True
     damping: Annotated[float, Field(ge=0)] = 0.01
     """Added to the diagonal of the Gram, as a fraction of its mean."""
     block_size: Annotated[int, Field(gt=0)] = 128
@@ -77,11 +78,13 @@ class GPTQ:
         weight: Float[Tensor, "out in"],
         grid: Grid,
         mask: Bool[Tensor, "out in"] | None = None,
+        target: Float[Tensor, "out in"] | None = None,
     ) -> QuantizedWeight:
-        """Quantise one weight towards itself.
+        """Quantise one weight.
 
         mask: weights allowed to be other than zero (default: those that are). It may remove weights that are not zero:
         then this is SparseGPT's joint step, whose later weights make up for pruning and rounding together.
+        target: what the descent comes close to (default: the weight). Of a pruned weight, the dense one.
         Raises QuantizationError if groups do not fit the row, NumericalError on NaN or Inf.
         """
         W = finite(weight).t().contiguous()  # transposed: the columns that the loop walks along are contiguous
@@ -89,7 +92,7 @@ class GPTQ:
         walk = _Walk(W, kept, factors, grid, grid.width(W.shape[0]), weight.dtype, self.block_size)
         walk.loop()
         if self.sweeps:
-            walk.descend(self.sweeps)
+            walk.descend(W if target is None else finite(target).t(), self.sweeps)
         return QuantizedWeight(
             walk.q.t().to(torch.int8).contiguous(), walk.scale.t().to(weight.dtype).contiguous(), grid
         )
@@ -159,9 +162,9 @@ class _Walk:
         divide = U.diagonal()[:, None]
         return torch.stack([(((W - self.grid.round(W, s) * s) * kept) / divide).square().sum(0) for s in scales])
 
-    def descend(self, sweeps: int) -> None:
+    def descend(self, target: Float[Tensor, "in out"], sweeps: int) -> None:
         """Set every kept weight to the best level given all others, and every scale to the best for its integers."""
-        R = self.H @ (self.W - self.Q)
+        R = self.H @ (target.to(self.Q.device) - self.Q)
         for _ in range(sweeps):
             for block in self._blocks():
                 part, before = R[block], self.Q[block].clone()

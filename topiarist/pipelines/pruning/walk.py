@@ -26,6 +26,8 @@ OUTER_SHARD_BYTES = 1 << 29
 class Walk:
     """The walk over the blocks, for a checkpoint on disk or a model in memory."""
 
+    layer_report: type[LayerReport] = LayerReport
+
     def __init__(
         self,
         source: OpenedModel,
@@ -100,16 +102,15 @@ class Walk:
                 if self.pruner.follows_dense:
                     self._dense_block(stream, index)
                 with self.pruner.meter.timed("read"):
-                    self.source.load(index, output.block(done[index]))
+                    self.source.load(index, self._finished(output, done[index]))
             else:
                 layers += self._prune_and_write(stream, index, output)
             self._advance(stream, index)
             self.source.release(index)
             return_freed_memory()
         self.progress("writing the model", len(self.names), len(self.names))
-        in_blocks = self.source.names_in_blocks()
         with self.pruner.meter.timed("write"):
-            output.gather(checkpoint, [key for key in checkpoint.files if key not in in_blocks])
+            output.gather(checkpoint, self._outside(checkpoint))
         self.progress("done", len(self.names), len(self.names))
         return layers
 
@@ -118,10 +119,24 @@ class Walk:
         self.pruner.warned += line["warnings"]
         self.pruner.refined += [BlockRefinement(**refined) for refined in line["refined"]]
         self.pruner.joined += [JointBlock(**joint) for joint in line["joint"]]
-        return [LayerReport.from_dict(layer) for layer in line["layers"]]
+        return [self.layer_report.from_dict(layer) for layer in line["layers"]]
+
+    def _finished(self, output: OutputFolder, line: Mapping[str, Any]) -> Checkpoint:
+        """The weights of a block that an earlier try wrote."""
+        return output.block(line)
+
+    def _outside(self, checkpoint: Checkpoint) -> list[str]:
+        """Tensors that are copied as they are."""
+        assert isinstance(self.source, FolderModel)
+        in_blocks = self.source.names_in_blocks()
+        return [name for name in checkpoint.files if name not in in_blocks]
+
+    def _tensors(self, index: int) -> Mapping[str, Tensor]:
+        """A finished block as it is written."""
+        assert isinstance(self.source, FolderModel)
+        return self.source.block_on_disk(index)
 
     def _prune_and_write(self, stream: BlockStream | None, index: int, output: OutputFolder) -> list[LayerReport]:
-        assert isinstance(self.source, FolderModel)
         warned, refined, joined = len(self.pruner.warned), len(self.pruner.refined), len(self.pruner.joined)
         layers = self._prune_block(stream, index)
         info = {
@@ -131,5 +146,5 @@ class Walk:
             "joint": [asdict(done) for done in self.pruner.joined[joined:]],
         }
         with self.pruner.meter.timed("write"):
-            output.write_block(self.source.block_on_disk(index), info)
+            output.write_block(self._tensors(index), info)
         return layers

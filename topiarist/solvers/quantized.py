@@ -1,0 +1,117 @@
+"""A solver whose values lie on a grid: mask and weights of another one, then GPTQ within the mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from topiarist.core.gram import Gram
+from topiarist.core.linalg import reconstruction_error
+from topiarist.core.patterns import Pattern
+from topiarist.quantize import GPTQ, Grid, Method, QuantizedWeight, round_to_nearest
+from topiarist.solvers.base import Problem, Solution, Solver
+
+
+@dataclass(frozen=True)
+class QuantizedSolution(Solution):
+    """A solution whose weight is `quantized.dequantized()`."""
+
+    quantized: QuantizedWeight
+    rounding_error: float
+    """Relative reconstruction error if every weight had been rounded to the nearest level, scales by the largest weight."""
+
+
+@dataclass(frozen=True)
+class Held(Pattern):
+    """The one mask that a pruned weight already has."""
+
+    kept: Bool[Tensor, "out in"]
+
+    def __str__(self) -> str:
+        return "held"
+
+    def mask(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        return self.kept
+
+    def num_kept(self, shape: tuple[int, ...]) -> int:
+        return int(self.kept.sum())
+
+    def holds(self, mask: Bool[Tensor, "out in"]) -> bool:
+        return not bool((mask & ~self.kept).any())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unchanged(Solver):
+    """Gives every weight back, with the mask of its pattern: a later step makes up for what the mask removes."""
+
+    needs_data = False
+
+    def together(self, weights: Sequence[Tensor], gram: Gram, patterns: Sequence[Pattern]) -> list[Solution]:
+        return [self.without_data(weight, pattern) for weight, pattern in zip(weights, patterns, strict=True)]
+
+    def without_data(self, weight: Float[Tensor, "out in"], pattern: Pattern) -> Solution:
+        return Solution(weight, pattern.mask(weight.abs()), 0.0)
+
+    def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        return problem.W, problem.pattern.mask(problem.W.abs())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized(Solver):
+    """Prunes by `solver`, then puts the kept weights on `grid` by `method`, which comes close to what the solver was asked for,
+    not to what it gave: GPTQ's descent makes up for pruning and rounding together (the joint step of SparseGPT, section 3.5
+    of arXiv 2301.00774, for any solver)."""
+
+    solver: Solver = field(default_factory=Unchanged)
+    """Gives mask and weights."""
+    method: Method = field(default_factory=GPTQ)
+    grid: Grid = field(default_factory=Grid)
+
+    @property
+    def needs_data(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.solver.needs_data or self.method.needs_data
+
+    def together(self, weights: Sequence[Tensor], gram: Gram, patterns: Sequence[Pattern]) -> list[Solution]:
+        method: Any = self.method  # its factors are its own
+        factors = method.prepare(gram)
+        found: list[Solution] = []
+        for weight, solution in zip(weights, self.solver.together(weights, gram, patterns), strict=True):
+            # Where inputs are nearly dependent a solver's weights may be large and hard to round; the given ones are not.
+            starts = [solution.weight] if solution.weight is weight else [solution.weight, weight]
+            tries = [method.quantize(factors, start, self.grid, solution.mask, weight) for start in starts]
+            found.append(self._best(weight, solution, tries, partial(reconstruction_error, gram=gram)))
+        return found
+
+    def without_data(self, weight: Float[Tensor, "out in"], pattern: Pattern) -> Solution:
+        method: Any = self.method
+        solution = self.solver.without_data(weight, pattern)
+        quantized = method.quantize(None, solution.weight, self.grid, solution.mask)
+        return self._best(weight, solution, [quantized], _share)
+
+    def _best(
+        self,
+        weight: Tensor,
+        solution: Solution,
+        tries: Sequence[QuantizedWeight],
+        error_of: Callable[[Tensor, Tensor], float],
+    ) -> QuantizedSolution:
+        errors = [error_of(weight, quantized.dequantized()) for quantized in tries]
+        best = tries[errors.index(min(errors))]
+        pruned = solution.weight.masked_fill(~solution.mask, 0.0)
+        rounded = round_to_nearest(pruned, self.grid, search=False).dequantized()
+        return QuantizedSolution(best.dequantized(), solution.mask, min(errors), best, error_of(weight, rounded))
+
+    def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        solution = self.together([problem.W], Gram.from_matrix(problem.H), [problem.pattern])[0]
+        return solution.weight, solution.mask
+
+
+def _share(weight: Tensor, new: Tensor) -> float:
+    """The share of a weight's squares that went."""
+    total = float(weight.double().square().sum())
+    return float((weight.double() - new.double()).square().sum()) / total if total else 0.0
