@@ -11,7 +11,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import topiarist as tp
-from topiarist.models.families import FAMILIES, family_of
+from topiarist.models.derive import family_of
+from topiarist.models.families import FAMILIES
 
 
 def test_every_family_has_a_tiny_model():
@@ -102,6 +103,7 @@ def test_experts_without_tokens_are_named(tmp_path: Path):
         tp.prune(model, method="sparsegpt", calibration=tiny.tiny_tokens(1, 8))
 
 
-def test_unknown_family_says_how_to_add_it():
-    with pytest.raises(tp.UnsupportedModel, match=r"add one to topiarist\.models\.FAMILIES"):
-        family_of("brand_new")
+def test_a_model_without_blocks_says_what_to_do():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    with pytest.raises(tp.UnsupportedModel, match=r"no list of decoder blocks .* topiarist\.models\.FAMILIES"):
+        family_of(model)

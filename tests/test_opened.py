@@ -67,7 +67,7 @@ def test_names_of_a_wrapper_are_named_with_the_cure(prefix: str, cure: str, tmp_
 def test_a_wrong_shape_is_refused(tmp_path: Path):
     base = tiny.tiny_checkpoint(tmp_path / "base")
     reconfigure(base, intermediate_size=96)
-    with pytest.raises(tp.CheckpointError, match=r"has shape \(64, 32\), config.json asks for \(96, 32\)"):
+    with pytest.raises(tp.CheckpointError, match=r"has shape \(32, 64\), config.json asks for \(32, 96\)"):
         open_model(base)
 
 

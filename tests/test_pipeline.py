@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 import topiarist as tp
-from topiarist.models.families import Matrix, capture_calls, family_of
+from topiarist.models.calls import capture_calls
+from topiarist.models.derive import family_of
+from topiarist.models.families import Matrix
 from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.pruning.options import PruneOptions
@@ -28,10 +30,10 @@ def test_replayed_blocks_give_the_models_own_hidden_states():
         model = tiny.tiny_model(family)
         tokens = tiny.tiny_tokens(6, 24)
         stream = BlockStream(ObjectModel(model), tokens, batch_size=4, device=torch.device("cpu"))
-        for index, block in enumerate(model.get_submodule(family_of(family).blocks)):
+        for index, block in enumerate(model.get_submodule(family_of(model).blocks)):
             stream.advance(index, block)
         seen = []
-        last = model.get_submodule(family_of(family).blocks)[-1]
+        last = model.get_submodule(family_of(model).blocks)[-1]
         hook = last.register_forward_hook(
             lambda m, a, out, seen=seen: seen.append(out[0] if isinstance(out, tuple) else out)
         )
@@ -127,7 +129,7 @@ def test_stages_follow_the_forward(family: str):
 def test_capturing_leaves_the_model_as_it_was():
     model = tiny.tiny_model()
     before = list(model.model.layers)
-    calls = capture_calls(model, family_of("llama"), tiny.tiny_tokens(2, 8))
+    calls = capture_calls(model, family_of(model), tiny.tiny_tokens(2, 8))
     assert list(model.model.layers) == before and len(calls) == 2
     assert "position_embeddings" in calls[0].kwargs
 

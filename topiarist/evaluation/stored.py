@@ -12,7 +12,6 @@ from torch import Tensor
 
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.core.errors import CheckpointError, UnsupportedModel
-from topiarist.masks.files import read_whole
 from topiarist.models.folder import FolderModel
 
 _EIGHT_BIT = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -84,8 +83,10 @@ class StoredMatrices:
         """
         checkpoint = self.checkpoint
         try:
-            whole = name in checkpoint or self.model is None
-            weight = read_whole(checkpoint, [[name]] if whole else self.model.disk_parts(name))  # pyright: ignore
+            if name in checkpoint or self.model is None:
+                weight = checkpoint.read(name)
+            else:
+                weight = self.model.parameter(name)
         except (CheckpointError, KeyError, AttributeError):
             stem = name.removesuffix("weight")
             packed = [key for key in checkpoint.files if key.startswith(stem) and key != f"{stem}bias"]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +178,9 @@ def apply(base: str | Path, masks: str | Path | MaskFile, out: str | Path) -> Pa
     """
     file = masks if isinstance(masks, MaskFile) else MaskFile(masks)
     checkpoint = Checkpoint(locate(base))
-    for name, parts in _parts(checkpoint, file).items():
-        file.check(name, read_whole(checkpoint, parts))
+    source = _converted(checkpoint, file)
+    for name in file:
+        file.check(name, checkpoint.read(name) if source is None else source.parameter(name))
     fingerprint = {
         "apply": hashlib.sha256(json.dumps(file.metadata, sort_keys=True).encode()).hexdigest(),
         "base": checkpoint.digest(),
@@ -212,59 +214,45 @@ def write_masked(
 
     replaced: weights (by parameter name) that are written in place of the checkpoint's, masked as well.
     """
-    place = {
-        part: (name, expert, index, len(row))
-        for name, parts in _parts(checkpoint, file).items()
-        for expert, row in enumerate(parts)
-        for index, part in enumerate(row)
-    }
+    source = _converted(checkpoint, file)
+    owner = {} if source is None else {key: name for name in file for key in source.names.keys([name])}
 
-    def piece(whole: Tensor, expert: int, index: int, of: int, wanted: torch.Size) -> Tensor:
-        """The share of a parameter that one tensor on disk holds: experts are stacked, their matrices joined."""
-        return whole if whole.shape == wanted else whole[expert].chunk(of)[index]
+    def weight_of(name: str, read: Callable[[str], Tensor]) -> Tensor:
+        weight = replaced[name].cpu() if replaced is not None and name in replaced else read(name)
+        return masked(weight, file[name]) if name in file else weight
+
+    @lru_cache(maxsize=4)  # the tensors of one group of experts stand together
+    def pieces(name: str) -> dict[str, Tensor]:
+        assert source is not None
+        return source.stored({n: weight_of(n, source.parameter) for n in source.names.group(name).targets})
 
     def final(part: str) -> Iterable[bytes | memoryview]:
-        if part not in place:
+        if part in owner:
+            return [tensor_bytes(pieces(owner[part])[part])]
+        if part not in file:
             return checkpoint.chunks(part)
-        weight = checkpoint.read(part)
-        name, expert, index, of = place[part]
-        if replaced is not None and name in replaced:
-            weight = piece(replaced[name].cpu(), expert, index, of, weight.shape).to(weight.dtype)
-        return [tensor_bytes(masked(weight, piece(file[name], expert, index, of, weight.shape)))]
+        stored = checkpoint.read(part)
+        return [tensor_bytes(weight_of(part, lambda _: stored).to(stored.dtype))]
 
     output.done()
     output.write_files({part: checkpoint.stored(part) for part in checkpoint.files}, final)
 
 
-def _parts(checkpoint: Checkpoint, file: MaskFile) -> dict[str, list[list[str]]]:
-    """The tensors on disk that make up each masked parameter: [[name]], or for fused experts one list an expert.
+def _converted(checkpoint: Checkpoint, file: MaskFile) -> FolderModel | None:
+    """What reads masked parameters that are stored under other names or in pieces; None if all are stored as they are.
 
     Raises CheckpointError if the checkpoint lacks one: it is another model.
     """
     if all(name in checkpoint for name in file):
-        return {name: [[name]] for name in file}
+        return None
+    another = f"{file.path} was made for another base model ({file.base_model}): {checkpoint.folder}"
     try:
         source = FolderModel(checkpoint, device=torch.device("cpu"))
-    except TopiaristError:  # no row for this type: then only plain names can be found
-        source = None
-    found: dict[str, list[list[str]]] = {}
-    for name in file:
-        try:
-            if source is None:
-                raise CheckpointError(name)
-            found[name] = source.disk_parts(name)
-        except (CheckpointError, AttributeError) as error:
-            raise CheckpointError(
-                f"{file.path} was made for another base model ({file.base_model}): {checkpoint.folder} has no {name}"
-            ) from error
-    return found
-
-
-def read_whole(checkpoint: Checkpoint, parts: list[list[str]]) -> Tensor:
-    """A parameter from the tensors on disk that make it up."""
-    if len(parts) == 1 and len(parts[0]) == 1:
-        return checkpoint.read(parts[0][0])
-    return torch.stack([torch.cat([checkpoint.read(part) for part in row]) for row in parts])
+    except TopiaristError as error:
+        raise CheckpointError(f"{another} cannot be read as its masks need it ({error})") from error
+    if lacking := next((name for name in file if name not in source.names), None):
+        raise CheckpointError(f"{another} has no {lacking}")
+    return source
 
 
 @torch.no_grad()

@@ -1,22 +1,18 @@
 """A Hugging Face causal language model seen as blocks of prunable matrices. Families are rows of data.
 
-Nothing here forks modelling code: blocks are found by path, their keyword arguments are captured by running the real
-model over stubs, and matrices are found by type. A row says only what cannot be seen from the modules themselves.
+Nothing here forks modelling code: blocks and matrices are found by type (derive.py). A row says only what cannot be seen
+from the modules themselves, and structural pruning alone needs one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-
-from topiarist.core.errors import UnsupportedModel
-from topiarist.models.hooks import EndForward, StandIn
 
 
 @dataclass(frozen=True)
@@ -61,17 +57,15 @@ class Experts:
 
 @dataclass(frozen=True)
 class Family:
-    """What topiarist knows about one `model_type`."""
+    """What topiarist knows about one `model_type`. What can be seen from the modules is derived (derive.py) where a row is
+    silent; what a row says of it stands."""
 
-    blocks: str = "model.layers"
+    blocks: str = ""
     """Path of the list of decoder blocks inside the causal LM."""
-    skip: tuple[str, ...] = ()
-    """Linears of a block that are never pruned (routers)."""
-    experts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
-    """Fused 3-D parameter (expert, out, in) of a block -> the names of one expert's matrices in checkpoints on disk,
-    concatenated along `out`; `{e}` is the expert. Checkpoints that already hold the fused name need nothing."""
-    renames: tuple[tuple[str, str], ...] = ()
-    """(in checkpoints on disk, in the module) pieces of names."""
+    dense: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """What of a block is never pruned, by its name in the block, and why."""
+    experts: Mapping[str, bool] = field(default_factory=lambda: MappingProxyType({}))
+    """Fused 3-D parameters of a block, and whether they are stored (expert, in, out) instead of (expert, out, in)."""
     feed_forward: tuple[FeedForward, ...] = ()
     """Where its feed-forward network is, in every kind of block it has; experts are not meant."""
     attention: Attention = Attention()
@@ -100,26 +94,10 @@ _SHARED_EXPERT = FeedForward(
     width="shared_expert_intermediate_size",
 )
 _QWEN_MOE = Family(
-    skip=("mlp.gate", "mlp.shared_expert_gate"),
     mixture=Experts(),
-    experts={
-        "mlp.experts.gate_up_proj": ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
-        "mlp.experts.down_proj": ("mlp.experts.{e}.down_proj.weight",),
-    },
     feed_forward=(_GATED,),
 )
-_MIXTRAL = Family(
-    skip=("mlp.gate",),
-    experts={
-        "mlp.experts.gate_up_proj": (
-            "block_sparse_moe.experts.{e}.w1.weight",
-            "block_sparse_moe.experts.{e}.w3.weight",
-        ),
-        "mlp.experts.down_proj": ("block_sparse_moe.experts.{e}.w2.weight",),
-    },
-    renames=((".block_sparse_moe.", ".mlp."),),
-    mixture=Experts(count="num_local_experts", width="intermediate_size"),
-)
+_MIXTRAL = Family(mixture=Experts(count="num_local_experts", width="intermediate_size"))
 
 FAMILIES: dict[str, Family] = {
     "llama": replace(_PRE_NORM, relabel="mistral"),
@@ -141,18 +119,15 @@ FAMILIES: dict[str, Family] = {
     "cohere": _LLAMA_LIKE,
     "stablelm": _LLAMA_LIKE,
     "opt": Family(
-        blocks="model.decoder.layers",
         attention=Attention(out="out_proj"),
         feed_forward=(FeedForward(("fc1",), "fc2", "activation_fn", gated=False, width="ffn_dim"),),
         ffn=("fc1", "fc2"),
     ),
     "gpt2": Family(
-        blocks="transformer.h",
         attention=Attention("attn", ("c_attn",), "c_proj"),
         feed_forward=(replace(_GPT2, width="n_inner"),),
     ),
     "gpt_neox": Family(
-        blocks="gpt_neox.layers",
         attention=Attention("attention", ("query_key_value",), "dense", interleaved=True),
         feed_forward=(FeedForward(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", "mlp.act", gated=False),),
     ),
@@ -161,17 +136,6 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": _QWEN_MOE,
     "olmoe": replace(_QWEN_MOE, mixture=Experts(width="intermediate_size")),
 }
-
-
-def family_of(model_type: str) -> Family:
-    """The row of a model type. Raises UnsupportedModel, saying how to add one."""
-    try:
-        return FAMILIES[model_type.removeprefix("pruned_")]  # a family whose layers differ in size, modeling_pruned.py
-    except KeyError:
-        raise UnsupportedModel(
-            f"no row for model type {model_type!r}; add one to topiarist.models.FAMILIES (the path of its decoder blocks, "
-            f"and its routers and experts if it has any), known: {', '.join(sorted(FAMILIES))}"
-        ) from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +164,11 @@ class Matrix:
         out_features, in_features = self.weight.shape
         return out_features, in_features
 
+    @property
+    def path(self) -> str:
+        """Name of the stored parameter in the block."""
+        return f"{self.name}.{self.parameter}" if self.expert is None else self.name.rpartition(".")[0]
+
     @torch.no_grad()
     def assign(self, weight: Float[Tensor, "out in"]) -> None:
         """Overwrite the weight in place."""
@@ -211,73 +180,33 @@ class Matrix:
         return self.name.rsplit(".", 1)[0] if self.expert is not None else self.name
 
 
-def matrices_of(block: nn.Module, family: Family = _LLAMA_LIKE) -> list[Matrix]:
-    """Every prunable matrix of a block, in module order; names are relative to the block."""
+def matrices_of(block: nn.Module, family: Family | None = None) -> list[Matrix]:
+    """Every prunable matrix of a block, in module order; names are relative to the block.
+
+    family: the block's model's; without it every linear layer of any module counts.
+    """
+    family = family or Family()
     found: list[Matrix] = []
     for name, module in block.named_modules():
-        if name in family.skip:
+        if name in family.dense:
             continue
         if isinstance(module, nn.Linear):
             found.append(Matrix(name, module))
         elif type(module).__name__ == "Conv1D":  # transformers' GPT-2 layer: weight is (in, out)
             found.append(Matrix(name, module, transposed=True))
-    for fused in family.experts:
-        path, parameter = fused.rsplit(".", 1)
+    for fused, transposed in family.experts.items():
+        path, parameter = fused.rpartition(".")[::2]
         try:
             experts = block.get_submodule(path)
-        except AttributeError:  # a dense block of a mixed model, or an older layout with one module per expert
+        except AttributeError:  # a dense block of a mixed model
             continue
         stacked = getattr(experts, parameter, None)
         if isinstance(stacked, Tensor) and stacked.ndim == 3:
-            found += [Matrix(f"{fused}.{e}", experts, parameter, expert=e) for e in range(stacked.shape[0])]
+            count = stacked.shape[0]
+            found += [Matrix(f"{fused}.{e}", experts, parameter, transposed, expert=e) for e in range(count)]
     return found
 
 
 def block_names(model: nn.Module, family: Family) -> list[str]:
     """Full names of the decoder blocks, first to last."""
     return [f"{family.blocks}.{i}" for i in range(len(model.get_submodule(family.blocks)))]  # pyright: ignore[reportArgumentType]
-
-
-@dataclass
-class BlockCall:
-    """How the model calls one block: everything but the hidden states is replayed as it was."""
-
-    hidden: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def run(
-        self, block: Callable[..., Any], hidden: Float[Tensor, "batch tokens width"]
-    ) -> Float[Tensor, "batch tokens width"]:
-        out = block(hidden, *self.args, **self.kwargs)
-        return out[0] if isinstance(out, tuple) else out
-
-
-@torch.no_grad()
-def capture_calls(model: nn.Module, family: Family, tokens: Tensor, *, returns_tuple: bool = False) -> list[BlockCall]:
-    """Run the model's own forward over stubs instead of blocks and note how each block is called.
-
-    tokens: (batch, window). Only what stands before the blocks (embeddings, positions, masks) is computed.
-    """
-    blocks: nn.ModuleList = model.get_submodule(family.blocks)  # pyright: ignore[reportAssignmentType]
-    originals = list(blocks)
-    record: list[BlockCall] = []
-
-    def note(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        record.append(BlockCall(hidden, tuple(args[1:]), kwargs))
-        if len(record) == len(originals):
-            raise EndForward
-        return (hidden,) if returns_tuple else hidden
-
-    try:
-        for i, block in enumerate(originals):
-            blocks[i] = StandIn(block, note)
-        base = getattr(model, getattr(model, "base_model_prefix", ""), model)
-        base(input_ids=tokens, use_cache=False)
-    except EndForward:
-        pass
-    finally:
-        for i, block in enumerate(originals):
-            blocks[i] = block
-    return record

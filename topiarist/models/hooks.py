@@ -100,12 +100,19 @@ def _first_argument(on_input: Callable[[Matrix, Tensor], None], matrix: Matrix, 
 
 
 def _expert_inputs(experts: Sequence[Matrix], on_input: Callable[[Matrix, Tensor], None]) -> Handler:
-    """Experts are told apart by where their slices of the fused parameter lie in memory."""
+    """Experts are told apart by where their slices of the fused parameter lie in memory: a product takes one of them, or
+    all at once with the inputs of each (expert, tokens, in)."""
     slices = {m.tensor.data_ptr(): m for m in experts}
+    whole: dict[int, list[Matrix]] = {}
+    for matrix in experts:
+        whole.setdefault(getattr(matrix.module, matrix.parameter).data_ptr(), []).append(matrix)
 
     def handle(x: Tensor, weight: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
         if weight.ndim == 2 and (matrix := slices.get(weight.data_ptr())) is not None:
             on_input(matrix, x)
+        elif weight.ndim == 3 and x.ndim == 3:
+            for matrix in whole.get(weight.data_ptr(), ()):
+                on_input(matrix, x[matrix.expert])
         return multiply(x)
 
     return handle

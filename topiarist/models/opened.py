@@ -17,9 +17,13 @@ from torch import nn
 from topiarist.checkpoints.reading import Checkpoint, locate, weight_digest
 from topiarist.core.errors import CheckpointError
 from topiarist.data import load_tokenizer
+from topiarist.models.calls import Flow
 from topiarist.models.checks import check_folder, check_object, device_or_default
-from topiarist.models.families import Family, Matrix, block_names, family_of, matrices_of
+from topiarist.models.derive import block_lists, family_of
+from topiarist.models.families import Family, Matrix, block_names, matrices_of
 
+LOW_COVERAGE = 0.9
+"""Share of the weights of blocks that are prunable, below which what stays dense is said."""
 DEFAULT_WINDOW = 2048
 """Tokens of a window where neither the user nor the config says how many."""
 
@@ -37,6 +41,8 @@ class OpenedModel(ABC):
     """The files it came from; None for an object."""
     trust_remote_code: bool = False
     """Whether code in the folder may run."""
+    flow: Flow | None = None
+    """How hidden states go through its blocks, once that was asked (probe.py)."""
     _tokenizer: Any = None
 
     @property
@@ -52,8 +58,8 @@ class OpenedModel(ABC):
 
     @cached_property
     def family(self) -> Family:
-        """Where blocks, routers and experts are. Raises UnsupportedModel if nothing is known of its type."""
-        return family_of(str(getattr(self.config, "model_type", type(self.model).__name__)))
+        """Where blocks, routers and experts are. Raises UnsupportedModel if no decoder blocks can be found."""
+        return family_of(self.model)
 
     @cached_property
     def block_names(self) -> list[str]:
@@ -65,8 +71,16 @@ class OpenedModel(ABC):
         return self.model.get_submodule(self.block_names[index])
 
     def matrices(self, index: int) -> list[Matrix]:
-        """The prunable matrices of one block, named relative to it."""
-        return matrices_of(self.block(index), self.family)
+        """The prunable matrices of one block, named relative to it; not those that an earlier block holds too."""
+        path = self.block_names[index]
+        return [m for m in matrices_of(self.block(index), self.family) if f"{path}.{m.path}" not in self.shared]
+
+    @cached_property
+    def shared(self) -> dict[str, str]:
+        """Parameters of blocks that are those of an earlier block, by name: {name: that of the first}."""
+        inside = self.family.blocks + "."
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        return {name: first for name, first in tied.items() if name.startswith(inside) and first.startswith(inside)}
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of every prunable matrix by its full name, in order."""
@@ -75,6 +89,34 @@ class OpenedModel(ABC):
             for index, path in enumerate(self.block_names)
             for matrix in self.matrices(index)
         }
+
+    @property
+    def coverage(self) -> float:
+        """Share of the weights of all blocks, vectors apart, that `matrices` holds."""
+        total = sum(
+            parameter.numel()
+            for index, path in enumerate(self.block_names)
+            for name, parameter in self.block(index).named_parameters()
+            if parameter.ndim > 1 and f"{path}.{name}" not in self.shared
+        )
+        return sum(out * width for out, width in self.shapes().values()) / max(total, 1)
+
+    def left_dense(self) -> list[str]:
+        """What of the blocks is no prunable matrix, and why: "mlp.gate (a router)", a line a kind."""
+        return [f"{name} ({reason})" for name, reason in sorted(self.family.dense.items())]
+
+    def unpruned(self) -> list[str]:
+        """Sentences on what a user may think is pruned and is not: large parts of blocks, other inputs' towers."""
+        found = []
+        if self.coverage < LOW_COVERAGE:
+            found.append(
+                f"only {self.coverage:.0%} of the weights of the blocks are matrices that can be pruned; these stay dense: "
+                f"{', '.join(self.left_dense())}"
+            )
+        others = [path for path in block_lists(self.model) if path != self.family.blocks]
+        if others:
+            found.append(f"only {self.family.blocks} is pruned; {', '.join(others)} stays dense")
+        return found
 
     @property
     def limit(self) -> int | None:

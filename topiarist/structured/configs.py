@@ -16,7 +16,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from topiarist.core.errors import UnsupportedModel
 from topiarist.models import modeling_pruned
-from topiarist.models.families import Family, family_of
+from topiarist.models.derive import family_of
+from topiarist.models.families import Family
 from topiarist.structured.block_configs import block_configs
 from topiarist.structured.shrink import cut_state
 from topiarist.structured.units import DEPTH_KINDS, Kept, UnitGroup, is_transposed
@@ -33,7 +34,7 @@ def stock_config(
     biased: Collection[str] = (),
 ) -> tuple[Any, list[str]]:
     """The stock config of the given widths; the family's own, or that of the type it may be relabelled to."""
-    family = family_of(model.config.model_type)
+    family = family_of(model)
     expected = _expected_shapes(model, family, groups, widest, blocks)
     for consumer in biased:
         width = model.get_submodule(consumer).weight.shape[int(is_transposed(model.get_submodule(consumer)))]
@@ -160,7 +161,7 @@ def hetero_config(
     model: Any, groups: Sequence[UnitGroup], kept: Kept, units: Mapping[str, int], biased: Collection[str]
 ) -> Any:
     """A config of the class in modeling_pruned.py: the family's own, and what differs from it."""
-    family, base = family_of(model.config.model_type), model.config.model_type
+    family, base = family_of(model), model.config.model_type
     before = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
     absent = absent_modules(groups, kept, family)
     after = cut_state(before, groups, kept, units, [path for path, _ in absent])

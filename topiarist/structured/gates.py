@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from topiarist.models.families import family_of
+from topiarist.models.derive import family_of
 from topiarist.models.hooks import hooked, products_inside
 from topiarist.models.opened import eager_experts
 from topiarist.structured.units import UnitGroup
@@ -53,7 +53,7 @@ def gates(model: Any, groups: Sequence[UnitGroup]) -> Iterator[Masks]:
             path, _, parameter = fused.rpartition(".")
             module = model.get_submodule(path)
             stack.enter_context(products_inside(module, partial(_gate_expert, module, parameter, multipliers)))
-        stack.enter_context(eager_experts(model) if family_of(model.config.model_type).mixture else ExitStack())
+        stack.enter_context(eager_experts(model) if family_of(model).mixture else ExitStack())
         yield masks
 
 

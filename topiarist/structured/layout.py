@@ -20,7 +20,8 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from topiarist.core.errors import TopiaristError, UnsupportedModel
-from topiarist.models.families import Family, family_of
+from topiarist.models.derive import family_of
+from topiarist.models.families import Family
 from topiarist.structured.configs import absent_modules, hetero_config, stock_config
 from topiarist.structured.shrink import cut_state
 from topiarist.structured.units import DEPTH_KINDS, Kept, UnitGroup
@@ -73,7 +74,7 @@ def plan_layout(
     Raises UnsupportedModel if the family cannot hold it.
     """
     check_layout(layout, {group.kind for group in groups})
-    family = family_of(model.config.model_type)
+    family = family_of(model)
     count = len(model.get_submodule(family.blocks))
     gone = {group.block for group in groups if group.kind == "block" and not bool(kept[group.key].all())}
     blocks = [i for i in range(count) if i not in gone or layout == "masked"]
@@ -135,7 +136,7 @@ def shrunk(
     """
     from transformers import AutoModelForCausalLM
 
-    family = family_of(model.config.model_type)
+    family = family_of(model)
     absent = [path for path, _ in absent_modules(groups, kept, family)] if plan.layout == "hetero" else []
     state = _renumbered(cut_state(model.state_dict(), groups, kept, plan.slots, absent), family, plan.blocks)
     with init_empty_weights(include_buffers=False):

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from topiarist.core.errors import NumericalError
-from topiarist.models.families import Matrix, family_of, matrices_of
+from topiarist.models.derive import family_of
+from topiarist.models.families import Matrix, matrices_of
 from topiarist.models.hooks import hooked, watch_inputs
 from topiarist.models.opened import eager_experts
 from topiarist.structured.methods import Method, Scores, Task
@@ -23,7 +24,7 @@ from topiarist.structured.units import COLUMN_KINDS, Kept, UnitGroup
 
 def consumers(model: Any, groups: Sequence[UnitGroup]) -> dict[str, Matrix]:
     """The matrix that consumes the units of each group, by its full name."""
-    family, wanted, found = family_of(model.config.model_type), {group.consumer for group in groups}, {}
+    family, wanted, found = family_of(model), {group.consumer for group in groups}, {}
     for index, block in enumerate(model.get_submodule(family.blocks)):
         for matrix in matrices_of(block, family):
             name = f"{family.blocks}.{index}.{matrix.name}"
@@ -174,7 +175,7 @@ class BlockInfluence(Method):
     @torch.inference_mode()
     def scores(self, task: Task) -> Scores:
         model = task.model
-        blocks = model.get_submodule(family_of(model.config.model_type).blocks)
+        blocks = model.get_submodule(family_of(model).blocks)
         scale = float(getattr(model.config, "residual_multiplier", 1.0))  # Granite scales what a sublayer adds
         totals = {group.key: 0.0 for group in task.groups}
         entered: dict[int, Tensor] = {}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from topiarist.core.errors import CalibrationError
 from topiarist.core.losses import next_token_losses
-from topiarist.models.families import family_of
+from topiarist.models.derive import family_of
 from topiarist.models.hooks import EndForward, StandIn, hooked
 from topiarist.structured.choose import choose
 from topiarist.structured.gates import Masks
@@ -60,7 +60,7 @@ class Prefix:
 
     def __init__(self, model: Any, tokens: Int[Tensor, "batch window"]) -> None:
         self._model, self._tokens = model, tokens
-        self._blocks: nn.ModuleList = model.get_submodule(family_of(model.config.model_type).blocks)
+        self._blocks: nn.ModuleList = model.get_submodule(family_of(model).blocks)
         self._originals = list(self._blocks)
         self._start = 0
 

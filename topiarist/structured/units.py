@@ -28,7 +28,8 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from topiarist.core.errors import TopiaristError, UnsupportedModel
-from topiarist.models.families import Family, FeedForward, family_of
+from topiarist.models.derive import family_of
+from topiarist.models.families import Family, FeedForward
 
 HEAD_KINDS = ("heads", "query_heads")
 COLUMN_KINDS = (*HEAD_KINDS, "channels")
@@ -115,7 +116,7 @@ def units_of(model: Any, kinds: Sequence[str]) -> list[UnitGroup]:
     Works on a model without memory (meta tensors) too.
     """
     kinds = check_kinds(kinds)
-    family = family_of(model.config.model_type)
+    family = family_of(model)
     groups: list[UnitGroup] = []
     for index, block in enumerate(model.get_submodule(family.blocks)):
         finder = _Finder(model, family, index, block)
@@ -138,7 +139,7 @@ class Heads:
 
 
 def _heads(model: Any) -> Heads:
-    config, family = model.config, family_of(model.config.model_type)
+    config, family = model.config, family_of(model)
     query = int(config.num_attention_heads)
     kv = int(getattr(config, "num_key_value_heads", None) or query)
     out = model.get_submodule(f"{family.blocks}.0.{family.attention.module}.{family.attention.out}")
@@ -291,7 +292,7 @@ class _Finder:
 
 def output_parameters(model: Any, group: UnitGroup) -> list[str]:
     """Weights and biases of the last matrices of a sublayer (of both, for a block): zeros in them switch it off."""
-    family, path = family_of(model.config.model_type), f"{family_of(model.config.model_type).blocks}.{group.block}"
+    family, path = family_of(model), f"{family_of(model).blocks}.{group.block}"
     parameters = dict(model.get_submodule(path).named_parameters())
     attention = f"{family.attention.module}.{family.attention.out}"
     ffn = [layer.down for layer in family.feed_forward]

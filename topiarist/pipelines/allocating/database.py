@@ -81,7 +81,7 @@ def fill(
     missing = database.missing(range(len(paths)), patterns)
     if not missing:
         return
-    stream = BlockStream(source, tokens, batch_size=batch_size, device=source.device)
+    stream = BlockStream.of(source, tokens, batch_size=batch_size)
     for index in range(max(missing) + 1):
         progress("solving every level", index, max(missing) + 1)
         path, block = paths[index], source.load(index)

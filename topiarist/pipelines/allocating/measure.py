@@ -55,7 +55,7 @@ def dense_inputs(
     source: OpenedModel, tokens: Tensor, names: Sequence[str], batch_size: int, progress: Progress
 ) -> Iterator[dict[str, tuple[Matrix, InputSquares]]]:
     """Run the dense model over the windows, block by block; of every block the wanted matrices and their inputs."""
-    stream, wanted = BlockStream(source, tokens, batch_size=batch_size, device=source.device), set(names)
+    stream, wanted = BlockStream.of(source, tokens, batch_size=batch_size), set(names)
     paths = source.block_names
     for index, path in enumerate(paths):
         progress("measuring the dense model", index, len(paths))

@@ -6,19 +6,25 @@ Peak memory = one block + its Grams + the hidden states (which may lie in a file
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
+from topiarist.core.errors import UnsupportedModel
 from topiarist.core.gram import Gram
-from topiarist.models.families import BlockCall, Matrix, capture_calls
+from topiarist.models.calls import BlockCall, capture_calls, equal, first_of
+from topiarist.models.families import Matrix
 from topiarist.models.hooks import EndForward, watch_inputs
 from topiarist.models.opened import OpenedModel
+from topiarist.models.paused import PausedForward
+from topiarist.models.probe import flow_of
 
 
 @dataclass
@@ -74,44 +80,66 @@ class HiddenStates:
 
 
 class BlockStream:
-    """Hidden states on their way through the blocks, in batches that are called as the model itself would."""
+    """Hidden states on their way through the blocks, in batches that are called as the model itself would.
+
+    Blocks are replayed one by one on stored hidden states. Where that cannot be (`Flow`), PausedStream takes its place.
+    """
 
     def __init__(
         self, source: OpenedModel, tokens: Tensor, *, batch_size: int, device: torch.device, spill: Path | None = None
     ) -> None:
         self.source, self.device, self._spill = source, device, spill
         self._batches = [slice(s, min(s + batch_size, len(tokens))) for s in range(0, len(tokens), batch_size)]
-        self._calls: list[list[BlockCall]] = []
-        self._hidden: HiddenStates | None = None
         self.dense: HiddenStates | None = None
         """The dense model's own hidden states after the block that `follow_dense` saw last."""
         self._entering: HiddenStates | None = None
         source.load_embeddings()
-        returns_tuple = self._first_block_returns_tuple(tokens[:1])
+        self._begin(tokens)
+
+    @classmethod
+    def of(
+        cls,
+        source: OpenedModel,
+        tokens: Int[Tensor, "num window"],
+        *,
+        batch_size: int,
+        spill: Path | None = None,
+        needs_states: str = "",
+    ) -> BlockStream:
+        """The stream that fits the model.
+
+        needs_states: what of the run works on hidden states as one tensor between blocks ("refinement"). Raises
+        UnsupportedModel if it is asked of a model that has none, and for a block that is called twice a forward.
+        """
+        if flow_of(source, tokens[:1]).replays:
+            return cls(source, tokens, batch_size=batch_size, device=source.device, spill=spill)
+        if needs_states or spill is not None:
+            check_flow(source, tokens, needs_states or "spilling hidden states to a file")
+        return PausedStream(source, tokens, batch_size=batch_size, device=source.device)
+
+    def _begin(self, tokens: Tensor) -> None:
+        """Take the tokens to where the first block would run."""
+        self._calls: list[list[BlockCall]] = []
+        self._hidden: HiddenStates | None = None
+        flow = flow_of(self.source, tokens[:1])
         for rows in self._batches:
-            calls = capture_calls(source.model, source.family, tokens[rows].to(device), returns_tuple=returns_tuple)
+            calls = capture_calls(
+                self.source.model, self.source.family, tokens[rows].to(self.device), returns_tuple=flow.returns_tuple
+            )
             hidden = calls[0].hidden
             if self._hidden is None:
                 shape = (len(tokens), hidden.shape[1], hidden.shape[2])
-                self._hidden = HiddenStates(shape, hidden.dtype, spill)
+                self._hidden = HiddenStates(shape, hidden.dtype, self._spill)
             self._hidden.values[rows] = hidden.cpu()
             self._calls.append([self._shared(i, call) for i, call in enumerate(calls)])
-        source.release_embeddings()
-
-    def _first_block_returns_tuple(self, tokens: Tensor) -> bool:
-        """Families differ in what a block returns, so one real block is asked."""
-        call = capture_calls(self.source.model, self.source.family, tokens.to(self.device))[0]
-        block = self.source.load(0)
-        with torch.no_grad():
-            return isinstance(block(call.hidden, *call.args, **call.kwargs), tuple)
+        self.source.release_embeddings()
 
     def _shared(self, index: int, call: BlockCall) -> BlockCall:
         """Masks and positions are the same for every full batch: keep one copy."""
-        empty = torch.empty(0)
         for other in self._calls[:1]:
-            if _equal((other[index].args, other[index].kwargs), (call.args, call.kwargs)):
+            if equal((other[index].args, other[index].kwargs), (call.args, call.kwargs)):
                 return other[index]
-        return BlockCall(empty, call.args, call.kwargs)
+        return replace(call, hidden=torch.empty(0))
 
     @property
     def hidden(self) -> Tensor:
@@ -135,6 +163,13 @@ class BlockStream:
     def batch_of(self, states: Tensor, batch: int) -> Tensor:
         """One batch of hidden states of all windows, on the device."""
         return states[self._batches[batch]].to(self.device)
+
+    def reaches(self, index: int) -> bool:
+        """Whether the forward calls this block at all; some are for other inputs than text."""
+        return True
+
+    def close(self) -> None:
+        """Give up what is under way."""
 
     @torch.no_grad()
     def advance(self, index: int, block: nn.Module) -> None:
@@ -236,11 +271,40 @@ class BlockStream:
         return list(stages.values())
 
 
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    return a is b or (type(a) is type(b) and a == b)
+def check_flow(source: OpenedModel, tokens: Int[Tensor, "num window"], what: str) -> None:
+    """Raise UnsupportedModel if `what` needs hidden states that the model has not: one tensor between blocks."""
+    flow = flow_of(source, tokens[:1])
+    if not flow.replays:
+        raise UnsupportedModel(f"{what} needs hidden states that are one tensor, and here {flow.why}: leave it out")
+
+
+class PausedStream(BlockStream):
+    """The model's own forward, one thread a batch, paused at every block: for models whose blocks hand on more than one
+    tensor. There are no hidden states to look at, only the arguments that each block is called with."""
+
+    def _begin(self, tokens: Tensor) -> None:
+        self._forward = PausedForward(
+            self.source.model, self.source.block_names, [tokens[rows].to(self.device) for rows in self._batches]
+        )
+        weakref.finalize(self, self._forward.close)
+
+    @property
+    def hidden(self) -> Tensor:
+        raise UnsupportedModel("this model has no hidden states between blocks that are one tensor")
+
+    def reaches(self, index: int) -> bool:
+        return self._forward.reaches(index)
+
+    def run_batch(
+        self, index: int, block: Callable[..., Any], batch: int, states: Tensor | None = None
+    ) -> tuple[slice, Tensor, Tensor]:
+        call, out = self._forward.run(index, batch)
+        return self._batches[batch], call.hidden, first_of(out)
+
+    @torch.no_grad()
+    def advance(self, index: int, block: nn.Module) -> None:
+        for batch in range(self.num_batches):
+            self._forward.advance(index, batch)
+
+    def close(self) -> None:
+        self._forward.close()

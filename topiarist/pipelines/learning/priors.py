@@ -79,7 +79,7 @@ def one_shot_masks(
     )
     names = source.block_names
     with eager_experts(source.model):
-        stream = BlockStream(source, tokens, batch_size=batch_size, device=source.device)
+        stream = BlockStream.of(source, tokens, batch_size=batch_size)
         for index, path in enumerate(names):
             progress("prior", index, len(names))
             block = source.load(index)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class BlockPruner:
     correct: Correct | None = None
     joint: SparseLLM | None = None
     """Prunes feed-forward networks as a whole; `solver` is then its local solver."""
+    uncalled: Literal["magnitude", "dense"] = "magnitude"
+    """What becomes of a linear layer that no forward called: attention to another model's states, say."""
     on_solution: Callable[[str, Solution], None] = lambda *_: None
     """Sees every solution with its layer's name: a mask is not always where the weight is not zero."""
     refined: list[BlockRefinement] = field(default_factory=list)
@@ -68,6 +70,13 @@ class BlockPruner:
                 "does not; drop one of them"
             )
         return cls(method.solver, patterns, refine, joint=method)
+
+    @property
+    def needs_states(self) -> str:
+        """What of the work looks at hidden states between blocks; empty if inputs of matrices are all."""
+        if self.joint is not None:
+            return "sparsellm"
+        return "error correction" if self.correct is not None else "refinement" if self.refine is not None else ""
 
     @property
     def follows_dense(self) -> bool:
@@ -141,8 +150,10 @@ class BlockPruner:
 
     def solve(self, groups: Sequence[GramGroup], matrices: Sequence[Matrix], path: str) -> list[LayerReport]:
         """Solve every group on its Gram; matrices in no group saw no token and are pruned by magnitude, loudly."""
-        self._warn_of_thin(groups, matrices, path)
         reached = {m for group in groups for m in group.matrices}
+        if self.uncalled == "dense":
+            matrices = self._called(matrices, reached, path)
+        self._warn_of_thin(groups, matrices, path)
         unseen = [
             GramGroup([m], Gram.from_matrix(torch.eye(m.shape[1], device=m.tensor.device), tokens=0))
             for m in matrices
@@ -154,6 +165,13 @@ class BlockPruner:
             for group in [*groups, *unseen]:
                 layers.update(self._solve_group(group, path))
         return [layers[m] for m in matrices]
+
+    def _called(self, matrices: Sequence[Matrix], reached: set[Matrix], path: str) -> list[Matrix]:
+        """The matrices without the linear layers that were never called: no text says anything about those."""
+        never = [m.name for m in matrices if m not in reached and m.expert is None]
+        if never:
+            self.warn(f"{path}: never called for this text, so dense: {', '.join(never)}", CalibrationWarning)
+        return [m for m in matrices if m.name not in never]
 
     def _solve_group(self, group: GramGroup, path: str) -> dict[Matrix, LayerReport]:
         weights = [m.weight for m in group.matrices] if group.asked is None else group.asked

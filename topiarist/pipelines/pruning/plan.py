@@ -57,7 +57,7 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
     with eager_experts(source.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a probe of two windows is thin by design
         probe = windows.tokens[:PROBE_WINDOWS]
-        stream = BlockStream(source, probe, batch_size=len(probe), device=source.device)
+        stream = BlockStream.of(source, probe, batch_size=len(probe))
         block = source.load(0)
         path = f"{source.family.blocks}.0"
         matrices = [m for m in source.matrices(0) if patterns[f"{path}.{m.name}"] is not None]

@@ -14,7 +14,7 @@ from topiarist.checkpoints.writing import OutputFolder, bytes_to_write
 from topiarist.core.meter import return_freed_memory
 from topiarist.models.folder import FolderModel
 from topiarist.models.opened import OpenedModel
-from topiarist.pipelines.common.stream import BlockStream
+from topiarist.pipelines.common.stream import BlockStream, check_flow
 from topiarist.pipelines.pruning.block import BlockPruner
 from topiarist.pipelines.pruning.options import Progress, PruneOptions
 from topiarist.results.report import BlockRefinement, JointBlock, LayerReport
@@ -38,6 +38,11 @@ class Walk:
     ) -> None:
         self.source, self.pruner, self.tokens, self.options, self.progress = source, pruner, tokens, options, progress
         self.names = source.block_names
+        pruner.uncalled = "dense"
+        for note in source.unpruned():
+            pruner.warn(note, UserWarning)
+        if len(tokens) and pruner.needs_states:  # refused, if at all, before anything is written
+            check_flow(source, tokens, pruner.needs_states)
 
     def _start(self) -> BlockStream | None:
         """The hidden states before the first block; None where nothing has to flow."""
@@ -46,12 +51,12 @@ class Walk:
         self.progress("reading the calibration text", 0, len(self.names))
         with self.pruner.meter.timed("forward"):
             spill = None if self.options.spill is None else Path(self.options.spill)
-            return BlockStream(
+            return BlockStream.of(
                 self.source,
                 self.tokens,
                 batch_size=self.options.windows_a_forward,
-                device=self.source.device,
                 spill=spill,
+                needs_states=self.pruner.needs_states,
             )
 
     def _prune_block(self, stream: BlockStream | None, index: int) -> list[LayerReport]:
@@ -60,6 +65,9 @@ class Walk:
         matrices = self.source.matrices(index)
         if stream is None:
             return self.pruner.prune_without_data(block, matrices, self.names[index])
+        if not stream.reaches(index):
+            self.pruner.warn(f"{self.names[index]} is not called for text, so it stays dense", UserWarning)
+            return []
         return self.pruner.prune(
             stream, index, block, matrices, self.names[index], sequential=self.options.true_sequential
         )
@@ -82,6 +90,8 @@ class Walk:
         for index in range(len(self.names)):
             layers += self._prune_block(stream, index)
             self._advance(stream, index)
+        if stream is not None:
+            stream.close()
         self.progress("done", len(self.names), len(self.names))
         return layers
 
@@ -108,6 +118,8 @@ class Walk:
             self._advance(stream, index)
             self.source.release(index)
             return_freed_memory()
+        if stream is not None:
+            stream.close()
         self.progress("writing the model", len(self.names), len(self.names))
         with self.pruner.meter.timed("write"):
             output.gather(checkpoint, self._outside(checkpoint))

@@ -13,7 +13,8 @@ from torch import Tensor
 from topiarist.checkpoints.writing import SavedState
 from topiarist.core.losses import divergence
 from topiarist.core.options import options
-from topiarist.models.families import Matrix, family_of, matrices_of
+from topiarist.models.derive import family_of
+from topiarist.models.families import Matrix, matrices_of
 from topiarist.models.hooks import hooked
 from topiarist.pipelines.learning.recover import Recover
 from topiarist.pipelines.training.batches import Batches
@@ -47,7 +48,7 @@ def disk_bytes(model: Any, settings: Distill) -> int:
 
 
 def _matrices(model: Any) -> list[Matrix]:
-    family = family_of(model.config.model_type)
+    family = family_of(model)
     return [matrix for block in model.get_submodule(family.blocks) for matrix in matrices_of(block, family)]
 
 

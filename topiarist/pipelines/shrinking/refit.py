@@ -45,7 +45,7 @@ def refit_consumers(
     if not wanted:
         return [], []
     with eager_experts(source.model):
-        stream = BlockStream(source, tokens, batch_size=batch_size, device=source.device)
+        stream = BlockStream.of(source, tokens, batch_size=batch_size, needs_states="the refit")
         for index in range(len(source.block_names)):
             progress("refitting", index, len(source.block_names))
             matrices = {f"{source.family.blocks}.{index}.{m.name}": m for m in source.matrices(index)}

@@ -1,0 +1,1 @@
+"""Every model type that transformers knows, tiny and random: what topiarist does with each."""

@@ -1,0 +1,96 @@
+"""A model without memory from a folder's config: the class that its files were saved from, and its dtypes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from topiarist.checkpoints.reading import Checkpoint
+from topiarist.core.errors import CheckpointError
+from topiarist.models import checks, modeling_pruned
+
+
+def without_memory(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    """The model of a folder, its parameters and stored buffers on the meta device, buffers that are computed in memory.
+
+    Raises UnsupportedModel if it needs code of its own and may not run it, CheckpointError if transformers cannot build it.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    modeling_pruned.register(checkpoint.config)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        if "tie_word_embeddings" in checkpoint.config:
+            config.tie_word_embeddings = checkpoint.config["tie_word_embeddings"]
+            text = config.get_text_config(decoder=True)
+            if text is not config:
+                text.tie_word_embeddings = config.tie_word_embeddings
+        config.return_dict = True  # outputs are read by name, whatever the config asks for
+        checks.usable_attention(config)
+        with init_empty_weights(include_buffers=False):
+            model = _build(checkpoint, config, trust_remote_code)
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, OSError) as error:
+        if checks.needs_remote_code(error) and not trust_remote_code:
+            raise checks.remote_code_error(checkpoint.folder) from error
+        raise CheckpointError(f"transformers cannot build a model from {checkpoint.folder}: {error}") from error
+    _keep_in_fp32(model, checkpoint.dtype())
+    return model.eval().requires_grad_(False)
+
+
+def _build(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Any:
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as auto
+
+    dtype = checkpoint.dtype()
+    known: set[str] = set()
+    for mapping in (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+        for names in mapping.values():
+            known.update([names] if isinstance(names, str) else names)
+    stated = next(iter(checkpoint.config.get("architectures") or ()), None)
+    if stated in known and not (trust_remote_code and "auto_map" in checkpoint.config):
+        return getattr(transformers, str(stated))._from_config(config, dtype=dtype)
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
+    """Parameters that transformers would load in fp32 whatever the model's dtype are fp32 here too."""
+    plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    if not plan:
+        return
+    from transformers.core_model_loading import build_glob_alternation
+
+    wide = build_glob_alternation(list(plan))[0]
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if wide.search(name) and tensor.is_floating_point():
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            if leaf in module._buffers:
+                module._buffers[leaf] = tensor.float()
+            else:
+                module._parameters[leaf] = nn.Parameter(tensor.detach().float(), requires_grad=False)
+
+
+def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a model whose head is no copy of its embeddings."""
+    untied = {**config, "tie_word_embeddings": False}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and "tie_word_embeddings" in value:
+            untied[key] = {**value, "tie_word_embeddings": False}
+    return untied
+
+
+def optional_names(model: Any) -> Callable[[str], bool]:
+    """Whether the files may lack a parameter, as the model's class says."""
+    patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    return lambda name: any(pattern.search(name) for pattern in patterns)

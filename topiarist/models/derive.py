@@ -1,0 +1,185 @@
+"""What can be seen from the modules of any model: its decoder blocks, its experts, and what of a block stays dense.
+
+Only what cannot be seen stands in a row of `FAMILIES`. Rules and their reasons: docs/reference/architectures.md.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from topiarist.core.errors import UnsupportedModel
+from topiarist.models.families import FAMILIES, Family
+
+ROUTER = "a router"
+GATE = "a gate of few outputs"
+THROUGH_WEIGHT = "multiplied by the block itself, not called"
+OUTSIDE = "a parameter of no linear layer"
+
+_TOWER = re.compile(
+    r"(^|[._])(vision|visual|image|audio|speech|encoder|qformer|abstractor|patcher|vqmodel|protein|video|mtp)"
+)
+_BLOCK_CLASS = re.compile(r"(Layer|Block)$")
+_ROUTER_CLASS = re.compile(r"Router|TopK|M[oO]EGate$|MoeGate$")
+_ROUTER_NAME = re.compile(r"(^|\.)(gate|wg|classifier|\w*router|\w*experts?_gate)$")
+_HEADS = re.compile(r"(^|_)(num|n)_(\w+_)?heads?$|^n_head$")
+_WEIGHT_USED = re.compile(r"self\.(\w+)\.weight\b(?!\s*\.\s*(dtype|device|shape|size|is_\w+|ndim|numel|data_ptr)\b)")
+_TRANSPOSED = {"Llama4TextExperts"}
+"""Classes whose experts are stored (in, out) and do not say so by `is_transposed`."""
+
+
+def family_of(model: Any) -> Family:
+    """All that is known of a model: its row, and what its modules show.
+
+    model: a causal language model; its parameters may be without memory.
+    Raises UnsupportedModel if no list of decoder blocks can be found.
+    """
+    model_type = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+    row = FAMILIES.get(model_type.removeprefix("pruned_"), Family())
+    path = row.blocks or decoder_blocks(model)
+    dense: dict[str, str] = {}
+    experts: dict[str, bool] = {}
+    for block in model.get_submodule(path):
+        for name, reason in _dense_parts(block, _few(model)):
+            dense.setdefault(name, reason)
+        experts.update(_fused_experts(block))
+    return replace(row, blocks=path, dense={**dense, **row.dense}, experts={**experts, **row.experts})
+
+
+def decoder_blocks(model: Any) -> str:
+    """Path of the list of decoder blocks: the largest outermost one below the decoder that is no tower's."""
+    lists = block_lists(model)
+    root = _decoder_path(model)
+    inside = [name for name in lists if not root or name == root or name.startswith(root + ".")]
+    plain = [name for name in inside if not _TOWER.search(name[len(root) :])]
+    chosen = plain or inside or lists
+    if not chosen:
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise UnsupportedModel(
+            f"no list of decoder blocks in model type {kind!r}: name it in a row of topiarist.models.FAMILIES "
+            "(Family(blocks='path.of.the.list')), or prune its modules with prune_module"
+        )
+    return chosen[0]
+
+
+def block_lists(model: Any) -> list[str]:
+    """Outermost lists of layers, the one with most weights first."""
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    found: list[tuple[int, str]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or not len(module):
+            continue
+        if any(name.startswith(path + ".") for _, path in found):
+            continue
+        if all(_is_block(child) or type(child).__name__ in kinds for child in module):
+            found.append((-sum(p.numel() for p in module.parameters()), name))
+    return [name for _, name in sorted(found, key=lambda one: one[0])]
+
+
+def base_model(model: Any) -> Any:
+    """The model without its head: what turns token ids into hidden states."""
+    for name in (getattr(model, "base_model_prefix", ""), "model", "transformer"):
+        if name and isinstance(getattr(model, name, None), nn.Module):
+            return getattr(model, name)
+    return model.get_decoder() if hasattr(model, "get_decoder") else model
+
+
+def is_tower(name: str, blocks: str) -> bool:
+    """Whether a parameter is that of another input than text: one of a tower, beside the decoder that holds `blocks`."""
+    parts, beside = name.split("."), blocks.split(".")
+    common = next((i for i, (a, b) in enumerate(zip(parts, beside, strict=False)) if a != b), 0)
+    return _TOWER.search(".".join(parts[common:])) is not None
+
+
+def is_transposed(module: Any) -> bool:
+    """Whether a module of fused experts stores them (expert, in, out)."""
+    stated = getattr(module, "is_transposed", None)
+    return type(module).__name__ in _TRANSPOSED if stated is None else bool(stated)
+
+
+def _is_block(module: nn.Module) -> bool:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return isinstance(module, GradientCheckpointingLayer) or _BLOCK_CLASS.search(type(module).__name__) is not None
+
+
+def _decoder_path(model: Any) -> str:
+    try:
+        decoder = model.get_decoder()
+    except (AttributeError, NotImplementedError):
+        decoder = None
+    if decoder is None or decoder is model:
+        decoder = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+    return next((name for name, module in model.named_modules() if module is decoder), "")
+
+
+def _few(model: Any) -> int:
+    """The largest number of heads that the config names: a linear layer of no more outputs gates them."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    counts = [v for k, v in vars(config or object).items() if _HEADS.search(k) and isinstance(v, int)]
+    return max(counts, default=1)
+
+
+def _dense_parts(block: nn.Module, few: int) -> Iterator[tuple[str, str]]:
+    """(name in the block, reason) of what is not pruned: linear layers, and parameters of two or more axes outside them."""
+    modules = dict(block.named_modules())
+    for name, module in modules.items():
+        parent = modules.get(name.rpartition(".")[0]) if name else None
+        if isinstance(module, nn.Linear):
+            routing = any(_ROUTER_CLASS.search(type(m).__name__) for m in (module, parent))
+            if routing or _ROUTER_NAME.search(name):
+                yield name, ROUTER
+            elif module.out_features <= few:
+                yield name, GATE
+            elif parent is not None and name.rpartition(".")[2] in _used_through_weight(type(parent)):
+                yield name, THROUGH_WEIGHT
+        elif not _holds_vectors(module):
+            router = _ROUTER_CLASS.search(type(module).__name__)
+            for key, parameter in module._parameters.items():
+                path = f"{name}.{key}" if name else key
+                if parameter is None or parameter.ndim < 2 or "bias" in key or _is_fused(name, module, parameter):
+                    continue
+                yield path, ROUTER if router or _ROUTER_NAME.search(name) else OUTSIDE
+
+
+def _holds_vectors(module: nn.Module) -> bool:
+    """Convolutions, embeddings and norms: they hold no matrix that could be pruned."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+    return isinstance(module, kinds) or type(module).__name__ == "Conv1D" or "Norm" in type(module).__name__
+
+
+def _fused_experts(block: nn.Module) -> dict[str, bool]:
+    """Parameters (expert, ..., ...) of a block by name, and whether they are stored (expert, in, out)."""
+    return {
+        f"{name}.{key}": is_transposed(module)
+        for name, module in block.named_modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None and "bias" not in key and _is_fused(name, module, parameter)
+    }
+
+
+def _is_fused(name: str, module: nn.Module, parameter: Tensor) -> bool:
+    if parameter.ndim != 3 or isinstance(module, nn.Conv1d):
+        return False
+    return hasattr(module, "has_gate") or "xpert" in type(module).__name__ or "xpert" in name
+
+
+@lru_cache(maxsize=512)
+def _used_through_weight(kind: type) -> frozenset[str]:
+    """Attributes of a class that its own code never calls but whose `.weight` it multiplies by: no input is ever seen."""
+    code = ""
+    for name, function in vars(kind).items():
+        if inspect.isfunction(function) and name != "_init_weights":
+            try:
+                code += inspect.getsource(function)
+            except (OSError, TypeError):  # code without a file
+                continue
+    used = {match.group(1) for match in _WEIGHT_USED.finditer(code)}
+    return frozenset(name for name in used if not re.search(rf"self\.{name}\(", code))
