@@ -83,10 +83,8 @@ class StoredMatrices:
         """
         checkpoint = self.checkpoint
         try:
-            if name in checkpoint or self.model is None:
-                weight = checkpoint.read(name)
-            else:
-                weight = self.model.parameter(name)
+            by_name = name in checkpoint or self.model is None
+            weight = checkpoint.read(name) if by_name else self.model.parameter(name)  # pyright: ignore[reportOptionalMemberAccess]
         except (CheckpointError, KeyError, AttributeError):
             stem = name.removesuffix("weight")
             packed = [key for key in checkpoint.files if key.startswith(stem) and key != f"{stem}bias"]

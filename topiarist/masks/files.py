@@ -245,13 +245,14 @@ def _converted(checkpoint: Checkpoint, file: MaskFile) -> FolderModel | None:
     """
     if all(name in checkpoint for name in file):
         return None
-    another = f"{file.path} was made for another base model ({file.base_model}): {checkpoint.folder}"
     try:
         source = FolderModel(checkpoint, device=torch.device("cpu"))
-    except TopiaristError as error:
-        raise CheckpointError(f"{another} cannot be read as its masks need it ({error})") from error
-    if lacking := next((name for name in file if name not in source.names), None):
-        raise CheckpointError(f"{another} has no {lacking}")
+    except TopiaristError:  # then only plain names can be found
+        source = None
+    if lacking := next((n for n in file if (n not in source.names if source else n not in checkpoint)), None):
+        raise CheckpointError(
+            f"{file.path} was made for another base model ({file.base_model}): {checkpoint.folder} has no {lacking}"
+        )
     return source
 
 
