@@ -173,7 +173,7 @@ def test_what_cannot_be_read_is_refused(tmp_path):
 
 
 def test_a_dequantised_folder_is_a_checkpoint_like_any_other(tmp_path):
-    from topiarist.models.families import family_of, matrices_of
+    from topiarist.models import family_of, matrices_of
 
     grid = Grid(bits=8, group=32)
     plain = Checkpoint(tiny_checkpoint(tmp_path / "plain"))
@@ -195,7 +195,7 @@ def test_a_dequantised_folder_is_a_checkpoint_like_any_other(tmp_path):
         weight = found.quantized(name)
         assert weight is not None and torch.equal(weight.dequantized(), found.read(name))
     model = tiny_model()
-    assert {f"model.layers.0.{m.name}.weight" for m in matrices_of(model.model.layers[0], family_of("llama"))} <= set(
+    assert {f"model.layers.0.{m.name}.weight" for m in matrices_of(model.model.layers[0], family_of(model))} <= set(
         names
     )
 

@@ -125,8 +125,10 @@ class FolderModel(OpenedModel):
         return self._read(name, self.checkpoint, mapped=False)[name]
 
     def stored(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters that were read, whole groups of them, as the files hold them: names, shapes and dtypes."""
+        """Parameters, whole groups of them, as the files hold them: names, shapes and dtypes."""
         stored = self.names.write(parameters)
+        for key in stored.keys() - self._stored_dtype.keys():
+            self._stored_dtype[key] = self.checkpoint.read(key, mapped=True).dtype
         return {key: stored[key].to("cpu", self._stored_dtype[key]).contiguous() for key in sorted(stored)}
 
     def _read(self, name: str, checkpoint: Checkpoint, mapped: bool) -> dict[str, Tensor]:

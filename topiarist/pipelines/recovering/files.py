@@ -61,22 +61,12 @@ def write_recovered(
 def _on_disk(opened: FolderModel, model: Any, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The trained parameters as the folder stores them: its names, its dtypes, experts one by one, ties under each name."""
     wanted = {id(parameter) for parameter in trained.values()}
-    found: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) not in wanted:
-            continue
-        try:
-            parts = opened.disk_parts(name)
-        except CheckpointError:
-            if name in trained:
-                raise
-            continue  # another name of a tied parameter, which the folder stores once
-        value = parameter.detach()
-        whole = len(parts) == 1 and len(parts[0]) == 1
-        for row, expert in [(parts[0], value)] if whole else zip(parts, value, strict=True):
-            found |= dict(zip(row, expert.chunk(len(row)), strict=True))
-    dtypes = {name: opened.checkpoint.read(name, mapped=True).dtype for name in found}
-    return {name: value.to("cpu", dtypes[name]) for name, value in found.items()}
+    values = dict(model.named_parameters(remove_duplicate=False))
+    names = {name for name, parameter in values.items() if id(parameter) in wanted and name in opened.names}
+    if lacking := sorted(set(trained) - names):
+        raise CheckpointError(f"{opened.checkpoint.folder} has no {lacking[0]}: it is not the folder that was trained")
+    whole = {target for name in names for target in opened.names.group(name).targets}
+    return opened.stored({name: values[name].detach() for name in sorted(whole)})
 
 
 def _write_papers(
