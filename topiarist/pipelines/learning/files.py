@@ -15,13 +15,13 @@ from topiarist import __about__
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.writing import MASKS, OutputFolder
 from topiarist.core.errors import TopiaristError
-from topiarist.data import Windows
 from topiarist.masks import MaskFile, save_masks
 from topiarist.masks.files import write_masked
 from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.common.written import saved_beside
 from topiarist.pipelines.learning.masking import Target
 from topiarist.pipelines.learning.report import METHOD, LearnedLayer, LearnReport, learned_card
+from topiarist.pipelines.training.text import TrainingText
 from topiarist.pipelines.training.weights import STATE_BYTES as WEIGHT_STATE_BYTES
 from topiarist.results.pages import PAGE, Result, report_page
 
@@ -113,7 +113,7 @@ def write_result(
     masks: Mapping[str, Tensor],
     replaced: Mapping[str, Tensor] | None,
     report: LearnReport,
-    windows: Windows,
+    text: TrainingText,
 ) -> None:
     """The pruned checkpoint, its masks and its papers."""
     save_masks(
@@ -132,7 +132,7 @@ def write_result(
     output.write_text("README.md", learned_card(report, __about__.__version__))
     output.write_text(PAGE, report_page(Result({**report.to_dict(), "method": METHOD}, __about__.__version__)))
     output.write_text("pruning_run.json", json.dumps(report.run, indent=2) + "\n")
-    output.write_text("pruning_calibration.json", windows.record())
+    output.write_text("pruning_calibration.json", text.record())
     config = {**checkpoint.config, "pruning_config": report.pruning_config(__about__.__version__)}
     output.finish(config, report.to_dict(), side_files=checkpoint.folder)
 

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from topiarist.core.errors import CalibrationError, TopiaristError
 from topiarist.core.patterns import Pattern
 from topiarist.core.registry import look_up
-from topiarist.data import TextFiles, Windows
+from topiarist.data import TextFiles
 from topiarist.masklearn import PRESETS, Preset
 from topiarist.models.opened import ObjectModel, open_model
 from topiarist.pipelines.common.setup import resolve_patterns
 from topiarist.pipelines.learning.masking import Target, targets
-from topiarist.pipelines.training.batches import split_held_out
-from topiarist.pipelines.training.text import training_windows
+from topiarist.pipelines.training.text import Sequences, TrainingText, training_text
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,8 @@ class Job:
     recipe: Preset
     patterns: Mapping[str, Pattern | None]
     blocks: list[list[Target]]
-    windows: Windows
-    training: Tensor
+    text: TrainingText
+    training: Sequences
     watching: Tensor
     batch_size: int
     notes: list[str]
@@ -68,21 +67,19 @@ def prepare(
     if not any(blocks):
         raise TopiaristError("every layer is skipped: nothing to learn")
     notes = [f"--skip {expression!r} matches no layer" for expression in unmatched]
-    windows = training_windows(source, data, window_tokens=recipe.length, tokenizer=tokenizer)
-    if windows.window < recipe.length and not isinstance(data, Tensor):
-        notes.append(
-            f"sequences of {windows.window} tokens, the model's limit, instead of the preset's {recipe.length}"
-        )
-    recipe = replace(recipe, length=windows.window)
-    trained, watched = split_held_out(len(windows.tokens), held_out)
-    training, watching = windows.tokens[trained].contiguous(), windows.tokens[watched].contiguous()
+    num = recipe.steps * recipe.sequences + held_out
+    with training_text(source, data, window_tokens=recipe.length, num_windows=num, seed=0, tokenizer=tokenizer) as text:
+        training, watching = text.split(held_out)
+    if text.window < recipe.length and not isinstance(data, Tensor):
+        notes.append(f"sequences of {text.window} tokens, the model's limit, instead of the preset's {recipe.length}")
+    recipe = replace(recipe, length=text.window)
     size = _batch_size(batch_size, recipe.sequences, processes)
     if len(training) < recipe.sequences:
         raise CalibrationError(
-            f"training text holds {len(training)} sequences of {windows.window} tokens beside the {len(watching)} that "
+            f"training text holds {len(training)} sequences of {text.window} tokens beside the {len(watching)} that "
             f"are held out, a step takes {recipe.sequences}: add text"
         )
-    return Job(recipe, patterns, blocks, windows, training, watching, size, notes)
+    return Job(recipe, patterns, blocks, text, training, watching, size, notes)
 
 
 def _recipe(preset: str | Preset, steps: int | None, lean: bool, eight_bit: bool) -> Preset:

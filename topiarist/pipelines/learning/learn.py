@@ -134,9 +134,9 @@ def learn(
     }
     calibration = {
         "samples": len(job.training),
-        "window": job.windows.window,
+        "window": job.text.window,
         "seed": seed,
-        "digest": job.windows.digest,
+        "digest": job.text.digest,
         "held_out": len(job.watching),
     }
     report = LearnReport(str(parse_pattern(pattern)), name, settings, calibration, warnings=notes)
@@ -194,9 +194,7 @@ def learn(
             report.output = str(out)
             folder = output
             processes.on_main(  # nobody returns before the folder is whole
-                lambda: write_result(
-                    folder, checkpoint, source, tokenizer, wanted, final, replaced, report, job.windows
-                )
+                lambda: write_result(folder, checkpoint, source, tokenizer, wanted, final, replaced, report, job.text)
             )
         if isinstance(model, nn.Module):
             mask_in_place(wanted, final, replaced)

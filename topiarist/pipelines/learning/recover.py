@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated
 
 import torch
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Shaped
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from topiarist.core.options import options
 from topiarist.pipelines.training.batches import Batches
 from topiarist.pipelines.training.loop import FineTuning, Progress
 from topiarist.pipelines.training.processes import Processes
+from topiarist.pipelines.training.text import Sequences
 from topiarist.pipelines.training.weights import TrainedWeights
 
 
@@ -42,7 +43,7 @@ def recover_weights(
     model: nn.Module,
     masks: Mapping[str, Bool[Tensor, "..."]],
     settings: Recover,
-    tokens: Int[Tensor, "num window"],
+    tokens: Sequences,
     *,
     batch_size: int,
     seed: int,

@@ -22,6 +22,7 @@ from topiarist.masklearn import Annealing, MaskAdamW, Preset, eight_bit
 from topiarist.pipelines.learning.masking import MaskedModel
 from topiarist.pipelines.training.batches import Batches, accumulate_gradients, held_out_mean
 from topiarist.pipelines.training.processes import Processes
+from topiarist.pipelines.training.text import Sequences
 
 CERTAIN, STILL = 0.99, 1e-6
 """The stop rule: mean largest probability above the one, changed weights since the last evaluation below the other."""
@@ -30,14 +31,14 @@ CERTAIN, STILL = 0.99, 1e-6
 class MaskTrainer:
     """One run of learning on a masked model.
 
-    tokens: training sequences (num, length). held_out: sequences that only watch. batch_size: sequences a forward.
+    tokens: training sequences. held_out: sequences (num, length) that only watch. batch_size: sequences a forward.
     distill: share of the loss that is the divergence from the dense model's own predictions.
     """
 
     def __init__(
         self,
         masked: MaskedModel,
-        tokens: Tensor,
+        tokens: Sequences,
         held_out: Tensor,
         preset: Preset,
         *,
@@ -138,7 +139,7 @@ class MaskTrainer:
         self._last_bits = bits
         entry = {
             "step": self.step,
-            "tokens": self.step * self.preset.sequences * self.tokens.shape[1],
+            "tokens": self.step * self.preset.sequences * self.held_out.shape[1],
             "loss": sum(soft) / len(soft) if soft else None,
             "hard_loss": self.hard_loss(),
             "flips": self._changed(bits, self.masked.prior_bits),

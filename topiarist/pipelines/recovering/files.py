@@ -16,11 +16,11 @@ from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.streaming import tensor_bytes
 from topiarist.checkpoints.writing import MASKS, REPORT, OutputFolder
 from topiarist.core.errors import CheckpointError
-from topiarist.data import Windows
 from topiarist.models.folder import FolderModel
 from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.common.written import saved_beside
 from topiarist.pipelines.recovering.report import SECTION, RecoverReport
+from topiarist.pipelines.training.text import TrainingText
 from topiarist.results.pages import PAGE, Result, report_page
 from topiarist.results.pages.card import with_measurements
 from topiarist.results.pages.result import read_json
@@ -35,7 +35,7 @@ def write_recovered(
     model: Any,
     trained: Mapping[str, Tensor],
     report: RecoverReport,
-    windows: Windows,
+    text: TrainingText,
 ) -> None:
     """Write the whole checkpoint and its papers.
 
@@ -47,7 +47,7 @@ def write_recovered(
         with saved_beside(model, tokenizer_of(opened), written, cure="; the trained state is kept"):
             config = Checkpoint(written).config
         output.take_files(written)
-        _write_papers(output, written, config, report, windows)
+        _write_papers(output, written, config, report, text)
         return
     checkpoint, changed = opened.checkpoint, _on_disk(opened, model, trained)
     output.done()
@@ -55,7 +55,7 @@ def write_recovered(
         {name: checkpoint.stored(name) for name in checkpoint.files},
         lambda name: [tensor_bytes(changed[name])] if name in changed else checkpoint.chunks(name),
     )
-    _write_papers(output, checkpoint.folder, checkpoint.config, report, windows)
+    _write_papers(output, checkpoint.folder, checkpoint.config, report, text)
 
 
 def _on_disk(opened: FolderModel, model: Any, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ def _on_disk(opened: FolderModel, model: Any, trained: Mapping[str, Tensor]) -> 
 
 
 def _write_papers(
-    output: OutputFolder, folder: Path, config: Mapping[str, Any], report: RecoverReport, windows: Windows
+    output: OutputFolder, folder: Path, config: Mapping[str, Any], report: RecoverReport, text: TrainingText
 ) -> None:
     """Write the report, card and config of the pruned model again, with what the recovery did."""
     before = {key: value for key, value in read_json(folder / REPORT).items() if key not in ("fingerprint", "files")}
@@ -81,12 +81,12 @@ def _write_papers(
     whole = {**facts, SECTION: report.to_dict()}
     result = Result(whole, __about__.__version__)
     card = folder / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {result.name}\n"
-    output.write_text("README.md", f"{with_measurements(text, result).rstrip()}\n\n{report.card()}")
+    about = card.read_text(encoding="utf-8") if card.is_file() else f"# {result.name}\n"
+    output.write_text("README.md", f"{with_measurements(about, result).rstrip()}\n\n{report.card()}")
     output.write_text(PAGE, report_page(result))
     output.write_text("pruning_run.json", json.dumps(report.run, indent=2) + "\n")
     seen = frozenset(int(passage, 16) for passage in read_json(folder / CALIBRATION).get("passages", []))
-    output.write_text(CALIBRATION, replace(windows, passages=seen | windows.passages).record())
+    output.write_text(CALIBRATION, replace(text, passages=seen | text.passages).record())
     for name in (MASKS, SPEC):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, output.folder / name)

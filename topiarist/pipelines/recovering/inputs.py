@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Bool, Int
@@ -10,11 +13,11 @@ from torch import Tensor, nn
 from topiarist.checkpoints.reading import claimed_patterns
 from topiarist.core.errors import CalibrationError, CheckpointError, UnsupportedModel
 from topiarist.core.patterns import parse_pattern
-from topiarist.data import Windows
 from topiarist.masks import zeros_of
 from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.recovering.options import RecoverOptions
-from topiarist.pipelines.training.batches import split_held_out
+from topiarist.pipelines.training.processes import Processes
+from topiarist.pipelines.training.text import Sequences, TrainingText, training_text
 
 PROBE = "The quick brown fox\n\n jumps over 13 lazy dogs; naïve café, 東京.\tfor (i = 0; i < n; ++i) {}"
 """Text that two tokenizers of one vocabulary and different rules are likely to cut differently."""
@@ -103,25 +106,38 @@ def check_dense(teacher: OpenedModel) -> None:
         )
 
 
+@contextmanager
+def text_of(
+    model: OpenedModel, options: RecoverOptions, processes: Processes, out: Path | None = None, **more: Any
+) -> Iterator[TrainingText]:
+    """The training text: of text that is far longer than the budget, no more than the budget takes."""
+    window = min(options.window_tokens, model.limit or options.window_tokens)
+    with training_text(
+        model, options.data, window_tokens=options.window_tokens, num_windows=options.tokens // window + options.held_out,
+        seed=options.seed, tokenizer=options.tokenizer, processes=processes, out=out, **more,
+    ) as text:  # fmt: skip
+        yield text
+
+
 def cut_text(
-    windows: Windows, options: RecoverOptions, processes: int
-) -> tuple[Int[Tensor, "num window"], Int[Tensor, "held window"], int]:
+    text: TrainingText, options: RecoverOptions, processes: int
+) -> tuple[Sequences, Int[Tensor, "held window"], int]:
     """Return (training sequences, held-out sequences, steps). Raises CalibrationError for too little text or budget."""
-    trained, held_out = split_held_out(len(windows.tokens), options.held_out)
-    num, step = int(trained.sum()), options.sequences * windows.window
-    if num < options.sequences:
+    trained, held_out = text.split(options.held_out)
+    step = options.sequences * text.window
+    if len(trained) < options.sequences:
         raise CalibrationError(
-            f"training text holds {num} sequences of {windows.window} tokens beside {int(held_out.sum())} held-out ones, "
+            f"training text holds {len(trained)} sequences of {text.window} tokens beside {len(held_out)} held-out ones, "
             f"a step takes {options.sequences}: add text, or shorten the window"
         )
     if options.tokens < step:
         raise CalibrationError(
-            f"a budget of {options.tokens:,} tokens is below one step of {options.sequences} x {windows.window} = "
+            f"a budget of {options.tokens:,} tokens is below one step of {options.sequences} x {text.window} = "
             f"{step:,}: raise --tokens, or lower --sequences"
         )
     if options.sequences % processes:
         raise CalibrationError(f"{options.sequences} sequences a step cannot be divided among {processes} processes")
-    return windows.tokens[trained], windows.tokens[held_out], options.tokens // step
+    return trained, held_out, options.tokens // step
 
 
 def trained_parameters(model: Any, options: RecoverOptions) -> dict[str, nn.Parameter]:

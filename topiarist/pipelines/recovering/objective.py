@@ -14,6 +14,7 @@ from topiarist.core.losses import divergence, next_token_loss
 from topiarist.models.hooks import hooked
 from topiarist.pipelines.training.batches import held_out_mean
 from topiarist.pipelines.training.processes import Processes
+from topiarist.pipelines.training.text import Sequences
 
 Hidden = list[Float[Tensor, "batch window width"]]
 
@@ -29,7 +30,7 @@ class Objective:
         self,
         student: Any,
         teacher: Any | None,
-        tokens: Int[Tensor, "num window"],
+        tokens: Sequences,
         held_out: Int[Tensor, "held window"],
         *,
         blocks: tuple[Sequence[nn.Module], Sequence[nn.Module]] = ((), ()),
@@ -44,7 +45,7 @@ class Objective:
 
     def loss(self, rows: Sequence[int]) -> Float[Tensor, ""]:
         """Mean training loss of some training sequences."""
-        batch = self.tokens[list(rows)].long().to(self.device)
+        batch = self.tokens[rows].to(self.device)
         if self.hidden_weight is None:
             return self._predictions(batch)
         with outputs_of(self.blocks[0]) as own, outputs_of(self.blocks[1]) as wanted:
@@ -54,7 +55,7 @@ class Objective:
         """Mean loss of the predictions on the held-out sequences."""
 
         def loss(row: int) -> Tensor:
-            return self._predictions(self.held_out[row : row + 1].long().to(self.device))
+            return self._predictions(self.held_out[row : row + 1].to(self.device))
 
         return held_out_mean(len(self.held_out), loss, self.processes, self.device)
 

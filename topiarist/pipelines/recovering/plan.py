@@ -13,12 +13,11 @@ from topiarist.checkpoints.writing import SavedState
 from topiarist.core.meter import peak_memory_bytes
 from topiarist.core.options import given_or_made, takes
 from topiarist.pipelines.pruning.plan import duration
-from topiarist.pipelines.recovering.inputs import cut_text, held_masks
+from topiarist.pipelines.recovering.inputs import cut_text, held_masks, text_of
 from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.recovering.recover import make_objective, open_pruned, open_teacher
 from topiarist.pipelines.recovering.trainee import Trainee
 from topiarist.pipelines.training.processes import Processes
-from topiarist.pipelines.training.text import training_windows
 from topiarist.pipelines.training.weights import STATE_BYTES
 
 
@@ -64,18 +63,23 @@ def plan_recover(
     options = given_or_made(RecoverOptions, options, settings)
     opened = open_pruned(model, options)
     dense = open_teacher(opened, teacher, options)
-    windows = training_windows(opened, options.data, window_tokens=options.window_tokens, tokenizer=options.tokenizer)
-    tokens, held_out, steps = cut_text(windows, options, 1)
     student = opened.whole()
     trainee = Trainee(student, held_masks(student), options)
     teacher_model = None if dense is None else dense.whole()
     alone = Processes()
-    objective = make_objective(student, teacher_model, tokens, held_out[:1], options, alone)
-    started: list[float] = []
-    trainee.train(
-        objective, 2, alone, lambda *_: started.append(time.perf_counter()), SavedState(), sequences=options.batch_size
-    )
-    step_tokens = options.sequences * windows.window
+    with text_of(opened, options, alone) as text:
+        tokens, held_out, steps = cut_text(text, options, 1)
+        objective = make_objective(student, teacher_model, tokens, held_out[:1], options, alone)
+        times: list[float] = []
+        trainee.train(
+            objective,
+            2,
+            alone,
+            lambda *_: times.append(time.perf_counter()),
+            SavedState(),
+            sequences=options.batch_size,
+        )
+    step_tokens = options.sequences * text.window
     return RecoverPlan(
         trained=trainee.count,
         step_tokens=step_tokens,
@@ -84,5 +88,5 @@ def plan_recover(
         bytes_per_weight=trainee.weights.resident_bytes,
         peak_memory_bytes=peak_memory_bytes(),
         disk_bytes=opened.nbytes + 2 * (STATE_BYTES + 2) * trainee.count,
-        step_seconds=(started[1] - started[0]) * options.sequences / options.batch_size,
+        step_seconds=(times[1] - times[0]) * options.sequences / options.batch_size,
     )

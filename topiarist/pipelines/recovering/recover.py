@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from topiarist.checkpoints.writing import OutputFolder, SavedState, bytes_to_write
@@ -26,6 +27,7 @@ from topiarist.pipelines.recovering.inputs import (
     check_teacher,
     cut_text,
     held_masks,
+    text_of,
 )
 from topiarist.pipelines.recovering.objective import Objective
 from topiarist.pipelines.recovering.options import RecoverOptions
@@ -33,7 +35,7 @@ from topiarist.pipelines.recovering.report import RecoverReport
 from topiarist.pipelines.recovering.trainee import Trainee, blocks_of
 from topiarist.pipelines.training.loop import Progress
 from topiarist.pipelines.training.processes import Processes
-from topiarist.pipelines.training.text import training_windows
+from topiarist.pipelines.training.text import Sequences
 from topiarist.pipelines.training.weights import STATE_BYTES
 
 
@@ -65,44 +67,42 @@ def recover(
     opened = open_pruned(model, options)
     opened.check_output(out)
     dense = open_teacher(opened, teacher, options)
-    windows = training_windows(opened, options.data, window_tokens=options.window_tokens, tokenizer=options.tokenizer)
-    tokens, held_out, steps = cut_text(windows, options, processes.size)
-    report = RecoverReport(
-        opened.name,
-        None if dense is None else dense.name,
-        {key: value for key, value in plain(options).items() if key != "data"},
-        {
-            "num_windows": len(tokens),
-            "window_tokens": windows.window,
-            "held_out": len(held_out),
-            "digest": windows.digest,
-        },
-        steps=steps,
-    )
-    output = None
-    if out is not None:
-        place, fingerprint = (
-            Path(out),
+    tell, place = progress or (lambda *_: None), None if out is None else Path(out)
+    with ExitStack() as held:
+        text = held.enter_context(text_of(opened, options, processes, place, progress=tell))
+        tokens, held_out, steps = cut_text(text, options, processes.size)
+        report = RecoverReport(
+            opened.name,
+            None if dense is None else dense.name,
+            {key: value for key, value in plain(options).items() if key != "data"},
             {
+                "num_windows": len(tokens),
+                "window_tokens": text.window,
+                "held_out": len(held_out),
+                "digest": text.digest,
+            },
+            steps=steps,
+        )
+        output = None
+        if place is not None:
+            fingerprint = {
                 "model": opened.digest(),
                 "method": "recover",
                 "teacher": None if dense is None else dense.digest(),
                 **report.settings,
                 "data": report.data,
-            },
-        )
-        output = processes.on_main(lambda: OutputFolder(place, fingerprint))
-        if output.complete:
-            return RecoverReport.from_folder(output.folder)
-    student = opened.whole()
-    masks = held_masks(student)
-    teacher_model = None if dense is None else dense.whole()
-    if teacher_model is not None:
-        check_dense(teacher_model)
-    trainee = Trainee(student, masks, options)
-    objective = make_objective(student, teacher_model, tokens, held_out, options, processes)
-    state = SavedState()
-    with ExitStack() as held:
+            }
+            output = processes.on_main(lambda: OutputFolder(place, fingerprint))
+            if output.complete:
+                return RecoverReport.from_folder(output.folder)
+        student = opened.whole()
+        masks = held_masks(student)
+        teacher_model = None if dense is None else dense.whole()
+        if teacher_model is not None:
+            check_dense(teacher_model)
+        trainee = Trainee(student, masks, options)
+        objective = make_objective(student, teacher_model, tokens, held_out, options, processes)
+        state = SavedState()
         if output is not None:
             folder, state = output, output.state("recovery")
             # A new state is whole before the old one goes.
@@ -117,7 +117,7 @@ def recover(
             if processes.on_main(begin):
                 return RecoverReport.from_folder(folder.folder)
         with meter.timed("training"):
-            history = trainee.train(objective, steps, processes, progress or (lambda *_: None), state)
+            history = trainee.train(objective, steps, processes, tell, state)
         report.log(history.losses)
         report.evaluations = [{"step": step, "loss": loss} for step, loss in history.evaluations]
         zeros = sum(int((~mask).sum()) for mask in masks.values())
@@ -127,7 +127,7 @@ def recover(
         if output is not None:
             report.output, folder = str(out), output
             processes.on_main(  # nobody returns before the folder is whole
-                lambda: write_recovered(folder, opened, student.model, trainee.changed, report, windows)
+                lambda: write_recovered(folder, opened, student.model, trainee.changed, report, text)
             )
     return report
 
@@ -164,8 +164,8 @@ def open_teacher(
 def make_objective(
     student: ObjectModel,
     teacher: ObjectModel | None,
-    tokens: Tensor,
-    held_out: Tensor,
+    tokens: Sequences,
+    held_out: Int[Tensor, "held window"],
     options: RecoverOptions,
     processes: Processes,
 ) -> Objective:

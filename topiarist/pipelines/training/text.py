@@ -1,43 +1,111 @@
-"""Training text as sequences of tokens, by the model's own tokenizer and within its limits."""
+"""Training text as sequences of tokens, by the model's own tokenizer and within its limits, some of them held out."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from topiarist.core.errors import CalibrationError
-from topiarist.data import TextFiles, Windows, evaluation_windows
+from topiarist.data import TextFiles, Windows, calibration_windows, check_vocabulary, evaluation_windows
+from topiarist.data.draw import is_long
+from topiarist.data.text import CALIBRATION, readers
 from topiarist.models.opened import DEFAULT_WINDOW, OpenedModel
+from topiarist.pipelines.training.batches import split_held_out
+from topiarist.pipelines.training.loop import Progress
+from topiarist.pipelines.training.processes import Processes
+from topiarist.pipelines.training.token_table import TokenTable, tokenised
 
 
-def training_windows(
-    model: OpenedModel, data: TextFiles | Tensor | Sequence[str] | None, *, window_tokens: int, tokenizer: Any = None
-) -> Windows:
-    """All sequences of the text, `window_tokens` each, or the model's limit where that is less.
+@dataclass(frozen=True)
+class TrainingText:
+    """Token sequences in memory or in a file, with what identifies them."""
 
-    data: text, or token ids (num, window) whose windows are taken as they are. Raises CalibrationError if there is no
-    text, less than one sequence of it, or if it does not fit the model.
+    table: Int[Tensor, "num window"] | TokenTable
+    window: int
+    """Tokens a sequence."""
+    digest: str
+    """sha256 of all tokens."""
+    passages: frozenset[int] = frozenset()
+    """Hashes of a sample of the text's passages, to tell it from held-out text."""
+
+    def split(self, held_out: int) -> tuple[Sequences, Int[Tensor, "held window"]]:
+        """Return (training sequences, at most `held_out` others). Raises CalibrationError if there are too few."""
+        trained, others = split_held_out(len(self.table), held_out)
+        return Sequences(self.table, trained.nonzero()[:, 0]), self.table[others.nonzero()[:, 0]].long()
+
+    def record(self) -> str:
+        """JSON of what an evaluation needs to tell its text from this one; kept beside the result."""
+        return Windows(torch.empty(0, self.window, dtype=torch.int64), self.digest, self.passages).record()
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Some rows of a table of token sequences."""
+
+    table: Int[Tensor, "num window"] | TokenTable
+    rows: Int[Tensor, " some"]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, wanted: Sequence[int] | Tensor) -> Int[Tensor, "wanted window"]:
+        """Read some of the sequences, int64."""
+        return self.table[self.rows[wanted]].long()
+
+
+@contextmanager
+def training_text(
+    model: OpenedModel,
+    data: TextFiles | Tensor | Sequence[str] | None,
+    *,
+    window_tokens: int,
+    num_windows: int,
+    seed: int,
+    tokenizer: Any = None,
+    out: Path | None = None,
+    processes: Processes | None = None,
+    progress: Progress = lambda *_: None,
+) -> Iterator[TrainingText]:
+    """All sequences of the text, or of text far longer than `num_windows` of them as many, drawn by the seed.
+
+    data: text, or token ids (num, window) whose windows are taken as they are. window_tokens: tokens a sequence, or the
+    model's limit where that is less. num_windows: sequences that the run will look at, those held out included. out: the
+    folder of the run's result; the tokens of text files then stand beside it, in OUT.tokens, until the run ends. Without
+    it they are in memory.
+    Raises CalibrationError if there is no text, less than one sequence of it, or if it does not fit the model.
     """
     limit = model.limit or DEFAULT_WINDOW
+    window = min(window_tokens, limit)
     if data is None:
         raise CalibrationError("training needs text: name --data FILE")
+    long = isinstance(data, TextFiles) and is_long(readers(data, CALIBRATION), num_windows * window)
+    if isinstance(data, TextFiles) and out is not None and not long:
+        own, alone = model.tokenizer(tokenizer), processes or Processes()
+        with tokenised(data, own, out, window=window, processes=alone, progress=progress) as text:
+            check_vocabulary(torch.tensor([[text.highest]]), model.vocabulary, "training")
+            yield TrainingText(text.table, window, text.digest, text.passages)
+        return
     if isinstance(data, Tensor):
         if data.ndim != 2 or data.numel() == 0:
             raise CalibrationError(f"training tokens must be (num, window), got shape {tuple(data.shape)}")
-        digest = hashlib.sha256(data.long().numpy().tobytes()).hexdigest()
-        windows = Windows(data.long(), digest, frozenset())
+        tokens, passages = data.long(), frozenset()
+        digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
     else:
-        windows = evaluation_windows(
-            data, model.tokenizer(tokenizer), window=min(window_tokens, limit), usual=("train",)
-        )
-    if not 2 <= windows.window <= limit:
-        raise CalibrationError(f"sequences of {windows.window} tokens do not fit the model: it takes 2 to {limit}")
-    if int(windows.tokens.max()) >= model.vocabulary:
-        raise CalibrationError(
-            f"training token {int(windows.tokens.max())} is outside the model's vocabulary of {model.vocabulary}: is "
-            "this the model's own tokenizer?"
-        )
-    return windows
+        own = model.tokenizer(tokenizer)
+        if long:
+            windows = calibration_windows(data, own, num_samples=num_windows, window=window, seed=seed)
+        else:
+            windows = evaluation_windows(data, own, window=window, usual=CALIBRATION)
+        tokens, digest, passages = windows.tokens, windows.digest, windows.passages
+    if not 2 <= tokens.shape[1] <= limit:
+        raise CalibrationError(f"sequences of {tokens.shape[1]} tokens do not fit the model: it takes 2 to {limit}")
+    check_vocabulary(tokens, model.vocabulary, "training")
+    yield TrainingText(tokens, tokens.shape[1], digest, passages)

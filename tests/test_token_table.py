@@ -1,0 +1,123 @@
+"""Training text in a file: the tokens that windows in memory have, whatever is killed, removed when the run is over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import topiarist as tp
+from topiarist.data import evaluation_windows, text_files, tokens
+from topiarist.models.opened import open_model
+from topiarist.pipelines.training import token_table
+from topiarist.pipelines.training.processes import Processes
+from topiarist.pipelines.training.text import training_text
+from topiarist.pipelines.training.token_table import STATE, tokenised
+
+ALONE = Processes()
+
+
+@pytest.fixture
+def texts(tmp_path: Path, monkeypatch) -> Any:
+    monkeypatch.setattr(tokens, "MAX_PART", 2000)  # many parts
+    paths = [tiny.tiny_text(tmp_path, f"{seed}.txt", paragraphs=60, seed=seed) for seed in range(3)]
+    return text_files(paths)
+
+
+@pytest.mark.parametrize("item", [2, 4])
+def test_a_table_is_the_windows_of_the_text(item: int, texts: Any, tmp_path: Path, monkeypatch):
+    tokenizer = tiny.tiny_tokenizer()
+    if item == 4:
+        monkeypatch.setattr(type(tokenizer), "__len__", lambda _: 1 << 17)
+    expected = evaluation_windows(texts, tokenizer, window=32, usual=("train",))
+    with tokenised(texts, tokenizer, tmp_path / "out", window=32, processes=ALONE) as found:
+        assert len(found.table) == len(expected.tokens) and found.table.item == item
+        assert torch.equal(found.table[range(len(found.table))], expected.tokens)
+        assert torch.equal(found.table[torch.tensor([5, 2])], expected.tokens[[5, 2]])
+        assert (found.digest, found.passages) == (expected.digest, expected.passages)
+        assert found.highest == int(expected.tokens.max())
+
+
+def test_a_killed_tokenising_goes_on_behind_the_last_whole_part(texts: Any, tmp_path: Path):
+    tokenizer, out, folder = tiny.tiny_tokenizer(), tmp_path / "out", tmp_path / "out.tokens"
+    seen: list[int] = []
+
+    def kill(what: str, done: int, total: int) -> None:
+        seen.append(done)
+        if len(seen) == 7:
+            with (folder / "tokens.bin").open("ab") as file:
+                file.write(b"half a part")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), tokenised(texts, tokenizer, out, window=32, processes=ALONE, progress=kill):
+        pass
+    assert json.loads((folder / STATE).read_text())["parts"] == 7
+    calls: list[str] = []
+
+    class Counting:
+        backend_tokenizer = tokenizer.backend_tokenizer
+
+        def __len__(self) -> int:
+            return len(tokenizer)
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            calls.append(text)
+            return tokenizer(text, **options)
+
+    expected = evaluation_windows(texts, tokenizer, window=32, usual=("train",))
+    with pytest.raises(KeyboardInterrupt), tokenised(texts, Counting(), out, window=32, processes=ALONE) as found:
+        assert torch.equal(found.table[range(len(found.table))], expected.tokens)
+        raise KeyboardInterrupt  # in the middle of the training
+    whole = evaluation_windows(texts, (first := Counting()), window=32, usual=("train",)), first
+    assert whole[0].digest == expected.digest
+    parts = len(calls)
+    assert parts > 7
+    calls.clear()
+    with tokenised(texts, Counting(), out, window=32, processes=ALONE) as found:
+        assert not calls and (found.digest, found.passages) == (expected.digest, expected.passages)
+    assert not folder.exists()
+
+
+def test_other_text_or_another_tokenizer_begins_anew(texts: Any, tmp_path: Path):
+    tokenizer, out = tiny.tiny_tokenizer(), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), tokenised(texts, tokenizer, out, window=32, processes=ALONE):
+        raise KeyboardInterrupt
+    texts.paths[0].write_text("other words " * 400)
+    expected = evaluation_windows(texts, tokenizer, window=32, usual=("train",))
+    with tokenised(texts, tokenizer, out, window=32, processes=ALONE) as found:
+        assert found.digest == expected.digest
+
+
+def test_a_refusal_leaves_nothing(texts: Any, tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(tp.CalibrationError, match="below one step"):
+        tp.recover(base, tmp_path / "out", loss="lm", data=texts, tokens=10, window_tokens=32)
+    short = text_files(tiny.tiny_text(tmp_path, "0.txt", paragraphs=1))
+    with (
+        pytest.raises(tp.CalibrationError, match="less than one sequence of 4096"),
+        tokenised(short, tiny.tiny_tokenizer(), tmp_path / "out", window=4096, processes=ALONE),
+    ):
+        pass
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_passages_of_long_text_are_a_sample(texts: Any, tmp_path: Path, monkeypatch):
+    tokenizer = tiny.tiny_tokenizer()
+    expected = evaluation_windows(texts, tokenizer, window=32, usual=("train",)).passages
+    monkeypatch.setattr(token_table, "MOST_PASSAGES", len(expected) // 3)
+    with tokenised(texts, tokenizer, tmp_path / "out", window=32, processes=ALONE) as found:
+        assert found.passages < expected and 0 < len(found.passages) <= len(expected) // 3
+
+
+def test_text_far_longer_than_the_run_is_drawn_from(texts: Any, tmp_path: Path, monkeypatch):
+    from topiarist.data import draw
+
+    monkeypatch.setattr(draw, "SMALL", 100)
+    model = open_model(tiny.tiny_checkpoint(tmp_path / "base"))
+    with training_text(model, texts, window_tokens=32, num_windows=4, seed=0, out=tmp_path / "out") as text:
+        assert len(text.table) == 4 and not (tmp_path / "out.tokens").exists()

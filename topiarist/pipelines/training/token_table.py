@@ -1,0 +1,214 @@
+"""Training text of any length as token sequences in a file: tokenised once, by one process, read by rows.
+
+FOLDER/tokens.bin holds ids of two bytes, or four for vocabularies above 65,536, one after the other; FOLDER/state.json
+says how much of it is whole, of what text and by which tokenizer. A killed run goes on behind the last whole part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from topiarist.checkpoints.atomic import disk_errors, write_atomically
+from topiarist.checkpoints.locking import FolderLock
+from topiarist.checkpoints.reading import read_json
+from topiarist.core.errors import CalibrationError
+from topiarist.data.overlap import ONE_OF, passage_hashes
+from topiarist.data.text import CALIBRATION, TextFiles, pieces
+from topiarist.data.tokens import token_parts
+from topiarist.pipelines.training.loop import Progress
+from topiarist.pipelines.training.processes import Processes
+
+TOKENS, STATE, PASSAGES = "tokens.bin", "state.json", "passages.npy"
+TOLD_AFTER = 30.0
+"""Seconds of tokenising after which the other processes hear from the main one: they would give it up for lost."""
+MOST_PASSAGES = 1 << 20
+"""Passages that are remembered, to tell this text from held-out text; of longer text a sample of them. It then understates
+an overlap, but text that was trained on as a whole still shows."""
+DIGESTED = 1 << 22
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """Sequences of token ids in a file. Rows are read when they are asked for, and are no part of a process' memory."""
+
+    path: Path
+    num: int
+    window: int
+    item: int
+    """Bytes an id."""
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, rows: Sequence[int] | Tensor) -> Int[Tensor, "num window"]:
+        """Read some rows. Plain reads: pages of a mapping would count as the process' own."""
+        size = self.window * self.item
+        with self.path.open("rb") as file:
+            raw = [os.pread(file.fileno(), size, int(row) * size) for row in rows]
+        ids = np.frombuffer(b"".join(raw), dtype=f"<u{self.item}").astype(np.int64)
+        return torch.from_numpy(ids.reshape(len(raw), self.window))
+
+
+@dataclass(frozen=True)
+class TokenisedText:
+    """A token table with what identifies it."""
+
+    table: TokenTable
+    digest: str
+    """sha256 of all tokens as int64, as of windows in memory."""
+    highest: int
+    """The largest token id."""
+    passages: frozenset[int]
+
+
+@contextmanager
+def tokenised(
+    source: TextFiles,
+    tokenizer: Any,
+    out: Path,
+    *,
+    window: int,
+    processes: Processes,
+    progress: Progress = lambda *_: None,
+) -> Iterator[TokenisedText]:
+    """Tokenise text into OUT.tokens, or go on where a killed call stopped. Every process gets the same table.
+
+    The folder is locked inside. It goes when the work inside is done, or refused before OUT was begun; what ends the
+    work later leaves it for the call that resumes. window: tokens a sequence; what fills no sequence is dropped.
+    Raises CalibrationError if there is not one sequence, CheckpointError if the disk is full.
+    """
+    work = _Work(source, tokenizer, out.with_name(out.name + ".tokens"), window, progress)
+    done = False
+    try:
+        while not processes.on_main(work.go_on):
+            pass
+        yield processes.on_main(work.result)
+        done = True
+    except Exception:
+        done = not out.exists()
+        raise
+    finally:
+        if processes.is_main:
+            work.close(remove=done)
+
+
+class _Work:
+    """The main process' part."""
+
+    def __init__(self, source: TextFiles, tokenizer: Any, folder: Path, window: int, progress: Progress) -> None:
+        self.source, self.tokenizer, self.folder, self.window = source, tokenizer, folder, window
+        self.progress = progress
+        self.item = 2 if len(tokenizer) <= 1 << 16 else 4
+        self.lock = FolderLock(folder)
+        self.parts: Iterator[None] | None = None
+        self.tokens = 0
+        self.hashes = np.empty(0, np.uint64)
+        self.sampled = ONE_OF
+
+    def go_on(self) -> bool:
+        """Tokenise for some seconds. True once all is done."""
+        if self.parts is None:
+            self.lock.acquire()
+            self.parts = self._write()
+        until = time.monotonic() + TOLD_AFTER
+        return all(time.monotonic() < until for _ in self.parts)
+
+    def _write(self) -> Iterator[None]:
+        """Append part after part; yield after each."""
+        identity = {"source": _identity(self.source), "tokenizer": _tokenizer_digest(self.tokenizer), "item": self.item}
+        state = read_json(self.folder / STATE) if (self.folder / STATE).is_file() else {}
+        if state.get("identity") != identity:
+            state = {}
+        done, self.tokens = int(state.get("parts", 0)), int(state.get("tokens", 0))
+        if state.get("whole"):
+            self.hashes = np.load(self.folder / PASSAGES, allow_pickle=False)
+            return
+        path, parts, read = self.folder / TOKENS, 0, 0
+        size = max(1, sum(p.stat().st_size for p in self.source.paths if p.is_file()))
+
+        def encode(text: str, **options: Any) -> Any:
+            """Ids of a part; none of one that is in the file already."""
+            return {"input_ids": []} if parts < done else self.tokenizer(text, **options)
+
+        def save(**more: bool) -> None:
+            state = {"identity": identity, "parts": parts, "tokens": self.tokens, **more}
+            write_atomically(self.folder / STATE, json.dumps(state))
+
+        with disk_errors(f"cannot write {path}"), path.open("r+b" if path.exists() else "w+b") as file:
+            file.truncate(self.tokens * self.item)
+            file.seek(0, os.SEEK_END)
+            for text, ids in token_parts(pieces(self.source, tokenizer=self.tokenizer, usual=CALIBRATION), encode):
+                self._remember(text)
+                read += len(text)
+                parts += 1
+                if parts > done:
+                    file.write(ids.astype(f"<u{self.item}").tobytes())
+                    file.flush()
+                    os.fsync(file.fileno())
+                    self.tokens += len(ids)
+                    save()
+                self.progress(f"tokenised {self.tokens / 1e6:.1f}M", min(read, size), size)
+                yield
+            np.save(self.folder / PASSAGES, self.hashes)
+            save(whole=True)
+
+    def _remember(self, text: str) -> None:
+        self.hashes = np.union1d(self.hashes, passage_hashes([text]))
+        while len(self.hashes) > MOST_PASSAGES:
+            self.sampled *= 2
+            self.hashes = self.hashes[self.hashes % np.uint64(self.sampled) == 0]
+
+    def result(self) -> TokenisedText:
+        num = self.tokens // self.window
+        if num < 1:
+            raise CalibrationError(
+                f"training text holds {self.tokens:,} tokens, less than one sequence of {self.window}: add text, or shorten it"
+            )
+        table = TokenTable(self.folder / TOKENS, num, self.window, self.item)
+        digest, highest, count = hashlib.sha256(), 0, num * self.window
+        with table.path.open("rb") as file:
+            while count:
+                ids = np.frombuffer(file.read(min(count, DIGESTED) * self.item), dtype=f"<u{self.item}")
+                digest.update(ids.astype("<i8").tobytes())
+                highest = max(highest, int(ids.max()))
+                count -= len(ids)
+        return TokenisedText(table, digest.hexdigest(), highest, frozenset(self.hashes.tolist()))
+
+    def close(self, *, remove: bool) -> None:
+        if remove:
+            for name in (TOKENS, STATE, PASSAGES):
+                (self.folder / name).unlink(missing_ok=True)
+        self.lock.release()
+        if remove:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _identity(source: TextFiles) -> dict[str, Any]:
+    """What a resume compares: the files, their sizes and times, the field and split."""
+    about = {key: value for key, value in asdict(source).items() if key != "paths"}
+    stats = [(str(p), *((s.st_size, s.st_mtime_ns) if (s := _stat(p)) else ())) for p in source.paths]
+    return json.loads(json.dumps({**about, "paths": stats}))
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    return path.stat() if path.exists() else None
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    spoken = getattr(tokenizer, "backend_tokenizer", None)
+    text = spoken.to_str() if spoken is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
