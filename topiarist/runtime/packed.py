@@ -121,7 +121,8 @@ def _content(
         return round_to_nearest(tensor, Grid(bits=8, group=None), search=False)
     if values and name in known.linears:
         fitting = next((g for g in (group, 128, 64, 32) if g <= group and tensor.shape[1] % g == 0), None)
-        return round_to_nearest(tensor, Grid(bits=8 if values == "int8" else 4, group=fitting))
+        bits = 8 if values == "int8" else 4
+        return round_to_nearest(tensor, Grid(bits=bits, group=fitting), search=bits == 4)  # 8 bits have room to spare
     return tensor
 
 

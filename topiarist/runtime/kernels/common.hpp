@@ -114,6 +114,14 @@ struct Aligned {
     }
 };
 
+#if X86
+AVX2 inline float sum_of_eight(__m256 v) {
+    alignas(32) float lane[8];
+    _mm256_store_ps(lane, v);
+    return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
+}
+#endif
+
 // Tiles are handed out in chunks as threads become free: a core that is busy with other work then costs little.
 template <class Body>
 void parallel_tiles(int64_t tiles, int threads, Body body) {

@@ -37,9 +37,7 @@ AVX2 void dense_rows_avx2(const char* weight, Type, int64_t cols, int64_t row, c
         }
     }
     for (int b = 0; b < N; b++) {
-        alignas(32) float lane[8];
-        _mm256_store_ps(lane, _mm256_add_ps(even[b], odd[b]));
-        sums[b] = ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
+        sums[b] = sum_of_eight(_mm256_add_ps(even[b], odd[b]));
         for (int64_t k = j; k < cols; k++) sums[b] += read(from, k, T) * x[b * cols + k];
     }
 }

@@ -103,11 +103,7 @@ AVX2 void tile_avx2(const Matrix& m, int64_t tile, const char* x, int64_t stride
             }
         }
     for (int r = 0; r < R; r++)
-        for (int b = 0; b < N; b++) {
-            alignas(32) float lane[8];
-            _mm256_store_ps(lane, acc[r][b]);
-            sums[r * N + b] = ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
-        }
+        for (int b = 0; b < N; b++) sums[r * N + b] = sum_of_eight(acc[r][b]);
 }
 
 // 32 weights as two vectors of floats. bf16 gives the even ones, then the odd ones; `FloatInputs` splits x likewise.

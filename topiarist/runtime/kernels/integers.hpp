@@ -4,7 +4,7 @@
 // over those 32 columns, and each such sum is scaled and added in fp32. Four rows make a tile, 64 columns a block:
 //
 //   masks   [tiles][blocks][4]  uint64: bit j of (tile, block, r) set = weight (4 tile + r, 64 block + j) is stored;
-//                               absent in the form FULL; in the form TWO_FOUR two bits in every group of four
+//                               absent in the form FULL; positions in the form TWO_FOUR, see two_four.hpp
 //   values  int8, or two's complement nibbles, low one first; the nibbles of a (tile, block, r) begin a new byte;
 //           64 bytes past the last one may be read
 //   starts  [tiles]             where a tile's values begin, in bytes
@@ -78,11 +78,26 @@ struct IntegerInputs : Aligned {
 
 // --------------------------------------------------------------------------------------------- 64 weights, expanded
 
+// The positions of 2:4: values and fields of two bits lie so that `two_four.hpp` finds them by one shift. Value `slot` of 32
+// belongs to chunk 0, 2, 1 or 3 of sixteen columns, eight slots each; its column within its group of four stands in bits
+// 8 (slot % 8) + 2 (slot / 8) of the index.
+inline int two_four_shift(int slot) { return 8 * (slot % 8) + 2 * (slot / 8); }
+inline int two_four_group(int slot) { return "\0\2\1\3"[slot / 8] * 16 + slot % 8 / 2 * 4; }
+inline int two_four_column(uint64_t index, int slot) { return two_four_group(slot) + int(index >> two_four_shift(slot) & 3); }
+
 inline int nibble(const uint8_t* values, int at) { return int8_t(uint8_t(values[at / 2] << (at % 2 ? 0 : 4))) >> 4; }
 
 // Writes 64 codes and steps to the next run.
 template <int BITS, int FORM>
 void expand_plain(const uint8_t*& values, const uint64_t* mask, int8_t* codes) {
+    if constexpr (FORM == TWO_FOUR) {
+        std::fill(codes, codes + 64, int8_t(0));
+        for (int slot = 0; slot < 32; slot++)
+            codes[two_four_column(*mask, slot)] =
+                BITS == 8 ? int8_t(values[slot]) : int8_t(nibble(values, 2 * (slot & 15) + slot / 16));
+        values += 32 * BITS / 8;
+        return;
+    }
     int next = 0;
     for (int j = 0; j < 64; j++) {
         bool stored = FORM == FULL || (*mask >> j & 1);
@@ -150,7 +165,7 @@ AVX2 inline __m128i sixteen_nibbles(const uint8_t* values, int at) {
                             _mm_unpacklo_epi8(_mm_cvtsi64_si128(int64_t(even)), _mm_cvtsi64_si128(int64_t(odd))));
 }
 
-// Two vectors of 32 codes. 2:4 takes the same number of values every time, so nothing waits for a count of bits.
+// Two vectors of 32 codes.
 template <int BITS, int FORM>
 AVX2 inline void expand_avx2(const uint8_t*& values, const uint64_t* mask, __m256i* codes) {
     int taken = 0;
@@ -162,29 +177,20 @@ AVX2 inline void expand_avx2(const uint8_t*& values, const uint64_t* mask, __m25
         } else {
             uint32_t bits = uint32_t(*mask >> 32 * half);
             uint8_t b0 = uint8_t(bits), b1 = uint8_t(bits >> 8), b2 = uint8_t(bits >> 16), b3 = uint8_t(bits >> 24);
-            uint64_t m0 = moves.of[b0], m1 = moves.of[b1], m2 = moves.of[b2], m3 = moves.of[b3];
-            if constexpr (FORM == TWO_FOUR) {
-                __m128i source = BITS == 8 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + 16 * half))
-                                           : sixteen_nibbles(values + 8 * half);
-                __m256i order = _mm256_set_epi64x(int64_t(m3), int64_t(m2), int64_t(m1), int64_t(m0));
-                __m256i from = _mm256_set_epi64x(12 * EACH_BYTE, 8 * EACH_BYTE, 4 * EACH_BYTE, 0);
-                codes[half] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(source), _mm256_add_epi8(order, from));
-            } else {
-                int sixteen = _mm_popcnt_u32(bits & 0xFFFF);
-                m1 += EACH_BYTE * unsigned(_mm_popcnt_u32(b0)), m3 += EACH_BYTE * unsigned(_mm_popcnt_u32(b2));
-                __m256i order = _mm256_set_epi64x(int64_t(m3), int64_t(m2), int64_t(m1), int64_t(m0)), source;
-                if constexpr (BITS == 8)
-                    source = _mm256_loadu2_m128i(reinterpret_cast<const __m128i*>(values + taken + sixteen),
-                                                 reinterpret_cast<const __m128i*>(values + taken));
-                else
-                    source = _mm256_set_m128i(sixteen_nibbles(values, taken + sixteen), sixteen_nibbles(values, taken));
-                codes[half] = _mm256_shuffle_epi8(source, order);
-                taken += _mm_popcnt_u32(bits);
-            }
+            int sixteen = _mm_popcnt_u32(bits & 0xFFFF);
+            uint64_t m1 = moves.of[b1] + EACH_BYTE * unsigned(_mm_popcnt_u32(b0));
+            uint64_t m3 = moves.of[b3] + EACH_BYTE * unsigned(_mm_popcnt_u32(b2));
+            __m256i order = _mm256_set_epi64x(int64_t(m3), int64_t(moves.of[b2]), int64_t(m1), int64_t(moves.of[b0])), source;
+            if constexpr (BITS == 8)
+                source = _mm256_loadu2_m128i(reinterpret_cast<const __m128i*>(values + taken + sixteen),
+                                             reinterpret_cast<const __m128i*>(values + taken));
+            else
+                source = _mm256_set_m128i(sixteen_nibbles(values, taken + sixteen), sixteen_nibbles(values, taken));
+            codes[half] = _mm256_shuffle_epi8(source, order);
+            taken += _mm_popcnt_u32(bits);
         }
     }
-    constexpr int fixed = (FORM == FULL ? 64 : 32) * BITS / 8;
-    values += FORM != MASKED ? fixed : BITS == 8 ? taken : (taken + 1) / 2;
+    values += FORM == FULL ? 8 * BITS : BITS == 8 ? taken : (taken + 1) / 2;
 }
 
 AVX2 inline __m128 four_scales(const Integers& m, int64_t index) {
@@ -227,11 +233,7 @@ AVX2 void integer_tile_avx2(const Integers& m, int64_t tile, const IntegerInputs
         }
     }
     for (int r = 0; r < R; r++)
-        for (int b = 0; b < N; b++) {
-            alignas(32) float lane[8];
-            _mm256_store_ps(lane, acc[r][b]);
-            sums[r * N + b] = ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
-        }
+        for (int b = 0; b < N; b++) sums[r * N + b] = sum_of_eight(acc[r][b]);
 }
 
 template <int BITS, int FORM>
@@ -244,7 +246,7 @@ AVX512 inline __m512i expand_avx512(const uint8_t*& values, const uint64_t* mask
         __m512i both = _mm512_and_si512(_mm512_or_si512(bytes, _mm512_slli_epi16(bytes, 4)), _mm512_set1_epi8(15));
         stored = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(signed_nibbles()), both);
     }
-    int count = FORM == FULL ? 64 : FORM == TWO_FOUR ? 32 : int(_mm_popcnt_u64(*mask));
+    int count = FORM == FULL ? 64 : int(_mm_popcnt_u64(*mask));
     values += BITS == 8 ? count : (count + 1) / 2;
     if constexpr (FORM == FULL) return stored;
     return _mm512_maskz_expand_epi8(*mask, stored);
@@ -288,36 +290,5 @@ AVX512 void integer_tile_avx512(const Integers& m, int64_t tile, const IntegerIn
 }
 
 #endif
-
-// ------------------------------------------------------------------------------------------------------- dispatch
-
-using IntegerTile = void (*)(const Integers&, int64_t, const IntegerInputs&, int64_t, float*);
-
-template <int BITS, int FORM, int N>
-IntegerTile integer_tile_of(Level level) {
-#if X86
-    if (level >= LEVEL_AVX512) return integer_tile_avx512<BITS, FORM, N>;
-    if (level == LEVEL_AVX2) return integer_tile_avx2<BITS, FORM, N>;
-#endif
-    return integer_tile_plain<BITS, FORM, N>;
-}
-
-template <int BITS, int FORM>
-IntegerTile integer_tile_of(int batch, Level level) {
-    return batch == 1 ? integer_tile_of<BITS, FORM, 1>(level)
-           : batch < 4 ? integer_tile_of<BITS, FORM, 2>(level)
-                       : integer_tile_of<BITS, FORM, 4>(level);
-}
-
-// For the largest of 1, 2 and 4 rows of x that `batch` has.
-IntegerTile integer_tile_for(Type type, Form form, int batch, Level level) {
-    if (type == INT8)
-        return form == FULL ? integer_tile_of<8, FULL>(batch, level)
-               : form == TWO_FOUR ? integer_tile_of<8, TWO_FOUR>(batch, level)
-                                  : integer_tile_of<8, MASKED>(batch, level);
-    return form == FULL ? integer_tile_of<4, FULL>(batch, level)
-           : form == TWO_FOUR ? integer_tile_of<4, TWO_FOUR>(batch, level)
-                              : integer_tile_of<4, MASKED>(batch, level);
-}
 
 }  // namespace

@@ -1,7 +1,7 @@
 // Codes (rows, cols), int8, into the layout of integers.hpp and back.
 #pragma once
 
-#include "integers.hpp"
+#include "two_four.hpp"
 
 namespace {
 
@@ -15,6 +15,17 @@ uint64_t stored_bits(const int8_t* codes, int width, Form form) {
     return form == FULL ? ~uint64_t(0) : bits;
 }
 
+// Where 2:4's values stand, from their bits: see `two_four_column`.
+uint64_t two_four_index(uint64_t bits) {
+    uint64_t index = 0;
+    for (int slot = 0; slot < 32; slot += 2) {
+        uint64_t group = bits >> two_four_group(slot) & 15;
+        uint64_t first = uint64_t(__builtin_ctzll(group)), second = uint64_t(__builtin_ctzll(group & (group - 1)));
+        index |= first << two_four_shift(slot) | second << two_four_shift(slot + 1);
+    }
+    return index;
+}
+
 int64_t bytes_of(int stored, Type type) { return type == INT8 ? stored : (stored + 1) / 2; }
 
 // First step: the masks of a tile; returns how many bytes its values will take. `masks` is null in the form FULL.
@@ -26,28 +37,35 @@ int64_t find_integer_masks(const int8_t* codes, int64_t rows, int64_t cols, int6
             int64_t row = tile * R + r;
             int width = row < rows ? int(std::min<int64_t>(64, cols - block * 64)) : 0;
             uint64_t bits = stored_bits(codes + row * cols + block * 64, width, form);
-            if (form != FULL) masks[(tile * blocks + block) * R + r] = bits;
+            if (form != FULL) masks[(tile * blocks + block) * R + r] = form == TWO_FOUR ? two_four_index(bits) : bits;
             bytes += bytes_of(__builtin_popcountll(bits), type);
         }
     return bytes;
 }
 
-// Second step: the values of a tile, in the order of its masks.
+// Second step: the values of a tile, in the order of its masks, into memory that is zero.
 void gather_integers(const int8_t* codes, int64_t rows, int64_t cols, int64_t tile, Type type, Form form,
                      const uint64_t* masks, uint8_t* values) {
     int64_t blocks = (cols + 63) / 64;
     for (int64_t block = 0; block < blocks; block++)
         for (int r = 0; r < R; r++) {
             int64_t row = tile * R + r;
-            uint64_t bits = form == FULL ? ~uint64_t(0) : masks[(tile * blocks + block) * R + r];
+            uint64_t mask = form == FULL ? ~uint64_t(0) : masks[(tile * blocks + block) * R + r];
+            auto code = [&](int at) {
+                int64_t col = block * 64 + at;
+                return row < rows && col < cols ? uint8_t(codes[row * cols + col]) : uint8_t(0);
+            };
             int next = 0;
-            for (; bits; bits &= bits - 1, next++) {
-                int64_t col = block * 64 + __builtin_ctzll(bits);
-                uint8_t code = row < rows && col < cols ? uint8_t(codes[row * cols + col]) : uint8_t(0);
-                if (type == INT8) values[next] = code;
-                else if (next % 2 == 0) values[next / 2] = code & 15;
-                else values[next / 2] |= uint8_t(code << 4);
-            }
+            auto put = [&](int place, uint8_t value) {
+                if (type == INT8) values[place] = value;
+                else values[place / 2] |= uint8_t((value & 15) << (place % 2 ? 4 : 0));
+                next++;
+            };
+            if (form == TWO_FOUR)
+                for (int slot = 0; slot < 32; slot++)
+                    put(type == INT8 ? slot : 2 * (slot & 15) + slot / 16, code(two_four_column(mask, slot)));
+            else
+                for (; mask; mask &= mask - 1) put(next, code(__builtin_ctzll(mask)));
             values += bytes_of(next, type);
         }
 }
@@ -86,7 +104,12 @@ AVX2 void write_bf16_avx2(const int8_t* codes, float scale, uint16_t* out) {
 template <int BITS, int FORM>
 AVX2 void expand_run_avx2(const uint8_t*& values, const uint64_t* mask, int8_t* codes) {
     __m256i both[2];
-    expand_avx2<BITS, FORM>(values, mask, both);
+    if constexpr (FORM == TWO_FOUR) {
+        expand_two_four<BITS>(values, *mask, both);
+        values += 4 * BITS;
+    } else {
+        expand_avx2<BITS, FORM>(values, mask, both);
+    }
     for (int half = 0; half < 2; half++) _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + 32 * half), both[half]);
 }
 #endif
