@@ -12,9 +12,9 @@ import pytest
 import tiny
 
 import topiarist as tp
+from topiarist.results.formats import percent, short, size_text
 from topiarist.results.pages import Result, compare_page, report_page, save_benchmark, save_evaluation
 from topiarist.results.pages.figures import curve, heat_map, nice_ticks, panel, place_of
-from topiarist.results.pages.render import percent, short, size_text
 
 BENCH = {
     "machine": "a machine",
@@ -120,7 +120,7 @@ def test_saved_measurements_show_on_page_and_card(root: Path, call):
             "tokens": pruned["tokens"],
             "dtype": "float32",
             "value": pruned["value"],
-            "dense": {"model": str(root / "base"), "value": dense["value"]},
+            "dense": {"model": "base", "value": dense["value"]},
         }
     ]
     page = Page((root / "b" / "pruning_report.html").read_text())
@@ -172,8 +172,8 @@ def layer(name: str, error: float | None, sparsity: float = 0.5) -> dict:
 
 
 def result(layers: list[dict], **more) -> Result:
-    facts = {"method": "m", "pattern": "2:4", "model": "org/<b>", "warnings": [], "layers": layers, "sparsity": 0.5}
-    return Result({**facts, **more}, "0")
+    facts = tp.Report(method="m", settings={}, pattern="2:4", model="org/<b>").to_dict()
+    return Result({**facts, "layers": layers, "sparsity": 0.5, "mean_error": None, **more}, "0")
 
 
 def test_odd_numbers_and_hostile_names():
@@ -203,8 +203,11 @@ def test_learned_results_have_a_page_too():
         for i in (0, 1)
     ]
     history = [{"step": s, "tokens": s, "hard_loss": 4.0 - s / 100, "loss": 1.0, "flips": 0.0} for s in (0, 50, 100)]
-    facts = {"settings": {"preset": "quick"}, "data": {"samples": 3, "window": 8, "digest": "ab"}, "history": history}
-    text = Page(report_page(result(masked, **facts))).text
+    text_of = {"samples": 3, "window": 8, "digest": "ab"}
+    learned = tp.LearnReport(
+        settings={"preset": "quick"}, pattern="2:4", model="m", calibration=text_of, history=history
+    )
+    text = Page(report_page(Result({**learned.to_dict(), "layers": masked}, "0"))).text
     assert "How learning went" in text and "from 54.6 with the one-shot mask to 20.09" in text
     assert "Where learning changed the mask" in text and "mean flips" in text
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from topiarist.__about__ import __version__
 from topiarist.checkpoints.atomic import save_tensors
 from topiarist.checkpoints.reading import Checkpoint, locate, weight_digest
+from topiarist.checkpoints.references import reference
 from topiarist.checkpoints.streaming import tensor_bytes
 from topiarist.checkpoints.writing import OutputFolder
 from topiarist.core.errors import CheckpointError, PatternError, TopiaristError
@@ -188,23 +189,37 @@ def apply(base: str | Path, masks: str | Path | MaskFile, out: str | Path) -> Pa
     with OutputFolder(out, fingerprint) as output:
         if not output.complete:
             output.begin(checkpoint.weight_bytes())
-            _apply(checkpoint, file, output)
+            _apply(base, checkpoint, file, output)
     return output.folder
 
 
-def _apply(checkpoint: Checkpoint, file: MaskFile, output: OutputFolder) -> None:
+def _apply(base: str | Path, checkpoint: Checkpoint, file: MaskFile, output: OutputFolder) -> None:
     write_masked(output, checkpoint, file)
     patterns = sorted({entry.pattern for entry in file.entries.values()})
     provenance = {
         "version": __version__,
+        "pipeline": "apply",
         "method": "masks",
+        "settings": {},
         "pattern": patterns[0] if len(patterns) == 1 else "mixed",
-        "base_model": file.base_model,
+        "base_model": reference(base, output.folder),
+        "base_digest": output.fingerprint["base"],
+        "calibration": {},
         "masks": file.path.name,
         "modules": {name.removesuffix(".weight"): {"pattern": entry.pattern} for name, entry in file.entries.items()},
     }
     config = {**checkpoint.config, "pruning_config": provenance}
-    output.finish(config, {"pruning_config": provenance}, side_files=checkpoint.folder)
+    size = checkpoint.weight_bytes()
+    report = {
+        **provenance,
+        "model": str(base),
+        "layers": [],
+        "weights": {"before": size, "after": size, "dtype": str(checkpoint.dtype()).removeprefix("torch.")},
+        "warnings": [],
+        "command": ["topiarist", "apply", str(base), str(file.path), "OUT"],
+        "not_in_command": [],
+    }
+    output.finish(config, report, side_files=checkpoint.folder)
 
 
 def write_masked(

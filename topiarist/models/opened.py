@@ -145,6 +145,11 @@ class OpenedModel(ABC):
             self._tokenizer = load_tokenizer(self._tokenizer_folder(), self.trust_remote_code, self._tokenizer)
         return self._tokenizer
 
+    @property
+    def loaded_tokenizer(self) -> Any:
+        """The tokenizer that was given or loaded so far; None if nothing needed one."""
+        return self._tokenizer
+
     @abstractmethod
     def _tokenizer_folder(self) -> str | Path: ...
 

@@ -1,12 +1,98 @@
-"""What a run did: numbers per layer, its provenance, its memory."""
+"""What a run did: the part that all runs share, and that of one-shot pruning."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
+
+from topiarist.checkpoints.reading import read_json
+from topiarist.checkpoints.writing import REPORT
+from topiarist.results.first_version import renewed
+
+R = TypeVar("R", bound="RunReport")
+RUN = "pruning_run.json"
+NOT_WRITTEN = ("run", "output", "result")
+"""Fields of a report that are not in its file: what differs from run to run, and what is no text."""
+
+
+@dataclass(kw_only=True)
+class RunReport:
+    """The result of a run. `to_dict` holds only what repeats; seconds and memory stay in `run`."""
+
+    pipeline: ClassVar[str]
+    """What kind of run it was: prune, learn, shrink, ..."""
+    derived: ClassVar[tuple[str, ...]] = ()
+    """Properties that are written beside the fields, for readers without topiarist."""
+    parts: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
+    """Fields whose entries are values of their own: field -> how one is read back."""
+
+    method: str
+    settings: Mapping[str, Any]
+    """Of the method."""
+    pattern: str
+    """What was asked for, in a word: 2:4, 0.7, mixed, keep 0.8."""
+    model: str
+    """What the user called the dense model."""
+    base_model: str = ""
+    """Where readers find it: a hub id, a path relative to the result, or nothing."""
+    base_digest: str = ""
+    """sha256 over its config and weights."""
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    """The text: samples, window (tokens), seed, digest of the tokens; empty for a run without text."""
+    weights: Mapping[str, Any] = field(default_factory=dict)
+    """Bytes of all weights `before` and `after`, and the `dtype` of most."""
+    warnings: list[str] = field(default_factory=list)
+    command: list[str] = field(default_factory=list)
+    """The words of the command line that repeats this run."""
+    not_in_command: list[str] = field(default_factory=list)
+    """What was given as an object, and has a placeholder in the command."""
+    result_digest: str = ""
+    """Of a model object: its digest after the run."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """Seconds by activity, peak memory, machine: differs from run to run."""
+    output: str | None = None
+
+    @classmethod
+    def from_dict(cls: type[R], plain: Mapping[str, Any]) -> R:
+        """Read a report back from `to_dict`; what it does not know is left out."""
+        known = {entry.name: plain[entry.name] for entry in fields(cls) if entry.name in plain}
+        known |= {name: [read(entry) for entry in known[name]] for name, read in cls.parts.items() if name in known}
+        return cls(**known)
+
+    @classmethod
+    def from_folder(cls: type[R], folder: str | Path) -> R:
+        """Read the report of a finished output folder. Raises CheckpointError if there is none."""
+        folder = Path(folder)
+        report = cls.from_dict(renewed(read_json(folder / REPORT)))
+        report.run = read_json(folder / RUN) if (folder / RUN).is_file() else {}
+        report.output = str(folder)
+        return report
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON has it."""
+        plain = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in NOT_WRITTEN}
+        plain |= {name: [asdict(part) for part in plain[name]] for name in self.parts}
+        return {"pipeline": self.pipeline, **{name: getattr(self, name) for name in self.derived}, **plain}
+
+    def pruning_config(self, version: str) -> dict[str, Any]:
+        """Provenance for config.json: small, and no key that any loader interprets."""
+        return {
+            "version": version,
+            "pipeline": self.pipeline,
+            "method": self.method,
+            "settings": dict(self.settings),
+            "pattern": self.pattern,
+            "base_model": self.base_model,
+            "base_digest": self.base_digest,
+            "calibration": dict(self.calibration),
+            **self.provenance(),
+        }
+
+    def provenance(self) -> dict[str, Any]:
+        """What this kind of run adds to `pruning_config`."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -24,6 +110,7 @@ class LayerReport:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> LayerReport:
+        """Read one back from JSON."""
         return cls(**{**plain, "shape": tuple(plain["shape"])})
 
 
@@ -50,55 +137,25 @@ class JointBlock:
     """The step that was kept."""
 
 
-@dataclass
-class Report:
-    """The result of `prune`. `to_dict` holds only what repeats; seconds and memory stay in `run`."""
+@dataclass(kw_only=True)
+class Report(RunReport):
+    """The result of `prune`."""
 
-    method: str
-    settings: Mapping[str, Any]
-    pattern: str
-    model: str
-    calibration: Mapping[str, Any]
+    pipeline: ClassVar[str] = "prune"
+    derived: ClassVar[tuple[str, ...]] = ("sparsity", "mean_error")
+    parts: ClassVar[Mapping[str, Callable[[Any], Any]]] = {
+        "layers": LayerReport.from_dict,
+        "refined": lambda plain: BlockRefinement(**plain),
+        "joint": lambda plain: JointBlock(**plain),
+    }
+
     layers: list[LayerReport] = field(default_factory=list)
     refined: list[BlockRefinement] = field(default_factory=list)
     """A BlockRefinement of every block, if refinement was asked for."""
     joint: list[JointBlock] = field(default_factory=list)
     """A JointBlock of every feed-forward network, if the method prunes them as a whole."""
-    warnings: list[str] = field(default_factory=list)
-    command: list[str] = field(default_factory=list)
-    """The command line that repeats this run."""
-    not_in_command: list[str] = field(default_factory=list)
-    """What was given as an object, and has a placeholder in the command."""
     allocation: Mapping[str, Any] = field(default_factory=dict)
     """Of a run whose patterns a rule chose: the rule, its scores and their standard errors."""
-    weights: Mapping[str, Any] = field(default_factory=dict)
-    """`bytes` of all weights of the dense model, and the `dtype` of most."""
-    run: dict[str, Any] = field(default_factory=dict)
-    """Seconds by activity, peak memory, machine: differs from run to run."""
-    output: str | None = None
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> Report:
-        """The report of a finished output folder."""
-        plain = json.loads((folder / "pruning_report.json").read_text(encoding="utf-8"))
-        run = folder / "pruning_run.json"
-        return cls(
-            method=plain["method"],
-            settings=plain["settings"],
-            pattern=plain["pattern"],
-            model=plain["model"],
-            calibration=plain["calibration"],
-            layers=[LayerReport.from_dict(layer) for layer in plain["layers"]],
-            refined=[BlockRefinement(**block) for block in plain["refined"]],
-            joint=[JointBlock(**block) for block in plain.get("joint", [])],
-            warnings=plain["warnings"],
-            command=plain.get("command", []),
-            not_in_command=plain.get("not_in_command", []),
-            allocation=plain.get("allocation", {}),
-            weights=plain.get("weights", {}),
-            run=json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {},
-            output=str(folder),
-        )
 
     @property
     def sparsity(self) -> float:
@@ -109,32 +166,22 @@ class Report:
 
     @property
     def mean_error(self) -> float:
+        """Mean of the matrices' relative reconstruction errors."""
         return sum(layer.error for layer in self.layers) / len(self.layers) if self.layers else 0.0
 
     def by_kind(self) -> dict[str, list[LayerReport]]:
-        """Layers by what they are in a block: names without their numbers."""
+        """Group the matrices by what they are in a block: names without their numbers."""
         kinds: dict[str, list[LayerReport]] = {}
         for layer in self.layers:
             parts = [part for part in layer.name.split(".") if not part.isdigit()]
             kinds.setdefault(".".join(parts[-2:]), []).append(layer)
         return kinds
 
-    def to_dict(self) -> dict[str, Any]:
-        plain = asdict(self)
-        plain.pop("run")
-        plain.pop("output")
-        return {"sparsity": self.sparsity, "mean_error": self.mean_error, **plain}
-
-    def pruning_config(self, version: str) -> dict[str, Any]:
-        """Provenance for config.json: small, and no key that any loader interprets."""
+    def provenance(self) -> dict[str, Any]:
+        """Sparsity of every matrix, and its pattern where they differ."""
+        patterns = {layer.name: layer.pattern for layer in self.layers} if self.pattern == "mixed" else {}
         return {
-            "version": version,
-            "method": self.method,
-            "settings": dict(self.settings),
-            "pattern": self.pattern,
             "sparsity": self.sparsity,
-            "base_model": self.model,
-            "calibration": dict(self.calibration),
             "modules": {layer.name: round(layer.sparsity, 6) for layer in self.layers},
-            **({"patterns": {layer.name: layer.pattern for layer in self.layers}} if self.pattern == "mixed" else {}),
+            **({"patterns": patterns} if patterns else {}),
         }

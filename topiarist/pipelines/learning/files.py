@@ -11,19 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topiarist import __about__
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.writing import MASKS, OutputFolder
 from topiarist.core.errors import TopiaristError
 from topiarist.masks import MaskFile, save_masks
 from topiarist.masks.files import write_masked
 from topiarist.models.opened import ObjectModel
-from topiarist.pipelines.common.written import saved_beside
+from topiarist.pipelines.common.finish import base_model, finish, save_model
 from topiarist.pipelines.learning.masking import Target
-from topiarist.pipelines.learning.report import METHOD, LearnedLayer, LearnReport, learned_card
+from topiarist.pipelines.learning.report import LearnedLayer, LearnReport
 from topiarist.pipelines.training.text import TrainingText
 from topiarist.pipelines.training.weights import STATE_BYTES as WEIGHT_STATE_BYTES
-from topiarist.results.pages import PAGE, Result, report_page
 
 STATE = "learning"
 PRIOR, SHARDS = "prior", "shards"
@@ -106,35 +104,27 @@ def layer_reports(wanted: Sequence[Target], masks: Mapping[str, Tensor], flips: 
 
 def write_result(
     output: OutputFolder,
-    checkpoint: Checkpoint | None,
     source: ObjectModel,
-    tokenizer: Any,
     wanted: Sequence[Target],
     masks: Mapping[str, Tensor],
     replaced: Mapping[str, Tensor] | None,
     report: LearnReport,
     text: TrainingText,
 ) -> None:
-    """The pruned checkpoint, its masks and its papers."""
+    """Write the pruned checkpoint, its masks and its papers."""
     save_masks(
         output.folder / MASKS,
         masks,
         weights={target.name: target.parameter for target in wanted},
         pattern={target.name: target.pattern for target in wanted},
-        base_model=report.model,
+        base_model=base_model(source, output.folder),
         transposed={target.name for target in wanted if target.transposed},
     )
-    dense = output.states / "dense"
-    if checkpoint is None:  # transformers knows the names and the shards of a model object, so it writes it
-        with saved_beside(source.model, tokenizer, dense, cure="; the learned state is kept"):
-            checkpoint = Checkpoint(dense)
-    write_masked(output, checkpoint, MaskFile(output.folder / MASKS), replaced=replaced)
-    output.write_text("README.md", learned_card(report, __about__.__version__))
-    output.write_text(PAGE, report_page(Result({**report.to_dict(), "method": METHOD}, __about__.__version__)))
-    output.write_text("pruning_run.json", json.dumps(report.run, indent=2) + "\n")
-    output.write_text("pruning_calibration.json", text.record())
-    config = {**checkpoint.config, "pruning_config": report.pruning_config(__about__.__version__)}
-    output.finish(config, report.to_dict(), side_files=checkpoint.folder)
+    written = None if source.checkpoint else save_model(output, source.model, source.loaded_tokenizer)
+    dense = source.checkpoint if written is None else Checkpoint(written)
+    assert dense is not None
+    write_masked(output, dense, MaskFile(output.folder / MASKS), replaced=replaced)
+    finish(output, report, source, text=text, written=written)
 
 
 @torch.no_grad()

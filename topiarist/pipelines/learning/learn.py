@@ -26,6 +26,7 @@ from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.patterns import Pattern, parse_pattern
 from topiarist.data import TextFiles
 from topiarist.masklearn import Preset
+from topiarist.pipelines.common.finish import weights_of
 from topiarist.pipelines.learning.files import (
     PRIOR,
     STATE,
@@ -139,12 +140,15 @@ def learn(
         "digest": job.text.digest,
         "held_out": len(job.watching),
     }
-    report = LearnReport(str(parse_pattern(pattern)), name, settings, calibration, warnings=notes)
+    report = LearnReport(
+        settings=settings, pattern=str(parse_pattern(pattern)), model=name, base_digest=source.digest(),
+        calibration=calibration, weights=weights_of(source), warnings=notes,
+    )  # fmt: skip
     output = None
     with ExitStack() as held:
         if out is not None:
             fingerprint = {
-                "model": source.digest(),
+                "model": report.base_digest,
                 "method": "learn",
                 "patterns": {k: None if p is None else str(p) for k, p in job.patterns.items()},
                 "data": calibration,
@@ -194,7 +198,7 @@ def learn(
             report.output = str(out)
             folder = output
             processes.on_main(  # nobody returns before the folder is whole
-                lambda: write_result(folder, checkpoint, source, tokenizer, wanted, final, replaced, report, job.text)
+                lambda: write_result(folder, source, wanted, final, replaced, report, job.text)
             )
         if isinstance(model, nn.Module):
             mask_in_place(wanted, final, replaced)

@@ -23,8 +23,8 @@ from topiarist.models.families import matrices_of
 from topiarist.models.hooks import watch_inputs
 from topiarist.models.opened import eager_experts, open_model
 from topiarist.pipelines.allocating.allocation import allocated, fixed_patterns
+from topiarist.pipelines.common.finish import dense_digest, finish, weights_of, write_model
 from topiarist.pipelines.common.stream import GramCollector
-from topiarist.pipelines.common.written import dense_digest, finish, save_loaded, weights_of
 from topiarist.pipelines.pruning.block import BlockPruner, check_finite
 from topiarist.pipelines.pruning.command import prune_command
 from topiarist.pipelines.pruning.correct import Correct
@@ -136,17 +136,18 @@ def prune_with(
         },
         command=command,
         not_in_command=unsaid,
-        weights=weights_of(source.model, checkpoint),
+        weights=weights_of(source),
     )
     pruner = BlockPruner.of(solver, patterns, refinement, correction, sequential=options.true_sequential)
     pruner.meter = meter
     for expression in unmatched:
         pruner.warn(f"--skip {expression!r} matches no layer", UserWarning)
+    report.base_digest = source.digest() if out is None else dense_digest(source, Path(out))
     output = None
     with ExitStack() as held:
         if out is not None:
             fingerprint = {
-                "model": dense_digest(source, Path(out)),
+                "model": report.base_digest,
                 "method": {"name": report.method, **report.settings},
                 "patterns": {k: None if p is None else str(p) for k, p in patterns.items()},
                 "calibration": report.calibration,
@@ -173,9 +174,11 @@ def prune_with(
         report.output = None if out is None else str(out)
         report.run = pruner.meter.run(source.device)
         if checkpoint is not None and output is not None:
-            finish(output, checkpoint, report, windows)
+            finish(output, report, source, windows=windows)
         elif output is not None:
-            save_loaded(source, options.tokenizer, output, report, windows)
+            report.result_digest = source.digest()
+            written = write_model(output, source.model, source.loaded_tokenizer)
+            finish(output, report, source, windows=windows, written=written)
         return report
 
 
@@ -215,7 +218,11 @@ def prune_module(
         raise CalibrationError("no batches given: a Gram needs inputs")
     layers = pruner.solve(collector.groups, wanted, "")
     report = Report(
-        name_of(METHODS, solver), asdict(solver), str(base_pattern), type(model).__name__, {"batches": count}
+        method=name_of(METHODS, solver),
+        settings=asdict(solver),
+        pattern=str(base_pattern),
+        model=type(model).__name__,
+        calibration={"batches": count},
     )
     report.layers, report.warnings = layers, pruner.warned
     report.run = {"seconds_by_activity": dict(pruner.meter.seconds)}

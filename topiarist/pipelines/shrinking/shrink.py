@@ -18,7 +18,6 @@ from topiarist.core.registry import name_of, resolve
 from topiarist.data import TextFiles, Windows
 from topiarist.models.opened import open_model
 from topiarist.pipelines.common.setup import read_windows
-from topiarist.pipelines.common.written import weights_of
 from topiarist.pipelines.shrinking.distill import Distill, disk_bytes
 from topiarist.pipelines.shrinking.files import write_shrunk
 from topiarist.pipelines.shrinking.plan import plan_choice, refuse_pruned
@@ -103,12 +102,12 @@ def shrink(
     }  # fmt: skip
     command, unsaid = shrink_command(model, data, scorer, said, recovery)
     report = ShrinkReport(
-        name_of(METHODS, scorer), asdict(scorer), keep, layout, list(kinds), scope, name, calibration,
-        command=command, not_in_command=unsaid,
+        method=name_of(METHODS, scorer), settings=asdict(scorer), keep=keep, layout=layout, units=list(kinds), scope=scope,
+        model=name, base_digest=opened.digest(), calibration=calibration, command=command, not_in_command=unsaid,
     )  # fmt: skip
     output = None
     with ExitStack() as held:
-        digest = opened.digest()
+        digest = report.base_digest
         if out is not None:
             fingerprint = {
                 "model": digest,
@@ -133,7 +132,7 @@ def shrink(
                 if refit:
                     report.layers = run.refit(kept)
                 small = run.cut(kept, plan, biases)
-        dense, dense_bytes, where = _numel(source.model), weights_of(source.model, None)["bytes"], source.device
+        dense, dense_bytes, where = _numel(source.model), _nbytes(source.model), source.device
         if recovery is not None:
             if checkpoint is not None:
                 del source, run.source  # the dense model again, before anything was refit
@@ -148,11 +147,12 @@ def shrink(
         )  # fmt: skip
         report.blocks, report.warnings = spec.by_block(), notes
         report.tensor_parallel = _tensor_parallel(groups, plan)
-        report.weights = {"dense": dense_bytes, **weights_of(small, None)}
+        dtype = str(opened.dtype).removeprefix("torch.")
+        report.weights = {"before": dense_bytes, "after": _nbytes(small), "dtype": dtype}
         report.output, report.result = None if out is None else str(out), None if checkpoint else small
         report.run = meter.run(where)
         if output is not None:
-            write_shrunk(output, checkpoint, small, tokenizer, spec, report, windows)
+            write_shrunk(output, opened, small, spec, report, windows)
         return report
 
 
@@ -188,3 +188,7 @@ def _tensor_parallel(groups: Sequence[UnitGroup], plan: Plan) -> list[int]:
 
 def _numel(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def _nbytes(model: nn.Module) -> int:
+    return sum(p.nbytes for p in model.parameters())

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import os
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from topiarist.results.formats import command_text, error_text, percent, short, size_text
 from topiarist.results.pages.figures import Panel, by_place, curve, heat_map, panel, place_of, rounds
-from topiarist.results.pages.result import PAGE, Result
+from topiarist.results.result import PAGE, Result
 
 LISTED = 400
 """Matrices in the page's table; a mixture of experts has thousands, and the JSON has them all."""
@@ -52,8 +53,8 @@ def report_page(result: Result) -> str:
             kept_steps=Counter(block["best"] for block in result.report.get("joint", [])).most_common(),
             learning=curve(history),
             learned=[perplexity for _, perplexity in history[:1] + history[-1:]],
-            command=command_text(result.report.get("command", [])),
-            settings={k: v for k, v in result.report.get("settings", {}).items() if not isinstance(v, dict | list)},
+            command=command_text(result.report["command"]),
+            settings={k: v for k, v in result.report["settings"].items() if not isinstance(v, dict | list)},
             linears=Counter(layer["reason"] for layer in _bench_layers(result)).most_common(),
         )
     )
@@ -131,7 +132,7 @@ def _panels(results: Sequence[Result], quality: Sequence[float | None], dense: f
     for number, (result, value) in enumerate(zip(results, quality, strict=True), 1):
         if value is None or not math.isfinite(value):
             continue
-        title = f"{number}: {result.method} {result.report.get('pattern')}, {value:.4g}"
+        title = f"{number}: {result.method} {result.pattern}, {value:.4g}"
         if size := result.size:
             sizes.append((number, size["packed"] / size["dense"], value, title))
         if gain := result.decode_gain():
@@ -226,42 +227,8 @@ def _link(result: Result, start: Path | None) -> str | None:
     """The way from the comparison to a result's own page, if there is one."""
     if result.folder is None or start is None or not (result.folder / PAGE).is_file():
         return None
-    return Path(os.path.relpath((result.folder / PAGE).resolve(), start.resolve())).as_posix()
-
-
-def command_text(words: Sequence[str]) -> str:
-    """A command for a shell, an option a line; all on one line if it is short."""
-    text = shlex.join(words)
-    return text if len(text) < 80 else text.replace(" --", " \\\n  --")
-
-
-def percent(value: float) -> str:
-    """A share with as many digits as it has."""
-    text = f"{100 * value:.1f}" if abs(value) < 1 else f"{100 * value:.0f}"
-    return text.removesuffix(".0") + " %"
-
-
-def short(value: float) -> str:
-    """A measured number in about four digits: 12.34, 123.4, 1,234, 1.2e+09."""
-    if not math.isfinite(value):
-        return "∞" if value > 0 else "not a number"
-    if value >= 1e6:
-        return f"{value:.1e}"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def error_text(value: float) -> str:
-    """A relative error in three digits."""
-    return f"{value:.3g}" if math.isfinite(value) else "not a number"
-
-
-def size_text(value: int | float) -> str:
-    """Bytes in the unit a person would use."""
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:,.2f} GB"
+    way = Path(os.path.relpath((result.folder / PAGE).resolve(), start.resolve())).as_posix()
+    return quote(way)  # no name can be a scheme, a query or a fragment
 
 
 def _environment() -> Environment:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from topiarist.checkpoints.reading import read_json
+from topiarist.checkpoints.writing import REPORT
 from topiarist.core.errors import CheckpointError
+from topiarist.results.first_version import renewed
+from topiarist.results.report import RUN
 
-REPORT = "pruning_report.json"
-RUN = "pruning_run.json"
 EVALUATION = "pruning_evaluation.json"
 BENCHMARK = "pruning_benchmark.json"
 PAGE = "pruning_report.html"
 CARD = "README.md"
+_DONE = {"prune": "pruned", "apply": "masked", "recover": "recovered", "quantize": "quantised"}
+_TYPES = {
+    "model": str, "method": str, "pattern": str, "layers": list, "warnings": list, "command": list, "not_in_command": list,
+    "calibration": dict, "settings": dict, "weights": dict,
+}  # fmt: skip
+"""What every report has."""
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -38,36 +45,60 @@ class Result:
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(f"result folder {folder} does not exist")
-        report = read_json(folder / REPORT)
-        if not report:
+        if not (folder / REPORT).is_file():
             raise CheckpointError(f"{folder} has no {REPORT}: not a finished result of topiarist")
-        config = read_json(folder / "config.json").get("pruning_config", {})
-        facts = {"pattern": "?", "warnings": [], **config, **report.get("pruning_config", {}), **report}
-        facts.setdefault("model", facts.get("base_model", "?"))
+        config = json_if_any(folder / "config.json").get("pruning_config") or {}
+        report = renewed({**read_json(folder / REPORT)})
+        for name, kind in _TYPES.items():
+            if not isinstance(report.get(name), kind):
+                raise CheckpointError(
+                    f"{folder / REPORT} is damaged ({name}): run the same command again in a new folder"
+                )
         return cls(
-            facts,
+            report,
             str(config.get("version", "?")),
-            read_json(folder / EVALUATION),
-            read_json(folder / BENCHMARK),
-            read_json(folder / RUN),
+            json_if_any(folder / EVALUATION),
+            json_if_any(folder / BENCHMARK),
+            json_if_any(folder / RUN),
             folder,
         )
 
     @property
+    def pipeline(self) -> str:
+        """What kind of run it was."""
+        return str(self.report["pipeline"])
+
+    @property
     def name(self) -> str:
+        """The dense model's name, without its path."""
         return str(self.report["model"]).rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def method(self) -> str:
-        return str(self.report.get("method") or self.report.get("settings", {}).get("preset", "learned masks"))
+        return str(self.report["method"])
+
+    @property
+    def pattern(self) -> str:
+        return str(self.report["pattern"])
+
+    @property
+    def title(self) -> str:
+        """What was done to the model, in a few words."""
+        if self.pipeline == "learn":
+            return f"learned {self.pattern} masks"
+        if self.pipeline == "shrink":
+            share = self.report["parameters"]["stored"] / self.report["parameters"]["dense"]
+            return f"shrunk to {share:.0%} with {self.method}"
+        return f"{_DONE.get(self.pipeline, self.pipeline)} {self.pattern} with {self.method}"
 
     @property
     def layers(self) -> list[Mapping[str, Any]]:
-        return [layer for layer in self.report.get("layers", []) if layer.get("name")]
+        return [layer for layer in self.report["layers"] if layer.get("name")]
 
     @property
     def calibration(self) -> Mapping[str, Any]:
-        return self.report.get("calibration") or self.report.get("data") or {}
+        """The text: samples, window, seed, digest; empty if there was none."""
+        return self.report["calibration"] if "samples" in self.report["calibration"] else {}
 
     @property
     def sparsity(self) -> float:
@@ -84,7 +115,7 @@ class Result:
     @property
     def shrunk(self) -> bool:
         """Whether units were cut out, so that the files themselves are smaller."""
-        return bool(self.report.get("shrunk"))
+        return self.pipeline == "shrink"
 
     @property
     def size(self) -> dict[str, int] | None:
@@ -92,11 +123,13 @@ class Result:
 
         Packed: one bit a weight, and the weights that are not zero; a matrix that would grow stays as it is.
         """
-        weights = self.report.get("weights", {})
+        weights = self.report["weights"]
+        if not weights:
+            return None
         if self.shrunk:  # nothing is left to pack
-            return {"dense": int(weights["dense"]), "packed": int(weights["bytes"])}
-        item = ITEM_BYTES.get(weights.get("dtype", ""), 0)
-        if not item or not weights.get("bytes"):
+            return {"dense": int(weights["before"]), "packed": int(weights["after"])}
+        item = ITEM_BYTES.get(weights["dtype"], 0)
+        if not item:
             return None
         dense = packed = 0
         for layer in self.layers:
@@ -104,7 +137,7 @@ class Result:
             kept = round(count * (1.0 - layer["sparsity"]))
             dense += count * item
             packed += min(count * item, kept * item + -(-count // 8))
-        total = int(weights["bytes"])
+        total = int(weights["after"])
         return {"dense": total, "packed": total - dense + packed, "matrices": dense, "matrices_packed": packed}
 
     def decode_gain(self) -> Mapping[str, Any] | None:
@@ -113,14 +146,6 @@ class Result:
         return min(decode, key=lambda speed: speed["batch"]) if decode else None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; {} if there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); delete it, or make it again") from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object; delete it, or make it again")
-    return loaded
+def json_if_any(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} if there is no file. Raises CheckpointError for anything else in it."""
+    return read_json(path) if path.is_file() else {}

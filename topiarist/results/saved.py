@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from topiarist.checkpoints.atomic import write_atomically
-from topiarist.results.pages.card import with_measurements
+from topiarist.checkpoints.writing import REPORT
+from topiarist.results.card import with_measurements
 from topiarist.results.pages.render import report_page
-from topiarist.results.pages.result import BENCHMARK, CARD, EVALUATION, PAGE, REPORT, Result, read_json
+from topiarist.results.result import BENCHMARK, CARD, EVALUATION, PAGE, Result, json_if_any
 
 
 def refresh(folder: str | Path) -> Path:
@@ -32,7 +33,7 @@ def save_evaluation(folder: str | Path, found: Mapping[str, Sequence[Mapping[str
     found: {"perplexity": [...], "tasks": [...]}, each entry with the dense model's figure under "dense".
     """
     path = Path(folder) / EVALUATION
-    known = read_json(path)
+    known = json_if_any(path)
     identity = {
         "perplexity": ("digest", "window", "dtype"),
         "tasks": ("task", "metric", "digest", "num_items", "dtype"),
