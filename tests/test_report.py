@@ -118,6 +118,7 @@ def test_saved_measurements_show_on_page_and_card(root: Path, call):
             "digest": pruned["text_digest"],
             "window": 32,
             "tokens": pruned["tokens"],
+            "start_tokens": 0,
             "dtype": "float32",
             "value": pruned["value"],
             "dense": {"model": "base", "value": dense["value"]},

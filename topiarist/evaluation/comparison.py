@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from topiarist.checkpoints.reading import Checkpoint, locate
+from topiarist.checkpoints.references import resolved
 from topiarist.core.errors import CalibrationError, CheckpointError
 from topiarist.data import MAX_SHARED, Bos, TextFiles, Windows, check_vocabulary, evaluation_windows
 from topiarist.evaluation.perplexity import Perplexity, check_batch_size, perplexity
@@ -178,8 +179,9 @@ def entries(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[dict[st
 
 def _base_of(model: str | Path) -> str | None:
     """The base that a pruned checkpoint names; None for a dense one."""
-    config = Checkpoint(locate(model)).config
-    return str(config["pruning_config"].get("base_model", "")) if "pruning_config" in config else None
+    checkpoint = Checkpoint(locate(model))
+    provenance = checkpoint.config.get("pruning_config")
+    return None if provenance is None else resolved(str(provenance.get("base_model", "")), checkpoint.folder)
 
 
 def _found_base(pruned: str) -> str | None:
@@ -209,7 +211,7 @@ def _is_the_base(pruned: str, base: str) -> bool:
     """
     try:
         report = json.loads((locate(pruned) / "pruning_report.json").read_text(encoding="utf-8"))
-        digest = None if "result_digest" in report else report["fingerprint"]["model"]
+        digest = None if report.get("result_digest") else report["fingerprint"]["model"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return True
     return digest in (None, Checkpoint(Path(base)).digest())

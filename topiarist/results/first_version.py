@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+SHARED: Mapping[str, Any] = {
+    "settings": {}, "pattern": "?", "calibration": {}, "weights": {}, "layers": [], "warnings": [], "command": [],
+    "not_in_command": [],
+}  # fmt: skip
+
 
 def renewed(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a report the fields that all reports have today; one of today stays as it is."""
+    """Give a report the fields that all reports have today; those that it has stay as they are, but for their names."""
     if "pipeline" in plain:
-        return dict(plain)
+        return {**SHARED, **plain}
     facts: dict[str, Any] = {**plain.get("pruning_config", {}), **plain}
     weights = facts.get("weights", {})
     if facts.get("shrunk"):
@@ -23,13 +28,4 @@ def renewed(plain: Mapping[str, Any]) -> dict[str, Any]:
     facts.setdefault("base_model", facts["model"])
     facts.setdefault("calibration", facts.get("data", {}))
     facts.setdefault("method", "maskllm" if pipeline == "learn" else "masks")
-    shared: dict[str, Any] = {
-        "settings": {},
-        "pattern": "?",
-        "warnings": [],
-        "layers": [],
-        "command": [],
-        "not_in_command": [],
-        "weights": {},
-    }
-    return {**shared, **facts, "pipeline": pipeline}
+    return {**SHARED, **facts, "pipeline": pipeline}

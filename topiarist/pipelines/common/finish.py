@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -17,7 +17,6 @@ from topiarist.checkpoints.references import reference
 from topiarist.checkpoints.states import KEPT
 from topiarist.checkpoints.streaming import SHARD_BYTES
 from topiarist.checkpoints.writing import REPORT, OutputFolder
-from topiarist.data import Windows
 from topiarist.models.opened import OpenedModel
 from topiarist.results.card import model_card
 from topiarist.results.pages import PAGE, Result, report_page
@@ -26,12 +25,20 @@ from topiarist.results.report import RUN, RunReport
 CALIBRATION = "pruning_calibration.json"
 
 
+class Recorded(Protocol):
+    """Text that can say what it was."""
+
+    def record(self) -> str:
+        """Return digests of its passages as JSON."""
+        ...
+
+
 def finish(
     output: OutputFolder,
     report: RunReport,
     source: OpenedModel,
     *,
-    windows: Windows | None = None,
+    text: Recorded | None = None,
     written: Path | None = None,
     config: Mapping[str, Any] | None = None,
     texts: Mapping[str, str] | None = None,
@@ -39,7 +46,7 @@ def finish(
     """Write what stands beside the weights: report, page, card, side files, config. The weights are there already.
 
     source: the dense model; side files come from its folder.
-    windows: the text, whose digests are kept so that a later evaluation can refuse it.
+    text: what calibrated or trained; its digests are kept, so that a later evaluation can refuse it.
     written: of a model object, the folder by `write_model` or `save_model`, for its config and side files.
     config: instead of the one that was read.
     texts: more files, by name.
@@ -51,10 +58,10 @@ def finish(
     report.base_model = base_model(source, output.folder)
     # Without the timings, so that the same run writes the same page; `topiarist report` shows them.
     result = Result(report.to_dict(), __about__.__version__)
-    more = {CALIBRATION: windows.record()} if windows is not None else {}
+    more = {CALIBRATION: text.record()} if text is not None else {}
     papers = {"README.md": model_card(result), PAGE: report_page(result), RUN: json.dumps(report.run, indent=2) + "\n"}
-    for name, text in {**(texts or {}), **more, **papers}.items():
-        output.write_text(name, text)
+    for name, content in {**(texts or {}), **more, **papers}.items():
+        output.write_text(name, content)
     about = {**found, "pruning_config": report.pruning_config(__about__.__version__)}
     output.finish(about, report.to_dict(), side_files=folder)
 

@@ -174,11 +174,11 @@ def prune_with(
         report.output = None if out is None else str(out)
         report.run = pruner.meter.run(source.device)
         if checkpoint is not None and output is not None:
-            finish(output, report, source, windows=windows)
+            finish(output, report, source, text=windows)
         elif output is not None:
             report.result_digest = source.digest()
             written = write_model(output, source.model, source.loaded_tokenizer)
-            finish(output, report, source, windows=windows, written=written)
+            finish(output, report, source, text=windows, written=written)
         return report
 
 

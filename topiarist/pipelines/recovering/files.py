@@ -12,21 +12,21 @@ from typing import Any
 from torch import Tensor
 
 from topiarist import __about__
-from topiarist.checkpoints.reading import Checkpoint
+from topiarist.checkpoints.reading import read_json
+from topiarist.checkpoints.references import reference, resolved
 from topiarist.checkpoints.streaming import tensor_bytes
 from topiarist.checkpoints.writing import MASKS, REPORT, OutputFolder
 from topiarist.core.errors import CheckpointError
 from topiarist.models.folder import FolderModel
 from topiarist.models.opened import OpenedModel
-from topiarist.pipelines.common.written import saved_beside
+from topiarist.pipelines.common.finish import CALIBRATION, write_model
 from topiarist.pipelines.recovering.report import SECTION, RecoverReport
 from topiarist.pipelines.training.text import TrainingText
+from topiarist.results.card import with_measurements
+from topiarist.results.first_version import renewed
 from topiarist.results.pages import PAGE, Result, report_page
-from topiarist.results.pages.card import with_measurements
-from topiarist.results.pages.result import read_json
+from topiarist.results.result import json_if_any
 from topiarist.structured.spec import SPEC
-
-CALIBRATION = "pruning_calibration.json"
 
 
 def write_recovered(
@@ -43,11 +43,8 @@ def write_recovered(
     name. Raises CheckpointError if the disk is full; the trained state is then kept.
     """
     if not isinstance(opened, FolderModel):  # transformers knows the names of a model object, so it writes it
-        written = output.states / "written"
-        with saved_beside(model, tokenizer_of(opened), written, cure="; the trained state is kept"):
-            config = Checkpoint(written).config
-        output.take_files(written)
-        _write_papers(output, written, config, report, text)
+        written = write_model(output, model, opened.loaded_tokenizer)
+        _write_papers(output, written, read_json(written / "config.json"), report, text)
         return
     checkpoint, changed = opened.checkpoint, _on_disk(opened, model, trained)
     output.done()
@@ -73,19 +70,19 @@ def _write_papers(
     output: OutputFolder, folder: Path, config: Mapping[str, Any], report: RecoverReport, text: TrainingText
 ) -> None:
     """Write the report, card and config of the pruned model again, with what the recovery did."""
-    before = {key: value for key, value in read_json(folder / REPORT).items() if key not in ("fingerprint", "files")}
+    stated = json_if_any(folder / REPORT)
+    before = {key: value for key, value in stated.items() if key not in ("fingerprint", "files")}
     provenance = {"version": __about__.__version__, **config.get("pruning_config", {})}
-    provenance.setdefault("base_model", report.teacher or report.model)
-    provenance[SECTION] = report.provenance()
-    facts = {"pattern": "?", "warnings": [], "model": provenance["base_model"], **provenance, **before}
-    whole = {**facts, SECTION: report.to_dict()}
+    dense = resolved(provenance.get("base_model") or report.teacher or report.model, folder)
+    provenance |= {"base_model": reference(dense, output.folder), SECTION: report.provenance()}
+    whole = {**renewed({"model": dense, **provenance, **before}), SECTION: report.to_dict()}
     result = Result(whole, __about__.__version__)
     card = folder / "README.md"
     about = card.read_text(encoding="utf-8") if card.is_file() else f"# {result.name}\n"
     output.write_text("README.md", f"{with_measurements(about, result).rstrip()}\n\n{report.card()}")
     output.write_text(PAGE, report_page(result))
     output.write_text("pruning_run.json", json.dumps(report.run, indent=2) + "\n")
-    seen = frozenset(int(passage, 16) for passage in read_json(folder / CALIBRATION).get("passages", []))
+    seen = frozenset(int(passage, 16) for passage in json_if_any(folder / CALIBRATION).get("passages", []))
     output.write_text(CALIBRATION, replace(text, passages=seen | text.passages).record())
     for name in (MASKS, SPEC):
         if (folder / name).is_file():

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from topiarist.checkpoints.references import resolved
 from topiarist.checkpoints.writing import OutputFolder, SavedState, bytes_to_write
 from topiarist.core.errors import CheckpointError
 from topiarist.core.meter import Meter, reset_peak_memory
@@ -152,6 +153,8 @@ def open_teacher(
     if teacher is None:
         provenance = getattr(student.config, "pruning_config", None) or {}
         teacher = provenance.get("base_model")
+        if teacher and student.checkpoint is not None:
+            teacher = resolved(teacher, student.checkpoint.folder)
         if not teacher:
             raise CheckpointError(
                 f"{student.name} does not say which model it was pruned from: name it with --teacher, or use --loss lm"

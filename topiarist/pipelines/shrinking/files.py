@@ -40,7 +40,7 @@ def write_shrunk(
             config["architectures"] = [ARCHITECTURE]
         code = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
         texts[CODE] = f'{code}\n\nPrunedConfig, PrunedForCausalLM = pruned_classes("{base}")\n'
-    finish(output, report, source, windows=windows, written=written, config=config, texts=texts)
+    finish(output, report, source, text=windows, written=written, config=config, texts=texts)
 
 
 def _known_to_others(before: Mapping[str, Any], written: Mapping[str, Any], config: Any) -> dict[str, Any]:
