@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -25,6 +25,7 @@ from topiarist.results.report import RUN, RunReport
 CALIBRATION = "pruning_calibration.json"
 
 
+@runtime_checkable
 class Recorded(Protocol):
     """Text that can say what it was."""
 
