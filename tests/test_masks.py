@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -175,6 +176,79 @@ def test_any_changed_byte_is_an_error_or_harmless(saved, tmp_path, data):
         return
     for name in set(read) & set(made):
         assert read[name].shape != made[name].shape or torch.equal(read[name], made[name])
+
+
+def rewrite(path, change):
+    """The same file with other metadata: `change` edits it in place."""
+    with safe_open(path, "pt") as reader:
+        stated = json.loads(reader.metadata()["topiarist_masks"])
+        tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata={"topiarist_masks": change(stated, tensors) or json.dumps(stated)})
+
+
+def entry(name="a.weight", **changes):
+    """Change an entry as someone would who knows of no checksum."""
+
+    def change(stated, _):
+        stated.pop("digest")
+        stated["masks"][name].update(changes)
+
+    return change
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (entry(shape=[1 << 40, 1 << 10]), "do not hold a 2:4 mask"), (entry(shape=[8, -16]), "damaged metadata"),
+    (entry(shape=[]), "damaged metadata"), (entry(shape=["8", 16]), "damaged metadata"), (entry(shape=8), "damaged metadata"),
+    (entry(shape=[16], axis=-2), "no axis -2"), (entry(axis=0), "damaged metadata"), (entry(axis="-1"), "damaged metadata"),
+    (entry(dtype="nonsense"), "no dtype nonsense"), (entry(encoding="zip"), "damaged metadata"),
+    (entry(encoding="index64"), "do not hold"), (entry(pattern="3:7"), "no 3:7 mask"), (entry(pattern="nonsense"), "nonsense"),
+    (entry(more=1), "damaged metadata"), (lambda stated, _: "[" * 100_000, "damaged metadata"), (lambda *_: "[1]", "damaged"),
+    (lambda *_: '{"version": ' + "1" * 5000 + "}", "damaged metadata"),
+    (lambda stated, _: stated["masks"]["b.weight"].update(axis=-1), "checksum differs"),
+    (lambda stated, _: stated.update(base_model="other"), "checksum differs"),
+])  # fmt: skip
+def test_metadata_that_does_not_fit_is_one_line(saved, change, says):
+    path, *_ = saved
+    rewrite(path, change)
+    with pytest.raises(CheckpointError, match=says) as refused:
+        masks.MaskFile(path)
+    assert "\n" not in str(refused.value) and str(path) in str(refused.value)
+
+
+def test_a_bitmap_that_breaks_its_pattern_is_refused(tmp_path):
+    path, weight = tmp_path / "masks.safetensors", torch.ones(8, 20)
+    mask = Unstructured(0.5).mask(torch.rand(8, 20))
+    with pytest.raises(PatternError, match=r"w: the mask keeps more weights than 0\.5 allows"):
+        masks.save_masks(path, {"w": mask | True}, weights={"w": weight}, pattern="0.5", base_model="toy")
+    masks.save_masks(path, {"w": mask}, weights={"w": weight}, pattern="0.5", base_model="toy")
+
+    def fill(stated, tensors):
+        stated.pop("digest")
+        tensors["w"].fill_(255)
+        stated["masks"]["w"]["packed_sha256"] = masks.weight_digest(tensors["w"])
+
+    rewrite(path, fill)
+    with pytest.raises(CheckpointError, match=r"w: the mask keeps more weights than 0\.5 allows"):
+        masks.MaskFile(path)["w"]
+
+
+def test_files_without_a_checksum_are_still_read(saved):
+    path, made, _ = saved
+    rewrite(path, lambda stated, _: stated.pop("digest") and None)
+    assert all(torch.equal(mask, made[name]) for name, mask in masks.MaskFile(path).items())
+
+
+def test_an_npz_that_claims_too_much_is_refused_before_it_is_read(tmp_path):
+    import io
+    import zipfile
+
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (1 << 43,)})
+    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(tmp_path / "m.npz", "w", compression) as archive:
+            archive.writestr("a.weight.mask.npy", header.getvalue())
+        with pytest.raises(CheckpointError, match="holds 8796093022208 uint8"):
+            masks.read_npz(tmp_path / "m.npz", {"a.weight": (8, 16)})
 
 
 def test_missing_file_and_wrong_shapes(saved, tmp_path):

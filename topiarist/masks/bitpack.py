@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, UInt8
 from torch import Tensor
 
-from topiarist.core.errors import CheckpointError
+from topiarist.core.errors import CheckpointError, PatternError
 from topiarist.core.patterns import NM, Pattern
 from topiarist.masklearn.candidates import index_of, mask_of, num_classes
 
@@ -55,6 +55,8 @@ def pack(mask: Bool[Tensor, "..."], pattern: Pattern) -> tuple[UInt8[Tensor, " b
     encoding = encoding_for(pattern)
     flat = mask.detach().cpu().contiguous()
     if encoding == BITMAP:
+        if not _holds(flat, pattern):
+            raise PatternError(f"the mask keeps more weights than {pattern} allows")
         return torch.from_numpy(np.packbits(flat.flatten().numpy(), bitorder="little")), encoding
     assert isinstance(pattern, NM)
     digits = index_of(flat.reshape(-1, pattern.of), pattern).numpy()
@@ -70,16 +72,16 @@ def pack(mask: Bool[Tensor, "..."], pattern: Pattern) -> tuple[UInt8[Tensor, " b
 def unpack(
     packed: UInt8[Tensor, " bytes"], shape: tuple[int, ...], pattern: Pattern, encoding: str
 ) -> Bool[Tensor, "..."]:
-    """The mask. Raises CheckpointError for a wrong number of bytes, or a candidate that does not exist."""
-    if encoding != BITMAP and (
-        encoding not in (INDEX8, INDEX64) or not isinstance(pattern, NM) or shape[-1] % pattern.of
-    ):
-        raise CheckpointError(f"no {pattern} mask of shape {shape} is packed as {encoding}")
-    if len(packed) != packed_size(shape, pattern, encoding):
-        raise CheckpointError(f"{len(packed)} bytes do not hold a {pattern} mask of shape {shape} ({encoding})")
+    """The mask. Raises CheckpointError for a wrong number of bytes, a candidate that does not exist, or a bitmap that breaks
+    its pattern.
+    """
+    check_packed(("U8", len(packed)), shape, pattern, encoding)
     raw = packed.numpy()
     if encoding == BITMAP:
-        return torch.from_numpy(np.unpackbits(raw, count=math.prod(shape), bitorder="little")).bool().view(shape)
+        mask = torch.from_numpy(np.unpackbits(raw, count=math.prod(shape), bitorder="little")).bool().view(shape)
+        if not _holds(mask, pattern):
+            raise CheckpointError(f"the mask keeps more weights than {pattern} allows")
+        return mask
     assert isinstance(pattern, NM)
     word = np.uint8 if encoding == INDEX8 else np.dtype("<u8")
     per_word = _digits(pattern, 8 if encoding == INDEX8 else 64)
@@ -93,6 +95,27 @@ def unpack(
         raise CheckpointError(f"the packed {pattern} mask holds a candidate that does not exist: the file is damaged")
     groups = math.prod(shape) // pattern.of
     return mask_of(torch.from_numpy(digits.reshape(-1)[:groups]), pattern).view(shape)
+
+
+def check_packed(stored: tuple[str, int], shape: tuple[int, ...], pattern: Pattern, encoding: str) -> None:
+    """Raise CheckpointError unless so many stored bytes can be a mask of that shape; nothing is allocated.
+
+    stored: (dtype in safetensors' word, how many).
+    """
+    if encoding != BITMAP and (
+        encoding not in (INDEX8, INDEX64) or not isinstance(pattern, NM) or shape[-1] % pattern.of
+    ):
+        raise CheckpointError(f"no {pattern} mask of shape {shape} is packed as {encoding}")
+    if stored != ("U8", packed_size(shape, pattern, encoding)):
+        raise CheckpointError(
+            f"{stored[1]} elements of {stored[0]} do not hold a {pattern} mask of shape {shape} ({encoding})"
+        )
+
+
+def _holds(mask: Bool[Tensor, "..."], pattern: Pattern) -> bool:
+    """Whether every matrix of a stack keeps the pattern."""
+    matrices = mask.reshape(1, -1) if mask.ndim < 2 else mask
+    return all(pattern.holds(matrix) for matrix in matrices.reshape(-1, *matrices.shape[-2:]))
 
 
 def word_of(value: int, dtype: Any) -> Any:

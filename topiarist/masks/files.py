@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,24 +28,10 @@ from topiarist.core.errors import CheckpointError, PatternError, TopiaristError
 from topiarist.core.patterns import Pattern, parse_pattern
 from topiarist.masklearn.candidates import ORDER
 from topiarist.masks.bitpack import pack, unpack
+from topiarist.masks.entries import Entry, metadata_digest, read_entry
 from topiarist.models.folder import FolderModel
 
 FORMAT = "topiarist_masks"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a file says about one mask."""
-
-    pattern: str
-    shape: tuple[int, ...]
-    axis: int
-    """The axis that groups run along: -1, or -2 where the weight is stored (in, out)."""
-    encoding: str
-    dtype: str
-    sha256: str
-    """Of the dense weight that the mask belongs to, in `dtype`."""
-    packed_sha256: str
 
 
 def save_masks(
@@ -90,6 +76,7 @@ def save_masks(
         "base_model": base_model,
         "masks": entries,
     }
+    metadata["digest"] = metadata_digest(metadata)
     save_tensors(path, tensors, {FORMAT: json.dumps(metadata, sort_keys=True)})
 
 
@@ -102,24 +89,30 @@ class MaskFile(Mapping[str, Tensor]):
             raise CheckpointError(f"mask file {path} does not exist")
         with self._opened() as reader:
             stated, names = (reader.metadata() or {}).get(FORMAT), set(reader.keys())
+            slices = {name: reader.get_slice(name) for name in names}
+            stored = {name: (found.get_dtype(), math.prod(found.get_shape())) for name, found in slices.items()}
         if stated is None:
             raise CheckpointError(f"{path} is not a topiarist mask file (a published .npz is read by read_npz)")
         try:
             self.metadata: dict[str, Any] = json.loads(stated)
             version, order, self.base_model = (str(self.metadata[key]) for key in ("version", "order", "base_model"))
-            if (version, order) != ("1", ORDER):
-                raise CheckpointError(
-                    f"{path} has version {version} and row order {order}; this topiarist reads version 1, {ORDER}: update it"
-                )
-            entries: dict[str, dict[str, Any]] = self.metadata["masks"]
-            self.entries = {name: Entry(**{**e, "shape": tuple(e["shape"])}) for name, e in entries.items()}
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} has damaged metadata ({error!r})") from error
+            self.entries = {name: read_entry(stated) for name, stated in self.metadata["masks"].items()}
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+            raise CheckpointError(f"{path} has damaged metadata ({reason}); copy it again") from error
+        if (version, order) != ("1", ORDER):
+            raise CheckpointError(
+                f"{path} has version {version} and row order {order}; this topiarist reads version 1, {ORDER}: update it"
+            )
+        if self.metadata.get("digest", digest := metadata_digest(self.metadata)) != digest:
+            raise CheckpointError(f"{path} has damaged metadata (its checksum differs); copy it again")
         if names != set(self.entries):
             raise CheckpointError(f"{path} describes other masks than it holds: it is damaged")
         for name, entry in self.entries.items():
-            if not isinstance(getattr(torch, entry.dtype, None), torch.dtype) or entry.axis not in (-1, -2):
-                raise CheckpointError(f"{path} has damaged metadata ({name}: {entry})")
+            try:
+                entry.check(*stored[name])
+            except (CheckpointError, PatternError) as error:
+                raise CheckpointError(f"{path} is damaged: {name}: {error}; copy it again") from None
 
     def _opened(self):
         try:
@@ -143,10 +136,8 @@ class MaskFile(Mapping[str, Tensor]):
             packed = reader.get_tensor(name)
         if weight_digest(packed) != entry.packed_sha256:
             raise CheckpointError(f"{self.path}: the mask of {name} is damaged (checksum differs)")
-        shape = list(entry.shape)
-        shape[-1], shape[entry.axis] = shape[entry.axis], shape[-1]
         try:
-            mask = unpack(packed, tuple(shape), self.pattern(name), entry.encoding)
+            mask = unpack(packed, entry.packed_shape, self.pattern(name), entry.encoding)
         except (CheckpointError, PatternError) as error:
             raise CheckpointError(f"{self.path}: {name}: {error}") from None
         return mask.transpose(-1, entry.axis).contiguous()

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from topiarist.core.errors import CheckpointError
+
+_DAMAGE = (
+    OSError, ValueError, EOFError, KeyError, RuntimeError, SyntaxError, MemoryError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""What numpy and zipfile raise for files that are none of theirs, encrypted, or spoiled anywhere."""
 
 
 def read_npz(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -27,18 +35,29 @@ def read_npz(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
                 name = name if name in shapes else f"{name}.weight"
                 if name not in shapes:
                     raise CheckpointError(f"{path} has {key}, and the model no such parameter: it is for another model")
-                packed, total = archive[key], int(np.prod(shapes[name]))
-                if packed.dtype != np.uint8 or packed.ndim != 1 or len(packed) != -(-total // 8):
+                total = math.prod(shapes[name])
+                shape, dtype = _header(archive, key)
+                if dtype != np.uint8 or shape != (-(-total // 8),):
                     raise CheckpointError(
-                        f"{path}: {key} holds {packed.size:,} x {packed.dtype}, a mask of shape {shapes[name]} needs "
+                        f"{path}: {key} holds {' x '.join(map(str, shape))} {dtype}, a mask of shape {shapes[name]} needs "
                         f"{-(-total // 8):,} bytes"
                     )
+                packed = archive[key]
                 masks[name] = torch.from_numpy(np.unpackbits(packed, count=total)).bool().view(shapes[name])
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is not a readable .npz of masks ({error})") from error
     return masks
+
+
+def _header(archive: Any, key: str) -> tuple[tuple[int, ...], np.dtype]:
+    """(shape, dtype) that an array states, before memory is taken for it."""
+    with archive.zip.open(f"{key}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(member)
+    return shape, dtype
 
 
 def write_npz(path: str | Path, masks: Mapping[str, Tensor]) -> None:
