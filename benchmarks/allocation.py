@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from said import method_from_text
+
 import topiarist as tp
 from benchmarks import quality
 from demo.assets import assets_dir, model_dir
-from topiarist.cli.app import method_from_text
-from topiarist.cli.common import rule_from_text
 
 METHODS = ("sparsegpt", "alps")
 RULES = (
@@ -44,7 +44,7 @@ def run_cell(
     cpu, work = time.process_time(), assets_dir() / "allocation"
     found = tp.find_allocation(
         model_dir(),
-        rule_from_text(rule),
+        rule,
         pattern=pattern,
         calibration=calibration,
         method=method_from_text(method)[0],

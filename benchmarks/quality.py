@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from said import method_from_text
 
 import topiarist as tp
 from benchmarks.originals import ORIGINALS
 from demo.assets import assets_dir, model_dir, text_dir
-from topiarist.cli.app import method_from_text
 from topiarist.data import Windows, evaluation_windows, load_tokenizer, read_documents
 from topiarist.evaluation.perplexity import load_model
 

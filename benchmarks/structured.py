@@ -28,8 +28,7 @@ import torch
 import topiarist as tp
 from benchmarks.quality import keep_cell, load_texts, stored_cells
 from demo.assets import assets_dir, model_dir
-from topiarist.cli.common import filled, name_and_fields
-from topiarist.core.registry import look_up
+from topiarist.core.options import Registered
 from topiarist.data import Windows, load_tokenizer
 from topiarist.evaluation.perplexity import load_model
 from topiarist.evaluation.tasks import compare_tasks
@@ -55,8 +54,7 @@ class Given(Method):
 
 
 def method_of(text: str) -> Method:
-    name, fields = name_and_fields(text)
-    return filled(look_up(METHODS, name), "--methods", fields)
+    return Registered(METHODS).parse(text)
 
 
 def perplexities(model: Any, texts: dict[str, Windows]) -> dict[str, float]:

@@ -52,9 +52,7 @@ def test_prune_eval_inspect(call, folder: Path):
 
 
 def test_unstructured_with_options(call, folder: Path):
-    code, printed, _ = call(
-        *PRUNE, "--method", "wanda", "--pattern", "0.7", "--set", "refit=true", "--skip", "down_proj"
-    )
+    code, printed, _ = call(*PRUNE, "--method", "wanda:refit=true", "--pattern", "0.7", "--skip", "down_proj")
     assert code == 0 and "12 matrices" in printed
     config = json.loads((folder / "out" / "config.json").read_text())
     assert config["pruning_config"]["settings"]["refit"] is True
@@ -76,7 +74,7 @@ def test_without_text(call, folder: Path):
     bare = ("prune", "model", "out")
     code, printed, _ = call(*bare, "--method", "magnitude", "--plan")
     assert code == 0 and "2 x 7" in printed and not (folder / "out").exists()
-    for refused in (["--method", "wanda"], ["--method", "sparsellm"], ["--method", "magnitude", "--set", "refit=true"],
+    for refused in (["--method", "wanda"], ["--method", "sparsellm"], ["--method", "magnitude:refit=true"],
                     ["--method", "magnitude", "--refine"], ["--method", "magnitude", "--correct"],
                     ["--method", "magnitude", "--allocation", "owl"]):  # fmt: skip
         code, _, error = call(*bare, *refused)
@@ -214,13 +212,13 @@ def damage(name: str):
         ("broken_config", "not valid JSON"),
         ("truncate", "truncated or damaged"),
         ("flip_header", "truncated or damaged"),
-        ("missing_tensor", "model.layers.1.mlp.up_proj.weight is missing"),
-        ("wrong_shape", "config asks for"),
+        ("missing_tensor", "model lacks model.layers.1.mlp.up_proj.weight"),
+        ("wrong_shape", "config.json asks for"),
         ("outside_shard", "only .safetensors files inside the folder"),
         ("pickled", "unpickling can run any code"),
         ("nan_weight", "NaN or Inf in model.layers.1.mlp.up_proj.weight"),
         ("huge_activations", "NaN or Inf in the Gram"),
-        ("unknown_type", "FAMILIES"),
+        ("unknown_type", "does not recognize this architecture"),
         ("quantised", "quantised"),
         ("empty_text", "add text"),
         ("short_text", "add text"),
@@ -259,8 +257,8 @@ def test_pattern_that_does_not_fit_names_the_layer(call, folder: Path):
     ("arguments", "said"),
     [
         (["--method", "nonsense"], "unknown method"),
-        (["--set", "nonsense=1"], "has no field"),
-        (["--set", "ridge=much"], "--set ridge"),
+        (["--method", "alps:nonsense=1"], "has no field"),
+        (["--method", "alps:ridge=much"], "ALPS: ridge is 'much'"),
         (["--window", "4096"], "longer than the model's limit"),
         (["--nonsense"], "No such option"),
         (["--skip", "("], "regular expressions"),
@@ -359,7 +357,8 @@ def test_learn_and_apply(tmp_path: Path, monkeypatch, capsys):
 
 
 def test_a_method_and_its_additions_from_one_text():
-    from topiarist.cli.app import method_from_text
+    from said import method_from_text
+
     from topiarist.pipelines.pruning.correct import Correct
     from topiarist.pipelines.pruning.refine import Refine
 
@@ -368,5 +367,5 @@ def test_a_method_and_its_additions_from_one_text():
     assert additions == {"correct": Correct(share=0.5), "refine": Refine()}
     with pytest.raises(tp.TopiaristError, match="unknown addition 'refit'"):
         method_from_text("alps+refit")
-    with pytest.raises(tp.TopiaristError, match=r"\+correct share"):
+    with pytest.raises(tp.TopiaristError, match="Correct: share is 'much'"):
         method_from_text("alps+correct:share=much")

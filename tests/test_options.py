@@ -126,3 +126,49 @@ def test_a_function_shows_the_settings_it_takes():
     assert run("m", num_samples=3).num_windows == 3
     with pytest.raises(OptionError, match="not both"):
         run("m", options=Outer(), num_windows=3)
+
+
+def test_one_edit_adds_an_option(tmp_path: Path):
+    """A field of an options value is all it takes: flags, signature, fingerprint and command know it."""
+    import inspect
+
+    import typer
+    from typer.testing import CliRunner
+
+    from topiarist.cli.from_options import flags, understood
+    from topiarist.pipelines.common.reproduce import command
+    from topiarist.pipelines.pruning.options import PruneOptions
+
+    @options
+    class MoreOptions(PruneOptions):
+        sharpen: Annotated[int, Field(ge=0)] = 3
+        """Sharpens everything."""
+
+    seen: list[MoreOptions] = []
+    text = tmp_path / "text.txt"
+    text.write_text("words")
+
+    @takes(MoreOptions)
+    def prune(model: str, *, options: MoreOptions | None = None, **settings: Any) -> MoreOptions:
+        """Prune."""
+        return given_or_made(MoreOptions, options, settings)
+
+    @flags(MoreOptions)
+    def prune_command(model: str, options: MoreOptions) -> None:
+        """Prune."""
+        seen.append(options)
+
+    app = typer.Typer()
+    app.command()(prune_command)
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
+    assert "--sharpen" in shown and "sharpens everything (default: 3)" in shown
+    words = understood(
+        ["m", "--sharpen", "5", "--refine", "--correct", "share=0.5", "--calibration", str(text)], [MoreOptions]
+    )
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert seen[0].sharpen == 5 and seen[0].refine is not None and seen[0].correct is not None
+    assert inspect.signature(prune).parameters["sharpen"].default == 3 and prune("m", sharpen=5).sharpen == 5
+    assert plain(seen[0])["sharpen"] == 5
+    said, unsaid = command("prune", "m", seen[0])
+    assert said[said.index("--sharpen") + 1] == "5" and not unsaid
+    assert command("prune", "m", MoreOptions())[0] == ["topiarist", "prune", "m", "OUT"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,6 @@ from topiarist.models.derive import family_of
 from topiarist.models.families import Matrix
 from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.common.stream import BlockStream
-from topiarist.pipelines.pruning.options import PruneOptions
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -194,16 +191,6 @@ def test_any_torch_module_can_be_pruned():
     assert tp.NM(2, 4).holds(model[0].weight != 0)
     with pytest.raises(tp.CalibrationError, match="no batches"):
         tp.prune_module(model, [])
-
-
-def test_options_are_the_keywords_of_prune():
-    """One list of options: PruneOptions and the public signature have the same names and defaults."""
-    public = dict(inspect.signature(tp.prune).parameters)
-    for name in ("model", "out", "progress"):
-        public.pop(name)
-    held = {field.name: field.default for field in fields(PruneOptions)}
-    assert list(held) == list(public)
-    assert all(public[name].default == default for name, default in held.items() if default is not MISSING)
 
 
 def test_conv1d_is_seen_transposed():

@@ -94,7 +94,7 @@ def test_a_run_writes_a_page_that_is_whole(root: Path, tmp_path: Path):
 
 def test_the_command_of_the_page_repeats_the_run(root: Path, call):
     text = tiny.tiny_text(root, "calibration.txt")
-    words = ("--calibration", str(text), "--samples", "4", "--window", "16", "--method", "alps", "--set", "refit=true")
+    words = ("--calibration", str(text), "--samples", "4", "--window", "16", "--method", "alps:refit=true")
     code, _, error = call("prune", "base", "first", *words, "--pattern", "0.5/row", "--true-sequential")
     assert code == 0, error
     command = json.loads((root / "first" / "pruning_report.json").read_text())["command"]

@@ -119,8 +119,7 @@ def test_any_solver_of_the_table_may_be_the_local_one():
         report = tp.prune(model, method=tp.SparseLLM(local=local, epochs=1), calibration=TOKENS)
         assert report.sparsity == pytest.approx(0.5) and len(report.joint) == 1
     assert report.settings["local"]["name"] == "alps"
-    assert report.command[report.command.index("--set") + 1] == "local=alps"
-    assert "the settings of the local solver alps" in report.not_in_command
+    assert report.command[report.command.index("--method") + 1] == "sparsellm:local=(alps:preset=best),epochs=1"
 
 
 def test_inputs_and_targets_may_be_those_before_attention_was_pruned():
@@ -192,7 +191,7 @@ def test_the_command_line_and_the_page(tmp_path: Path, monkeypatch, capsys):
     tiny.tiny_checkpoint(tmp_path / "base")
     tiny.tiny_text(tmp_path, paragraphs=20)
     monkeypatch.chdir(tmp_path)
-    command = "topiarist prune base out --method sparsellm --set local=wanda --set epochs=1 --set down_refit=true --pattern 0.7"
+    command = "topiarist prune base out --method sparsellm:local=wanda,epochs=1,down_refit=true --pattern 0.7"
     command += " --calibration text.txt --samples 16 --window 32"
     for line in (f"{command} --plan", command):
         monkeypatch.setattr(sys, "argv", line.split())
@@ -202,17 +201,15 @@ def test_the_command_line_and_the_page(tmp_path: Path, monkeypatch, capsys):
         assert (tmp_path / "out").exists() == ("--plan" not in line)
     report = tp.Report.from_folder(tmp_path / "out")
     assert [list(block.errors) for block in report.joint] == [["local", "epoch 1", "down_refit"]] * 2
-    assert " ".join(report.command).startswith(
-        "topiarist prune base OUT --method sparsellm --set local=wanda --set epochs=1"
-    )
+    assert " ".join(report.command).startswith("topiarist prune base OUT --method sparsellm:local=wanda,epochs=1 ")
     page = (tmp_path / "out" / "pruning_report.html").read_text()
     assert page.count('<polyline class="thin"') == 2 and "model.layers.1: local " in page
     for setting, said in (
-        ("local=nobody", "unknown local solver"),
-        ("alpha=0", "must be above 0"),
+        ("gate_rate=-1", "should be greater than 0"),
+        ("alpha=0", "should be greater than 0"),
         ("gama=1", "has no field"),
     ):
-        monkeypatch.setattr(sys, "argv", f"{command} --set {setting}".split())
+        monkeypatch.setattr(sys, "argv", command.replace("epochs=1", f"epochs=1,{setting}").split())
         with pytest.raises(SystemExit) as stop:
             cli.main()
         assert stop.value.code == 2 and said in capsys.readouterr().err

@@ -23,7 +23,7 @@ SHRINK = ("shrink", "model", "out", "--method", "magnitude", "--data", "text.txt
 
 @pytest.mark.filterwarnings("ignore::topiarist.core.errors.CalibrationWarning")
 def test_shrink_inspect_eval(call, tmp_path: Path):
-    code, printed, err = call(*SHRINK, "--keep", "0.6", "--recover", "lora", "--recover-set", "steps=2")
+    code, printed, err = call(*SHRINK, "--keep", "0.6", "--recover", "lora:steps=2")
     assert code == 0, err
     assert (
         "35,232 parameters -> 27,552" in printed and "refit of 2 matrices" in printed and "recovery, 2 steps" in printed
@@ -58,14 +58,14 @@ def test_the_command_in_the_report_repeats_the_run(call, tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--keep", "0"), "must be in (0, 1]"),
-        (("--keep", "1.01"), "must be in (0, 1]"),
+        (("--keep", "0"), "keep is '"),
+        (("--keep", "1.01"), "keep is '"),
         (("--method", "oracle"), "choose one of"),
         (("--units", "heads,neurons"), "unknown units 'neurons'"),
         (("--units", "heads,block"), "shrink twice"),
-        (("--layout", "even"), "unknown layout"),
-        (("--set", "steps=3"), "has no field 'steps'"),
-        (("--recover", "most"), "choose lora or full"),
+        (("--layout", "even"), "layout is 'even'"),
+        (("--method", "magnitude:steps=3"), "has no field 'steps'"),
+        (("--recover", "most"), "is 'most', should be 'lora' or 'full'"),
         (("--samples", "100000"), "add text"),
         (("--window", "128"), "longer than the model's limit"),
     ],

@@ -2,6 +2,7 @@
 
 from topiarist import allocate, masks, runtime, solvers, structured
 from topiarist.__about__ import __version__
+from topiarist.core import errors
 from topiarist.core.errors import (
     CalibrationError,
     CheckpointError,
@@ -66,6 +67,7 @@ __all__ = [
     "__version__",
     "allocate",
     "audit",
+    "errors",
     "find_allocation",
     "learn",
     "load_pruned",

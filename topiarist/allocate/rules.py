@@ -7,27 +7,29 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import asdict
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from topiarist.allocate.budget import Shapes, budget, fit
 from topiarist.core.errors import TopiaristError
+from topiarist.core.options import Share, options
 from topiarist.core.patterns import NM, Pattern, TransposableNM, parse_pattern
 from topiarist.core.registry import name_of
 
 Depths = Mapping[str, int]
 """Layer name -> number of its block."""
-LEVELS = ("matrix", "block")
-ESTIMATES = ("hutchinson", "fisher", "input_trace")
+Level = Literal["matrix", "block"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Rule(ABC):
     """What every rule has: bounds, and the patterns to choose from where not every density is allowed."""
 
-    min_sparsity: float = 0.0
+    min_sparsity: Share = 0.0
     """No layer has fewer zeros. A wish below it is clipped."""
-    max_sparsity: float = 1.0
+    max_sparsity: Share = 1.0
     """No layer has more zeros."""
     choices: str = ""
     """The only patterns a layer may have, joined by plus signs: `dense+2:4+4:8`. The sparsity asked for is then a
@@ -42,9 +44,6 @@ class Rule(ABC):
                 f"an allocation's bounds need 0 <= min_sparsity <= max_sparsity <= 1, got {self.min_sparsity} and "
                 f"{self.max_sparsity}"
             )
-        for name, allowed in (("level", LEVELS), ("estimate", ESTIMATES)):
-            if (value := getattr(self, name, allowed[0])) not in allowed:
-                raise TopiaristError(f"{type(self).__name__}.{name} is one of {', '.join(allowed)}, got {value!r}")
         self.options()
 
     def options(self) -> list[Pattern | None]:
@@ -78,7 +77,7 @@ class Rule(ABC):
         return fit(shapes, pattern, wanted, bounds=bounds, choices=self.options())
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Uniform(Rule):
     """The same for every layer; with `choices` a mixture that only meets the budget."""
 
@@ -86,7 +85,7 @@ class Uniform(Rule):
         return dict.fromkeys(depths, 1 - sparsity)
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Linear(Rule):
     """Sparsity in arithmetic progression over the blocks, from p - w in the first to p + w in the last (ATP, arXiv
     2502.14770, whose common difference is 2 w / (L - 1)). Choose it when nothing may be measured; a negative width
@@ -100,7 +99,7 @@ class Linear(Rule):
         return {name: 1 - sparsity + self.half_width * (1 - 2 * depth / last) for name, depth in depths.items()}
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Owl(Rule):
     """Blocks with more outliers keep more (OWL, Yin et al., ICML 2024, arXiv 2310.05175, with its constants M = 5 and
     lambda = 0.08).
@@ -111,11 +110,11 @@ class Owl(Rule):
     Differs from the authors' code in: 1. the centre is the mean weighted by parameters, so that the sparsity is exact.
     """
 
-    threshold: float = 5.0
+    threshold: PositiveFloat = 5.0
     """M."""
-    half_width: float = 0.08
+    half_width: NonNegativeFloat = 0.08
     """lambda."""
-    level: str = "block"
+    level: Level = "block"
     """`matrix`: a ratio for every matrix by itself."""
     measured_by: ClassVar[tuple[str, ...]] = ("threshold", "level")
 
@@ -125,7 +124,7 @@ class Owl(Rule):
         return {name: 1 - sparsity + (scores[name] - low) * width for name in depths}
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Sensitivity(Rule):
     """Matrices are ranked by the trace of the Hessian of the model's loss; the density rises with the rank in equal
     steps from 1 - p - w to 1 - p + w (Shao et al., ICASSP 2024, arXiv 2310.09499, algorithm 1).
@@ -141,29 +140,22 @@ class Sensitivity(Rule):
     of the gain on the demo model for a fifteenth of the time (docs/notes/allocation.md).
     """
 
-    estimate: str = "hutchinson"
+    estimate: Literal["fisher", "hutchinson", "input_trace"] = "fisher"
     """`fisher`: the squared gradient instead of the Hessian. `input_trace`: the mean square of the matrix's inputs."""
-    level: str = "matrix"
+    level: Level = "matrix"
     """`block`: the sum over the matrices of a block."""
     half_width: float = 0.1
     """w."""
-    sequences: int = 8
+    sequences: PositiveInt = 8
     """Calibration windows that the trace is taken over."""
-    probes: int = 8
+    probes: PositiveInt = 8
     """Random vectors for every sequence."""
-    step: float = 1e-3
+    step: PositiveFloat = 1e-3
     """Of the finite difference, as a fraction of the root mean square of all measured weights. Its error grows with
     the square: 9 % at 0.01 on the demo model, below 0.1 % here (benchmarks/curvature.py)."""
-    tokens: int = 512
+    tokens: Annotated[int, Field(ge=2)] = 512
     """Windows are cut to so many tokens."""
     measured_by: ClassVar[tuple[str, ...]] = ("estimate", "sequences", "probes", "step", "tokens")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sequences < 1 or self.probes < 1 or self.step <= 0 or self.tokens < 2:
-            raise TopiaristError(
-                "sensitivity needs at least one sequence of two tokens, one probe and a step above zero"
-            )
 
     def bounds(self, sparsity: float) -> tuple[float, float]:
         low, high = super().bounds(sparsity)
@@ -180,7 +172,7 @@ class Sensitivity(Rule):
         return {name: density[name if self.level == "matrix" else depth] for name, depth in depths.items()}
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Search(Rule):
     """Evolution over stored solutions, chosen by the divergence from the dense model's predictions on calibration
     windows that made no Gram (after EvoPress, Sieberling et al., ICML 2025, arXiv 2410.14649).
@@ -189,36 +181,36 @@ class Search(Rule):
     model with one stored solution for every layer. Children exchange levels without changing the number of weights
     kept; all are judged on a part of the selection windows, the best few on all of them, and the parent is replaced
     only by a better one. Starts from the best of uniform and linear allocations. Cost: the database (`grid` times the
-    solver, on disk), then `seconds` of forward passes of the whole model, which is held in memory.
+    solver, on disk), then `generations` of forward passes of the whole model, which is held in memory.
     """
 
-    level: str = "block"
+    level: Level = "block"
     """What changes its level together: fewer things to choose for, or finer ones."""
-    grid: float = 0.05
+    grid: PositiveFloat = 0.05
     """Distance of the sparsities that are solved and stored."""
     half_width: float = 0.15
     """The grid reaches so far to both sides of p."""
-    seconds: float = 600.0
-    """Time for the search itself, resumed runs added up; the database comes on top."""
-    generations: int = 1000
-    """The search ends at the latest after so many; with fewer than fit in `seconds` its result depends on no clock."""
-    children: int = 6
+    seconds: PositiveFloat | None = None
+    """Ends the search early after so many, resumed runs added up; its result then depends on the clock."""
+    generations: NonNegativeInt = 40
+    """Rounds of children."""
+    children: PositiveInt = 6
     """Candidates of a generation."""
-    finalists: int = 2
+    finalists: PositiveInt = 2
     """How many of them are judged on all selection windows."""
     solver: str = ""
     """Name of the method that solves the database; the run's own if empty. A quick one finds allocations for a slow one."""
-    sequences: int = 4
+    sequences: PositiveInt = 4
     """Calibration windows that select; the others make the Grams."""
     measured_by: ClassVar[tuple[str, ...]] = ("level", "grid", "half_width", "seconds", "generations", "children",
                                               "finalists", "solver", "sequences")  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.finalists <= self.children or self.sequences < 1 or self.generations < 0:
-            raise TopiaristError("search needs 1 <= finalists <= children, and at least one selection sequence")
-        if self.grid <= 0 or self.half_width < self.grid:
-            raise TopiaristError("search needs a grid above zero and a half_width of at least one grid step")
+        if self.finalists > self.children:
+            raise TopiaristError(f"search: {self.finalists} finalists of {self.children} children; ask for fewer")
+        if self.half_width < self.grid:
+            raise TopiaristError("search needs a half_width of at least one grid step")
 
     def wanted(self, depths: Depths, sparsity: float, scores: Mapping[str, float]) -> dict[str, float]:
         """scores: the density of every layer that the search chose."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,46 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 out = Console()
 err = Console(stderr=True)
-Text = Annotated[list[Path], typer.Option(help=".txt, .jsonl, .jsonl.gz or a datasets folder; may be repeated")]
-
-
-def filled(cls: type, option: str, assignments: list[str]) -> Any:
-    """A frozen dataclass of settings from `field=value` texts, checked against its field types."""
-    from pydantic import TypeAdapter, ValidationError
-
-    from topiarist.core.errors import TopiaristError
-
-    fields = {name: value for name, _, value in (text.partition("=") for text in assignments)}
-    known = ", ".join(cls.__dataclass_fields__)
-    if unknown := sorted(set(fields) - set(cls.__dataclass_fields__)):
-        raise TopiaristError(f"{option}: {cls.__name__} has no field {unknown[0]!r}; it has {known}")
-    try:
-        return TypeAdapter(cls).validate_python(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise TopiaristError(f"{option} {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-
-
-def solver_from_text(name: str, assignments: list[str]) -> Any:
-    """A method from its name and `field=value` texts."""
-    from topiarist.core.registry import look_up
-    from topiarist.pipelines.pruning.sparsellm import METHODS
-
-    return filled(look_up(METHODS, name), "--set", assignments)
-
-
-def rule_from_text(text: str | None) -> Any:
-    """A rule of allocation from `name:field=value,...`; any other text as it is: it names a file."""
-    from topiarist.allocate import ALLOCATIONS
-
-    name, fields = name_and_fields(text or "")
-    return filled(ALLOCATIONS[name], name, fields) if name in ALLOCATIONS else text
-
-
-def name_and_fields(text: str) -> tuple[str, list[str]]:
-    """The parts of `name:field=value,...`."""
-    name, _, fields = text.partition(":")
-    return name, [field for field in fields.split(",") if field]
+Model = Annotated[str, typer.Argument(help="model folder or hub id")]
+Plan = Annotated[bool, typer.Option("--plan", help="say what the run will need, from a short probe, and stop")]
 
 
 def set_threads(threads: int | None) -> None:
@@ -100,3 +62,19 @@ class WarningLines:
             err.print(
                 f"[yellow]warning[/yellow] {more} more, which differ from these in numbers alone", highlight=False
             )
+
+
+def say(text: str) -> None:
+    """A line as it is: brackets in it, as paths have them, are no markup."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_plan(plan: Any) -> None:
+    """What a run will need, a line each."""
+    for name, value in plan.lines():
+        say(f"{name:<34} {value}")
+
+
+def print_run(run: Mapping[str, Any], output: Path) -> None:
+    """How long it took, what memory, where the result is."""
+    say(f"{run['seconds']:.0f} s, peak memory {run['peak_memory_bytes'] / 1e9:.2f} GB; written to {output}")

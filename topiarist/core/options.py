@@ -16,7 +16,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic.dataclasses
 from pydantic import ConfigDict, Field, GetCoreSchemaHandler, ValidationError
@@ -30,6 +30,11 @@ from topiarist.core.registry import key_of, look_up
 T = TypeVar("T")
 Table = Mapping[str, type[Any]]
 """Name -> class of settings."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+"""From nothing to the whole."""
+Part = Annotated[float, Field(ge=0, lt=1)]
+"""From nothing to less than the whole."""
 
 ALIASES = {
     "calibration": "data",
@@ -56,8 +61,13 @@ class About:
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field, dataclasses.field))
 def options(cls: type[T]) -> type[T]:
     """Make a frozen, keyword-only dataclass with validated fields. Whoever makes a wrong one gets an OptionError."""
-    config = ConfigDict(use_attribute_docstrings=True, extra="forbid", arbitrary_types_allowed=True)
+    config = ConfigDict(
+        use_attribute_docstrings=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False
+    )
     made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)
+    for name, info in fields_of(made).items():  # pydantic reads the docstrings of a class's own fields alone
+        inherited = (fields_of(base).get(name) for base in made.__mro__[1:])
+        info.description = info.description or next((i.description for i in inherited if i and i.description), None)
     unnamed = made.__init__
 
     @functools.wraps(unnamed)
@@ -197,7 +207,7 @@ def to_text(value: Any, table: Table | None = None) -> str | None:
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    if not fields_of(type(value)):
+    if not _is_options(value):
         said = isinstance(value, str | int | Path) or type(value).__str__ is not object.__str__
         return str(value) if (said and not isinstance(value, Mapping | Sequence)) or isinstance(value, str) else None
     name, fields, tables = key_of(table or {}, value), changed(value), tables_of(type(value))
@@ -217,6 +227,10 @@ def tables_of(cls: type) -> dict[str, Table]:
     return {name: found[0].table for name, found in marks.items() if found}
 
 
+def _is_options(value: Any) -> bool:
+    return hasattr(type(value), "__pydantic_fields__")
+
+
 def fields_of(cls: type) -> dict[str, FieldInfo]:
     """Every field of a class of options; {} for any other class."""
     return getattr(cls, "__pydantic_fields__", {})
@@ -229,8 +243,8 @@ def about(info: FieldInfo) -> About:
 
 def plain(value: Any, table: Table | None = None) -> Any:
     """A setting as JSON with every field that the result depends on; a value of a table's class has its `name` there."""
-    if known := fields_of(type(value)):
-        tables = tables_of(type(value))
+    if _is_options(value):
+        known, tables = fields_of(type(value)), tables_of(type(value))
         name = {} if table is None else {"name": key_of(table, value) or type(value).__name__}
         wanted = [field for field, info in known.items() if about(info).result]
         return name | {field: plain(getattr(value, field), tables.get(field)) for field in wanted}
@@ -253,6 +267,8 @@ def takes(kind: type[Any]) -> Callable[[Callable[..., T]], Callable[..., T]]:
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         more = []
         for field in dataclasses.fields(kind):
+            if field.name in signature.parameters:
+                continue
             default = default_of(field)
             empty = inspect.Parameter.empty if default is dataclasses.MISSING else default
             more.append(

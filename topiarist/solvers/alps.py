@@ -11,14 +11,15 @@ import functools
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from topiarist.core import linalg
 from topiarist.core.errors import NumericalWarning
+from topiarist.core.options import options
 from topiarist.core.patterns import Pattern
 from topiarist.solvers.admm import State
 from topiarist.solvers.base import Problem, Solver
@@ -35,7 +36,7 @@ UNSETTLED = 0.2
 """Fraction of the support on which dense iterate and projection may still disagree at the end without a warning."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ALPS(Solver):
     """Minimises tr((W - W') (H + ridge * diag H) (W - W')^T) over support and weights together (eq. 3): ADMM finds the support
     (eq. 4-6, over-relaxed), conjugate gradients the weights on it (section 3.3). The best one-shot solver here: choose
@@ -53,29 +54,31 @@ class ALPS(Solver):
     6. Dead inputs take no part.
     """
 
-    preset: str = "fast"
+    preset: Literal["fast", "best"] = "fast"
     """`fast` or `best`: gives every field below that is not set its value."""
-    ridge: float = FROM_PRESET
+    ridge: NonNegativeFloat = FROM_PRESET
     """Added to the diagonal of H, as a fraction of itself; keeps few tokens from being fitted too closely."""
-    rho_start: float = FROM_PRESET
+    rho_start: PositiveFloat = FROM_PRESET
     """First penalty. Lower explores more supports."""
-    rho_end: float = FROM_PRESET
+    rho_end: PositiveFloat = FROM_PRESET
     """Last penalty, and the one whose resolvent is exact. Higher freezes the support sooner."""
-    iterations: int = FROM_PRESET
+    iterations: PositiveInt = FROM_PRESET
     """ADMM steps, rounded down to whole levels of rho."""
-    rho_every: int = 2
+    rho_every: PositiveInt = 2
     """Steps at each level of rho."""
-    relaxation: float = FROM_PRESET
+    relaxation: Annotated[float, Field(ge=1, lt=2)] = FROM_PRESET
     """Over-relaxation of the dense iterate, between 1 (none) and 2."""
-    refit_steps: int = FROM_PRESET
+    refit_steps: NonNegativeInt = FROM_PRESET
     """Conjugate gradient steps on the final support."""
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ValueError(f"ALPS has presets {', '.join(PRESETS)}; got {self.preset!r}")
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+
+    def derived(self) -> dict[str, float]:
+        """Defaults that the preset sets."""
+        return PRESETS[self.preset]
 
     def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
         return self.solve_all([problem])[0]

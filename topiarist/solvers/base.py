@@ -10,11 +10,13 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from topiarist.core import linalg
 from topiarist.core.errors import CalibrationWarning, NumericalError
 from topiarist.core.gram import Gram
+from topiarist.core.options import options
 from topiarist.core.patterns import Pattern
 
 
@@ -36,7 +38,7 @@ class Problem:
     pattern: Pattern
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Solver(ABC):
     """Hyper-parameters are the fields; tensors are the arguments. A method overrides `solve`, or `solve_all` if
     matrices that share one input (q/k/v, gate/up) can share its work.
@@ -46,7 +48,7 @@ class Solver(ABC):
     """Whether `solve` looks at the Gram."""
     refit: bool = False
     """End with a least-squares refit of the kept weights on the chosen support."""
-    refit_damping: float = 1e-3
+    refit_damping: NonNegativeFloat = 1e-3
     """Ridge of that refit, as a fraction of every input's own energy."""
 
     def __call__(self, weight: Float[Tensor, "out in"], gram: Gram, pattern: Pattern) -> Solution:

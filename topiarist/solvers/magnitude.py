@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from topiarist.core.options import options
 from topiarist.solvers.base import Problem, Solver
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Magnitude(Solver):
     """Keeps the weights of largest |w| and does not look at the data. The baseline to beat; cost: one selection.
 

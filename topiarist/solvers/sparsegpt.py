@@ -6,19 +6,20 @@ W  weight (out, in)     U  upper Cholesky factor of (H + damping)^-1, U[j, j]^2 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from topiarist.core import linalg
-from topiarist.core.errors import TopiaristError
+from topiarist.core.options import options
 from topiarist.core.patterns import NM, Pattern, Unstructured
 from topiarist.core.selection import keep_largest, keep_largest_per_row
 from topiarist.solvers.base import Problem, Solver
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class SparseGPT(Solver):
     """Minimises ||X W^T - X W'^T||^2 greedily: columns in order; each block of columns gets its mask by `saliency`,
     each pruned weight's error is spread over the columns to its right (algorithm 1). Choose it when ALPS takes too
@@ -28,18 +29,14 @@ class SparseGPT(Solver):
     2. Nothing given is changed. 3. The inverse is fp32 with damping that escalates loudly instead of failing.
     """
 
-    damping: float = 0.01
+    damping: PositiveFloat = 0.01
     """Added to the diagonal of H, as a fraction of its mean."""
-    block_size: int = 128
+    block_size: PositiveInt = 128
     """Columns whose mask is chosen together (rounded up to whole N:M groups)."""
-    saliency: str = "obs"
+    saliency: Literal["obs", "isc"] = "obs"
     """Which weight goes: `obs` the one with the least w^2 / U_jj^2, `isc` the one with the least
     w^2 (H_jj + 1 / U_jj^2) (improved saliency criterion of Shao et al., arXiv 2310.09499, with both terms in the same
     units: theirs adds 1 / U_jj, and a damped H)."""
-
-    def __post_init__(self) -> None:
-        if self.saliency not in ("obs", "isc"):
-            raise TopiaristError(f"SparseGPT.saliency is 'obs' or 'isc', got {self.saliency!r}")
 
     def solve_all(self, problems: Sequence[Problem]) -> list[tuple[Tensor, Tensor]]:
         H = problems[0].H

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
+from topiarist.core.options import options
 from topiarist.core.patterns import Unstructured
 from topiarist.core.selection import keep_largest_evenly
 from topiarist.solvers.base import Problem, Solver
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Wanda(Solver):
     """Keeps the weights of largest |w_ij| * ||x_j||_2 (eq. 1); weights are not updated. Cost: one selection.
 

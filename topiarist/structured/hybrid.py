@@ -11,14 +11,15 @@ c, f  the two estimates of the units of one layer (count,); rules look at them d
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Float
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from topiarist.core.errors import TopiaristError
+from topiarist.core.options import options
 from topiarist.structured.choose import total_cost
 from topiarist.structured.gates import gates
 from topiarist.structured.methods import HEAD_WEIGHT, Method, Scores, Task, weigh_heads
@@ -28,7 +29,7 @@ from topiarist.structured.trial import chosen, gated_loss, short_windows, split
 LEVELS = ("model", "layer")
 
 
-def attention(c: Float[Tensor, " n"], f: Float[Tensor, " n"], temperature: float) -> Float[Tensor, "2"]:
+def attention(c: Float[Tensor, " n"], f: Float[Tensor, " n"], temperature: PositiveFloat) -> Float[Tensor, "2"]:
     """R1: the estimates are two tokens of n numbers, their mean the query: softmax(<c, q>, <f, q>) / (n tau).
 
     Divided by n and not by sqrt(n): entries here have mean 1, and with sqrt(n) the larger product always takes all.
@@ -38,7 +39,9 @@ def attention(c: Float[Tensor, " n"], f: Float[Tensor, " n"], temperature: float
     return torch.softmax(torch.stack([c @ query, f @ query]) / (len(c) * temperature), 0)
 
 
-def attention_per_unit(c: Float[Tensor, " n"], f: Float[Tensor, " n"], temperature: float) -> Float[Tensor, "2 n"]:
+def attention_per_unit(
+    c: Float[Tensor, " n"], f: Float[Tensor, " n"], temperature: PositiveFloat
+) -> Float[Tensor, "2 n"]:
     """R1 for every unit: softmax(c_k, f_k) / tau; leans to the larger of its two estimates."""
     return torch.softmax(torch.stack([scale_free(c), scale_free(f)]) / temperature, 0)
 
@@ -64,7 +67,7 @@ def _positive(x: Tensor) -> Tensor:
 FUSIONS = ("attention", "attention-per-unit", "learned", "uncertainty", "fine", "coarse", "mean")
 
 
-@dataclass(frozen=True)
+@options
 class Hybrid(Method):
     """Keeps the units with the largest Taylor estimates, coarse, fine or fused: what the loss loses with them, by gradients.
 
@@ -78,22 +81,22 @@ class Hybrid(Method):
     """
 
     scope: ClassVar[str] = "parameters"
-    samples: int = 128
-    window: int = 512
-    """Tokens of a backward pass: on short ones what long contexts need is not seen (docs/notes/structural.md)."""
+    samples: PositiveInt = 128
+    window: Annotated[int, Field(ge=2)] = 512
+    """Tokens of a backward pass: on short ones what long contexts need is not seen (log-policy.md)."""
     order: str = "mix"
     pooled: bool = False
     fusion: str = "coarse"
     """One of FUSIONS. `coarse` leaves the fine estimate out; `attention` is the fusion to compare with."""
-    temperature: float = 1.0
-    head_weight: float = HEAD_WEIGHT
+    temperature: PositiveFloat = 1.0
+    head_weight: PositiveFloat = HEAD_WEIGHT
     """1 trusts the estimates."""
     level: str = "model"
     """What scores compare within: `model`, layers keep the size of their estimates; `layer`, each has mean 1."""
-    learn_steps: int = 16
+    learn_steps: PositiveInt = 16
     """Of fusion=learned (R2): steps, each two choices tried on `learn_windows` windows."""
-    learn_windows: int = 16
-    learn_rate: float = 1.0
+    learn_windows: PositiveInt = 16
+    learn_rate: PositiveFloat = 1.0
 
     def __post_init__(self) -> None:
         for name, value, table in (("fusion", self.fusion, FUSIONS), ("level", self.level, LEVELS)):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from topiarist.checkpoints.writing import SavedState
+from topiarist.core.options import options
 from topiarist.structured.choose import layer_counts
 from topiarist.structured.units import HEAD_KINDS, KINDS, Kept, UnitGroup
 
@@ -55,7 +56,7 @@ class Task:
         return self.counts or layer_counts(self.groups, self.keep, self.round_to)
 
 
-@dataclass(frozen=True)
+@options
 class Method:
     """Base of all methods."""
 
@@ -74,7 +75,7 @@ class Method:
         return {}
 
 
-@dataclass(frozen=True)
+@options
 class Magnitude(Method):
     """Root mean square of all weights of a unit. When: never, except to compare. No data, seconds."""
 
@@ -94,7 +95,7 @@ class Magnitude(Method):
         return scores
 
 
-@dataclass(frozen=True)
+@options
 class Random(Method):
     """Uniform noise from the seed: what any method must beat."""
 

@@ -6,7 +6,6 @@ No unit's score depends on which others go.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from topiarist.core.errors import NumericalError
+from topiarist.core.options import options
 from topiarist.models.derive import family_of
 from topiarist.models.families import Matrix, matrices_of
 from topiarist.models.hooks import hooked, watch_inputs
@@ -97,7 +97,7 @@ def input_moments(task: Task, matrices: Mapping[str, Matrix]) -> dict[str, Momen
     return moments
 
 
-@dataclass(frozen=True)
+@options
 class WandaSP(Method):
     """Wanda for structures: the mean over output rows of |W| ||x_j||, summed over a unit's columns of its consumer.
 
@@ -120,7 +120,7 @@ class WandaSP(Method):
         return scores
 
 
-@dataclass(frozen=True)
+@options
 class Flap(Method):
     """Fluctuation: Var(x_j) ||W_j||^2, the error left when input j is replaced by its mean (An et al., arXiv 2312.11983).
 
@@ -165,7 +165,7 @@ class Flap(Method):
         return grown
 
 
-@dataclass(frozen=True)
+@options
 class BlockInfluence(Method):
     """1 - mean cosine between the hidden states before and after (ShortGPT, arXiv 2403.03853, eq. 1); for attention and
     feed-forward sublayers, before and after what they add. Cost: one pass over the text."""

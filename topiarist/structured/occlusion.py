@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from topiarist.core.errors import NumericalError
+from topiarist.core.options import options
 from topiarist.structured.gates import Masks, gates
 from topiarist.structured.methods import HEAD_WEIGHT, Method, Scores, Task, weigh_heads
 from topiarist.structured.metrics import WandaSP
@@ -20,7 +22,7 @@ TIE_BREAK = 1e-6
 """Of the mean score: channels of one slice keep the order of their metric."""
 
 
-@dataclass(frozen=True)
+@options
 class Occlusion(Method):
     """What the loss gains when a unit alone goes, a parameter; channels in `slices` a layer, by the rank of their
     Wanda-sp metric.
@@ -33,12 +35,12 @@ class Occlusion(Method):
     """
 
     scope: ClassVar[str] = "parameters"
-    windows: int = 4
-    window: int = 512
-    slices: int = 4
-    head_weight: float = HEAD_WEIGHT
+    windows: PositiveInt = 4
+    window: Annotated[int, Field(ge=2)] = 512
+    slices: PositiveInt = 4
+    head_weight: PositiveFloat = HEAD_WEIGHT
     """1 trusts the loss."""
-    metric_tokens: int = 8192
+    metric_tokens: PositiveInt = 8192
     """Calibration tokens that Wanda-sp looks at."""
 
     def scores(self, task: Task) -> Scores:

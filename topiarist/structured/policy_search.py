@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from topiarist.core.errors import NumericalError, TopiaristError
+from topiarist.core.options import options
 from topiarist.structured import policy
 from topiarist.structured.gates import Masks, gates
 from topiarist.structured.hybrid import Hybrid
@@ -33,7 +35,7 @@ MEMORY = 0.9
 """Of the running size of the advantages."""
 
 
-@dataclass(frozen=True)
+@options
 class PolicyGradient(Method):
     """Minimises E[loss of the masked model] over the probability of every unit to stay, under the budget, by REINFORCE.
 
@@ -51,36 +53,36 @@ class PolicyGradient(Method):
     """
 
     scope: ClassVar[str] = "parameters"
-    steps: int = 120
-    samples: int = 4
+    steps: PositiveInt = 120
+    samples: PositiveInt = 4
     """Masks a step, all on the same windows."""
-    windows: int = 1
+    windows: PositiveInt = 1
     """Windows a step."""
-    window: int = 512
-    """Their tokens; docs/notes/structural.md has the reason."""
+    window: Annotated[int, Field(ge=2)] = 512
+    """Their tokens; docs/log-policy.md has the reason."""
     antithetic: bool = False
     """Masks in mirrored pairs."""
     baseline: str = "loo"
     scale: str = "sqrt"
-    horizon: float = 5.0
+    horizon: PositiveFloat = 5.0
     """T of the moving average."""
     normalise: bool = True
     """Divide by the running size of loss - baseline."""
-    learning_rate: float = 0.02
+    learning_rate: PositiveFloat = 0.02
     """The largest step of a probability; falls as a cosine to 0."""
     init: str = "occlusion"
     spread: str = "logistic"
-    sharpness: float = 12.0
+    sharpness: NonNegativeFloat = 12.0
     """Of the logistic start: 0 knows nothing but the budget; the larger, the more is decided."""
-    init_tokens: int = 16384
+    init_tokens: PositiveInt = 16384
     """Calibration tokens that a start from activations looks at; occlusion and hybrid say themselves."""
-    head_weight: float = HEAD_WEIGHT
+    head_weight: PositiveFloat = HEAD_WEIGHT
     """Of the start from occlusion or hybrid."""
-    channel_group: int | None = None
+    channel_group: PositiveInt | None = None
     """Channels that share one probability; by default those that the rounding moves together."""
-    held_out: int = 24
+    held_out: PositiveInt = 24
     """Windows that only choose among masks."""
-    evaluations: int = 6
+    evaluations: PositiveInt = 6
 
     def __post_init__(self) -> None:
         for name, value, table in (

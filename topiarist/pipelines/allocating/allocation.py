@@ -6,12 +6,11 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from topiarist import allocate
 from topiarist.allocate import Rule, Scores, Search
@@ -19,15 +18,16 @@ from topiarist.allocate.fixed import kept_by
 from topiarist.checkpoints.atomic import write_atomically
 from topiarist.checkpoints.writing import OutputFolder, bytes_to_write
 from topiarist.core.errors import NumericalWarning
+from topiarist.core.options import given_or_made, takes
 from topiarist.core.patterns import Pattern
-from topiarist.core.registry import look_up
-from topiarist.data import TextFiles, Windows
+from topiarist.data import Windows
 from topiarist.models.opened import OpenedModel, eager_experts
 from topiarist.pipelines.allocating.measure import measure
+from topiarist.pipelines.allocating.options import AllocateOptions
 from topiarist.pipelines.allocating.search import search
-from topiarist.pipelines.common.setup import resolve_patterns
-from topiarist.pipelines.pruning.options import Progress, PruneOptions
-from topiarist.solvers import Solver
+from topiarist.pipelines.common.options import Progress
+from topiarist.pipelines.common.setup import open_for, resolve_patterns, windows_of
+from topiarist.pipelines.pruning.options import PruneOptions
 
 MOST_UNSURE = 0.25
 """Share of the layers whose score may drown in its own noise without a warning."""
@@ -100,9 +100,14 @@ def allocated(
     """The rule's patterns for a run, and what its report says of them. A resumed run reads them from its folder."""
     shapes, stored = source.shapes(), None if output is None else output.folder / FILE
     if stored is None or not stored.is_file():
-        if isinstance(rule, Search) and options.allocation_work is None and output is not None:
-            options = replace(options, allocation_work=output.folder.with_name(output.folder.name + ".search"))
-        found = apply_rule(options, rule, source, windows, progress)
+        work = options.allocation_work
+        if isinstance(rule, Search) and work is None and output is not None:
+            work = output.folder.with_name(output.folder.name + ".search")
+        asked = AllocateOptions(
+            rule=rule, pattern=options.base_pattern, method=options.method, skip=options.skip, seed=options.seed,
+            batch_size=options.windows_a_forward, work=work,
+        )  # fmt: skip
+        found = apply_rule(asked, source, windows, progress)
         if output is None or source.checkpoint is None:
             return dict(found.patterns), _facts(found.to_dict())
         output.begin(bytes_to_write(source.nbytes))
@@ -116,66 +121,34 @@ def _facts(plain: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if key != "patterns"}
 
 
+@takes(AllocateOptions)
 def find_allocation(
     model: str | Path | nn.Module,
-    rule: str | Rule,
+    rule: str | Rule | None = None,
     *,
-    pattern: str | float | Pattern,
-    calibration: TextFiles | Tensor | Sequence[str],
-    method: str | Solver = "alps",
-    skip: Sequence[str] = (),
-    num_samples: int = 128,
-    window: int | None = None,
-    seed: int = 0,
-    batch_size: int = 8,
-    device: str | torch.device | None = None,
-    work: str | Path | None = None,
-    tokenizer: Any = None,
-    trust_remote_code: bool = False,
+    options: AllocateOptions | None = None,
     progress: Progress | None = None,
+    **settings: Any,
 ) -> FoundAllocation:
     """How much each layer should get by a rule of `tp.allocate.ALLOCATIONS`, without pruning anything.
 
-    pattern: says how many weights are kept in all. method: solves the database of `search`. work: a folder for what is
-    slow to get (scores, that database, the search's state); another call with it resumes and reuses.
+    Another call with the same `work` folder resumes and reuses what was slow to get. Raises a TopiaristError for everything a
+    user can mend.
     """
-    options = PruneOptions(
-        calibration=calibration,
-        method=method,
-        pattern=pattern,
-        allocation=rule,
-        allocation_work=work,
-        skip=skip,
-        num_samples=num_samples,
-        window=window,
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
-        tokenizer=tokenizer,
-        trust_remote_code=trust_remote_code,
-    )
-    return find_allocation_with(options, model, progress=progress)
-
-
-def find_allocation_with(
-    options: PruneOptions, model: str | Path | nn.Module, *, progress: Progress | None = None
-) -> FoundAllocation:
-    """`find_allocation`, its options as one value."""
-    rule = options.rule or look_up(allocate.ALLOCATIONS, str(options.allocation), "allocation rule")()
-    source = options.opened(model)
-    windows = options.windows(source)
-    return apply_rule(options, rule, source, windows, progress or (lambda *_: None))
+    options = given_or_made(AllocateOptions, options, settings if rule is None else {"rule": rule, **settings})
+    source = open_for(options, model)
+    windows = windows_of(options, source)
+    return apply_rule(options, source, windows, progress or (lambda *_: None))
 
 
 def apply_rule(
-    options: PruneOptions,
-    rule: Rule,
+    options: AllocateOptions,
     source: OpenedModel,
     windows: Windows,
     progress: Progress,
 ) -> FoundAllocation:
     """Measure what the rule asks for (or read it from the work folder), and let it say the patterns."""
-    shapes, pattern = source.shapes(), options.base_pattern
+    shapes, pattern, rule = source.shapes(), options.base_pattern, options.rule
     pruned, _ = allocate.without(dict.fromkeys(shapes, pattern), options.skip)
     counted = {name: shapes[name] for name, wanted in pruned.items() if wanted is not None}
     depths = {
@@ -186,7 +159,7 @@ def apply_rule(
         # Before the slow part: a budget that cannot be met, or a pattern that does not fit, is said at once.
         rule.patterns(counted, depths, pattern, dict.fromkeys(counted, 0.5))
         with eager_experts(source.model):
-            scores = _scores(options, rule, source, windows, counted, depths, progress)
+            scores = _scores(options, source, windows, counted, depths, progress)
     if len(scores.unsure) > MOST_UNSURE * len(counted):
         warnings.warn(
             f"{len(scores.unsure)} of {len(counted)} traces are within two standard errors of zero, so their ranks are "
@@ -206,8 +179,7 @@ def apply_rule(
 
 
 def _scores(
-    options: PruneOptions,
-    rule: Rule,
+    options: AllocateOptions,
     source: OpenedModel,
     windows: Windows,
     shapes: Mapping[str, tuple[int, int]],
@@ -215,14 +187,15 @@ def _scores(
     progress: Progress,
 ) -> Scores:
     """What the rule measures, read from the work folder if the same was measured before."""
+    rule = options.rule
     made_of = {
         "model": source.digest(),
         "calibration": windows.digest,
         "seed": options.seed,
     }
-    work = None if options.allocation_work is None else Path(options.allocation_work)
+    work = options.work
     if isinstance(rule, Search):
-        return search(rule, options, source, windows.tokens, shapes, depths, made_of, work, progress)
+        return search(options, rule, source, windows.tokens, shapes, depths, made_of, work, progress)
     rule_fields = {key: value for key, value in allocate.recipe(rule).items() if key in ("name", *rule.measured_by)}
     recipe = json.dumps({**made_of, "rule": rule_fields, "layers": sorted(shapes)})
     stored = None if work is None else work / f"scores-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.json"
@@ -233,7 +206,7 @@ def _scores(
         source,
         windows.tokens,
         list(shapes),
-        batch_size=options.windows_a_forward,
+        batch_size=options.batch_size,
         seed=options.seed,
         progress=progress,
     )

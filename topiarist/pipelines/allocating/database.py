@@ -18,9 +18,9 @@ from topiarist.core.errors import CalibrationWarning
 from topiarist.core.patterns import Pattern, Unstructured
 from topiarist.masks.bitpack import BITMAP, pack, unpack
 from topiarist.models.opened import OpenedModel
+from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.pruning.block import BlockPruner
-from topiarist.pipelines.pruning.options import Progress
 from topiarist.solvers import Solution, Solver
 
 _ANY = Unstructured(0.0)

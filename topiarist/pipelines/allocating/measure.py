@@ -15,8 +15,8 @@ from topiarist.core.losses import next_token_loss
 from topiarist.models.families import Matrix, block_names
 from topiarist.models.hooks import watch_inputs
 from topiarist.models.opened import ObjectModel, OpenedModel
+from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.stream import BlockStream
-from topiarist.pipelines.pruning.options import Progress
 
 
 def measure(

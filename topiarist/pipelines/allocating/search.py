@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,15 @@ from topiarist.allocate.budget import Shapes, budget
 from topiarist.allocate.evolve import Genome, mutate, starts
 from topiarist.core.errors import CalibrationError, NumericalError
 from topiarist.core.losses import divergence
+from topiarist.core.options import Registered, plain
 from topiarist.core.patterns import NM, Columns, Pattern, TransposableNM, Unstructured
-from topiarist.core.registry import name_of, resolve
 from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.allocating.database import Database, fill
 from topiarist.pipelines.allocating.measure import layers_of
-from topiarist.pipelines.pruning.options import Progress, PruneOptions
+from topiarist.pipelines.allocating.options import AllocateOptions
+from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.pruning.sparsellm import METHODS, SparseLLM
+from topiarist.solvers import SOLVERS, Solver
 
 
 def levels_of(rule: Search, pattern: Pattern) -> list[Pattern | None]:
@@ -50,8 +52,8 @@ def _sparsity(pattern: Pattern | None) -> float:
 
 
 def search(
+    options: AllocateOptions,
     rule: Search,
-    options: PruneOptions,
     source: OpenedModel,
     tokens: Tensor,
     shapes: Shapes,
@@ -71,15 +73,15 @@ def search(
     levels = levels_of(rule, options.base_pattern)
     with ExitStack() as stack:
         folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        chosen = resolve(METHODS, rule.solver) if rule.solver else options.solver
+        chosen = Registered(METHODS, base=(Solver,)).parse(rule.solver) if rule.solver else options.method
         # Solutions of single layers are what is stored, so of a joint method the local solver makes them.
-        solver = chosen.solver if isinstance(chosen, SparseLLM) else chosen
-        method = {"name": name_of(METHODS, solver), **asdict(solver)}
+        solver = chosen.local if isinstance(chosen, SparseLLM) else chosen
+        method = plain(solver, SOLVERS)
         solved = {**made_of, "method": method, "layers": sorted(shapes), "windows": len(tokens) - rule.sequences}
         database = Database(folder, solved)
         grams = tokens[: -rule.sequences]
         wanted = [p for p in levels if p is not None]
-        batch = options.windows_a_forward
+        batch = options.batch_size
         fill(database, source, solver, grams, shapes, wanted, batch_size=batch, progress=progress)
         genes = Genes(rule, shapes, depths, levels, options.base_pattern)
         judge = Judge(source, database, genes, tokens[-rule.sequences :])
@@ -199,9 +201,10 @@ def evolve(rule: Search, seed: int, genes: Genes, judge: Judge, journal: Journal
         spent = time.perf_counter() - started
         journal.add(genome=best, divergence=judged[best], uniform=judged[first[0]], seconds=spent)
     parent, value = tuple(journal.lines[-1]["genome"]), float(journal.lines[-1]["divergence"])
-    while len(journal.lines) <= rule.generations and journal.seconds < rule.seconds:
+    limit = float("inf") if rule.seconds is None else rule.seconds
+    while len(journal.lines) <= rule.generations and journal.seconds < limit:
         generation, started = len(journal.lines), time.perf_counter()
-        share = max(generation / max(rule.generations, 1), journal.seconds / rule.seconds)
+        share = max(generation / max(rule.generations, 1), journal.seconds / limit)
         progress(f"searching, divergence {value:.4f}", int(1000 * share), 1000)
         draw = random.Random(f"{seed} {generation}")
         children = list(dict.fromkeys(mutate(parent, genes.kept, genes.budget, draw) for _ in range(rule.children)))

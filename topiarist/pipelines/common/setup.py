@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from topiarist import allocate
 from topiarist.allocate.fixed import check_budget, read_file
 from topiarist.core.errors import CalibrationError, PatternError
 from topiarist.core.patterns import Pattern
-from topiarist.data import TextFiles, Windows, calibration_windows
-from topiarist.models.opened import OpenedModel
+from topiarist.data import Windows, calibration_windows, check_vocabulary
+from topiarist.models.opened import OpenedModel, open_model
+from topiarist.pipelines.common.options import DataOptions, TextOptions
 
 
 def resolve_patterns(
@@ -48,25 +49,28 @@ def resolve_patterns(
     return allocate.without(patterns, skip)
 
 
-def read_windows(
-    source: OpenedModel,
-    calibration: TextFiles | Tensor | Sequence[str],
-    tokenizer: Any,
-    num_samples: int,
-    window: int | None,
-    seed: int,
-) -> Windows:
-    """The calibration windows, by the model's own tokenizer and within its limits."""
-    if window is not None and source.limit is not None and window > source.limit:
-        raise CalibrationError(f"window {window} is longer than the model's limit of {source.limit} tokens")
-    if not isinstance(calibration, Tensor):
-        tokenizer = source.tokenizer(tokenizer)
-    windows = calibration_windows(
-        calibration, tokenizer, num_samples=num_samples, window=window or source.window, seed=seed
+def open_for(options: DataOptions, model: str | Path | nn.Module | OpenedModel) -> OpenedModel:
+    """The model, opened as the options say."""
+    return open_model(
+        model, device=options.device, trust_remote_code=options.trust_remote_code, tokenizer=options.tokenizer
     )
-    if int(windows.tokens.max()) >= source.vocabulary:
-        raise CalibrationError(
-            f"calibration token {int(windows.tokens.max())} is outside the model's vocabulary of {source.vocabulary}: "
-            "is this the model's own tokenizer?"
-        )
+
+
+def windows_of(options: TextOptions, source: OpenedModel) -> Windows:
+    """The windows that the options ask for, within the model's limits; none at all if they name no text."""
+    data, asked = options.data, options.window_tokens
+    if data is None:
+        return Windows(torch.empty(0, 0, dtype=torch.int64), "", frozenset())
+    if asked is not None and source.limit is not None and asked > source.limit:
+        raise CalibrationError(f"window {asked} is longer than the model's limit of {source.limit} tokens")
+    tokenizer = None if isinstance(data, Tensor) else source.tokenizer(options.tokenizer)
+    windows = calibration_windows(
+        data,
+        tokenizer,
+        num_samples=options.num_windows,
+        window=asked or source.window,
+        seed=options.seed,
+        bos=options.bos,
+    )
+    check_vocabulary(windows.tokens, source.vocabulary)
     return windows

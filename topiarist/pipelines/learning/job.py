@@ -5,22 +5,20 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from topiarist.core.errors import CalibrationError, TopiaristError
 from topiarist.core.patterns import Pattern
-from topiarist.core.registry import look_up
-from topiarist.data import TextFiles
 from topiarist.masklearn import PRESETS, Preset
-from topiarist.models.opened import ObjectModel, open_model
-from topiarist.pipelines.common.setup import resolve_patterns
+from topiarist.models.opened import ObjectModel
+from topiarist.pipelines.common.setup import open_for, resolve_patterns
 from topiarist.pipelines.learning.masking import Target, targets
+from topiarist.pipelines.learning.options import LearnOptions
 from topiarist.pipelines.training.text import Sequences, TrainingText, training_text
 
 
@@ -42,38 +40,27 @@ class Job:
         return [target for block in self.blocks for target in block]
 
 
-def prepare(
-    source: ObjectModel,
-    *,
-    data: TextFiles | Tensor | Sequence[str],
-    pattern: Pattern,
-    preset: str | Preset,
-    steps: int | None,
-    lean: bool,
-    eight_bit: bool,
-    skip: Sequence[str],
-    last_block_dense: bool,
-    batch_size: int | None,
-    held_out: int,
-    processes: int,
-    tokenizer: Any,
-) -> Job:
-    """Resolve the arguments of `learn`. Raises a TopiaristError for every one that does not fit."""
-    recipe = _recipe(preset, steps, lean, eight_bit)
-    names = source.block_names
-    dense = [*skip, f"^{re.escape(names[-1])}\\."] if last_block_dense else list(skip)
-    patterns, unmatched = resolve_patterns(source, pattern, None, dense)
+def prepare(source: ObjectModel, options: LearnOptions, *, processes: int, held_out: int | None = None) -> Job:
+    """Resolve the options of `learn`. held_out: in place of theirs. Raises a TopiaristError for every one that does not fit."""
+    recipe, skip = _recipe(options), list(options.skip)
+    if options.last_block_dense:
+        skip.append(f"^{re.escape(source.block_names[-1])}\\.")
+    patterns, unmatched = resolve_patterns(source, options.base_pattern, None, skip)
     blocks = targets(source, patterns)
     if not any(blocks):
         raise TopiaristError("every layer is skipped: nothing to learn")
     notes = [f"--skip {expression!r} matches no layer" for expression in unmatched]
-    num = recipe.steps * recipe.sequences + held_out
-    with training_text(source, data, window_tokens=recipe.length, num_windows=num, seed=0, tokenizer=tokenizer) as text:
-        training, watching = text.split(held_out)
-    if text.window < recipe.length and not isinstance(data, Tensor):
+    watched = held_out or options.held_out
+    num = recipe.steps * recipe.sequences + watched
+    tokenizer = options.tokenizer
+    with training_text(
+        source, options.data, window_tokens=recipe.length, num_windows=num, seed=0, tokenizer=tokenizer
+    ) as text:
+        training, watching = text.split(watched)
+    if text.window < recipe.length and not isinstance(options.data, Tensor):
         notes.append(f"sequences of {text.window} tokens, the model's limit, instead of the preset's {recipe.length}")
     recipe = replace(recipe, length=text.window)
-    size = _batch_size(batch_size, recipe.sequences, processes)
+    size = _batch_size(options.batch_size, recipe.sequences, processes)
     if len(training) < recipe.sequences:
         raise CalibrationError(
             f"training text holds {len(training)} sequences of {text.window} tokens beside the {len(watching)} that "
@@ -82,15 +69,15 @@ def prepare(
     return Job(recipe, patterns, blocks, text, training, watching, size, notes)
 
 
-def _recipe(preset: str | Preset, steps: int | None, lean: bool, eight_bit: bool) -> Preset:
-    recipe = look_up(PRESETS, preset, "preset") if isinstance(preset, str) else preset
-    if steps is not None:
-        if steps < 1:
-            raise TopiaristError(f"learning takes at least one step, got {steps}")
-        recipe = shortened(recipe, steps) if isinstance(preset, str) else replace(recipe, steps=steps)
-    if eight_bit:
+def _recipe(options: LearnOptions) -> Preset:
+    preset = options.preset
+    recipe = PRESETS[preset] if isinstance(preset, str) else preset
+    if options.steps is not None:
+        named = isinstance(preset, str)
+        recipe = shortened(recipe, options.steps) if named else replace(recipe, steps=options.steps)
+    if options.eight_bit:
         recipe = replace(recipe, moments="8-bit")
-    return replace(recipe, second_moment="group") if lean else recipe
+    return replace(recipe, second_moment="group") if options.lean else recipe
 
 
 def shortened(recipe: Preset, steps: int) -> Preset:
@@ -104,12 +91,10 @@ def shortened(recipe: Preset, steps: int) -> Preset:
     return replace(recipe, steps=steps, lr=lr)
 
 
-def open_whole(
-    model: str | Path | nn.Module, device: str | torch.device | None, trust_remote_code: bool
-) -> ObjectModel:
-    """The whole model in memory, on the accelerator of this process."""
+def open_whole(model: str | Path | nn.Module, options: LearnOptions, device: str | None) -> ObjectModel:
+    """The whole model in memory, on `device` or the accelerator of this process."""
     local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    return open_model(model, device=device or local, trust_remote_code=trust_remote_code).whole()
+    return open_for(replace(options, device=device or local), model).whole()
 
 
 def _batch_size(asked: int | None, sequences: int, processes: int) -> int:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from topiarist.core.meter import peak_memory_bytes
-from topiarist.core.patterns import parse_pattern
-from topiarist.masklearn import Preset, Prior, resident_bytes
+from topiarist.masklearn import Prior, resident_bytes
 from topiarist.pipelines.learning.files import STATE_BYTES
 from topiarist.pipelines.learning.job import open_whole, prepare
 from topiarist.pipelines.learning.masking import MaskedModel
+from topiarist.pipelines.learning.options import LearnOptions
 from topiarist.pipelines.learning.trainer import MaskTrainer
 from topiarist.pipelines.pruning.plan import duration
 
@@ -43,48 +42,32 @@ class LearnPlan:
         ]
 
 
-def plan_learn(
-    model: str | Path,
-    *,
-    data: Any,
-    pattern: Any = "2:4",
-    preset: str | Preset = "quick",
-    steps: int | None = None,
-    relaxation: str | None = None,
-    skip: Any = (),
-    last_block_dense: bool = False,
-    distill: float = 0.0,
-    batch_size: int | None = None,
-    seed: int = 0,
-    lean: bool = False,
-    eight_bit: bool = False,
-    activation_checkpointing: bool = False,
-    device: str | torch.device | None = None,
-    trust_remote_code: bool = False,
-) -> LearnPlan:
+def plan_learn(model: str | Path, options: LearnOptions) -> LearnPlan:
     """Load the model, take two micro-batches through it (the first warms up), and extrapolate. Writes nothing.
 
     Without the prior (a few percent of `quick`) and the evaluations (about a tenth).
     """
-    source = open_whole(model, device, trust_remote_code)
-    plan = prepare(
-        source, data=data, pattern=parse_pattern(pattern), preset=preset, steps=steps, lean=lean,
-        eight_bit=eight_bit, skip=skip, last_block_dense=last_block_dense, batch_size=batch_size, held_out=1,
-        processes=1, tokenizer=None,
-    )  # fmt: skip
+    source = open_whole(model, options, options.device)
+    plan = prepare(source, options, processes=1, held_out=1)
     masks = {}
     for target in plan.targets:  # any mask of the pattern costs the same
         masks[target.name] = target.unrows(target.pattern.mask(target.rows(target.parameter.abs().float())))
-    dtype = torch.bfloat16 if lean else torch.float32
+    dtype = torch.bfloat16 if options.lean else torch.float32
     masked = MaskedModel(
-        source, plan.targets, masks, relaxation=relaxation, prior=Prior(), seed=seed, dtype=dtype
+        source, plan.targets, masks, relaxation=options.relaxation, prior=Prior(), seed=options.seed, dtype=dtype
     )  # fmt: skip
     one = replace(plan.recipe, sequences=plan.batch_size)
     trainer = MaskTrainer(
-        masked, plan.training, plan.watching, one, batch_size=plan.batch_size, seed=seed, distill=distill
+        masked,
+        plan.training,
+        plan.watching,
+        one,
+        batch_size=plan.batch_size,
+        seed=options.seed,
+        distill=options.distill,
     )
     seconds = 0.0
-    with masked.running(recompute=activation_checkpointing):
+    with masked.running(recompute=options.activation_checkpointing):
         for _ in range(2):
             started = time.perf_counter()
             float(trainer.run_step())

@@ -61,7 +61,7 @@ class BlockPruner:
             return cls(method, patterns, refine, correct)
         if correct is not None:
             raise TopiaristError(
-                "sparsellm prunes a feed-forward network towards its own target (--set target=dense), not matrix by matrix; "
+                "sparsellm prunes a feed-forward network towards its own target (target=dense), not matrix by matrix; "
                 "drop the error correction, or take its local solver as the method"
             )
         if sequential and not method.recompute_after_attention:
@@ -69,7 +69,7 @@ class BlockPruner:
                 "true_sequential takes every input after what comes before it was pruned, recompute_after_attention=false "
                 "does not; drop one of them"
             )
-        return cls(method.solver, patterns, refine, joint=method)
+        return cls(method.local, patterns, refine, joint=method)
 
     @property
     def needs_states(self) -> str:

@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from topiarist.core import linalg
+from topiarist.core.options import Share, options
 from topiarist.models.families import Matrix, matrices_of
 from topiarist.models.hooks import EndForward, hooked, watch_inputs
 from topiarist.pipelines.common.stream import BlockStream, GramCollector, GramGroup
@@ -32,13 +34,13 @@ ROUNDING = 0.1
 between they differ by about 1; the median, for a few tokens have hidden states so large that only rounding is left of a sum."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Correct:
     """How much of the loss is made good."""
 
-    share: float = 1.0
+    share: Share = 1.0
     """Of W* - W that is added to W."""
-    ridge: float = 8.0
+    ridge: NonNegativeFloat = 8.0
     """Keeps W* near W: raises each input's own energy by inputs / tokens of it, times this."""
     residual: bool = True
     """Matrices that write to the hidden states also make good what those lack; otherwise only what their inputs lack."""

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from topiarist.core.errors import NumericalError, NumericalWarning
 from topiarist.core.gram import Gram
+from topiarist.core.registry import name_of
 from topiarist.models.families import Matrix
 from topiarist.pipelines.common.stream import HiddenStates
 from topiarist.pipelines.pruning.network import CHUNK, Network, Weights, flat
 from topiarist.pipelines.pruning.sparsellm import SparseLLM
 from topiarist.results.report import JointBlock
-from topiarist.solvers import Solution
+from topiarist.solvers import SOLVERS, Solution
 from topiarist.solvers.auxiliary import (
     output_step,
     refit,
@@ -112,7 +113,7 @@ class JointSolver:
             try:
                 candidate = build(ridge)
             except NumericalError as second:
-                local = self.settings.local_name
+                local = name_of(SOLVERS, self.settings.local)
                 message = (
                     f"{what} failed, with a ridge of {ridge:g} too ({second}); kept what came before, {local} at worst"
                 )

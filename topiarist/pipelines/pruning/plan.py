@@ -14,6 +14,7 @@ from topiarist.core.meter import peak_memory_bytes, resident_bytes
 from topiarist.models.families import Matrix
 from topiarist.models.opened import eager_experts
 from topiarist.pipelines.allocating.allocation import fixed_patterns
+from topiarist.pipelines.common.setup import open_for, windows_of
 from topiarist.pipelines.common.stream import BlockStream, GramGroup
 from topiarist.pipelines.pruning.block import BlockPruner
 from topiarist.pipelines.pruning.options import PruneOptions
@@ -48,11 +49,12 @@ class Plan:
 
 def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
     """Probe the first block with two windows and extrapolate. Writes nothing."""
-    joint = options.solver if isinstance(options.solver, SparseLLM) else None
-    source = options.opened(model)
+    joint = options.method if isinstance(options.method, SparseLLM) else None
+    options.check_text()
+    source = open_for(options, model)
     patterns, _ = fixed_patterns(options, source)
-    windows = options.windows(source)
-    if options.calibration is None:
+    windows = windows_of(options, source)
+    if options.data is None:
         return _plan_without_data(source, options, patterns)
     with eager_experts(source.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a probe of two windows is thin by design
@@ -69,16 +71,16 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
         advance_seconds = time.perf_counter() - start
         smallest = min(groups, key=lambda g: _work(g.matrices))
         start = time.perf_counter()
-        BlockPruner.of(options.solver, patterns).solve([smallest], smallest.matrices, path)
+        BlockPruner.of(options.method, patterns).solve([smallest], smallest.matrices, path)
         rate = (time.perf_counter() - start) / _work(smallest.matrices)
     blocks = len(source.block_names)
     solves = sum(_work(g.matrices) for g in groups)
     if joint is not None:  # as if all of a block were its feed-forward network, which is most of it
         solves *= 1 + joint.down_refit + joint.epochs
     passes = (2.0 if options.true_sequential else 1.0) * gram_seconds + advance_seconds
-    if options.correction is not None:  # the dense block beside, stage by stage and once whole; sums of two inputs
+    if options.correct is not None:  # the dense block beside, stage by stage and once whole; sums of two inputs
         passes += 2.0 * gram_seconds + 3.0 * advance_seconds
-    if refinement := options.refinement:  # a step costs about three forwards, a check one
+    if refinement := options.refine:  # a step costs about three forwards, a check one
         passes += advance_seconds * (1 + 4 * refinement.epochs)
     if joint is not None:  # a round in fp32 does the work of about three forwards, a refit that of one
         passes += advance_seconds * (2 + joint.down_refit + 3 * joint.epochs)
@@ -96,7 +98,7 @@ def _plan_without_data(source: Any, options: PruneOptions, patterns: Any) -> Pla
     """From the first block, pruned: blocks are all alike, and one is in memory at a time."""
     block, matrices = source.load(0), source.matrices(0)
     start = time.perf_counter()
-    layers = BlockPruner.of(options.solver, patterns).prune_without_data(block, matrices, f"{source.family.blocks}.0")
+    layers = BlockPruner.of(options.method, patterns).prune_without_data(block, matrices, f"{source.family.blocks}.0")
     seconds = time.perf_counter() - start
     return Plan(
         blocks=len(source.block_names),
@@ -129,12 +131,12 @@ def _working_set(
         tokens = 0 if spilled else samples * stream.hidden.shape[1]
         rows = max(sum(m.shape[0] for m in g.matrices) for g in groups) if joint.epochs > 1 else 0
         hidden += (1 + joint.needs_dense_inputs) * states + 4 * tokens * (stream.hidden.shape[2] + rows)
-    refinement, grams = options.refinement, sum(4 * g.gram.in_features**2 for g in groups)
-    if options.correction is not None or (refinement is not None and refinement.target == "dense"):
+    refinement, grams = options.refine, sum(4 * g.gram.in_features**2 for g in groups)
+    if options.correct is not None or (refinement is not None and refinement.target == "dense"):
         hidden += 2 * states  # the dense model's, on both sides of a block
     if refinement is not None and refinement.target == "current":  # targets
         hidden += states
-    if options.correction is not None:  # the block as it was, and sums over two inputs beside the Grams
+    if options.correct is not None:  # the block as it was, and sums over two inputs beside the Grams
         grams += grams + sum(m.tensor.numel() * m.tensor.element_size() for g in groups for m in g.matrices)
     largest = max(4 * (g.gram.in_features**2 + sum(m.weight.numel() for m in g.matrices)) for g in groups)
     embeddings = sum(p.numel() * p.element_size() for p in source.embedding_parameters())

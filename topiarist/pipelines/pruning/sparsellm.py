@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from topiarist.core.errors import TopiaristError
-from topiarist.core.registry import look_up, name_of, resolve
-from topiarist.solvers import SOLVERS, Solver
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
+
+from topiarist.core.options import Part, Registered, options
+from topiarist.solvers import SOLVERS, Solver, SparseGPT
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class SparseLLM:
     """Prunes the feed-forward network of every block as a whole, everything else by the local solver.
 
@@ -32,24 +31,24 @@ class SparseLLM:
     8. `down_refit`, which is not in the paper.
     """
 
-    local: str | Solver = "sparsegpt"
-    """The solver of every single matrix: a name of the table, or a value."""
-    epochs: int = 3
+    local: Annotated[Solver, Registered(SOLVERS, "local solver", base=(Solver,))] = SparseGPT()
+    """The solver of every single matrix."""
+    epochs: NonNegativeInt = 3
     """Rounds of auxiliary updates after the plain local solution; 0 leaves only `down_refit`."""
-    alpha: float = 0.1
+    alpha: PositiveFloat = 0.1
     """Price of pre-activations that differ from what the first matrices give."""
-    beta: float = 1.0
+    beta: PositiveFloat = 1.0
     """Price of an output that differs from the target."""
-    gamma: float = 1.0
+    gamma: PositiveFloat = 1.0
     """Price of activations that differ from those of the pre-activations. Only ratios of the three matter."""
-    gate_steps: int = 2
-    gate_rate: float | None = None
+    gate_steps: NonNegativeInt = 2
+    gate_rate: PositiveFloat | None = None
     """Rate of plain gradient steps on the gate; None: Gauss-Newton."""
-    ridge: float = 0.01
+    ridge: NonNegativeFloat = 0.01
     """Of the refits to auxiliaries, towards the dense weights; 1 raises each input's own energy by inputs / tokens of it."""
     down_refit: bool = True
     """At the end, refit the last matrix to the target on the activations of the already pruned first ones, and prune it."""
-    down_ridge: float = 4.0
+    down_ridge: NonNegativeFloat = 4.0
     """Of that refit, which has only real activations to go by."""
     recompute_after_attention: bool = True
     """Take the network's inputs after the rest of the block was pruned, not before."""
@@ -57,28 +56,8 @@ class SparseLLM:
     """`current`: the dense network's output for the inputs as they are now; `dense`: for those of the dense block."""
     keep_best: bool = True
     """Keep the best epoch, the plain local solution included; otherwise the last."""
-    held_out: float = 0.1
+    held_out: Part = 0.1
     """Share of the calibration windows that fit nothing and only choose the epoch; 0: all fit, and choose."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.local, str):
-            look_up(SOLVERS, self.local, "local solver")
-        for name in ("alpha", "beta", "gamma"):
-            if not getattr(self, name) > 0:
-                raise TopiaristError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if min(self.epochs, self.gate_steps, self.ridge, self.down_ridge) < 0:
-            raise TopiaristError("epochs, gate_steps, ridge and down_ridge must not be below 0")
-        if not 0 <= self.held_out < 1:
-            raise TopiaristError(f"held_out is {self.held_out}; it must be a share from 0 to below 1")
-
-    @property
-    def solver(self) -> Solver:
-        """The local solver as a value."""
-        return resolve(SOLVERS, self.local)
-
-    @property
-    def local_name(self) -> str:
-        return self.local if isinstance(self.local, str) else name_of(SOLVERS, self.local)
 
     @property
     def needs_dense_inputs(self) -> bool:
@@ -89,11 +68,3 @@ class SparseLLM:
 Method = Solver | SparseLLM
 METHODS: dict[str, type[Solver] | type[SparseLLM]] = {**SOLVERS, "sparsellm": SparseLLM}
 """What prunes a model: solvers work matrix by matrix, SparseLLM block by block."""
-
-
-def settings_of(method: Method) -> Mapping[str, Any]:
-    """Plain fields for reports and fingerprints; a local solver given as a value says its name."""
-    plain = asdict(method)
-    if isinstance(method, SparseLLM) and isinstance(method.local, Solver):
-        plain["local"] = {"name": method.local_name, **plain["local"]}
-    return plain

@@ -14,9 +14,10 @@ from topiarist.checkpoints.writing import OutputFolder, bytes_to_write
 from topiarist.core.meter import return_freed_memory
 from topiarist.models.folder import FolderModel
 from topiarist.models.opened import OpenedModel
+from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.stream import BlockStream, check_flow
 from topiarist.pipelines.pruning.block import BlockPruner
-from topiarist.pipelines.pruning.options import Progress, PruneOptions
+from topiarist.pipelines.pruning.options import PruneOptions
 from topiarist.results.report import BlockRefinement, JointBlock, LayerReport
 
 OUTER_SHARD_BYTES = 1 << 29

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from topiarist.core.errors import TopiaristError
-from topiarist.core.options import About, options
+from topiarist.core.options import options
+from topiarist.pipelines.common.options import HOW, DataOptions
+
+
+def _count(given: Any) -> Any:
+    """A number from text such as 300k, 1.5M or 2B."""
+    factor = {"k": 10**3, "m": 10**6, "b": 10**9}.get(str(given)[-1:].lower(), 1)
+    try:
+        return int(float(given[:-1]) * factor) if isinstance(given, str) and factor > 1 else given
+    except (ValueError, OverflowError):
+        return given
 
 
 @options
-class RecoverOptions:
+class RecoverOptions(DataOptions):
     """What is trained, towards what, on what text, for how long."""
 
-    data: Any = None
-    """Training text: .txt, .jsonl, .jsonl.gz or a datasets folder; may be repeated."""
-    tokens: Annotated[int, Field(gt=0)] = 1_000_000
-    """Budget: tokens trained on. Text that is shorter is repeated, each time in another order."""
+    tokens: Annotated[int, BeforeValidator(_count), Field(gt=0)] = 1_000_000
+    """Budget: tokens trained on, such as 300k or 1M. Text that is shorter is repeated, each time in another order."""
     kind: Literal["full", "lora"] = "full"
     """`full`: every weight, 18 bytes each in bf16; `lora`: low-rank updates of the blocks' matrices, merged at the end."""
     loss: Literal["kl", "kl+hidden", "lm"] = "kl"
@@ -46,18 +53,11 @@ class RecoverOptions:
     """Sequences of the text that are not trained on and choose the best state; at most a tenth of the text."""
     evaluate_every: Annotated[int | None, Field(gt=0)] = None
     """Steps between two looks at them; default: a tenth of all."""
-    activation_checkpointing: Annotated[bool, About(result=False)] = False
+    activation_checkpointing: Annotated[bool, HOW] = False
     """A third more time, far less memory."""
-    seed: int = 0
-    """Order of the text, and the start of low-rank updates."""
-    device: Annotated[str | torch.device | None, About(result=False)] = None
-    """cpu, cuda, cuda:1; default: a GPU if there is one."""
-    trust_remote_code: Annotated[bool, About(result=False)] = False
-    """Run Python code that the model folders bring."""
-    tokenizer: Annotated[Any, About(cli=False, result=False)] = None
-    """Instead of the model's own."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kind == "lora" and self.embeddings:
             raise TopiaristError(
                 "kind lora cannot train embeddings: a tied matrix is read in two ways and takes no low-rank update; "

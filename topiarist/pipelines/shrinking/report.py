@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import nn
-
-from topiarist.core.registry import key_of
-from topiarist.data import TextFiles
 from topiarist.results.report import RunReport
-from topiarist.structured import METHODS, Method
 
 
 @dataclass(frozen=True)
@@ -92,42 +87,3 @@ class ShrinkReport(RunReport):
                 "counts": {kind: list(counts) for kind, counts in self.counts().items()},
             }
         }
-
-
-def shrink_command(
-    model: Any, data: Any, method: Method, options: Mapping[str, Any], recover: Any
-) -> tuple[list[str], list[str]]:
-    """The words of the command, and what in the call no command can say: those have a placeholder in capitals."""
-    unsaid: list[str] = []
-    words = ["topiarist", "shrink"]
-    if isinstance(model, nn.Module):
-        unsaid.append("a model object")
-    words += ["MODEL" if isinstance(model, nn.Module) else str(model), "OUT"]
-    name = key_of(METHODS, method)
-    if name is None:
-        unsaid.append(f"the method {type(method).__name__}")
-    words += ["--method", name or "METHOD", *_settings(method, "--set")]
-    if isinstance(data, TextFiles):
-        for path in data.paths:
-            words += ["--data", str(path)]
-    elif data is not None:
-        unsaid.append("text given in memory")
-        words += ["--data", "TEXT"]
-    for option, value in options.items():
-        if isinstance(value, bool):
-            words += [] if value else [f"--no-{option}"]
-        elif value is not None:
-            words += [f"--{option}", ",".join(value) if isinstance(value, tuple) else str(value)]
-    if recover is not None:
-        words += ["--recover", recover.kind, *[w for w in _settings(recover, "--recover-set") if w != "kind"]]
-    return words, unsaid
-
-
-def _settings(value: Any, option: str) -> Sequence[str]:
-    """`option name=value` for every field that is not at its default."""
-    words: list[str] = []
-    for name, entry in value.__dataclass_fields__.items():
-        current = getattr(value, name)
-        if current != entry.default and name != "kind":
-            words += [option, f"{name}={str(current).lower() if isinstance(current, bool) else current}"]
-    return words

@@ -2,119 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from topiarist.checkpoints.writing import OutputFolder
-from topiarist.core.errors import CalibrationError, TopiaristError
+from topiarist.core.errors import TopiaristError
 from topiarist.core.meter import Meter, reset_peak_memory
-from topiarist.core.registry import name_of, resolve
-from topiarist.data import TextFiles, Windows
-from topiarist.models.opened import open_model
-from topiarist.pipelines.common.setup import read_windows
-from topiarist.pipelines.shrinking.distill import Distill, disk_bytes
+from topiarist.core.options import given_or_made, plain, takes
+from topiarist.core.registry import name_of
+from topiarist.data import Windows
+from topiarist.pipelines.common.options import Progress
+from topiarist.pipelines.common.reproduce import command
+from topiarist.pipelines.common.setup import open_for, windows_of
+from topiarist.pipelines.shrinking.distill import disk_bytes
 from topiarist.pipelines.shrinking.files import write_shrunk
+from topiarist.pipelines.shrinking.options import ShrinkOptions
 from topiarist.pipelines.shrinking.plan import plan_choice, refuse_pruned
-from topiarist.pipelines.shrinking.report import ShrinkReport, shrink_command
+from topiarist.pipelines.shrinking.report import ShrinkReport
 from topiarist.pipelines.shrinking.run import ShrinkRun, frozen
 from topiarist.structured import (
     METHODS,
-    Method,
     Plan,
     PruneSpec,
     UnitGroup,
     predicted_parameters,
 )
-from topiarist.structured.layout import MAX_WASTE
 from topiarist.structured.units import COLUMN_KINDS, DEPTH_KINDS
 
-Progress = Callable[[str, int, int], None]
 
-
+@takes(ShrinkOptions)
 def shrink(
     model: str | Path | nn.Module,
     out: str | Path | None = None,
     *,
-    method: str | Method = "hybrid",
-    keep: float = 0.8,
-    data: TextFiles | Tensor | Sequence[str] | None = None,
-    layout: str = "uniform",
-    units: Sequence[str] | None = None,
-    scope: str | None = None,
-    round_to: int | None = None,
-    refit: bool = True,
-    recover: str | Distill | None = None,
-    num_samples: int = 128,
-    window: int | None = None,
-    seed: int = 0,
-    batch_size: int = 8,
-    max_waste: float = MAX_WASTE,
-    device: str | torch.device | None = None,
-    tokenizer: Any = None,
-    trust_remote_code: bool = False,
+    options: ShrinkOptions | None = None,
     progress: Progress | None = None,
+    **settings: Any,
 ) -> ShrinkReport:
     """Cut heads, channels, experts, sublayers or blocks out of a causal language model: a smaller dense model.
 
     model: a folder or hub id (`out` is needed), or a model object (which stays as it is, but for layout "masked"; the
-    smaller one is the report's `result`). The whole model is in memory. method: a name in METHODS, or a method.
-    keep: share of the units' parameters that stays, never exceeded. data: text for scores, refit and recovery.
-    layout: uniform (the default: opens everywhere), padded, hetero, masked. units: kinds of units; heads and channels
-    by default. scope: global, parameters or per_layer (the only one for uniform). round_to: channels go in multiples of
-    it; 64, less for narrow layers. refit: least squares for the matrices that consumed the units. recover: "lora",
-    "full" or a `Distill`: afterwards, train towards the dense model's predictions. max_waste: limit of padding.
+    smaller one is the report's `result`). The whole model is in memory. options: all settings as one value, instead of
+    single ones. progress: is told what goes on.
 
     The same call on the same `out` resumes a run that was killed, and returns the report of one that is finished.
     Raises a TopiaristError for everything a user can mend, before any work where that can be known before.
     """
+    options = given_or_made(ShrinkOptions, options, settings)
     meter = Meter()
     reset_peak_memory()
-    scorer = resolve(METHODS, method)
-    recovery = Distill(kind=recover) if isinstance(recover, str) else recover
-    opened = open_model(model, device=device, trust_remote_code=trust_remote_code, tokenizer=tokenizer)
+    scorer, keep, layout, recovery, round_to = (
+        options.method, options.keep, options.layout, options.recover, options.round_to,
+    )  # fmt: skip
+    opened = open_for(options, model)
     opened.check_output(out)
     checkpoint, name = opened.checkpoint, opened.name
     refuse_pruned(opened.config, name)
     notes: list[str] = []
-    groups, counts, scope = plan_choice(opened.model, scorer, keep, layout, units, scope, round_to, notes)
+    groups, counts, scope = plan_choice(
+        opened.model, scorer, keep, layout, options.units, options.scope, round_to, notes
+    )
     if recovery is not None and layout == "masked" and checkpoint is None:
         raise TopiaristError(
             "a model object that is masked in place cannot teach itself: give its folder, or another layout"
         )
-    refit = refit and any(group.kind in COLUMN_KINDS for group in groups)
-    windows = None
-    if data is not None:
-        windows = read_windows(opened, data, tokenizer, num_samples, window, seed)
-    else:
-        _refuse_without_text(scorer, refit, recovery)
-    calibration = _calibration(windows, seed, batch_size)
+    refit = options.refit and any(group.kind in COLUMN_KINDS for group in groups)
+    options.check_text(refits=refit)
+    windows = windows_of(options, opened) if options.data is not None else None
+    calibration = _calibration(windows, options.seed, options.batch_size)
     kinds = tuple(dict.fromkeys(group.kind for group in groups))
-    said = {
-        "keep": keep, "layout": layout, "units": kinds, "scope": None if layout == "uniform" else scope,
-        "round-to": round_to, "refit": refit, "samples": calibration.get("samples"), "window": calibration.get("window"),
-        "seed": seed, "batch-size": batch_size, "max-waste": max_waste if layout == "padded" else None,
-    }  # fmt: skip
-    command, unsaid = shrink_command(model, data, scorer, said, recovery)
+    resolved = replace(
+        options, units=kinds, scope=None if layout == "uniform" else scope, refit=refit,
+        num_windows=calibration.get("samples", options.num_windows), window_tokens=calibration.get("window"),
+    )  # fmt: skip
+    words, unsaid = command("shrink", model, resolved, always=("method", "keep", "layout", "units", "seed"))
     report = ShrinkReport(
-        method=name_of(METHODS, scorer), settings=asdict(scorer), keep=keep, layout=layout, units=list(kinds), scope=scope,
-        model=name, base_digest=opened.digest(), calibration=calibration, command=command, not_in_command=unsaid,
+        method=name_of(METHODS, scorer), settings=plain(scorer), keep=keep, layout=layout, units=list(kinds), scope=scope,
+        model=name, base_digest=opened.digest(), calibration=calibration, command=words, not_in_command=unsaid,
     )  # fmt: skip
     output = None
     with ExitStack() as held:
         digest = report.base_digest
         if out is not None:
+            asked = {field: entry for field, entry in plain(resolved).items() if field != "data"}
             fingerprint = {
+                **asked,
                 "model": digest,
                 "method": {"name": report.method, **report.settings},
-                **{key: list(value) if isinstance(value, tuple) else value for key, value in said.items()},
                 "calibration": calibration,
-                "recover": None if recovery is None else asdict(recovery),
             }
             output = held.enter_context(OutputFolder(Path(out), fingerprint))
             if output.complete:
@@ -123,11 +103,20 @@ def shrink(
             output.begin(int(1.1 * opened.nbytes) + states)
         source = opened.whole()
         run = ShrinkRun(
-            source, groups, scorer, output, windows, batch_size, seed, progress or (lambda *_: None), notes, meter
+            source,
+            groups,
+            scorer,
+            output,
+            windows,
+            options.batch_size,
+            options.seed,
+            progress or (lambda *_: None),
+            notes,
+            meter,
         )
         with frozen(source.model):
             kept, biases = run.choice(keep, scope, counts, round_to, with_biases=not refit)
-            plan = run.plan(kept, layout, max_waste, biases)
+            plan = run.plan(kept, layout, options.max_waste, biases)
             with run.consumers_restored(checkpoint is None and layout != "masked"):
                 if refit:
                     report.layers = run.refit(kept)
@@ -154,18 +143,6 @@ def shrink(
         if output is not None:
             write_shrunk(output, opened, small, spec, report, windows)
         return report
-
-
-def _refuse_without_text(scorer: Method, refit: bool, recovery: Distill | None) -> None:
-    if recovery:
-        what, cure = "recovery", ""
-    elif scorer.needs_data:
-        what, cure = f"method {name_of(METHODS, scorer)}", ""
-    elif refit:
-        what, cure = "the refit", ", or --no-refit"
-    else:
-        return
-    raise CalibrationError(f"{what} needs text: name --data FILE{cure}")
 
 
 def _calibration(windows: Windows | None, seed: int, batch_size: int) -> dict[str, Any]:

@@ -1,0 +1,94 @@
+"""Settings that several commands share: their text, and how they work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, SkipValidation
+from torch import Tensor
+
+from topiarist.core.options import About, OptionError, options
+from topiarist.core.patterns import Pattern, parse_pattern
+from topiarist.data import Bos, TextFiles, text_files
+
+Progress = Callable[[str, int, int], None]
+"""(what is going on, steps done, steps in all)"""
+
+MAX_THREADS = 1024
+HOW = About(result=False)
+
+
+def _texts(given: Any) -> Any:
+    """Paths become TextFiles; what is in memory stays: documents, or token windows (num, window)."""
+    if isinstance(given, str | Path) or (
+        isinstance(given, Sequence) and given and all(isinstance(entry, Path) for entry in given)
+    ):
+        return text_files(given)
+    if given is None or isinstance(given, TextFiles | Tensor | Sequence):
+        return given
+    raise OptionError(f"a {type(given).__name__} is no text: give files, documents or token windows (num, window)")
+
+
+def _pattern(given: Any) -> Any:
+    return given if given is None or isinstance(given, Pattern) else parse_pattern(given)
+
+
+Texts = Annotated[TextFiles | Tensor | Sequence[str] | None, SkipValidation, BeforeValidator(_texts)]
+OnePattern = Annotated[Pattern | None, SkipValidation, BeforeValidator(_pattern)]
+
+
+@options
+class RunOptions:
+    """How a command works; no result depends on it."""
+
+    device: Annotated[str | None, BeforeValidator(lambda given: None if given is None else str(given)), HOW] = None
+    """cpu, cuda, cuda:1; default: a GPU if there is one."""
+    threads: Annotated[int | None, Field(ge=1, le=MAX_THREADS), HOW] = None
+    """CPU threads; default: torch's choice."""
+    trust_remote_code: Annotated[bool, HOW] = False
+    """Run Python code that the model folder brings."""
+
+    def use_threads(self) -> None:
+        """Tell torch."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+
+
+@options
+class DataOptions(RunOptions):
+    """What text a command looks at."""
+
+    data: Annotated[Texts, About(metavar="FILE")] = None
+    """Text: files or folders of any kind that is read, hub:NAME, documents, or token windows (num, window)."""
+    text_field: str | None = None
+    """Of rows: the field that holds the text or the chat messages; default text."""
+    split: str | None = None
+    """Of datasets; default train."""
+    tokenizer: Annotated[Any, About(metavar="DIR", result=False)] = None
+    """A tokenizer, or the folder of one; default the model's own."""
+    seed: NonNegativeInt = 0
+    """Chooses the text, and all noise."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.data, TextFiles):  # what TextFiles say is said here too, so that a command can say it
+            field = self.text_field or (None if self.data.field == TextFiles.field else self.data.field)
+            split = self.split or self.data.split
+            object.__setattr__(self, "text_field", field)
+            object.__setattr__(self, "split", split)
+            object.__setattr__(self, "data", replace(self.data, field=field or TextFiles.field, split=split))
+
+
+@options
+class TextOptions(DataOptions):
+    """What text a command looks at, in windows of tokens."""
+
+    num_windows: Annotated[PositiveInt, About(flag="samples")] = 128
+    """Windows of text."""
+    window_tokens: Annotated[int | None, Field(ge=2), About(flag="window")] = None
+    """Tokens a window; default min(2048, the model's limit)."""
+    bos: Bos = "never"
+    """Whether a window begins with the model's start token: auto (as its tokenizer does), always or never."""

@@ -1,0 +1,63 @@
+"""What a structural run is asked for, as one value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt
+
+from topiarist.core.errors import CalibrationError
+from topiarist.core.options import Registered, Settings, options
+from topiarist.core.registry import name_of
+from topiarist.pipelines.common.options import TextOptions
+from topiarist.pipelines.shrinking.distill import Distill
+from topiarist.structured import METHODS, Method
+from topiarist.structured.hybrid import Hybrid
+from topiarist.structured.layout import MAX_WASTE
+
+
+def _kinds(given: Any) -> Any:
+    """Kinds of units, each by itself or several with commas."""
+    words = [given] if isinstance(given, str) else given
+    return words if words is None else [kind.strip() for word in words for kind in str(word).split(",") if kind.strip()]
+
+
+@options
+class ShrinkOptions(TextOptions):
+    """Everything that `shrink` takes beside the model, the output folder and the progress bar."""
+
+    method: Annotated[Method, Registered(METHODS, base=(Method,))] = Hybrid()
+    """What scores the units; `topiarist methods` lists all; policy-gradient:steps=500 sets a field."""
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Share of the units' parameters that stays, never exceeded."""
+    layout: Literal["uniform", "padded", "hetero", "masked"] = "uniform"
+    """uniform (opens everywhere), padded (filled up with zeros), hetero (layers differ in size) or masked (zeros)."""
+    units: Annotated[Sequence[str] | None, BeforeValidator(_kinds)] = None
+    """heads, query_heads, channels, experts, attention, ffn, block; default heads,channels as the method scores."""
+    scope: Literal["global", "parameters", "per_layer"] | None = None
+    """Over what units compete; default: what layout and method want. uniform knows per_layer alone."""
+    round_to: PositiveInt | None = None
+    """Channels go in multiples of it; default 64, less if narrow."""
+    refit: bool = True
+    """Least squares for the matrices that consumed the units."""
+    recover: Annotated[Distill | None, Settings(Distill)] = None
+    """Afterwards, train towards the dense model's predictions: lora or full (lora:steps=200 sets a field)."""
+    batch_size: PositiveInt = 8
+    """Windows a forward pass."""
+    max_waste: NonNegativeFloat = MAX_WASTE
+    """Of layout padded: zeros that only fill up, per kept parameter."""
+
+    def check_text(self, *, refits: bool) -> None:
+        """Raise CalibrationError if there is no text and something needs it. refits: whether a refit has anything to do."""
+        if self.data is not None:
+            return
+        if self.recover is not None:
+            what, cure = "recovery", ""
+        elif self.method.needs_data:
+            what, cure = f"method {name_of(METHODS, self.method)}", ""
+        elif refits:
+            what, cure = "the refit", ", or --no-refit"
+        else:
+            return
+        raise CalibrationError(f"{what} needs text: name --data FILE{cure}")
