@@ -29,7 +29,7 @@ def side_files(folder: Path) -> Iterator[Path]:
             continue
         if not path.is_file():
             continue
-        if not _inside(path.resolve(), folder):
+        if not inside(path.resolve(), folder):
             raise CheckpointError(
                 f"{path} is a symbolic link to {path.resolve()}, outside the model's folder: replace it by a copy, or remove it"
             )
@@ -43,7 +43,7 @@ def copy_side_files(source: Path, target: Path) -> None:
         shutil.copyfile(source / name, target / name)
 
 
-def _inside(target: Path, folder: Path) -> bool:
+def inside(target: Path, folder: Path) -> bool:
     """Whether a file lies in a model folder; those of the hub's cache are links to blobs beside the snapshots."""
     home = folder.resolve()
     if target.is_relative_to(home):

@@ -85,8 +85,22 @@ def store(name: str, content: Content) -> tuple[dict[str, Tensor], Entry]:
     return dict(zip(entry.names(name), parts.values(), strict=True)), entry
 
 
+def read_entry(stated: Any) -> Entry:
+    """An entry from its JSON. Raises TypeError or ValueError if it is none."""
+    entry = Entry(**stated)
+    sizes = isinstance(entry.shape, list) and all(type(size) is int and size >= 0 for size in entry.shape)
+    words = all(isinstance(word, str) for word in (entry.form, entry.dtype, entry.pattern, entry.sha256))
+    if not sizes or not words or entry.bits not in (0, 4, 8) or isinstance(entry.bits, bool):
+        raise ValueError(f"an entry of form {entry.form!r}, shape {entry.shape!r} and {entry.bits!r} bits")
+    return entry
+
+
 def restore(handle: Any, name: str, entry: Entry) -> Content:
     """The tensor, from an open file. Raises ValueError if its parts are not what the entry says."""
+    # Before memory is taken for the dense shape: an index has a byte for at most twelve weights, integers for two.
+    sizes = [math.prod(handle.get_slice(key).get_shape()) for key in entry.names(name)]
+    if math.prod(entry.shape) > 12 * max(sizes, default=0):
+        raise ValueError(f"its parts are too small for shape {entry.shape}")
     stored = [handle.get_tensor(key) for key in entry.names(name)]
     if _digest(name, entry.form, entry.dtype, entry.shape, entry.bits, stored) != entry.sha256:
         raise ValueError("its checksum does not match")

@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topiarist.checkpoints.reading import Checkpoint
+from topiarist.checkpoints.reading import Checkpoint, read_json
 from topiarist.core.errors import CheckpointError
 from topiarist.runtime.bits import raw_bits
-from topiarist.runtime.packed import SHARD_BYTES, copy_other_files, new_folder, write_dense
+from topiarist.runtime.manifest import new_folder
+from topiarist.runtime.packed import SHARD_BYTES, copy_other_files, write_dense
 
 FORMATS = ("sparse-bitmask", "sparse-24-bitmask")
 PARTS = ("compressed", "bitmask", "shape", "row_offsets")
@@ -38,7 +39,7 @@ def sparse_format(folder: Path | str) -> str | None:
     """The compressed-tensors sparse format that a model folder's config names, or None."""
     config = _read_config(Path(folder))
     for key in _CONFIG_KEYS:
-        found = ((config.get(key) or {}).get("sparsity_config") or {}).get("format")
+        found = _part(_part(config.get(key), "sparsity_config"), "format")
         if found and found != "dense":
             return found
     return None
@@ -81,7 +82,7 @@ def read_legacy(folder: Path | str) -> Iterator[tuple[str, Tensor]]:
         tensors = {part: checkpoint.read(f"{stem}.{part}") for part in parts}
         try:
             weight = decode(**tensors)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, TypeError, KeyError, IndexError) as error:
             raise CheckpointError(f"{stem} in {folder} is damaged ({error}); copy the folder again") from None
         yield stem if stem.endswith(".weight") else f"{stem}.weight", weight
     for name in plain:
@@ -110,7 +111,7 @@ def dense_config(config: dict[str, Any]) -> dict[str, Any]:
     """The config without its sparse format, which current vLLM refuses; a quantisation that it also holds stays."""
     config = dict(config)
     for key in _CONFIG_KEYS:
-        if key in config:
+        if isinstance(config.get(key), dict):
             rest = {name: value for name, value in config[key].items() if name != "sparsity_config"}
             config.pop(key)
             if rest.get("config_groups"):
@@ -119,7 +120,12 @@ def dense_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {folder / 'config.json'} ({error})") from None
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"cannot read {path}: there is no such file")
+    return read_json(path, cure="copy the folder again")
+
+
+def _part(stated: Any, key: str) -> Any:
+    """An entry of a JSON object; None of whatever else stands there."""
+    return stated.get(key) if isinstance(stated, dict) else None

@@ -13,10 +13,8 @@ files are named so that a loader which knows nothing of them finds no weights, i
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,18 +25,17 @@ from torch import Tensor
 
 from topiarist.checkpoints.dequantised import QUANTIZATION, DequantisedCheckpoint
 from topiarist.checkpoints.reading import Checkpoint, opened
+from topiarist.checkpoints.side_files import copy_side_files, inside
 from topiarist.checkpoints.writing import MASKS
 from topiarist.core.errors import CheckpointError, UnsupportedModel
 from topiarist.quantize.grid import Grid, QuantizedWeight, round_to_nearest
-from topiarist.runtime.entries import Content, Entry, restore, store
+from topiarist.runtime.entries import Content, read_entry, restore, store
+from topiarist.runtime.manifest import KEY, MANIFEST, VERSIONS, new_folder, read_manifest
 from topiarist.runtime.skeleton import Roles, roles
 
-VERSIONS = (1, 2)
-"""Those that are read; the last one is written."""
-MANIFEST = "packed.json"
 SHARD_BYTES = 2 << 30
-_KEY = "topiarist_packed"
-_WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
+_DAMAGE = (SafetensorError, ValueError, TypeError, KeyError, IndexError, RuntimeError, OverflowError, MemoryError)
+"""What reading parts raises that do not belong together."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ def pack_folder(
             sparse_dense_bytes=sum(dense for _, dense, _ in sparse),
             sparse_packed_bytes=sum(packed for _, _, packed in sparse),
         )
-        manifest = {"format": _KEY, "version": VERSIONS[-1], "shards": shards.names, **asdict(report)}
+        manifest = {"format": KEY, "version": VERSIONS[-1], "shards": shards.names, **asdict(report)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return report
 
@@ -161,21 +158,7 @@ def read_packed(folder: Path | str) -> Iterator[tuple[str, Tensor]]:
 def read_contents(folder: Path | str) -> Iterator[tuple[str, Content]]:
     """As `read_packed`, with integers as they are."""
     folder = Path(folder)
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        kind, version, shards = manifest["format"], manifest["version"], dict(manifest["shards"])
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a packed model: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} cannot be read ({error!r}); copy the folder again") from None
-    if kind != _KEY or version not in VERSIONS:
-        raise CheckpointError(
-            f"{folder} is of packed format {kind!r} version {version}, this topiarist reads versions 1 and 2; "
-            "unpack it with the topiarist that wrote it"
-        )
-    for shard, names in shards.items():
-        if not (folder / shard).is_file():
-            raise CheckpointError(f"{folder} lacks {shard}; copy the folder again")
+    for shard, names in read_manifest(folder).items():
         yield from _read_shard(folder / shard, names)
 
 
@@ -198,29 +181,16 @@ def write_dense(tensors: Iterator[tuple[str, Tensor]], folder: Path, *, shard_by
 
 
 def copy_other_files(src: Path, out: Path) -> None:
-    """Copy config, tokenizer, masks and the like: every top-level file that holds no weights."""
-    for file in sorted(src.iterdir()):
-        other = file.name == MASKS or not file.name.endswith(_WEIGHT_FILES)
-        if file.is_file() and file.name != MANIFEST and other:
-            shutil.copy(file, out / file.name)
+    """Copy config, tokenizer, masks, reports and the like: everything that a model folder has beside its weights.
 
-
-@contextmanager
-def new_folder(out: Path | str) -> Iterator[Path]:
-    """A folder that becomes `out` if the block succeeds, and leaves nothing behind if it does not."""
-    out = Path(out)
-    if out.exists():
-        raise CheckpointError(f"{out} exists; choose a folder that does not")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(out)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, CheckpointError):
-            raise CheckpointError(f"cannot write {out}: {error.strerror or error}") from error
-        raise
+    Raises CheckpointError for a symbolic link that leads out of the folder.
+    """
+    copy_side_files(src, out)
+    (out / MANIFEST).unlink(missing_ok=True)
+    for path in sorted(src.iterdir()):
+        own = path.name in ("config.json", "README.md", MASKS) or path.name.startswith("pruning_")
+        if own and path.is_file() and inside(path.resolve(), src):
+            shutil.copyfile(path, out / path.name)
 
 
 class _ShardWriter:
@@ -250,7 +220,7 @@ class _ShardWriter:
         file = self.template.format(len(self.names) + 1)
         header = {"format": "pt"}
         if any(self._entries.values()):
-            header[_KEY] = json.dumps({"version": VERSIONS[-1], "tensors": self._entries})
+            header[KEY] = json.dumps({"version": VERSIONS[-1], "tensors": self._entries})
         save_file(self._stored, self.folder / file, metadata=header)
         self.names[file] = list(self._entries)
         self._start()
@@ -259,17 +229,19 @@ class _ShardWriter:
 def _read_shard(file: Path, names: Sequence[str]) -> Iterator[tuple[str, Content]]:
     with opened(file) as handle:
         try:
-            header = json.loads(handle.metadata()[_KEY])
+            header = json.loads(handle.metadata()[KEY])
             version = header["version"]
-            entries = {name: Entry(**entry) for name, entry in header["tensors"].items()} if version in VERSIONS else {}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"the header of {file} is damaged ({error!r}); copy the file again") from None
-        if version not in VERSIONS:
+            known = version in VERSIONS
+            entries = {name: read_entry(entry) for name, entry in header["tensors"].items()} if known else {}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"the header of {file} is damaged ({reason}); copy the file again") from None
+        if not known:
             raise CheckpointError(f"{file} is of packed version {version}, this topiarist reads versions 1 and 2")
         if set(entries) != set(names):
             raise CheckpointError(f"{file} does not hold the tensors that {MANIFEST} lists; copy the folder again")
         for name, entry in entries.items():
             try:
                 yield name, restore(handle, name, entry)
-            except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
+            except _DAMAGE as error:
                 raise CheckpointError(f"{name} in {file} is damaged ({error}); copy the file again") from None
