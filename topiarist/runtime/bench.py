@@ -17,14 +17,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from topiarist.core.errors import CheckpointError
+from topiarist.core.compiled import NoKernels
+from topiarist.core.errors import CheckpointError, UnsupportedModel
 from topiarist.runtime import cpu, cuda
 from topiarist.runtime.cpu import MARGIN, Acceleration
+from topiarist.runtime.decoder import Decoder
+from topiarist.runtime.linear import PackedLinear
 from topiarist.runtime.loading import load_model
 
 ROUNDS = 3
 PROMPT = 64
-PHASES = ("prefill", "decode")
+PHASES = ("prefill", "decode", "generate")
+"""The prompt, tokens after it in transformers' loop, and the same in our own."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,14 @@ def bench_model(
     model: Any, *, tokens: int = 32, batches: Sequence[int] = (1, 4, 8, 32), prompt: int = PROMPT
 ) -> BenchReport:
     """As `bench_folder`, for a causal LM in memory, which comes back as it was. Needs room for dense and packed weights."""
-    dense = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    linears = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, PackedLinear))
+    ]
+    original = dict(linears)
+    dense = {name: module.to_linear() if isinstance(module, PackedLinear) else module for name, module in linears}
+    _exchange(model, dense)
     dense_bytes = sum(weight.nbytes for weight in model.parameters())
+    _exchange(model, original)
     if model.device.type == "cuda":
         acceleration = cuda.accelerate(model, tokens=[*batches, max(batches) * prompt])
     else:
@@ -102,22 +112,24 @@ def bench_model(
     sparse = {layer.name: model.get_submodule(layer.name) for layer in acceleration.layers}
     speeds = []
     try:
-        if all(layer.sparsity < cpu.MIN_SPARSITY for layer in acceleration.layers):
+        if all(layer.sparsity < cpu.MIN_SPARSITY and not layer.packed for layer in acceleration.layers):
             raise CheckpointError("no linear has zeros to skip, so there is nothing to measure; prune the model first")
         for batch in batches:
             times: dict[tuple[str, str], list[float]] = {}
             ids = torch.randint(model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
             for _ in range(ROUNDS):
-                for variant, linears in (("dense", dense), ("sparse", sparse)):
-                    _exchange(model, linears)
+                for variant, modules in (("dense", dense), ("sparse", sparse)):
+                    _exchange(model, modules)
                     seconds = generation_seconds(model, ids.to(model.device), tokens)
-                    for phase in PHASES:
-                        times.setdefault((phase, variant), []).append(seconds[phase])
-            for phase, count in zip(PHASES, (prompt, tokens), strict=True):
-                rates = (batch * count / statistics.median(times[phase, variant]) for variant in ("dense", "sparse"))
-                speeds.append(Speed(phase, batch, *rates))
+                    for phase, taken in seconds.items():
+                        times.setdefault((phase, variant), []).append(taken)
+            for phase in PHASES:
+                if (phase, "dense") in times:
+                    count = batch * (prompt if phase == "prefill" else tokens)
+                    rates = (count / statistics.median(times[phase, variant]) for variant in ("dense", "sparse"))
+                    speeds.append(Speed(phase, batch, *rates))
     finally:
-        _exchange(model, dense)
+        _exchange(model, original)
     sparse_bytes = dense_bytes - acceleration.bytes_before + acceleration.bytes_after
     return BenchReport(tuple(speeds), acceleration, dense_bytes, sparse_bytes, machine(model.device.type))
 
@@ -136,13 +148,21 @@ def machine(device: str = "cpu") -> str:
 
 
 def generation_seconds(model: Any, ids: torch.Tensor, tokens: int) -> dict[str, float]:
-    """Seconds of the prompt, and of `tokens` greedy steps after it."""
+    """Seconds of the prompt, and of `tokens` greedy steps after it, by phase; our own loop only where it takes the model."""
     start = _now(model)
     out = model(ids, use_cache=True)
     filled = _now(model)
     for _ in range(tokens):
         out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
-    return dict(zip(PHASES, (filled - start, _now(model) - filled), strict=True))
+    seconds = {"prefill": filled - start, "decode": _now(model) - filled}
+    try:
+        decoder = Decoder(model, batch=len(ids), max_tokens=ids.shape[1] + tokens)
+    except (UnsupportedModel, NoKernels):
+        return seconds
+    start = _now(model)
+    for position in range(ids.shape[1], ids.shape[1] + tokens):  # over a cache of zeros, which takes as long
+        decoder.step(ids[:, 0].contiguous(), position)
+    return seconds | {"generate": _now(model) - start}
 
 
 def _now(model: Any) -> float:

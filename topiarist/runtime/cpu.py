@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from topiarist.core.compiled import NoKernels
 from topiarist.runtime.bits import describe
 from topiarist.runtime.build import LEVELS, TYPES, load_kernels
-from topiarist.runtime.linear import PackedLinear
+from topiarist.runtime.linear import PackedLinear, QuantisedLinear
 
 MIN_SPARSITY = 0.25
 SMALL_BATCHES = (1, 2, 4)
@@ -92,6 +92,7 @@ def accelerate(model: nn.Module, *, keep_dense: bool = False, measure: bool = Tr
     """Swap the linears of a pruned model for packed ones, in place. Outputs are equal to the rounding of the dtype.
 
     `keep_dense` keeps the dense weights for batches at which they are faster (prefill), at the price of memory.
+    Layers of integers, which are packed already, are told up to how many tokens their kernel is the faster way.
     `measure=False` packs every eligible layer without timing it. Without a compiler or a fitting processor nothing is
     swapped and a warning says why. `restore` undoes it all; a state dict holds the dense weights at any time.
     """
@@ -110,6 +111,8 @@ def accelerate(model: nn.Module, *, keep_dense: bool = False, measure: bool = Tr
             layers[name] = Layer(name, shape, describe(mask), sparsity, not obstacle, obstacle, module.weight.nbytes)
             if not obstacle:
                 alike.setdefault((shape, module.weight.dtype, round(sparsity, 1)), []).append(name)
+        elif isinstance(module, QuantisedLinear):
+            layers[name] = _integers(name, module, measure)
     for names in alike.values():  # only one group's weights are in memory twice
         layers |= _swap(model, [layers[name] for name in names], keep_dense, measure)
     return Acceleration(tuple(layers.values()), instruction_set, torch.get_num_threads())
@@ -167,6 +170,38 @@ def _swap(model: nn.Module, layers: Sequence[Layer], keep_dense: bool, measure: 
             packed_ms=verdict.packed_ms,
         )
     return done
+
+
+def _integers(name: str, linear: QuantisedLinear, measure: bool) -> Layer:
+    """A layer of integers, with its kernel's limit set."""
+    mask = linear.codes != 0
+    shape, pattern = (linear.out_features, linear.in_features), describe(mask)
+    if measure:
+        kind = (shape, linear.bits, linear.form, linear.dtype, torch.get_num_threads())
+        if kind not in _limits:
+            _limits[kind] = limit_of(linear)
+        linear.max_batch = _limits[kind]
+    dense_bytes = mask.numel() * linear.dtype.itemsize
+    sparsity = 1 - float(mask.float().mean())
+    reason = f"{linear.bits}-bit integers"
+    return Layer(name, shape, pattern, sparsity, True, reason, dense_bytes, linear.packed_bytes, linear.max_batch)
+
+
+_limits: dict[tuple, int] = {}
+"""Most tokens that the kernel of layers of one kind takes: measured once a process."""
+
+
+@torch.inference_mode()
+def limit_of(linear: PackedLinear) -> int:
+    """The most tokens at which a layer's kernel was no slower than its panels, timed in turns; at least 1."""
+    most = 1
+    for batch in (*SMALL_BATCHES[1:], *LARGE_BATCHES):
+        x = torch.randn(batch, linear.in_features).to(linear.dtype)
+        kernel, panels = race([[_call(linear.multiply, x), _call(linear.multiply_by_panels, x)]], seconds=SECONDS / 10)
+        if kernel > panels:
+            break
+        most = batch
+    return most
 
 
 @torch.inference_mode()
