@@ -35,6 +35,8 @@ SHOWN = 3
 """Differences between two runs that a refusal names."""
 STATES = "run_state"
 """Folder of OUT, gone when the run is finished."""
+STAGES = "stages"
+"""Folder of OUT with the results of a recipe's earlier stages."""
 MASKS = "masks.safetensors"
 """Beside a model whose masks were learned, or for another copy of its base."""
 _CHECKED = (INDEX, MASKS, "pruning_spec.json", "modeling_pruned.py")
@@ -119,7 +121,7 @@ class OutputFolder:
             self._compare(report.get("fingerprint", {}))
             self._check(report.get("files", {}))
             self.complete = True
-        elif any(path.name not in (f"{JOURNAL}{TEMPORARY}", LOCK) for path in self.folder.iterdir()):
+        elif any(path.name not in (f"{JOURNAL}{TEMPORARY}", LOCK, STAGES) for path in self.folder.iterdir()):
             raise CheckpointError(f"{self.folder} exists and is not a topiarist run; choose another output or empty it")
 
     def _compare(self, found: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from topiarist.results.first_version import renewed
 
 R = TypeVar("R", bound="RunReport")
 RUN = "pruning_run.json"
-NOT_WRITTEN = ("run", "output", "result")
+NOT_WRITTEN = ("run", "output", "result", "recipe")
 """Fields of a report that are not in its file: what differs from run to run, and what is no text."""
 
 
@@ -48,6 +48,8 @@ class RunReport:
     """The words of the command line that repeats this run."""
     not_in_command: list[str] = field(default_factory=list)
     """What was given as an object, and has a placeholder in the command."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """The recipe of one stage that repeats this run; written beside the report."""
     result_digest: str = ""
     """Of a model object: its digest after the run."""
     run: dict[str, Any] = field(default_factory=dict)

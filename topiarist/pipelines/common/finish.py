@@ -18,6 +18,7 @@ from topiarist.checkpoints.states import KEPT
 from topiarist.checkpoints.streaming import SHARD_BYTES
 from topiarist.checkpoints.writing import REPORT, OutputFolder
 from topiarist.models.opened import OpenedModel
+from topiarist.pipelines.common.reproduce import RECIPE, as_yaml
 from topiarist.results.card import model_card
 from topiarist.results.pages import PAGE, Result, report_page
 from topiarist.results.report import RUN, RunReport
@@ -61,6 +62,8 @@ def finish(
     result = Result(report.to_dict(), __about__.__version__)
     more = {CALIBRATION: text.record()} if text is not None else {}
     papers = {"README.md": model_card(result), PAGE: report_page(result), RUN: json.dumps(report.run, indent=2) + "\n"}
+    if report.recipe:
+        papers[RECIPE] = as_yaml(report.recipe)
     for name, content in {**(texts or {}), **more, **papers}.items():
         output.write_text(name, content)
     about = {**found, "pruning_config": report.pruning_config(__about__.__version__)}

@@ -1,14 +1,19 @@
-"""The command line that repeats a call, made from its options."""
+"""What repeats a call, made from its options: a command line, and a recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from torch import nn
 
 from topiarist.core.options import about, changed, fields_of, tables_of, to_text
 from topiarist.data import TextFiles
+
+RECIPE = "recipe.yaml"
+RECIPE_VERSION = 1
 
 
 def flag_of(name: str, info: Any) -> str:
@@ -16,36 +21,34 @@ def flag_of(name: str, info: Any) -> str:
     return "--" + (about(info).flag or name.replace("_", "-"))
 
 
-def command(name: str, model: Any, options: Any, *, always: Sequence[str] = ()) -> tuple[list[str], list[str]]:
-    """The words of the command, and what in the call no command can say: that has a placeholder in capitals.
+@dataclass(frozen=True)
+class Said:
+    """One setting in writing."""
 
-    always: fields said even at their defaults, because those are the model's.
+    field: str
+    flag: str
+    value: bool | list[str] | None
+    """True or False, or the texts of its values; None if no text can say it."""
+    what: str = ""
+    """What it is, if no text can say it."""
+
+
+def said(options: Any, *, always: Sequence[str] = ()) -> list[Said]:
+    """The settings that the result depends on and that are not at their defaults, in the order of the fields.
+
+    always: fields said even at their defaults.
     """
-    unsaid: list[str] = []
-    given_object = isinstance(model, nn.Module)
-    words = ["topiarist", name, "MODEL" if given_object else str(model), "OUT"]
-    unsaid += ["a model object"] * given_object
-    said = {*changed(options), *always}
-    for field, info in fields_of(type(options)).items():
-        value = getattr(options, field)
-        if value is None or field not in said or not (about(info).cli and about(info).result):
+    wanted, tables, found = {*changed(options), *always}, tables_of(type(options)), []
+    for name, info in fields_of(type(options)).items():
+        value = getattr(options, name)
+        if value is None or name not in wanted or not (about(info).cli and about(info).result):
             continue
-        flag = flag_of(field, info)
-        texts = _texts(field, value, tables_of(type(options)).get(field))
-        if texts is None:
-            unsaid.append(f"{field}: {_what(value)}")
-            words += [flag, field.upper()]
-        elif isinstance(value, bool):
-            words.append(flag if value else "--no-" + flag.removeprefix("--"))
-        elif texts == ["true"]:  # settings at their defaults
-            words.append(flag)
-        else:
-            words += [word for text in texts for word in (flag, text)]
-    return words, unsaid
+        texts = value if isinstance(value, bool) else _texts(name, value, tables.get(name))
+        found.append(Said(name, flag_of(name, info), texts, "" if texts is not None else _what(value)))
+    return found
 
 
 def _texts(field: str, value: Any, table: Any) -> list[str] | None:
-    """A flag's values; None if text cannot hold one."""
     if field == "data":
         return [str(path) for path in value.paths] if isinstance(value, TextFiles) else None
     if isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value):
@@ -56,3 +59,58 @@ def _texts(field: str, value: Any, table: Any) -> list[str] | None:
 
 def _what(value: Any) -> str:
     return "given in memory" if isinstance(value, Sequence) or hasattr(value, "shape") else f"a {type(value).__name__}"
+
+
+def command(name: str, model: Any, options: Any, *, always: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """The words of the command, and what in the call no command can say: that has a placeholder in capitals."""
+    given_object = isinstance(model, nn.Module)
+    words, unsaid = (
+        ["topiarist", name, "MODEL" if given_object else str(model), "OUT"],
+        ["a model object"] * given_object,
+    )
+    for setting in said(options, always=always):
+        if setting.value is None:
+            unsaid.append(f"{setting.field}: {setting.what}")
+            words += [setting.flag, setting.field.upper()]
+        elif isinstance(setting.value, bool):
+            words.append(setting.flag if setting.value else "--no-" + setting.flag.removeprefix("--"))
+        elif setting.value == ["true"]:  # settings at their defaults
+            words.append(setting.flag)
+        else:
+            words += [word for text in setting.value for word in (setting.flag, text)]
+    return words, unsaid
+
+
+def recipe(
+    name: str, model: Any, options: Any, *, always: Sequence[str] = (), more: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A recipe of one stage that repeats the call; what no text can say has a placeholder in capitals.
+
+    more: settings of the stage that are no fields of its options.
+    """
+    fields: dict[str, Any] = dict(more or {})
+    for setting in said(options, always=always):
+        value = setting.value
+        several = isinstance(getattr(options, setting.field), list | tuple | TextFiles)
+        fields[setting.field] = (
+            setting.field.upper()
+            if value is None
+            else value
+            if isinstance(value, bool) or several
+            else _number(value[0])
+        )
+    return {
+        "topiarist": RECIPE_VERSION,
+        "model": "MODEL" if isinstance(model, nn.Module) else str(model),
+        "stages": [{name: fields}],
+    }
+
+
+def _number(text: str) -> Any:
+    """Whole numbers and truth as YAML has them; all else stays text."""
+    return {"true": True, "false": False}.get(text, int(text) if text.isdigit() else text)
+
+
+def as_yaml(found: Any) -> str:
+    """A recipe as its file has it."""
+    return yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=120)

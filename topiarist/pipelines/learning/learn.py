@@ -24,6 +24,7 @@ from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import given_or_made, plain, takes
 from topiarist.pipelines.common.finish import weights_of
 from topiarist.pipelines.common.reproduce import command
+from topiarist.pipelines.common.reproduce import recipe as repeats
 from topiarist.pipelines.learning.files import (
     PRIOR,
     STATE,
@@ -45,6 +46,9 @@ from topiarist.pipelines.learning.trainer import MaskTrainer
 from topiarist.pipelines.training.loop import Progress
 from topiarist.pipelines.training.processes import Processes
 from topiarist.solvers import SOLVERS
+
+SAID = ("pattern", "prior", "preset", "seed")
+"""Settings that the command says even at their defaults."""
 
 
 @takes(LearnOptions)
@@ -107,10 +111,11 @@ def learn(
         "digest": job.text.digest,
         "held_out": len(job.watching),
     }
-    words, unsaid = command("learn", model, options, always=("pattern", "prior", "preset", "seed"))
+    words, unsaid = command("learn", model, options, always=SAID)
     report = LearnReport(
         settings=asked, pattern=str(options.base_pattern), model=name, base_digest=source.digest(),
         calibration=calibration, weights=weights_of(source), warnings=notes, command=words, not_in_command=unsaid,
+        recipe=repeats("learn", model, options, always=SAID),
     )  # fmt: skip
     output = None
     with ExitStack() as held:

@@ -26,7 +26,7 @@ from topiarist.models.opened import OpenedModel, eager_experts, open_model
 from topiarist.pipelines.allocating.allocation import allocated, fixed_patterns
 from topiarist.pipelines.common.finish import dense_digest, finish, weights_of, write_model
 from topiarist.pipelines.common.options import Progress
-from topiarist.pipelines.common.reproduce import command
+from topiarist.pipelines.common.reproduce import command, recipe
 from topiarist.pipelines.common.setup import open_for, windows_of
 from topiarist.pipelines.common.stream import GramCollector
 from topiarist.pipelines.pruning.block import BlockPruner, check_finite
@@ -115,7 +115,8 @@ def _report(options: PruneOptions, model: Any, source: OpenedModel, windows: Win
         )
     said = ["method", *["pattern"] * (options.allocation is None or options.rule is not None)]
     said += ["num_windows", "window_tokens", "seed", "batch_size"] * (options.data is not None)
-    words, unsaid = command("prune", model, replace(resolved, pattern=_said_pattern(options)), always=said)
+    resolved = replace(resolved, pattern=_said_pattern(options))
+    words, unsaid = command("prune", model, resolved, always=said)
     method = plain(options.method, METHODS)
     return Report(
         method=method.pop("name"),
@@ -135,6 +136,7 @@ def _report(options: PruneOptions, model: Any, source: OpenedModel, windows: Win
         },
         command=words,
         not_in_command=unsaid,
+        recipe=recipe("prune", model, resolved, always=said),
         weights=weights_of(source),
     )
 

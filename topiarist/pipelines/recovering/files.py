@@ -20,6 +20,7 @@ from topiarist.core.errors import CheckpointError
 from topiarist.models.folder import FolderModel
 from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.common.finish import CALIBRATION, write_model
+from topiarist.pipelines.common.reproduce import RECIPE, as_yaml
 from topiarist.pipelines.recovering.report import SECTION, RecoverReport
 from topiarist.pipelines.training.text import TrainingText
 from topiarist.results.card import with_measurements
@@ -81,6 +82,7 @@ def _write_papers(
     about = card.read_text(encoding="utf-8") if card.is_file() else f"# {result.name}\n"
     output.write_text("README.md", f"{with_measurements(about, result).rstrip()}\n\n{report.card()}")
     output.write_text(PAGE, report_page(result))
+    output.write_text(RECIPE, as_yaml(report.recipe))
     output.write_text("pruning_run.json", json.dumps(report.run, indent=2) + "\n")
     seen = frozenset(int(passage, 16) for passage in json_if_any(folder / CALIBRATION).get("passages", []))
     output.write_text(CALIBRATION, replace(text, passages=seen | text.passages).record())

@@ -22,6 +22,7 @@ from topiarist.core.errors import CheckpointError
 from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import given_or_made, plain, takes
 from topiarist.models.opened import ObjectModel, OpenedModel, open_model
+from topiarist.pipelines.common.reproduce import recipe
 from topiarist.pipelines.recovering.files import write_recovered
 from topiarist.pipelines.recovering.inputs import (
     check_dense,
@@ -83,6 +84,7 @@ def recover(
                 "digest": text.digest,
             },
             steps=steps,
+            recipe=recipe("recover", model, options, more={} if teacher is None else {"teacher": str(teacher)}),
         )
         output = None
         if place is not None:

@@ -27,6 +27,8 @@ class RecoverReport:
     weights: Mapping[str, int] = field(default_factory=dict)
     """`trained` and `held` (pruned ones among them, kept at zero)."""
     steps: int = 0
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """The recipe of one stage that repeats this run."""
     losses: list[dict[str, float]] = field(default_factory=list)
     """Step and training loss: first, last, and some between."""
     evaluations: list[dict[str, float]] = field(default_factory=list)

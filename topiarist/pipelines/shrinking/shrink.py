@@ -17,7 +17,7 @@ from topiarist.core.options import given_or_made, plain, takes
 from topiarist.core.registry import name_of
 from topiarist.data import Windows
 from topiarist.pipelines.common.options import Progress
-from topiarist.pipelines.common.reproduce import command
+from topiarist.pipelines.common.reproduce import command, recipe
 from topiarist.pipelines.common.setup import open_for, windows_of
 from topiarist.pipelines.shrinking.distill import disk_bytes
 from topiarist.pipelines.shrinking.files import write_shrunk
@@ -33,6 +33,9 @@ from topiarist.structured import (
     predicted_parameters,
 )
 from topiarist.structured.units import COLUMN_KINDS, DEPTH_KINDS
+
+SAID = ("method", "keep", "layout", "units", "seed")
+"""Settings that the command says even at their defaults."""
 
 
 @takes(ShrinkOptions)
@@ -80,10 +83,11 @@ def shrink(
         options, units=kinds, scope=None if layout == "uniform" else scope, refit=refit,
         num_windows=calibration.get("samples", options.num_windows), window_tokens=calibration.get("window"),
     )  # fmt: skip
-    words, unsaid = command("shrink", model, resolved, always=("method", "keep", "layout", "units", "seed"))
+    words, unsaid = command("shrink", model, resolved, always=SAID)
     report = ShrinkReport(
         method=name_of(METHODS, scorer), settings=plain(scorer), keep=keep, layout=layout, units=list(kinds), scope=scope,
         model=name, base_digest=opened.digest(), calibration=calibration, command=words, not_in_command=unsaid,
+        recipe=recipe("shrink", model, resolved, always=SAID),
     )  # fmt: skip
     output = None
     with ExitStack() as held:

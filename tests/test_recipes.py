@@ -1,0 +1,158 @@
+"""Recipes: checked as a whole before any work, resumed, and written beside every result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from safetensors.torch import load_file
+
+import topiarist as tp
+from topiarist.pipelines.recipes.recipe import read_recipe, run_recipe, shipped
+
+STAGES = """topiarist: 1
+model: model
+out: out
+data: [text.txt]
+stages:
+- prune:
+    method: wanda
+    pattern: "2:4"
+    num_windows: 4
+    window_tokens: 32
+- recover: {tokens: 512, window_tokens: 32, sequences: 2, batch_size: 2, held_out: 2}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    tiny.tiny_checkpoint(tmp_path / "model")
+    tiny.tiny_text(tmp_path, "text.txt", paragraphs=60)
+    (tmp_path / "recipe.yaml").write_text(STAGES)
+    return tmp_path
+
+
+def weights(folder: Path) -> dict:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def same(a: Path, b: Path) -> bool:
+    one, other = weights(a), weights(b)
+    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+
+def test_stages_follow_one_another_and_the_recipe_beside_the_result_repeats_them(folder: Path, command):
+    code, printed, error = command("run", "recipe.yaml")
+    assert code == 0 and "prune -> recover: done" in printed, error
+    assert not (folder / "out" / "stages").exists() and tp.verify(folder / "out").holds
+    tp.prune(
+        "model",
+        "pruned",
+        method="wanda",
+        pattern="2:4",
+        data=tp.text_files("text.txt"),
+        num_windows=4,
+        window_tokens=32,
+    )
+    tp.recover(
+        "pruned",
+        "by-hand",
+        data=tp.text_files("text.txt"),
+        tokens=512,
+        window_tokens=32,
+        sequences=2,
+        batch_size=2,
+        held_out=2,
+    )
+    assert same(folder / "out", folder / "by-hand") and not same(folder / "out", folder / "pruned")
+    assert command("run", "out/recipe.yaml", "--out", "again", "--keep-stages")[0] == 0
+    assert (
+        same(folder / "out", folder / "again") and (folder / "again" / "stages" / "01-prune" / "config.json").is_file()
+    )
+    before = (folder / "out" / "pruning_run.json").read_bytes()
+    assert command("run", "recipe.yaml")[0] == 0 and (folder / "out" / "pruning_run.json").read_bytes() == before
+
+
+def test_a_run_that_was_stopped_between_stages_goes_on(folder: Path, monkeypatch):
+    from topiarist.pipelines.recipes import stages
+
+    run = stages.STAGES["recover"]
+    broken = type(run)(**{**vars(run), "run": lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)})
+    monkeypatch.setitem(stages.STAGES, "recover", broken)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(read_recipe("recipe.yaml"))
+    kept = folder / "out" / "stages" / "01-prune" / "pruning_run.json"
+    before = kept.read_bytes()
+    monkeypatch.setitem(stages.STAGES, "recover", run)
+    seen: list[str] = []
+    run_recipe(read_recipe("recipe.yaml"), progress=lambda what, *_: seen.append(what))
+    assert before and not any(what.startswith("pruning") for what in seen) and tp.verify(folder / "out").holds
+
+
+def test_every_result_has_the_recipe_that_made_it(folder: Path, command):
+    words = (
+        "--method",
+        "wanda:refit=true",
+        "--samples",
+        "4",
+        "--window",
+        "32",
+        "--data",
+        "text.txt",
+        "--refine",
+        "epochs=1",
+    )
+    assert command("prune", "model", "one", *words)[0] == 0
+    assert command("run", "one/recipe.yaml", "--out", "two")[0] == 0
+    assert same(folder / "one", folder / "two")
+    shrink = ("--method", "magnitude", "--keep", "0.6", "--samples", "4", "--window", "32", "--data", "text.txt")
+    assert command("shrink", "model", "small", *shrink)[0] == 0
+    assert command("run", "small/recipe.yaml", "--out", "small-again")[0] == 0
+    assert same(folder / "small", folder / "small-again")
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes", "said"),
+    [
+        ("- recover: {", "- recver: {", "line 11: unknown stage 'recver'; stages are"),
+        ("    method: wanda", "    method: wander", "line 7: unknown method 'wander'"),
+        ("    num_windows: 4", "    num_windows: 0", "line 9: PruneOptions: num_windows is 0"),
+        ("    num_windows: 4", "    windows: 4", "PruneOptions has no field 'windows'"),
+        ("topiarist: 1", "topiarist: 7", "line 1: recipe version 7"),
+        ("out: out", "outt: out", "line 3: unknown key 'outt'"),
+        (
+            "- recover: {tokens: 512,",
+            "- prune: {method: magnitude}\n- recover: {tokens: 512,",
+            "line 11: prune takes a model",
+        ),
+        ("stages:", "stages: none\nmore:", "unknown key 'more'"),
+        ("model: model", "model: [", "is no YAML"),
+        ("data: [text.txt]", "data: [nowhere.txt]", "nowhere.txt does not exist"),
+        ("model: model", "model: ''", "names no model"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_before_any_work(folder: Path, command, was: str, becomes: str, said: str):
+    assert was in STAGES
+    (folder / "recipe.yaml").write_text(STAGES.replace(was, becomes))
+    code, _, error = command("run", "recipe.yaml")
+    assert code == 2 and said in error and not (folder / "out").exists()
+
+
+def test_a_stage_that_does_not_fit_the_model_is_refused(folder: Path, command):
+    assert command("prune", "model", "sparse", "--method", "magnitude")[0] == 0
+    code, _, error = command("run", "recipe.yaml", "--model", "sparse")
+    assert code == 2 and "line 6: prune takes a model that is dense or shrunk, and it is sparse there" in error
+    assert not (folder / "out").exists()
+
+
+def test_shipped_recipes_are_listed_and_can_be_read(command):
+    code, printed, _ = command("recipes")
+    assert code == 0 and all(name in printed for name in shipped())
+    for name in shipped():
+        read_recipe(name).check("dense")
+        assert "topiarist: 1" in command("recipes", name)[1]
+    assert command("methods")[0] == 0 and command("families")[0] == 0
+    assert json.dumps(shipped())

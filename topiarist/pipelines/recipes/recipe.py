@@ -1,0 +1,236 @@
+"""A recipe: a model, text, and the stages that make a result of them, checked as a whole before any work.
+
+topiarist: 1
+model: org/name
+out: small-and-sparse
+data: [text.jsonl]
+stages:
+- prune: {method: alps, pattern: 0.5}
+- recover: {tokens: 300k}
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from topiarist.checkpoints.atomic import write_atomically
+from topiarist.checkpoints.reading import locate, read_json
+from topiarist.checkpoints.writing import REPORT, OutputFolder
+from topiarist.checkpoints.writing import STAGES as STAGES_FOLDER
+from topiarist.core.errors import TopiaristError
+from topiarist.core.grammar import OptionError
+from topiarist.core.options import ALIASES
+from topiarist.pipelines.common.options import Progress
+from topiarist.pipelines.common.reproduce import RECIPE, RECIPE_VERSION, as_yaml
+from topiarist.pipelines.recipes.stages import STAGES, Stage, state_of
+
+KEYS = ("topiarist", "model", "out", "data", "stages")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a recipe."""
+
+    name: str
+    options: Any
+    more: Mapping[str, Any]
+    line: int
+    """Of the file."""
+
+    @property
+    def stage(self) -> Stage:
+        """Its kind."""
+        return STAGES[self.name]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe file says."""
+
+    source: str
+    """The file, for messages."""
+    plain: Mapping[str, Any]
+    steps: tuple[Step, ...]
+
+    @property
+    def model(self) -> str:
+        """The model that it starts from."""
+        return str(self.plain.get("model") or "")
+
+    @property
+    def out(self) -> str:
+        """The folder of the result."""
+        return str(self.plain.get("out") or "")
+
+    def check(self, state: str) -> None:
+        """Raise OptionError, with its line, for a stage that does not fit what the model is when it begins."""
+        for step in self.steps:
+            if state not in step.stage.takes:
+                takes = " or ".join(step.stage.takes)
+                raise OptionError(
+                    f"{self.source} line {step.line}: {step.name} takes a model that is {takes}, and it is {state} there"
+                )
+            state = step.stage.gives(state, step.options)
+
+
+def shipped() -> dict[str, str]:
+    """The recipes that come with topiarist: name -> text."""
+    folder = files("topiarist") / "recipes"
+    return {
+        path.name.removesuffix(".yaml"): path.read_text(encoding="utf-8")
+        for path in sorted(folder.iterdir(), key=lambda path: path.name)
+        if path.name.endswith(".yaml")
+    }
+
+
+def read_recipe(
+    source: str | Path,
+    *,
+    model: str | None = None,
+    out: str | Path | None = None,
+    data: Sequence[str | Path] | None = None,
+) -> Recipe:
+    """Read a recipe from a file, or one that is shipped by its name.
+
+    model, out, data: in place of what it says. Raises OptionError, with the line of the file, for everything that is wrong in
+    it, and TopiaristError if there is no such recipe.
+    """
+    path, known = Path(source), shipped()
+    if path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TopiaristError(f"cannot read recipe {source}: {error}") from error
+    elif str(source) in known:
+        text = known[str(source)]
+    else:
+        raise TopiaristError(f"recipe {source} is neither a file nor one of {', '.join(known)}")
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        plain = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise OptionError(f"{source} is no YAML: {reason[:200]}") from error
+    given = {"model": model, "out": None if out is None else str(out), "data": data}
+    return _parsed(str(source), plain, tree, {key: value for key, value in given.items() if value})
+
+
+def _parsed(source: str, plain: Any, tree: Any, given: Mapping[str, Any]) -> Recipe:
+    if not isinstance(plain, dict):
+        raise OptionError(f"{source} holds no recipe: it needs the keys {', '.join(KEYS)}")
+    lines = {str(key.value): key.start_mark.line + 1 for key, _ in tree.value}
+    for key in plain:
+        if key not in KEYS:
+            raise OptionError(
+                f"{source} line {lines.get(str(key), 1)}: unknown key {key!r}; a recipe has {', '.join(KEYS)}"
+            )
+    if plain.get("topiarist") != RECIPE_VERSION:
+        line = lines.get("topiarist", 1)
+        raise OptionError(
+            f"{source} line {line}: recipe version {plain.get('topiarist')!r}; this topiarist reads version {RECIPE_VERSION}"
+        )
+    stages = plain.get("stages")
+    if not isinstance(stages, list) or not stages:
+        raise OptionError(f"{source} line {lines.get('stages', 1)}: stages must be a list of at least one stage")
+    whole = {**plain, **given}
+    nodes = next(value for key, value in tree.value if key.value == "stages").value
+    steps = [_step(source, entry, node, whole) for entry, node in zip(stages, nodes, strict=True)]
+    return Recipe(source, whole, tuple(steps))
+
+
+def _step(source: str, entry: Any, node: Any, whole: Mapping[str, Any]) -> Step:
+    line = node.start_mark.line + 1
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise OptionError(
+            f"{source} line {line}: a stage is its name with its settings, such as `prune: {{method: alps}}`"
+        )
+    (name, settings), *_ = entry.items()
+    if name not in STAGES:
+        raise OptionError(f"{source} line {line}: unknown stage {name!r}; stages are {', '.join(STAGES)}")
+    if settings is not None and not isinstance(settings, dict):
+        raise OptionError(f"{source} line {line}: the settings of {name} are {settings!r}; write field: value")
+    stage, settings = STAGES[name], dict(settings or {})
+    places = {} if isinstance(node.value, str) else _lines(node.value[0][1])
+    more = {key: settings.pop(key) for key in stage.more if key in settings}
+    if "data" in (field.name for field in fields(stage.options)):
+        said = next((settings.pop(word) for word in ("data", *_words("data")) if word in settings), whole.get("data"))
+        if said is not None:
+            settings["data"] = [Path(path) for path in (said if isinstance(said, list | tuple) else [said])]
+    try:
+        return Step(name, stage.options(**settings), more, line)
+    except TopiaristError as error:
+        named = (place for field, place in places.items() if f" {field} " in f" {error} " or f"{field!r}" in str(error))
+        at = next(named, line)
+        raise OptionError(f"{source} line {at}: {error}") from error
+
+
+def _words(field: str) -> list[str]:
+    return [word for word, meant in ALIASES.items() if meant == field]
+
+
+def _lines(node: Any) -> dict[str, int]:
+    """Line of every key of a mapping."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return {str(key.value): key.start_mark.line + 1 for key, _ in pairs}
+
+
+def run_recipe(recipe: Recipe, *, keep_stages: bool = False, progress: Progress | None = None) -> Any:
+    """Run the stages one after the other, and return the report of the last.
+
+    Every stage but the last writes to a folder inside OUT that goes when the next stage is finished; `keep_stages` keeps them.
+    The same recipe on the same OUT goes on where a killed run was. Raises a TopiaristError for everything a user can mend,
+    before any work where that can be known before.
+    """
+    if not recipe.model or not recipe.out:
+        missing = "model" if not recipe.model else "out"
+        raise OptionError(f"{recipe.source} names no {missing}: write it there, or give --{missing}")
+    out, model = Path(recipe.out), recipe.model
+    recipe.check(state_of(read_json(locate(model) / "config.json")))
+    writing = [number for number, step in enumerate(recipe.steps) if not step.stage.to_file]
+    if not writing or writing[-1] != len(recipe.steps) - 1:
+        raise OptionError(f"{recipe.source} line {recipe.steps[-1].line}: the last stage must write a model")
+    said = {**recipe.plain, "out": str(out)}
+    if (out / RECIPE).is_file() and (out / REPORT).is_file() and not (out / STAGES_FOLDER).exists():
+        if yaml.safe_load((out / RECIPE).read_text(encoding="utf-8")) != json.loads(json.dumps(said, default=str)):
+            raise TopiaristError(f"{out} holds another run: its {RECIPE} differs. Choose another output, or delete it")
+        OutputFolder(
+            out, {k: v for k, v in read_json(out / REPORT)["fingerprint"].items() if k != "format"}
+        )  # files as written
+        return recipe.steps[-1].stage.report.from_folder(out)
+    places, allocation, report = out / STAGES_FOLDER, None, None
+    places.mkdir(parents=True, exist_ok=True)
+    for number, step in enumerate(recipe.steps):
+        last = number == len(recipe.steps) - 1
+        place = out if last else places / f"{number + 1:02d}-{step.name}{'.json' if step.stage.to_file else ''}"
+        options = step.options
+        if step.name == "prune" and allocation is not None and options.allocation is None:
+            options = replace(options, allocation=allocation)
+        if not (step.stage.to_file and place.is_file()):
+            report = step.stage.run(model, place, options, step.more, progress or (lambda *_: None))
+        if step.stage.to_file:
+            allocation = place
+            continue
+        if not keep_stages:
+            _forget(places, place)
+        model = str(place)
+    write_atomically(out / RECIPE, as_yaml(said))
+    if not keep_stages:
+        shutil.rmtree(places, ignore_errors=True)
+    return report
+
+
+def _forget(places: Path, but: Path) -> None:
+    """Remove the results of earlier stages; the one whose result is finished needs them no more."""
+    for path in places.iterdir():
+        if path != but and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)

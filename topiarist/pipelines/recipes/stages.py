@@ -1,0 +1,91 @@
+"""The stages that a recipe may have: what each takes, what it gives, and what runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from topiarist.models.modeling_pruned import PREFIX
+from topiarist.pipelines.allocating.allocation import FoundAllocation, find_allocation
+from topiarist.pipelines.allocating.options import AllocateOptions
+from topiarist.pipelines.common.options import Progress
+from topiarist.pipelines.learning.learn import learn
+from topiarist.pipelines.learning.options import LearnOptions
+from topiarist.pipelines.learning.report import LearnReport
+from topiarist.pipelines.pruning.oneshot import prune
+from topiarist.pipelines.pruning.options import PruneOptions
+from topiarist.pipelines.recovering.options import RecoverOptions
+from topiarist.pipelines.recovering.recover import recover
+from topiarist.pipelines.recovering.report import RecoverReport
+from topiarist.pipelines.shrinking.options import ShrinkOptions
+from topiarist.pipelines.shrinking.report import ShrinkReport
+from topiarist.pipelines.shrinking.shrink import shrink
+from topiarist.results.report import Report
+
+DENSE, SPARSE, SMALL, UNEVEN = "dense", "sparse", "shrunk", "shrunk unevenly"
+"""What a model is: as it was trained; with zeros in a pattern; smaller; smaller, with layers of different size."""
+
+Run = Callable[[Path | str, Path, Any, Mapping[str, Any], Progress], Any]
+"""(model, out, options, more settings, progress) -> report"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of stage."""
+
+    options: type[Any]
+    run: Run
+    takes: tuple[str, ...]
+    """What the model may be before it."""
+    gives: Callable[[str, Any], str]
+    """What the model is after it, from what it was and the options."""
+    report: Any
+    """The class of its report."""
+    more: tuple[str, ...] = ()
+    """Settings that are no fields of the options."""
+    to_file: bool = False
+    """It writes a file that a later stage reads, and leaves the model as it is."""
+
+
+def _allocate(model: Path | str, out: Path, options: Any, more: Mapping[str, Any], progress: Progress) -> Any:
+    found = find_allocation(model, options=options, progress=progress)
+    found.save(out)
+    return found
+
+
+def _shrunk(_: str, options: ShrinkOptions) -> str:
+    return {"uniform": SMALL, "padded": SMALL}.get(options.layout, UNEVEN)
+
+
+STAGES: dict[str, Stage] = {
+    "allocate": Stage(AllocateOptions, _allocate, (DENSE, SMALL), lambda was, _: was, FoundAllocation, to_file=True),
+    "prune": Stage(
+        PruneOptions, lambda model, out, options, _, tell: prune(model, out, options=options, progress=tell),
+        (DENSE, SMALL), lambda *_: SPARSE, Report,
+    ),
+    "learn": Stage(
+        LearnOptions, lambda model, out, options, _, tell: learn(model, out, options=options, progress=tell),
+        (DENSE, SMALL), lambda *_: SPARSE, LearnReport,
+    ),
+    "shrink": Stage(
+        ShrinkOptions, lambda model, out, options, _, tell: shrink(model, out, options=options, progress=tell),
+        (DENSE, SMALL), _shrunk, ShrinkReport,
+    ),
+    "recover": Stage(
+        RecoverOptions, lambda model, out, options, more, tell: recover(model, out, options=options, progress=tell, **more),
+        (SPARSE, SMALL, UNEVEN), lambda was, _: was, RecoverReport, ("teacher",),
+    ),
+}  # fmt: skip
+
+
+def state_of(config: Mapping[str, Any]) -> str:
+    """What the model of a config is."""
+    provenance = config.get("pruning_config") or {}
+    structured = provenance.get("structured")
+    if str(config.get("model_type", "")).startswith(PREFIX):
+        return UNEVEN
+    if structured:
+        return SMALL if structured.get("layout") == "uniform" else UNEVEN
+    return SPARSE if provenance else DENSE
