@@ -34,10 +34,12 @@ def without_memory(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         checks.usable_attention(config)
         with init_empty_weights(include_buffers=False):
             model = _build(checkpoint, config, trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, OSError) as error:
+    except Exception as error:  # configurations are checked by several libraries, each with errors of its own
         if checks.needs_remote_code(error) and not trust_remote_code:
             raise checks.remote_code_error(checkpoint.folder) from error
-        raise CheckpointError(f"transformers cannot build a model from {checkpoint.folder}: {error}") from error
+        raise CheckpointError(
+            f"transformers cannot build a model from {checkpoint.folder}: {' '.join(str(error).split())}"
+        ) from error
     _keep_in_fp32(model, checkpoint.dtype())
     return model.eval().requires_grad_(False)
 

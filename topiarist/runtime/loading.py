@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from topiarist.checkpoints.reading import read_json
 from topiarist.core.compiled import NoKernels
 from topiarist.core.errors import CheckpointError, TopiaristError
 from topiarist.models.opened import open_model
@@ -53,7 +53,7 @@ def load_integers(folder: Path) -> Any | None:
     from accelerate.utils import set_module_tensor_to_device
     from transformers import GenerationConfig
 
-    model = skeleton(json.loads((folder / "config.json").read_text()))
+    model = skeleton(read_json(folder / "config.json", cure="copy the folder again"))
     known = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     for name, content in read_contents(folder):
         if name not in known:

@@ -141,7 +141,12 @@ def from_packed(folder: Path | str, **kwargs: Any) -> Any:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     state = dict(read_packed(folder))
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(folder)
+    try:
+        trust = kwargs.get("trust_remote_code", False)  # None would ask
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    except Exception as error:  # configurations are checked by several libraries, each with errors of its own
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"transformers cannot build a model from {folder}: {reason}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModel(f"transformers has no causal LM for model type {config.model_type!r} in {folder}")
     # The Auto class itself wants a folder to look into even if it is given all weights.

@@ -32,8 +32,9 @@ def skeleton(config: dict[str, Any]) -> Any:
         settings = AutoConfig.for_model(**config)
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(settings, dtype=settings.dtype).eval()
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"transformers has no causal LM for this config.json: {error}") from error
+    except Exception as error:  # configurations are checked by several libraries, each with errors of its own
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"transformers cannot build a model from this config.json: {reason}") from error
 
 
 def roles(config: dict[str, Any]) -> Roles:

@@ -79,7 +79,7 @@ def export_gguf(
     if target.exists():
         raise CheckpointError(f"{target} exists; choose another name")
     checkpoint = readable(path)
-    config = AutoConfig.from_pretrained(path).get_text_config(decoder=True)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config(decoder=True)
     architecture = arch.architecture_of(config)
     vocabulary.kind_of(vocabulary.read(path))
     kind: Any = type or _type_of(checkpoint)
