@@ -101,7 +101,7 @@ class DequantisedCheckpoint(Checkpoint):
         if name not in self._stored:
             yield from self._files.chunks(name, size)
             return
-        whole = memoryview(self.read(name).contiguous().view(-1).view(torch.uint8).numpy())
+        whole = memoryview(self.read(name).contiguous().view(-1).view(torch.uint8).numpy().data)
         for place in range(0, len(whole), size):
             yield bytes(whole[place : place + size])
 

@@ -41,7 +41,9 @@ def pack(
     """Write a compact copy of a checkpoint without its zeros: exactly reversible, unless it is told to round."""
     from topiarist.runtime import pack_folder
 
-    report = pack_folder(folder, output, values=values and values.value, group=group, head=head and head.value)
+    report = pack_folder(
+        folder, output, values=getattr(values, "value", None), group=group, head=getattr(head, "value", None)
+    )
     out.print(
         f"{report.num_packed} of {report.num_tensors} tensors packed, those to {report.ratio:.3f} x their size; "
         f"{report.dense_bytes / 1e6:.1f} MB -> {report.packed_bytes / 1e6:.1f} MB in all; written to {output}"

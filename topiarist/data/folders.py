@@ -59,7 +59,7 @@ def folder_readers(path: Path, field: str, split: str | None, usual: Sequence[st
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             saved: Any = datasets.load_from_disk(str(path))
             tables = dict(saved) if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
-            chosen = tables[choose_split(str(path), list(tables), split, usual)]
+            chosen = tables[choose_split(str(path), [str(name) for name in tables], split, usual)]
             return [ColumnReader(path, field, chosen.data.table)]
         files: Any = datasets.load_dataset_builder(str(path)).config.data_files
     except CalibrationError:

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -88,7 +88,7 @@ class TextReader(ByteReader):
 
     def values(self) -> Iterator[str]:
         """The document, in several pieces if it is long."""
-        with open_bytes(self.path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
+        with open_bytes(self.path) as stream, io.TextIOWrapper(cast(Any, stream), encoding="utf-8-sig") as text:
             rest = ""
             while found := text.read(LONG_TEXT):
                 rest += found

@@ -122,7 +122,9 @@ def _decoder_path(model: Any) -> str:
 def _few(model: Any) -> int:
     """The largest number of heads that the config names: a linear layer of no more outputs gates them."""
     config = getattr(model, "config", None)
-    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    config = (
+        config.get_text_config(decoder=True) if config is not None and hasattr(config, "get_text_config") else config
+    )
     counts = [v for k, v in vars(config or object).items() if _HEADS.search(k) and isinstance(v, int)]
     return max(counts, default=1)
 

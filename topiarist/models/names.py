@@ -52,7 +52,7 @@ class DiskNames:
             if name not in state and key in state:
                 name, pattern = key, None
             if name in state:
-                self.groups.setdefault(name, Group([], by_pattern.get(pattern))).keys.append((key, pattern))
+                self.groups.setdefault(name, Group([], by_pattern.get(pattern or ""))).keys.append((key, pattern))
             else:
                 self.unclaimed.append(key)
         self._first: dict[str, str] = {}

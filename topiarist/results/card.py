@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -92,8 +93,9 @@ def with_measurements(card: str, result: Result) -> str:
         raise CheckpointError(
             f"the metadata of README.md cannot be read ({reason}): mend it, or delete the file"
         ) from error
-    parsed.data.eval_results = eval_results(result)
-    parsed.data.model_name = parsed.data.model_name or f"{result.name}, {result.title}"
+    data: Any = parsed.data
+    data.eval_results = eval_results(result)
+    data.model_name = data.model_name or f"{result.name}, {result.title}"
     text = parsed.text.lstrip("\n")
     if BEGIN in text and END in text:
         text = re.sub(f"{BEGIN}.*?{END}", lambda _: measured(result), text, count=1, flags=re.DOTALL)
@@ -102,7 +104,7 @@ def with_measurements(card: str, result: Result) -> str:
     return f"---\n{parsed.data.to_yaml()}\n---\n{text}"
 
 
-def eval_results(result: Result) -> Sequence[EvalResult] | None:
+def eval_results(result: Result) -> list[EvalResult] | None:
     """Return what was measured in the hub's terms; None if nothing was."""
     found = [
         EvalResult(

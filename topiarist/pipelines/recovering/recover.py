@@ -156,7 +156,7 @@ def open_teacher(
         provenance = getattr(student.config, "pruning_config", None) or {}
         teacher = provenance.get("base_model")
         if teacher and student.checkpoint is not None:
-            teacher = resolved(teacher, student.checkpoint.folder)
+            teacher = resolved(str(teacher), student.checkpoint.folder)
         if not teacher:
             raise CheckpointError(
                 f"{student.name} does not say which model it was pruned from: name it with --teacher, or use --loss lm"
