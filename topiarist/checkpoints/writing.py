@@ -48,6 +48,21 @@ def bytes_to_write(weights: int) -> int:
     return int(1.01 * weights) + min(weights, SHARD_BYTES)
 
 
+def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Compare a finished run's files with its report. Raises CheckpointError for the first that differs."""
+    for name, known in files.items():
+        path = folder / name
+        if not path.is_file():
+            fault = "is missing"
+        elif path.stat().st_size != known["bytes"] or file_digest(path) != known["sha256"]:
+            fault = "is not what the run wrote"
+        else:
+            continue
+        raise CheckpointError(
+            f"{folder} is finished, but {name} {fault}: delete the folder and run the same command again"
+        )
+
+
 class OutputFolder:
     """Where a run writes.
 
@@ -119,7 +134,7 @@ class OutputFolder:
         elif (self.folder / REPORT).is_file():
             report = read_json(self.folder / REPORT, cure=f"delete {self.folder}, or choose another output")
             self._compare(report.get("fingerprint", {}))
-            self._check(report.get("files", {}))
+            check_files(self.folder, report.get("files", {}))
             self.complete = True
         elif any(path.name not in (f"{JOURNAL}{TEMPORARY}", LOCK, STAGES) for path in self.folder.iterdir()):
             raise CheckpointError(f"{self.folder} exists and is not a topiarist run; choose another output or empty it")
@@ -135,20 +150,6 @@ class OutputFolder:
             more = f" (and {len(differing) - SHOWN} more)" if len(differing) > SHOWN else ""
             raise CheckpointError(
                 f"{self.folder} holds another run: {'; '.join(differing[:SHOWN])}{more}. Choose another output, or delete it"
-            )
-
-    def _check(self, files: Mapping[str, Mapping[str, Any]]) -> None:
-        """Compare the files of a finished run with what its report says of them."""
-        for name, known in files.items():
-            path = self.folder / name
-            if not path.is_file():
-                fault = "is missing"
-            elif path.stat().st_size != known["bytes"] or file_digest(path) != known["sha256"]:
-                fault = "is not what the run wrote"
-            else:
-                continue
-            raise CheckpointError(
-                f"{self.folder} is finished, but {name} {fault}: delete the folder and run the same command again"
             )
 
     def _remove_strays(self) -> None:

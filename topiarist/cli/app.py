@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from topiarist.__about__ import __version__
-from topiarist.cli import allocate, apply, generate, learn, prune, recover, report, runtime, shrink
+from topiarist.cli import allocate, apply, generate, learn, prune, push, recover, report, runtime, shrink
 from topiarist.cli import run as recipes
 from topiarist.cli.common import WarningLines, err, out, quiet
 from topiarist.cli.from_options import understood
@@ -24,7 +24,7 @@ app = typer.Typer(
 USAGE, INTERRUPTED = 2, 130
 
 
-GROUPS = (prune, learn, apply, shrink, recover, recipes, allocate, report, runtime, generate)
+GROUPS = (prune, learn, apply, shrink, recover, recipes, allocate, report, runtime, generate, push)
 OPTIONS = [kind for group in GROUPS for kind in getattr(group, "OPTIONS", ())]
 for group in GROUPS:
     for name, command in group.COMMANDS.items():

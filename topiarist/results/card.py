@@ -60,7 +60,7 @@ def _facts(result: Result) -> Iterator[tuple[str, str]]:
     settings = ", ".join(
         f"{key} {value}" for key, value in report["settings"].items() if isinstance(value, str | int | float)
     )
-    yield "base model", report["model"]
+    yield "base model", result.name if report["base_model"].startswith(".") else report["base_model"] or report["model"]
     yield "method", result.method + (": " + settings if settings else "")
     yield "pattern", result.pattern
     yield (

@@ -1,0 +1,90 @@
+"""Uploads, against a stand-in for the hub on loopback."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import tiny
+from hub_standin import Hub, running
+
+import topiarist as tp
+from topiarist.checkpoints.writing import JOURNAL, STATES
+from topiarist.results.hub import push
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("hub")
+    tiny.tiny_checkpoint(root / "base")
+    tp.prune(root / "base", root / "out", method="magnitude")
+    return root / "out"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    with running() as hub:
+        yield hub
+
+
+def upload(folder: Path, name: str, hub: Hub, **options) -> str:
+    return push(folder, name, token="hf_standin", endpoint=hub.url, **options)
+
+
+def test_a_result_arrives_whole_and_without_the_run_s_own_files(result: Path, hub: Hub):
+    (result / ".hidden").touch()
+    (result / "x.tmp").touch()
+    assert upload(result, "org/small", hub, private=True) == f"{hub.url}/org/small"
+    found = hub.repositories["org/small"]
+    sent = {path.name for path in result.iterdir()} - {".hidden", "x.tmp"}
+    assert set(found) - {".gitattributes"} == sent and hub.private == {"org/small": True}
+    assert all(found[name] == (result / name).read_bytes() for name in sent)
+    upload(result, "org/small", hub)
+    assert set(hub.repositories) == {"org/small"}
+
+
+def test_what_the_hub_refuses_is_one_line(result: Path, hub: Hub):
+    hub.refuse = 403
+    with pytest.raises(tp.TopiaristError, match=r"the hub refuses org/small .*: log in"):
+        upload(result, "org/small", hub)
+    with pytest.raises(tp.TopiaristError, match="is no name for a repository"):
+        upload(result, "a/b/c", hub)
+    with pytest.raises(tp.TopiaristError, match="the hub does not take org/small"):
+        push(result, "org/small", token="x", endpoint="http://127.0.0.1:9")
+
+
+def test_offline_is_said(result: Path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(tp.TopiaristError, match="unset HF_HUB_OFFLINE"):
+        push(result, "org/small")
+
+
+def test_only_finished_undamaged_results_are_uploaded(result: Path, tmp_path: Path, hub: Hub):
+    with pytest.raises(tp.CheckpointError, match="does not exist"):
+        upload(tmp_path / "none", "a/b", hub)
+    with pytest.raises(tp.CheckpointError, match="no finished result"):
+        upload(result.parent / "base", "a/b", hub)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in result.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    (copy / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(tp.CheckpointError, match=r"model\.safetensors is not what the run wrote"):
+        upload(copy, "a/b", hub)
+    (copy / JOURNAL).write_text(json.dumps({"format": 2}) + "\n")
+    (copy / STATES).mkdir()
+    with pytest.raises(tp.CheckpointError, match="is not finished"):
+        upload(copy, "a/b", hub)
+    assert not hub.repositories
+
+
+def test_the_command(result: Path, hub: Hub, command, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_standin")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    code, printed, error = command("push", result, "org/small", "--private")
+    assert code == 0 and f"uploaded to {hub.url}/org/small" in printed, error
+    assert hub.private == {"org/small": True}

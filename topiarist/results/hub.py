@@ -1,0 +1,67 @@
+"""A finished result on the Hugging Face hub, by the hub's own client."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from topiarist.checkpoints.atomic import TEMPORARY
+from topiarist.checkpoints.locking import LOCK
+from topiarist.checkpoints.reading import read_json
+from topiarist.checkpoints.writing import JOURNAL, REPORT, STATES, check_files
+from topiarist.core.errors import CheckpointError, TopiaristError
+
+NEVER = [JOURNAL, LOCK, f"{STATES}/*", f"*{TEMPORARY}", ".*"]
+"""What belongs to a run, not to its result."""
+
+
+def push(
+    folder: str | Path, name: str, *, private: bool | None = None, token: str | None = None, endpoint: str | None = None
+) -> str:
+    """Upload a finished result, all its files in one commit. Returns its address.
+
+    name: ORG/NAME or NAME; the repository is made if it is not there.
+    private: whether it is made private; by default as the account is set.
+    token, endpoint: instead of those that the hub's client is set to.
+    Raises CheckpointError for a folder that is no finished, undamaged result, TopiaristError if the hub refuses or does
+    not answer.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    folder = Path(folder)
+    check_finished(folder)
+    api = HfApi(endpoint=endpoint, token=token)
+    try:
+        made = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=made.repo_id,
+            folder_path=folder,
+            commit_message="Upload a model pruned with topiarist",
+            ignore_patterns=NEVER,
+        )
+    except HFValidationError as error:
+        raise TopiaristError(f"{name!r} is no name for a repository ({_line(error)}): choose ORG/NAME") from error
+    except OfflineModeIsEnabled as error:
+        raise TopiaristError("the hub's client is told to stay offline: unset HF_HUB_OFFLINE") from error
+    except HfHubHTTPError as error:
+        cure = "log in with `hf auth login`, or check the name"
+        raise TopiaristError(f"the hub refuses {name} ({_line(error)}): {cure}") from error
+    except Exception as error:  # what its client raises without a connection differs from version to version
+        raise TopiaristError(f"the hub does not take {name} ({_line(error)}): run the same command again") from error
+    return str(made)
+
+
+def check_finished(folder: Path) -> None:
+    """Raise CheckpointError unless a folder is a finished result whose files are what its report says."""
+    if not folder.is_dir():
+        raise CheckpointError(f"result folder {folder} does not exist")
+    if (folder / JOURNAL).exists():
+        raise CheckpointError(f"{folder} is not finished: run its command again first")
+    if not (folder / REPORT).is_file() or not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is no finished result of topiarist: it has no {REPORT} or no config.json")
+    check_files(folder, read_json(folder / REPORT).get("files", {}))
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__
