@@ -97,6 +97,15 @@ def open_whole(model: str | Path | nn.Module, options: LearnOptions, device: str
     return open_for(replace(options, device=device or local), model).whole()
 
 
+def open_shell(model: str | Path | nn.Module, options: LearnOptions) -> ObjectModel:
+    """A model folder's modules and shapes without its weights, for a process that gets its share of them from another."""
+    opened = open_for(replace(options, device="cpu"), model)
+    opened.model.tie_weights()  # what was made without memory has forgotten which parameters are one
+    shell = ObjectModel(opened.model, origin=opened)
+    shell.device = opened.device
+    return shell
+
+
 def _batch_size(asked: int | None, sequences: int, processes: int) -> int:
     if sequences % processes:
         raise CalibrationError(f"{sequences} sequences a step cannot be divided among {processes} processes")

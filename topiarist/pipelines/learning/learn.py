@@ -35,7 +35,7 @@ from topiarist.pipelines.learning.files import (
     open_output,
     write_result,
 )
-from topiarist.pipelines.learning.job import open_whole, prepare
+from topiarist.pipelines.learning.job import open_shell, open_whole, prepare
 from topiarist.pipelines.learning.loop import Run
 from topiarist.pipelines.learning.masking import targets
 from topiarist.pipelines.learning.options import LearnOptions
@@ -79,8 +79,11 @@ def learn(
     identity = prior_identity(prior)
     sharded = processes.size > 1 and not isinstance(model, nn.Module) if options.shard is None else options.shard
     _check_sharding(sharded, processes, model, recovery)
-    # FSDP moves the shards to the accelerator: only the host has to hold the whole model.
-    source = open_whole(model, options, "cpu" if sharded else options.device)
+    # FSDP moves the shards to the accelerator: only the main process' host has to hold the whole model.
+    if sharded and not processes.is_main:
+        source = open_shell(model, options)
+    else:
+        source = open_whole(model, options, "cpu" if sharded else options.device)
     source.check_output(out)
     checkpoint, name = source.checkpoint, source.name
     job = prepare(source, options, processes=processes.size)

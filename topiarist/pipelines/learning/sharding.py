@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -66,7 +67,10 @@ def _matrices(tensor: Tensor, transposed: bool) -> Tensor:
 
 
 class ShardedModel(MaskedModel):
-    """A loaded model under FSDP2, one group a block. The model is used up: what remains of it is the result's files."""
+    """A model under FSDP2, one group a block, whose weights the main process has and hands out.
+
+    The model is used up: what remains of it is the result's files.
+    """
 
     def __init__(
         self,
@@ -94,6 +98,7 @@ class ShardedModel(MaskedModel):
             # Always along the mask's rows: no group is cut, and logits are sharded like their weight.
             "shard_placement_fn": lambda parameter: Shard(1) if id(parameter) in turned else Shard(0),
         }
+        whole = self.model.state_dict() if processes.is_main else {}
         for name in block_names(self.model, source.family):
             fully_shard(self.model.get_submodule(name), **options)
         fully_shard(self.model, **options)
@@ -101,6 +106,8 @@ class ShardedModel(MaskedModel):
             if isinstance(module, FSDPModule):  # a sum, as in one process, where FSDP would average
                 module.set_force_sum_reduction_for_comms(True)
                 module.set_gradient_divide_factor(1.0)
+        self._share(whole)
+        del whole
         self.layers, self.prior_bits = [], []
         for index, (target, kind) in enumerate(zip(wanted, kinds, strict=True)):
             parameter = target.parameter_itself
@@ -115,6 +122,17 @@ class ShardedModel(MaskedModel):
             )  # fmt: skip
             self.layers.append(layer.to(rows.device))
             self.prior_bits.append(np.packbits(mask.contiguous().cpu().numpy(), axis=1))
+
+    def _share(self, whole: dict[str, Any]) -> None:
+        """Give every process its rows of the main one's weights, `whole`; the others have none yet."""
+        if not self.processes.is_main:
+            buffers = dict(self.model.named_buffers())  # computed, not stored, so they are here
+            self.model.to_empty(device=self.mesh.device_type)
+            for name, buffer in buffers.items():
+                path, _, leaf = name.rpartition(".")
+                self.model.get_submodule(path)._buffers[leaf] = buffer.to(self.mesh.device_type)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(self.model, whole, options=options)
 
     def _check(self, kinds: Sequence[Any]) -> None:
         for target, kind in zip(self.targets, kinds, strict=True):
