@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.common.setup import open_for, resolve_patterns
 from topiarist.pipelines.learning.masking import Target, targets
 from topiarist.pipelines.learning.options import LearnOptions
+from topiarist.pipelines.training.loop import Progress
+from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.text import Sequences, TrainingText, training_text
 
 
@@ -40,8 +43,21 @@ class Job:
         return [target for block in self.blocks for target in block]
 
 
-def prepare(source: ObjectModel, options: LearnOptions, *, processes: int, held_out: int | None = None) -> Job:
-    """Resolve the options of `learn`. held_out: in place of theirs. Raises a TopiaristError for every one that does not fit."""
+def prepare(
+    source: ObjectModel,
+    options: LearnOptions,
+    processes: Processes,
+    held: ExitStack,
+    *,
+    held_out: int | None = None,
+    out: Path | None = None,
+    progress: Progress = lambda *_: None,
+) -> Job:
+    """Resolve the options of `learn`.
+
+    held: keeps the text's file open. held_out: in place of the options'. out: beside which the text's tokens stand.
+    Raises a TopiaristError for every option that does not fit.
+    """
     recipe, skip = _recipe(options), list(options.skip)
     if options.last_block_dense:
         skip.append(f"^{re.escape(source.block_names[-1])}\\.")
@@ -52,15 +68,17 @@ def prepare(source: ObjectModel, options: LearnOptions, *, processes: int, held_
     notes = [f"--skip {expression!r} matches no layer" for expression in unmatched]
     watched = held_out or options.held_out
     num = recipe.steps * recipe.sequences + watched
-    tokenizer = options.tokenizer
-    with training_text(
-        source, options.data, window_tokens=recipe.length, num_windows=num, seed=0, tokenizer=tokenizer
-    ) as text:
-        training, watching = text.split(watched)
+    text = held.enter_context(
+        training_text(
+            source, options.data, window_tokens=recipe.length, num_windows=num, seed=0, tokenizer=options.tokenizer,
+            out=out, processes=processes, progress=progress,
+        )
+    )  # fmt: skip
+    training, watching = text.split(watched)
     if text.window < recipe.length and not isinstance(options.data, Tensor):
         notes.append(f"sequences of {text.window} tokens, the model's limit, instead of the preset's {recipe.length}")
     recipe = replace(recipe, length=text.window)
-    size = _batch_size(options.batch_size, recipe.sequences, processes)
+    size = _batch_size(options.batch_size, recipe.sequences, processes.size)
     if len(training) < recipe.sequences:
         raise CalibrationError(
             f"training text holds {len(training)} sequences of {text.window} tokens beside the {len(watching)} that "

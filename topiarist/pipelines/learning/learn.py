@@ -71,6 +71,14 @@ def learn(
     weights and logits too, or leaves each process a copy of the whole. Raises a TopiaristError for everything a user can mend.
     """
     options = given_or_made(LearnOptions, options, settings)
+    with ExitStack() as held:
+        return _learn(model, None if out is None else Path(out), options, progress or (lambda *_: None), held)
+
+
+def _learn(
+    model: str | Path | nn.Module, out: Path | None, options: LearnOptions, progress: Progress, held: ExitStack
+) -> LearnReport:
+    """Learn as the options say. held: keeps what is open, and locked, until the run ends."""
     prior, recovery = options.prior, options.recover
     meter = Meter()
     reset_peak_memory()
@@ -86,7 +94,7 @@ def learn(
         source = open_whole(model, options, "cpu" if sharded else options.device)
     source.check_output(out)
     checkpoint, name = source.checkpoint, source.name
-    job = prepare(source, options, processes=processes.size)
+    job = prepare(source, options, processes, held, out=out, progress=progress)
     recipe, wanted, notes = job.recipe, job.targets, job.notes
     given: dict[str, Tensor] = {}
     if not (isinstance(prior, str) and prior in SOLVERS):  # refused, if at all, before anything is written
@@ -121,64 +129,62 @@ def learn(
         recipe=repeats("learn", model, options, always=SAID),
     )  # fmt: skip
     output = None
-    with ExitStack() as held:
-        if out is not None:
-            fingerprint = {
-                "model": report.base_digest,
-                "method": "learn",
-                "patterns": {k: None if p is None else str(p) for k, p in job.patterns.items()},
-                "data": calibration,
-                **asked,
-            }
-            output = processes.on_main(
-                lambda: open_output(Path(out), fingerprint, checkpoint, wanted, held, recovers=bool(recovery))
-            )
-            if output.complete:
-                return LearnReport.from_folder(output.folder)
-        state = output.state(PRIOR if sharded else STATE).load() if output is not None and processes.is_main else None
-        tell = progress or (lambda *_: None)
-        run = Run(source, job, processes, tell)
-        masks = run.prior_masks(given or prior, state, seed)
-        given.clear()
-        masked = run.masked(masks, options.relaxation, seed, lean=options.lean, sharded=sharded)
-        if sharded and output is not None:
-            folder = output
-            processes.on_main(lambda: state is None and keep_prior(folder, wanted, masks, notes))
-        del masks
-        try:
-            trainer = MaskTrainer(
-                masked, job.training, job.watching, recipe,
-                batch_size=job.batch_size, seed=seed, distill=options.distill, processes=processes,
-            )  # fmt: skip
-            run.resume(trainer, output, state)
-            with masked.running(recompute=options.activation_checkpointing), scalars:
-                run.loop(trainer, every, options.stop, output, scalars)
-            report.history = trainer.history
-            final = masked.masks(trainer.best_bits)
-            report.layers = layer_reports(wanted, final, trainer.flips_by_layer())
-        finally:
-            masked.restore()
-        run.note_if_useless(report)
-        if sharded and processes.is_main:  # the dense weights again, whole
-            source = open_whole(model, options, "cpu")
-            wanted = [target for block in targets(source, job.patterns) for target in block]
-        replaced = None
-        if recovery is not None:
-            replaced = recover_weights(
-                source.model, final, recovery, job.training,
-                batch_size=job.batch_size, seed=seed, progress=tell, processes=processes,
-                state=SavedState() if output is None else output.state("recovery"),
-            )  # fmt: skip
-        report.run = {**meter.run(source.device), "processes": processes.size}
-        if output is not None:
-            report.output = str(out)
-            folder = output
-            processes.on_main(  # nobody returns before the folder is whole
-                lambda: write_result(folder, source, wanted, final, replaced, report, job.text)
-            )
-        if isinstance(model, nn.Module):
-            mask_in_place(wanted, final, replaced)
-        return report
+    if out is not None:
+        fingerprint = {
+            "model": report.base_digest,
+            "method": "learn",
+            "patterns": {k: None if p is None else str(p) for k, p in job.patterns.items()},
+            "data": calibration,
+            **asked,
+        }
+        output = processes.on_main(
+            lambda: open_output(out, fingerprint, checkpoint, wanted, held, recovers=bool(recovery))
+        )
+        if output.complete:
+            return LearnReport.from_folder(output.folder)
+    state = output.state(PRIOR if sharded else STATE).load() if output is not None and processes.is_main else None
+    run = Run(source, job, processes, progress)
+    masks = run.prior_masks(given or prior, state, seed)
+    given.clear()
+    masked = run.masked(masks, options.relaxation, seed, lean=options.lean, sharded=sharded)
+    if sharded and output is not None:
+        folder = output
+        processes.on_main(lambda: state is None and keep_prior(folder, wanted, masks, notes))
+    del masks
+    try:
+        trainer = MaskTrainer(
+            masked, job.training, job.watching, recipe,
+            batch_size=job.batch_size, seed=seed, distill=options.distill, processes=processes,
+        )  # fmt: skip
+        run.resume(trainer, output, state)
+        with masked.running(recompute=options.activation_checkpointing), scalars:
+            run.loop(trainer, every, options.stop, output, scalars)
+        report.history = trainer.history
+        final = masked.masks(trainer.best_bits)
+        report.layers = layer_reports(wanted, final, trainer.flips_by_layer())
+    finally:
+        masked.restore()
+    run.note_if_useless(report)
+    if sharded and processes.is_main:  # the dense weights again, whole
+        source = open_whole(model, options, "cpu")
+        wanted = [target for block in targets(source, job.patterns) for target in block]
+    replaced = None
+    if recovery is not None:
+        replaced = recover_weights(
+            source.model, final, recovery, job.training,
+            batch_size=job.batch_size, seed=seed, progress=progress, processes=processes,
+            state=SavedState() if output is None else output.state("recovery"),
+        )  # fmt: skip
+    report.run = {**meter.run(source.device), "processes": processes.size}
+    if output is not None:
+        report.output = str(out)
+        folder = output
+        processes.on_main(  # nobody returns before the folder is whole
+            lambda: write_result(folder, source, wanted, final, replaced, report, job.text)
+        )
+    if isinstance(model, nn.Module):
+        mask_in_place(wanted, final, replaced)
+    return report
 
 
 def _check_sharding(sharded: bool, processes: Processes, model: Any, recover: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from topiarist.pipelines.learning.masking import MaskedModel
 from topiarist.pipelines.learning.options import LearnOptions
 from topiarist.pipelines.learning.trainer import MaskTrainer
 from topiarist.pipelines.pruning.plan import duration
+from topiarist.pipelines.training.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ def plan_learn(model: str | Path, options: LearnOptions) -> LearnPlan:
     Without the prior (a few percent of `quick`) and the evaluations (about a tenth).
     """
     source = open_whole(model, options, options.device)
-    plan = prepare(source, options, processes=1, held_out=1)
+    with ExitStack() as held:  # the text is in memory and outlives it
+        plan = prepare(source, options, Processes(), held, held_out=1)
     masks = {}
     for target in plan.targets:  # any mask of the pattern costs the same
         masks[target.name] = target.unrows(target.pattern.mask(target.rows(target.parameter.abs().float())))

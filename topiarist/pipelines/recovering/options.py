@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from topiarist.core.errors import TopiaristError
-from topiarist.core.options import options
+from topiarist.core.options import About, options
 from topiarist.pipelines.common.options import HOW, DataOptions
 
 
@@ -39,7 +39,7 @@ class RecoverOptions(DataOptions):
     """Norms and biases are trained too."""
     embeddings: bool | None = None
     """Embeddings and head are trained too; by default they are in `full`, where alone they can be."""
-    window_tokens: Annotated[int, Field(gt=1)] = 512
+    window_tokens: Annotated[int, About(flag="window"), Field(gt=1)] = 512
     """Tokens a sequence, at most the model's limit."""
     sequences: Annotated[int, Field(gt=0)] = 8
     """Sequences a step."""
