@@ -111,7 +111,7 @@ def test_plan_writes_nothing(call, folder: Path):
 
 def test_module_and_version_in_a_process_of_its_own():
     done = subprocess.run([sys.executable, "-m", "topiarist", "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "0.1.0"
+    assert done.stdout.strip() == "0.2.0"
 
 
 def damage(name: str):
@@ -369,3 +369,14 @@ def test_a_method_and_its_additions_from_one_text():
         method_from_text("alps+refit")
     with pytest.raises(tp.TopiaristError, match="Correct: share is 'much'"):
         method_from_text("alps+correct:share=much")
+
+
+def test_progress_is_lines_where_no_terminal_shows_a_bar(capsys, monkeypatch):
+    from topiarist.cli import common
+
+    monkeypatch.setattr(common.err, "width", 200)
+    times = iter([0.0, 4.0, 11.0, 13.0, 22.0])
+    lines = common.ProgressLines(lambda: next(times))
+    for done in range(4):
+        lines("pruning [1/2]", done, 4)
+    assert capsys.readouterr().err.splitlines() == ["pruning [1/2] 1/4, 11 s", "pruning [1/2] 3/4, 22 s"]

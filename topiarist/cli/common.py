@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,8 +36,32 @@ def quiet() -> None:
     logging.set_verbosity_error()
 
 
+LINE_EVERY = 10.0
+"""Seconds between two lines of progress where no terminal can show a bar."""
+
+
+class ProgressLines:
+    """Progress as lines of a log: what goes on, how far it is, how long it took, every ten seconds or so."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock, self.started = clock, clock()
+        self.told = self.started
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = self.clock()
+        if now - self.told >= LINE_EVERY:
+            self.told = now
+            err.print(
+                f"{what} {done}/{total}, {now - self.started:.0f} s", markup=False, highlight=False, soft_wrap=True
+            )
+
+
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Show progress on the standard error: a bar on a terminal, lines elsewhere."""
+    if not err.is_terminal:
+        yield ProgressLines()
+        return
     columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bars:
         task = bars.add_task("starting", total=None)
