@@ -44,6 +44,16 @@ def write_atomically(path: Path, text: str, *, cure: str = "") -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def refuse_foreign(path: Path, mark: str) -> None:
+    """Raise CheckpointError if there is a file that `mark`, which all files of our kind hold, is not in."""
+    if not path.exists():
+        return
+    with disk_errors(f"cannot read {path}"):
+        ours = path.is_file() and mark.encode() in path.read_bytes()
+    if not ours:
+        raise CheckpointError(f"{path} is not topiarist's own file, so it is not overwritten: choose another name")
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, cure: str = "") -> None:
     """Write tensors of any shape as one safetensors file. Raises CheckpointError if it cannot be written."""
     with replacing(path, cure=cure) as temporary:

@@ -25,7 +25,10 @@ def allocate(
 ) -> None:
     """Say how much each layer of MODEL should get, exact by parameter count. The same command resumes a search."""
     import topiarist as tp
+    from topiarist.checkpoints.atomic import refuse_foreign
+    from topiarist.pipelines.allocating.allocation import MARK
 
+    refuse_foreign(output, MARK)
     work = options.work or output.with_name(output.name + ".work")
     with progress_bar() as progress:
         found = tp.find_allocation(model, options=replace(options, work=work), progress=progress)

@@ -244,16 +244,19 @@ def report(
     ] = None,
 ) -> None:
     """Pages to look at: each DIR's own again, with what is measured by now; of several, quality by size and by speed."""
-    from topiarist.checkpoints.atomic import write_atomically
-    from topiarist.results.pages import Result, compare_page, refresh
+    from topiarist.checkpoints.atomic import refuse_foreign, write_atomically
+    from topiarist.results.pages import MARK, Result, compare_page, refresh
 
     results = [Result.from_folder(folder) for folder in folders]
+    page = output or Path("pruning_comparison.html")
+    several = len(results) > 1 or output is not None
+    if several:
+        refuse_foreign(page, MARK)
     for folder in folders:
-        out.print(f"written {refresh(folder)}", highlight=False, soft_wrap=True)
-    if len(results) > 1 or output is not None:
-        page = output or Path("pruning_comparison.html")
+        out.print(escape(f"written {refresh(folder)}"), highlight=False, soft_wrap=True)
+    if several:
         write_atomically(page, compare_page(results, links_from=page.parent))
-        out.print(f"written {page}", highlight=False, soft_wrap=True)
+        out.print(escape(f"written {page}"), highlight=False, soft_wrap=True)
 
 
 COMMANDS = {"eval": evaluate, "inspect": inspect, "report": report}

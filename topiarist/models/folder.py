@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from topiarist.checkpoints.reading import Checkpoint
+from topiarist.checkpoints.side_files import side_files
 from topiarist.core.errors import CheckpointError
 from topiarist.models import building, checks
 from topiarist.models.derive import base_model, is_tower
@@ -87,6 +88,8 @@ class FolderModel(OpenedModel):
             raise CheckpointError("a checkpoint needs an output folder")
         if Path(out).resolve() == self.checkpoint.folder.resolve():
             raise CheckpointError(f"{out} is the model itself; choose another output folder")
+        if out is not None:
+            list(side_files(self.checkpoint.folder))  # refused before any work, not at the end
 
     def whole(self) -> ObjectModel:
         from transformers import GenerationConfig

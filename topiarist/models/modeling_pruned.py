@@ -14,6 +14,7 @@ Some configs also hold `block_configs`, from which vLLM builds the same model as
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 PREFIX = "pruned_"
+CODE = "modeling_pruned.py"
 _classes: dict[str, tuple[Any, Any]] = {}
 
 
@@ -97,6 +99,13 @@ def reshape(model: nn.Module, pruned: dict[str, Any]) -> None:
         model.set_submodule(path, Absent(kind, layer))
 
 
+def code(base: str) -> str:
+    """This file as it stands beside weights: transformers finds both classes of the family in it."""
+    text = Path(__file__).read_text(encoding="utf-8")
+    last = f'\n\nPrunedConfig, PrunedForCausalLM = pruned_classes("{base}")\n'
+    return text if text.endswith(last) else text + last
+
+
 def pruned_classes(base: str) -> tuple[Any, Any]:
     """(config class, model class) of a family with layers of different size."""
     if base not in _classes:
@@ -112,9 +121,13 @@ def pruned_classes(base: str) -> tuple[Any, Any]:
                 value = [Fields({part: Fields(own) for part, own in block.items()}) for block in value]
             plain_config.__setattr__(self, name, value)
 
+        def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+            plain.save_pretrained(self, save_directory, *args, **kwargs)
+            Path(save_directory, CODE).write_text(code(base), encoding="utf-8")
+
         named = {"model_type": PREFIX + base, "__module__": __name__, "__setattr__": keep}
         config = type("PrunedConfig", (plain_config,), named)
-        own = {"config_class": config, "__init__": build, "__module__": __name__}
+        own = {"config_class": config, "__init__": build, "save_pretrained": save_pretrained, "__module__": __name__}
         _classes[base] = config, type("PrunedForCausalLM", (plain,), own)
     return _classes[base]
 

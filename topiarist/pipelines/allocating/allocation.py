@@ -15,7 +15,7 @@ from torch import nn
 from topiarist import allocate
 from topiarist.allocate import Rule, Scores, Search
 from topiarist.allocate.fixed import kept_by
-from topiarist.checkpoints.atomic import write_atomically
+from topiarist.checkpoints.atomic import refuse_foreign, write_atomically
 from topiarist.checkpoints.writing import OutputFolder, bytes_to_write
 from topiarist.core.errors import NumericalWarning
 from topiarist.core.options import given_or_made, takes
@@ -32,6 +32,8 @@ from topiarist.pipelines.pruning.options import PruneOptions
 MOST_UNSURE = 0.25
 """Share of the layers whose score may drown in its own noise without a warning."""
 
+MARK = '"standard_errors"'
+"""In every allocation that was written, and hardly in a file of anybody else."""
 FILE = "pruning_allocation.json"
 
 
@@ -74,6 +76,8 @@ class FoundAllocation:
         }
 
     def save(self, path: str | Path) -> None:
+        """Write the allocation as a file that `allocation=` takes. Raises CheckpointError before a file of another kind."""
+        refuse_foreign(Path(path), MARK)
         write_atomically(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
 
 

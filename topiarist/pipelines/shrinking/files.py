@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from topiarist.checkpoints.reading import read_json
@@ -16,8 +15,6 @@ from topiarist.pipelines.shrinking.report import ShrinkReport
 from topiarist.structured import PruneSpec
 from topiarist.structured.block_configs import ARCHITECTURE
 from topiarist.structured.spec import SPEC
-
-CODE = "modeling_pruned.py"
 
 
 def write_shrunk(
@@ -38,8 +35,7 @@ def write_shrunk(
         base = config["model_type"].removeprefix(modeling_pruned.PREFIX)
         if "block_configs" in config:  # for vLLM; transformers takes the class that auto_map names
             config["architectures"] = [ARCHITECTURE]
-        code = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
-        texts[CODE] = f'{code}\n\nPrunedConfig, PrunedForCausalLM = pruned_classes("{base}")\n'
+        texts[modeling_pruned.CODE] = modeling_pruned.code(base)
     finish(output, report, source, text=windows, written=written, config=config, texts=texts)
 
 

@@ -4,11 +4,12 @@ refresh("OUT")                                          # pruning_report.html an
 compare_page([Result.from_folder(d) for d in folders])   # quality against size and speed
 """
 
-from topiarist.results.pages.render import compare_page, report_page
+from topiarist.results.pages.render import MARK, compare_page, report_page
 from topiarist.results.result import PAGE, Result
 from topiarist.results.saved import refresh, save_benchmark, save_evaluation
 
 __all__ = [
+    "MARK",
     "PAGE",
     "Result",
     "compare_page",

@@ -18,6 +18,8 @@ from topiarist.results.formats import command_text, error_text, percent, short, 
 from topiarist.results.pages.figures import Panel, by_place, curve, heat_map, panel, place_of, rounds
 from topiarist.results.result import PAGE, Result
 
+MARK = '<meta name="generator" content="topiarist">'
+"""In the head of every page."""
 LISTED = 400
 """Matrices in the page's table; a mixture of experts has thousands, and the JSON has them all."""
 
