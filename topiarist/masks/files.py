@@ -22,6 +22,7 @@ from topiarist.__about__ import __version__
 from topiarist.checkpoints.atomic import save_tensors
 from topiarist.checkpoints.reading import Checkpoint, locate, weight_digest
 from topiarist.checkpoints.references import reference
+from topiarist.checkpoints.side_files import side_files
 from topiarist.checkpoints.streaming import tensor_bytes
 from topiarist.checkpoints.writing import OutputFolder
 from topiarist.core.errors import CheckpointError, PatternError, TopiaristError
@@ -170,6 +171,7 @@ def apply(base: str | Path, masks: str | Path | MaskFile, out: str | Path) -> Pa
     """
     file = masks if isinstance(masks, MaskFile) else MaskFile(masks)
     checkpoint = Checkpoint(locate(base))
+    list(side_files(checkpoint.folder))  # refused before any work, not at the end
     source = _converted(checkpoint, file)
     for name in file:
         file.check(name, checkpoint.read(name) if source is None else source.parameter(name))

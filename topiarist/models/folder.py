@@ -88,8 +88,7 @@ class FolderModel(OpenedModel):
             raise CheckpointError("a checkpoint needs an output folder")
         if Path(out).resolve() == self.checkpoint.folder.resolve():
             raise CheckpointError(f"{out} is the model itself; choose another output folder")
-        if out is not None:
-            list(side_files(self.checkpoint.folder))  # refused before any work, not at the end
+        list(side_files(self.checkpoint.folder))  # refused before any work, not at the end
 
     def whole(self) -> ObjectModel:
         from transformers import GenerationConfig
