@@ -12,7 +12,7 @@ import tiny
 import torch
 
 import topiarist as tp
-from topiarist.evaluation import tasks
+from topiarist.evaluation.items import FORMATS, local_task
 from topiarist.results.pages import Result
 
 PIQA = [{"goal": f"goal {i}", "sol1": f"first {i}", "sol2": f"the second {i * 7}", "label": i % 2} for i in range(6)]
@@ -52,31 +52,62 @@ def test_nothing_to_evaluate_on(tmp_path: Path, command):
     assert code == 2 and "name --text" in error and "--tasks" in error
 
 
-def test_every_format_makes_a_configuration(items: Path):
-    for name in ITEMS:
-        task = next(t for t in tasks.FORMATS if name.startswith(t))
-        config = tasks.local_task(task, items)
-        assert config["task"] == task and config["dataset_kwargs"]["data_files"]["test"].endswith(f"{name}.jsonl")
-    assert set(tasks.FORMATS) - {next(t for t in tasks.FORMATS if n.startswith(t)) for n in ITEMS} == {"arc_challenge"}
+def test_every_format_includes_the_harness_s_own_task(items: Path, tmp_path: Path):
+    """Only where the rows come from differs: no prompt, choice or metric is written down here."""
+    for name, given in ITEMS.items():
+        task = next(t for t in FORMATS if name.startswith(t))
+        found = local_task(task, items)
+        own = tmp_path / "lm_eval" / "tasks" / FORMATS[task].yaml
+        with pytest.raises(tp.TopiaristError, match=r"has no tasks/.*pip install -U lm-eval"):
+            found.write(tmp_path, tmp_path / "lm_eval")
+        own.parent.mkdir(parents=True)
+        own.write_text("")
+        written = json.loads(found.write(tmp_path, tmp_path / "lm_eval").read_text())
+        assert written["include"] == str(own) and written["task"] == task
+        assert not {key for key in written if key.startswith(("doc_to", "metric", "output"))}
+        rows = Path(written["dataset_kwargs"]["data_files"]["test"]).read_text().splitlines()
+        assert len(rows) == len(given)
+    assert set(FORMATS) - {next(t for t in FORMATS if n.startswith(t)) for n in ITEMS} == {"arc_challenge"}
+
+
+def test_items_become_the_rows_of_the_harness_s_dataset():
+    row = FORMATS["arc_easy"].row(ITEMS["arc_easy_test"][0])
+    assert row == {
+        "question": "why?",
+        "choices": {"text": ["a", "bee", "sea"], "label": ["A", "B", "C"]},
+        "answerKey": "C",
+    }
+    assert FORMATS["openbookqa"].row(ITEMS["openbookqa_test"][0])["question_stem"] == "fog is"
+    assert FORMATS["boolq"].row(ITEMS["boolq_validation"][0])["label"] == 1
+    assert FORMATS["lambada_openai"].row(ITEMS["lambada_openai_test"][0]) == {"text": "a word is a word"}
+    assert FORMATS["winogrande"].row({**ITEMS["winogrande_xl"][0], "answer": 2})["answer"] == "2"
 
 
 def test_items_that_do_not_fit_are_refused(items: Path):
     with pytest.raises(tp.CalibrationError, match=r"no item format is known for task 'mmlu'.*piqa"):
-        tasks.local_task("mmlu", items)
+        local_task("mmlu", items)
     with pytest.raises(tp.CalibrationError, match=r"must hold one file arc_challenge\*.jsonl, found none"):
-        tasks.local_task("arc_challenge", items)
+        local_task("arc_challenge", items)
     (items / "piqa_again.jsonl").write_text("{}\n")
     with pytest.raises(tp.CalibrationError, match=r"found piqa_again.jsonl, piqa_valid.jsonl"):
-        tasks.local_task("piqa", items)
+        local_task("piqa", items)
     (items / "piqa_valid.jsonl").unlink()
     with pytest.raises(
         tp.CalibrationError, match=r"piqa_again.jsonl line 1 has no field 'goal'; items have goal, sol1"
     ):
-        tasks.local_task("piqa", items)
+        local_task("piqa", items)
     for text, says in (("", "is empty"), (json.dumps(PIQA[0]) + "\n{\n", "line 2 is not a JSON object")):
         (items / "piqa_again.jsonl").write_text(text)
         with pytest.raises(tp.CalibrationError, match=says):
-            tasks.local_task("piqa", items)
+            local_task("piqa", items)
+    (items / "lambada_openai_test.jsonl").write_text('{"context": "a", "continuation": "b c"}')
+    with pytest.raises(
+        tp.CalibrationError, match=r"line 1 does not fit its task \(the continuation 'b c' is not one word"
+    ):
+        local_task("lambada_openai", items)
+    (items / "arc_easy_test.jsonl").write_text('{"question": "a", "choices": ["b"], "label": 3}')
+    with pytest.raises(tp.CalibrationError, match="line 1 does not fit its task"):
+        local_task("arc_easy", items)
 
 
 def log_likelihood(model, context: str, continuation: str) -> float:
@@ -93,7 +124,7 @@ def test_scores_agree_with_a_plain_loop(items: Path, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     tiny.tiny_checkpoint(tmp_path / "base")
     tp.prune("base", "out", method="magnitude", calibration=tiny.tiny_tokens(4, 16))
-    names = ",".join(task for task in tasks.FORMATS if task != "arc_challenge")
+    names = ",".join(task for task in FORMATS if task != "arc_challenge")
     words = ("out", "--tasks", names, "--task-files", str(items), "--save", "--json")
     code, printed, error = command("eval", *words)
     assert code == 0, error

@@ -1,102 +1,28 @@
 """Zero-shot tasks through lm-evaluation-harness: its own by name, or the same tasks from item files without a network.
 
-An item file is .jsonl in the folder that `files` names, called after its task (piqa_valid.jsonl). Prompts, choices and
-scoring are those of the harness's own task of that name; only where the items come from differs.
+An item file is .jsonl in the folder that `files` names, called after its task (piqa_valid.jsonl); see items.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import logging
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from topiarist.checkpoints.reading import file_digest
 from topiarist.core.errors import CalibrationError, TopiaristError
 from topiarist.evaluation.comparison import is_dense, with_reference
+from topiarist.evaluation.items import LocalTask, local_task
 from topiarist.evaluation.perplexity import check_batch_size
 from topiarist.models.opened import open_model
 
 BOOTSTRAP = 1000
 """Resamples for the standard error of figures that have no formula for it, such as LAMBADA's perplexity."""
-
-
-@dataclass(frozen=True)
-class Format:
-    """The fields that every item of a task has, and what the harness is told to do with them."""
-
-    fields: tuple[str, ...]
-    config: Mapping[str, Any]
-    metrics: tuple[str, ...] = ("acc_norm", "acc")
-
-
-def _before(item: Mapping[str, Any]) -> list[str]:
-    """WinoGrande scores one ending after each way to fill the blank."""
-    start = item["sentence"][: item["sentence"].index("_")]
-    return [start + item["option1"], start + item["option2"]]
-
-
-_QUESTION = Format(
-    ("question", "choices", "label"),
-    {"doc_to_text": "Question: {{question}}\nAnswer:", "doc_to_choice": "{{choices}}", "doc_to_target": "{{label}}"},
-)
-FORMATS: Mapping[str, Format] = {
-    "arc_easy": _QUESTION,
-    "arc_challenge": _QUESTION,
-    "piqa": Format(
-        ("goal", "sol1", "sol2", "label"),
-        {
-            "doc_to_text": "Question: {{goal}}\nAnswer:",
-            "doc_to_choice": "{{[sol1, sol2]}}",
-            "doc_to_target": "{{label}}",
-        },
-    ),
-    "hellaswag": Format(
-        ("query", "choices", "label"),
-        {"doc_to_text": "{{query}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{label}}"},
-    ),
-    "openbookqa": Format(
-        ("question", "choices", "label"),
-        {"doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{label}}"},
-    ),
-    "winogrande": Format(
-        ("sentence", "option1", "option2", "answer"),
-        {
-            "doc_to_text": lambda item: int(item["answer"]) - 1,
-            "doc_to_choice": _before,
-            "doc_to_target": lambda item: item["sentence"][item["sentence"].index("_") + 1 :].strip(),
-        },
-        ("acc",),
-    ),
-    "boolq": Format(
-        ("question", "passage", "answer"),
-        {
-            "doc_to_text": "{{passage}}\nQuestion: {{question}}?\nAnswer:",
-            "doc_to_choice": ["no", "yes"],
-            "doc_to_target": "{{answer | int}}",
-        },
-        ("acc",),
-    ),
-    "social_iqa": Format(
-        ("context", "question", "answerA", "answerB", "answerC", "label"),
-        {
-            "doc_to_text": "Q: {{context}} {{question}}\nA:",
-            "doc_to_choice": "{{[answerA, answerB, answerC]}}",
-            "doc_to_target": "{{(label | int) - 1}}",
-        },
-        ("acc",),
-    ),
-    "lambada_openai": Format(
-        ("context", "continuation"),
-        {"output_type": "loglikelihood", "doc_to_text": "{{context}}", "doc_to_target": "{{' ' + continuation}}"},
-        ("acc", "perplexity"),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -146,7 +72,7 @@ def compare_tasks(
         raise CalibrationError(f"--limit {limit}: 1 item is the least")
     harness = _harness()
     specs = [task if files is None else local_task(task, files) for task in tasks]
-    digests = {spec["task"]: spec["metadata"]["sha256"] for spec in specs if not isinstance(spec, str)}
+    digests = {spec.name: spec.digest for spec in specs if isinstance(spec, LocalTask)}
     named = with_reference(models, reference)
     opened = [
         open_model(name, device=device, trust_remote_code=trust_remote_code, tokenizer=tokenizer) for name, _ in named
@@ -161,50 +87,6 @@ def compare_tasks(
         results.append(Scores(name, dense, dtype, f"lm-eval {harness.__version__}", _scores(found, digests)))
         del model
     return results
-
-
-def local_task(task: str, folder: str | Path) -> dict[str, Any]:
-    """The harness's configuration of a task with items from `folder`. Raises CalibrationError if they do not fit."""
-    if task not in FORMATS:
-        raise CalibrationError(f"no item format is known for task {task!r}; known are {', '.join(FORMATS)}")
-    found = sorted(Path(folder).glob(f"{task}*.jsonl"))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise CalibrationError(f"{folder} must hold one file {task}*.jsonl, found {names}")
-    (path,) = found
-    form = FORMATS[task]
-    _check_items(path, form)
-    metrics = [
-        {"metric": metric, "aggregation": "perplexity" if metric == "perplexity" else "mean"} for metric in form.metrics
-    ]
-    return {
-        "task": task,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(path.resolve())}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        **form.config,
-        "metric_list": [{**metric, "higher_is_better": metric["metric"] != "perplexity"} for metric in metrics],
-        "metadata": {"version": 1.0, "sha256": file_digest(path)},
-    }
-
-
-def _check_items(path: Path, form: Format) -> None:
-    count = 0
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                item = json.loads(line)
-                lacking = [field for field in form.fields if field not in item]
-            except (ValueError, TypeError) as error:
-                raise CalibrationError(f"{path} line {number} is not a JSON object ({error})") from error
-            if lacking:
-                raise CalibrationError(
-                    f"{path} line {number} has no field {lacking[0]!r}; items have {', '.join(form.fields)}"
-                )
-            count += 1
-    if not count:
-        raise CalibrationError(f"{path} is empty")
 
 
 def entries(results: Sequence[Scores]) -> dict[str, list[dict[str, Any]]]:
@@ -237,25 +119,28 @@ def _harness() -> Any:
 
 
 def _run(
-    harness: Any, model: Any, tokenizer: Any, specs: Sequence[Any], limit: int | None, batch_size: int
+    harness: Any, model: Any, tokenizer: Any, specs: Sequence[str | LocalTask], limit: int | None, batch_size: int
 ) -> Mapping[str, Any]:
     """The harness's own result. What it prints goes to stderr, so that ours can be piped."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     wrapped = harness.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    package = Path(harness.__file__).parent
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
             return harness.simple_evaluate(
                 model=wrapped,
-                tasks=[dict(spec) if isinstance(spec, Mapping) else spec for spec in specs],
+                tasks=[s if isinstance(s, str) else str(s.write(Path(folder), package)) for s in specs],
                 limit=limit,
                 bootstrap_iters=BOOTSTRAP,
                 log_samples=False,
             )
+    except TopiaristError:
+        raise
     except (KeyError, ValueError, OSError, RuntimeError) as error:  # unknown names, and items that cannot be fetched
         reason = str(error).strip().strip("'\"").splitlines()[0] if str(error).strip() else type(error).__name__
+        names = ", ".join(spec if isinstance(spec, str) else spec.name for spec in specs)
         raise TopiaristError(
-            f"lm-eval cannot run {', '.join(s if isinstance(s, str) else s['task'] for s in specs)}: {reason}; without a "
-            "network, pass --task-files DIR"
+            f"lm-eval cannot run {names}: {reason}; without a network, pass --task-files DIR"
         ) from error
 
 
