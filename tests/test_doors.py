@@ -27,6 +27,7 @@ DOORS = {
 }
 """Words of a call that works on the inputs as they are; `unpack` reads the packed form of the same model."""
 WEIGHTS = "model.safetensors"
+REPORT = "pruning_report.json"
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -73,12 +74,15 @@ def adapter(model: Path) -> None:
 
 PACKED = re.compile("no such folder|an empty folder|config|truncated|sizes|code|unknown")
 """Checks that a packed folder can fail too."""
+REPORTS = re.compile("no such folder|an empty folder|report")
+"""Checks of what `report` reads."""
 ALL = frozenset(DOORS) - {
     "unpack",
     "report",
     "bench packed",
 }  # `report` reads reports, `unpack` a manifest: neither opens a model
 LOADING = frozenset({"eval", "bench"})
+REPORTING = frozenset({"report"})
 BUILDING = LOADING | {"bench packed"}
 CHECKS: dict[str, tuple[Callable[[Path], object], str, frozenset[str]]] = {
     "no such folder": (shutil.rmtree, "does not exist|is not a|no config|cannot read|exist", frozenset(DOORS)),
@@ -89,6 +93,8 @@ CHECKS: dict[str, tuple[Callable[[Path], object], str, frozenset[str]]] = {
     "a config that is a list": (config_of("[]"), "not hold a JSON object", ALL),
     "no weights": (lambda m: (m / WEIGHTS).unlink(missing_ok=True), "weights", ALL),
     "pickled weights": (lambda m: (m / WEIGHTS).rename(m / "pytorch_model.bin"), "unpickling can run any code", ALL),
+    "a report that is no JSON": (lambda m: (m / REPORT).write_text("{"), "JSON|damaged", REPORTING),
+    "a report that is a list": (lambda m: (m / REPORT).write_text("[]"), "JSON|no result|damaged", REPORTING),
     "a truncated file": (truncated, "truncated or damaged", ALL | {"unpack", "bench packed"}),
     "an index of no shard": (index_of({UP: "model-00009.safetensors"}), "missing in", ALL),
     "an index that leaves the folder": (index_of({UP: "../../x.safetensors"}), "inside the folder", ALL),
@@ -125,8 +131,16 @@ def made(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("door", DOORS)
+def cells() -> list:
+    """Every (door, check) that can meet; the fast tier has those of `eval`."""
+    meeting = {"report": REPORTS, "unpack": PACKED, "bench packed": PACKED}
+    found = [(door, check) for door in DOORS for check in CHECKS if meeting.get(door, re.compile("")).search(check)]
+    return [
+        pytest.param(*cell, marks=() if cell[0] == "eval" else pytest.mark.slow, id=" | ".join(cell)) for cell in found
+    ]
+
+
+@pytest.mark.parametrize(("door", "check"), cells())
 def test_a_bad_input_at_a_door(made: Path, tmp_path: Path, monkeypatch, command, door: str, check: str):
     spoil, says, refusing = CHECKS[check]
     shutil.copytree(made, tmp_path / "inputs")
@@ -135,8 +149,6 @@ def test_a_bad_input_at_a_door(made: Path, tmp_path: Path, monkeypatch, command,
     monkeypatch.setenv("TOPIARIST_NO_KERNELS", "1")
     monkeypatch.setattr("warnings.showwarning", lambda *_, **__: None)
     model = Path("packed" if "packed" in DOORS[door] else "model")
-    if model.name == "packed" and not PACKED.search(check):
-        return  # a packed folder has no such part
     spoil(model)
     before = sorted(Path().rglob("*"))
     code, _, error = command(*DOORS[door])

@@ -212,6 +212,6 @@ def _is_the_base(pruned: str, base: str) -> bool:
     try:
         report = json.loads((locate(pruned) / "pruning_report.json").read_text(encoding="utf-8"))
         digest = None if report.get("result_digest") else report["fingerprint"]["model"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return True
     return digest in (None, Checkpoint(Path(base)).digest())
