@@ -76,6 +76,7 @@ class DequantisedCheckpoint(Checkpoint):
         self.files |= {name: files.files[next(iter(stored.parts.values()))] for name, stored in self._stored.items()}
 
     def read(self, name: str, *, mapped: bool = False) -> Tensor:
+        """One tensor; a quantised one is dequantised to the model's dtype, in memory of its own even if `mapped`."""
         if name not in self._stored:
             return self._files.read(name, mapped=mapped)
         stored = self._stored[name]
@@ -98,6 +99,7 @@ class DequantisedCheckpoint(Checkpoint):
         return StoredTensor(_FORMAT_NAMES[dtype], shape, math.prod(shape) * dtype.itemsize)
 
     def chunks(self, name: str, size: int = 1 << 24) -> Iterator[bytes]:
+        """The bytes of a tensor in pieces of at most `size`; of a quantised one, those of its dequantised values."""
         if name not in self._stored:
             yield from self._files.chunks(name, size)
             return
@@ -106,12 +108,15 @@ class DequantisedCheckpoint(Checkpoint):
             yield bytes(whole[place : place + size])
 
     def weight_bytes(self) -> int:
+        """Bytes of all tensors once dequantised, which is more than the files hold."""
         return sum(self.nbytes(name) for name in self.files)
 
     def digest(self) -> str:
+        """sha256 over the quantised folder's own config and weight files."""
         return self._files.digest()
 
     def dtype(self) -> torch.dtype:
+        """The dtype that weights are dequantised to: what the config states, else bfloat16."""
         stated = self.config.get("dtype", self.config.get("torch_dtype"))
         found = getattr(torch, str(stated), None)
         return found if isinstance(found, torch.dtype) else torch.bfloat16

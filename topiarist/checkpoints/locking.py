@@ -29,6 +29,7 @@ class FolderLock:
 
     @property
     def held(self) -> bool:
+        """Whether this object holds the lock now."""
         return self._lock is not None
 
     def acquire(self) -> None:

@@ -114,12 +114,15 @@ class Checkpoint:
         return StoredTensor(about["dtype"], tuple(about["shape"]), end - begin)
 
     def nbytes(self, name: str) -> int:
+        """Bytes of a tensor as it is stored, without reading it."""
         return self.stored(name).nbytes
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor as it is stored, without reading it."""
         return self.stored(name).shape
 
     def numel(self, name: str) -> int:
+        """Number of elements of a tensor, without reading it."""
         return math.prod(self.shape(name))
 
     def _header(self, path: Path) -> tuple[dict[str, Any], int]:
@@ -159,6 +162,7 @@ class Checkpoint:
         return total.hexdigest()
 
     def weight_bytes(self) -> int:
+        """Bytes of all weight files, headers included."""
         return sum(path.stat().st_size for path in set(self.files.values()))
 
 
@@ -184,6 +188,7 @@ def read_json(path: Path, *, cure: str = "delete it, or make it again") -> dict[
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file. Raises CheckpointError that names the file if it is truncated or damaged."""
     try:
         with safe_open(path, framework="pt") as reader:
             yield reader
@@ -192,6 +197,7 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

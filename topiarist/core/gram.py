@@ -104,7 +104,8 @@ class Gram:
 @functools.cache
 def _kernel() -> Any:
     """The sum for bf16 inputs in C++, more than twice as fast; None on processors that do not multiply bf16, or without a
-    compiler."""
+    compiler.
+    """
     if not getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
         return None
     try:

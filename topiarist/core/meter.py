@@ -25,6 +25,7 @@ class Meter:
 
     @contextmanager
     def timed(self, activity: str) -> Iterator[None]:
+        """Add the seconds that the block takes to those of the activity, even if it raises."""
         start = time.perf_counter()
         try:
             yield

@@ -67,11 +67,13 @@ class Unstructured(Pattern):
         return _decimal(self.sparsity) + ("/row" if self.per == "row" else "")
 
     def num_kept(self, shape: tuple[int, ...]) -> int:
+        """The number kept of the matrix, or of a row times the rows; the number of zeros is what is rounded."""
         if self.per == "row":
             return shape[0] * (shape[1] - _round(self.sparsity * shape[1]))
         return math.prod(shape) - _round(self.sparsity * math.prod(shape))
 
     def mask(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        """The largest scores of the matrix, or of every row. Raises PatternError if `check` does."""
         self.check(tuple(scores.shape))
         kept = self.num_kept(tuple(scores.shape))
         if self.per == "matrix":
@@ -79,6 +81,7 @@ class Unstructured(Pattern):
         return keep_largest_per_row(scores, kept // scores.shape[0])
 
     def holds(self, mask: Bool[Tensor, "out in"]) -> bool:
+        """Whether no more weights are kept than allowed: in the matrix, or in each row by itself."""
         if self.per == "row":
             return bool((mask.sum(1) <= self.num_kept(tuple(mask.shape)) // mask.shape[0]).all())
         return int(mask.sum()) <= self.num_kept(tuple(mask.shape))
@@ -101,6 +104,7 @@ class NM(Pattern):
         return f"{self.keep}:{self.of}"
 
     def check(self, shape: tuple[int, ...]) -> None:
+        """Raise PatternError unless the input width is a multiple of `of`."""
         super().check(shape)
         if shape[1] % self.of:
             raise PatternError(
@@ -109,9 +113,11 @@ class NM(Pattern):
             )
 
     def num_kept(self, shape: tuple[int, ...]) -> int:
+        """`keep` for every `of` weights of the matrix."""
         return math.prod(shape) // self.of * self.keep
 
     def mask(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        """The `keep` largest scores of every group. Raises PatternError if `check` does."""
         self.check(tuple(scores.shape))
         groups = scores.unflatten(1, (-1, self.of))
         if self.of <= 8:
@@ -119,6 +125,7 @@ class NM(Pattern):
         return keep_largest_per_row(groups, self.keep).flatten(1)
 
     def holds(self, mask: Bool[Tensor, "out in"]) -> bool:
+        """Whether no group keeps more than `keep` weights. Raises PatternError if groups do not fill a row."""
         self.check(tuple(mask.shape))
         return bool((mask.unflatten(1, (-1, self.of)).sum(-1) <= self.keep).all())
 
@@ -142,6 +149,7 @@ class TransposableNM(Pattern):
         return f"{self.keep}:{self.of}/transposable"
 
     def check(self, shape: tuple[int, ...]) -> None:
+        """Raise PatternError unless both sides are multiples of `of`."""
         super().check(shape)
         if shape[0] % self.of or shape[1] % self.of:
             raise PatternError(
@@ -150,9 +158,11 @@ class TransposableNM(Pattern):
             )
 
     def num_kept(self, shape: tuple[int, ...]) -> int:
+        """`keep` for every `of` weights of the matrix."""
         return math.prod(shape) // self.of * self.keep
 
     def mask(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        """A mask whose sum of squared scores is near the best, block by block. Raises PatternError if `check` does."""
         self.check(tuple(scores.shape))
         down, across = scores.shape[0] // self.of, scores.shape[1] // self.of
         blocks = scores.reshape(down, self.of, across, self.of).transpose(1, 2).reshape(-1, self.of, self.of)
@@ -161,6 +171,7 @@ class TransposableNM(Pattern):
         return mask.view(down, across, self.of, self.of).transpose(1, 2).reshape(scores.shape)
 
     def holds(self, mask: Bool[Tensor, "out in"]) -> bool:
+        """Whether the mask and its transpose both are N:M. Raises PatternError if blocks do not fill the matrix."""
         self.check(tuple(mask.shape))
         one_way = NM(self.keep, self.of)
         return one_way.holds(mask) and one_way.holds(mask.T)
@@ -180,15 +191,18 @@ class Columns(Pattern):
         return f"{_decimal(self.sparsity)}/columns"
 
     def num_kept(self, shape: tuple[int, ...]) -> int:
+        """Kept columns times rows; the number of columns dropped is what is rounded."""
         return shape[0] * (shape[1] - _round(self.sparsity * shape[1]))
 
     def mask(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        """The columns with the largest sums of squared scores, whole. Raises PatternError if `check` does."""
         self.check(tuple(scores.shape))
         column = scores.square().sum(0, keepdim=True)
         kept = self.num_kept(tuple(scores.shape)) // scores.shape[0]
         return keep_largest_per_row(column, kept).expand_as(scores).contiguous()
 
     def holds(self, mask: Bool[Tensor, "out in"]) -> bool:
+        """Whether no more columns than allowed have any weight left."""
         return int(mask.any(0).sum()) * mask.shape[0] <= self.num_kept(tuple(mask.shape))
 
 

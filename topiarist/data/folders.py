@@ -23,6 +23,7 @@ class HubRows:
         self.rows, self.path, self.field = rows, name, field
 
     def values(self) -> Iterator[Any]:
+        """Every row's value in the field, in the dataset's order. Raises CalibrationError if it cannot be read."""
         return self._values(self.rows)
 
     def shuffled(self, seed: int) -> Iterator[Any]:
@@ -30,6 +31,7 @@ class HubRows:
         return self._values(self.rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER))
 
     def where(self, row: int) -> str:
+        """How messages name a row; `row` counts from 0, the message from 1."""
         return f"{self.path} row {row + 1}"
 
     def _values(self, rows: Any) -> Iterator[Any]:

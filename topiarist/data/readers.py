@@ -53,9 +53,11 @@ class Reader(ABC):
         """One row's value; cheap for rows in ascending order."""
 
     def where(self, row: int) -> str:
+        """How messages name a row; `row` counts from 0, the message from 1."""
         return f"{self.path} row {row + 1}"
 
     def lacks_field(self, where: str, known: Sequence[str]) -> CalibrationError:
+        """The error to raise when the field is missing; `known` are the fields that there are."""
         return CalibrationError(
             f"{where} has no field `{self.field}`; it has {', '.join(map(str, known)) or 'none'}: name one with --text-field"
         )
@@ -75,6 +77,7 @@ class ByteReader(Reader):
             stream.close()
 
     def size(self, limit: int) -> int:
+        """Bytes of the file; a compressed one is unpacked no further than to see that it has more than `limit`."""
         if not kind_of(self.path)[1]:
             return self.path.stat().st_size
         with open_bytes(self.path) as stream:
@@ -101,10 +104,12 @@ class TextReader(ByteReader):
 
     @cached_property
     def sizes(self) -> np.ndarray:
+        """Bytes of every block of the file, int64 (blocks,): `BLOCK`, and what is left for the last."""
         total = self.size(1 << 62)
         return np.diff(np.append(np.arange(0, total, BLOCK), total))
 
     def value(self, row: int) -> str:
+        r"""The text of one block: the characters whose first byte lies in it, with line ends as \n."""
         self.stream.seek(row * BLOCK)
         raw = self.stream.read(BLOCK + 3)
         # A character belongs to the block in which its first byte stands.
@@ -117,9 +122,11 @@ class LineReader(ByteReader):
     """JSON, one row a line."""
 
     def where(self, row: int) -> str:
+        """How messages name a row: by its line, from 1."""
         return f"{self.path} line {row + 1}"
 
     def values(self) -> Iterator[Any]:
+        """The field of every line that is not blank. Raises CalibrationError for a line that is no JSON object with it."""
         with open_bytes(self.path) as stream:
             for row, line in enumerate(stream):
                 if line.strip():
@@ -138,10 +145,12 @@ class LineReader(ByteReader):
 
     @cached_property
     def sizes(self) -> np.ndarray:
+        """Bytes of every line, int64 (lines,); 0 for a blank one."""
         lengths = np.diff(self._ends, prepend=0)
         return np.where(lengths > len("\r\n"), lengths, 0)  # blank lines are no rows
 
     def value(self, row: int) -> Any:
+        """The field of one line, None if it is blank. Raises CalibrationError as `values` does."""
         begin = int(self._ends[row - 1]) if row else 0
         self.stream.seek(begin)
         line = self.stream.read(int(self._ends[row]) - begin)
@@ -180,13 +189,16 @@ class ArrayReader(LineReader):
                 raise CalibrationError(f"cannot read text from {self.path}: it is not JSON ({error})") from None
 
     def values(self) -> Iterator[Any]:
+        """The field of every element. Raises CalibrationError if the file is too large, or an element lacks the field."""
         return map(self.value, range(len(self._rows)))
 
     @cached_property
     def sizes(self) -> np.ndarray:
+        """Characters of every element's value, int64 (rows,), in place of bytes, which are not known once it is parsed."""
         return np.array([len(str(value)) for value in self.values()], dtype=np.int64)
 
     def value(self, row: int) -> Any:
+        """The field of one element, from the array that is held in memory."""
         return self._in_field(row, self._rows[row])
 
 

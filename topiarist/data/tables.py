@@ -25,6 +25,7 @@ class TableReader(ByteReader):
     """Comma- or tab-separated values under a line of names."""
 
     def values(self) -> Iterator[Any]:
+        """The cell of every record that is not empty. Raises CalibrationError for a record that is too short."""
         return (value for _, value in self._records())
 
     @cached_property
@@ -40,9 +41,11 @@ class TableReader(ByteReader):
 
     @cached_property
     def sizes(self) -> np.ndarray:
+        """Bytes of every record, all cells together, int64 (records,)."""
         return np.diff(self._ends, prepend=self._begin)
 
     def value(self, row: int) -> Any:
+        """The cell of one record, read from where the record begins."""
         begin = int(self._ends[row - 1]) if row else self._begin
         self.stream.seek(begin)
         record = io.BytesIO(self.stream.read(int(self._ends[row]) - begin))
@@ -88,24 +91,29 @@ class ColumnReader(Reader):
 
     @cached_property
     def column(self) -> Any:
+        """The column of the field. Raises CalibrationError that names the columns there are, if it is missing."""
         table = self._given if self._given is not None else _arrow_table(self.path)
         if self.field not in table.column_names:
             raise self.lacks_field(str(self.path), table.column_names)
         return table.column(self.field)
 
     def values(self) -> Iterator[Any]:
+        """Every cell, in order."""
         for chunk in self.column.chunks:
             for value in chunk:
                 yield value.as_py()
 
     def size(self, limit: int) -> int:
+        """Bytes of the column in Arrow's format; `limit` plays no part, for nothing is read to know them."""
         return self.column.nbytes
 
     @cached_property
     def sizes(self) -> np.ndarray:
+        """Size of every cell, int64 (rows,)."""
         return _cell_sizes(self.column)
 
     def value(self, row: int) -> Any:
+        """One cell."""
         return self.column[row].as_py()
 
 
@@ -128,11 +136,13 @@ class ParquetReader(Reader):
         return self._group[1]
 
     def values(self) -> Iterator[Any]:
+        """Every cell, in order, with one row group in memory."""
         for group in range(self._file.num_row_groups):
             for value in self._column(group):
                 yield value.as_py()
 
     def size(self, limit: int) -> int:
+        """Bytes of all row groups without compression, all columns; `limit` plays no part, the footer knows them."""
         return sum(self._file.metadata.row_group(i).total_byte_size for i in range(self._file.num_row_groups))
 
     @cached_property
@@ -142,10 +152,12 @@ class ParquetReader(Reader):
 
     @cached_property
     def sizes(self) -> np.ndarray:
+        """Size of every cell, int64 (rows,). Reads the column once."""
         found = [_cell_sizes(self._column(group)) for group in range(self._file.num_row_groups)]
         return np.concatenate(found) if found else np.empty(0, np.int64)
 
     def value(self, row: int) -> Any:
+        """One cell; its row group stays in memory until a row of another is asked for."""
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._column(group)[row - int(self._starts[group])].as_py()
 

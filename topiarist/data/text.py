@@ -101,6 +101,7 @@ class Rows:
             raise CalibrationError(f"the chat template does not take the messages of {where}: {error}") from error
 
     def warn(self) -> None:
+        """Warn (CalibrationWarning) of rows that held no text, if there were any."""
         if self.empty:
             warnings.warn(
                 f"{self.empty:,} of {self.seen:,} rows hold no text and were skipped", CalibrationWarning, stacklevel=3

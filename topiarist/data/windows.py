@@ -37,6 +37,7 @@ class Windows:
 
     @property
     def window(self) -> int:
+        """Tokens of a window."""
         return self.tokens.shape[1]
 
     def record(self) -> str:

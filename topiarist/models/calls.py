@@ -31,6 +31,7 @@ class BlockCall:
 
     @classmethod
     def of(cls, args: Sequence[Any], kwargs: dict[str, Any]) -> BlockCall:
+        """The call that a hook saw: the hidden states come first, or are the first floating tensor among the named."""
         if args:
             return cls(args[0], tuple(args[1:]), dict(kwargs))
         named = next((k for k, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point()), "hidden_states")
@@ -55,7 +56,8 @@ def run_over_stubs(
     model: nn.Module, family: Family, tokens: Int[Tensor, "batch window"], stub: Stub, *, to_the_end: bool = False
 ) -> list[tuple[int, BlockCall]]:
     """Run the model's own forward with stubs in place of blocks: (block, call) in order. Only what stands around the blocks
-    is computed, and unless `to_the_end` only what stands before the last."""
+    is computed, and unless `to_the_end` only what stands before the last.
+    """
     blocks: nn.ModuleList = model.get_submodule(family.blocks)  # pyright: ignore[reportAssignmentType]
     originals = list(blocks)
     record: list[tuple[int, BlockCall]] = []

@@ -74,6 +74,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_unquantised(checkpoint: Checkpoint) -> None:
+    """Raise UnsupportedModel if the config says that the weights are quantised."""
     if "quantization_config" in checkpoint.config:
         raise UnsupportedModel(f"{checkpoint.folder} is quantised; prune the original weights, then quantise")
 
@@ -120,4 +121,5 @@ def needs_remote_code(error: Exception) -> bool:
 
 
 def remote_code_error(folder: Path) -> UnsupportedModel:
+    """The error for a model that needs code of its own which the user has not allowed to run."""
     return UnsupportedModel(f"{folder} needs code of its own to run: read it, then pass --trust-remote-code")

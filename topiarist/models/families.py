@@ -32,7 +32,8 @@ class Attention:
 @dataclass(frozen=True)
 class FeedForward:
     """Where a block's feed-forward network is: down(act(gate) * up), or down(act(up)) without a gate. Names are relative to
-    the block, and its own activation is used: what the config chose is what runs."""
+    the block, and its own activation is used: what the config chose is what runs.
+    """
 
     first: tuple[str, ...]
     """The matrices that read its input, gate above up; one name if they are stored as one matrix."""
@@ -46,7 +47,8 @@ class FeedForward:
 @dataclass(frozen=True)
 class Experts:
     """A mixture of experts whose matrices are fused 3-D parameters (expert, out, in). Names in the config: of their number,
-    of how many a token goes to, and of their channels."""
+    of how many a token goes to, and of their channels.
+    """
 
     module: str = "mlp.experts"
     router: str = "mlp.gate"
@@ -58,7 +60,8 @@ class Experts:
 @dataclass(frozen=True)
 class Family:
     """What topiarist knows about one `model_type`. What can be seen from the modules is derived (derive.py) where a row is
-    silent; what a row says of it stands."""
+    silent; what a row says of it stands.
+    """
 
     blocks: str = ""
     """Path of the list of decoder blocks inside the causal LM."""
@@ -161,6 +164,7 @@ class Matrix:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(out, in), however the tensor is stored."""
         out_features, in_features = self.weight.shape
         return out_features, in_features
 

@@ -73,17 +73,21 @@ class FolderModel(OpenedModel):
         return self.checkpoint.folder
 
     def digest(self) -> str:
+        """sha256 over config and weight files."""
         return self.checkpoint.digest()
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the weight files."""
         return self.checkpoint.weight_bytes()
 
     @property
     def dtype(self) -> torch.dtype:
+        """What the config states, else the dtype of the first floating tensor of the files."""
         return self.checkpoint.dtype()
 
     def check_output(self, out: str | Path | None) -> None:
+        """Raise CheckpointError if there is no output folder, or if it is the model's own."""
         if out is None:
             raise CheckpointError("a checkpoint needs an output folder")
         if Path(out).resolve() == self.checkpoint.folder.resolve():
@@ -91,6 +95,7 @@ class FolderModel(OpenedModel):
         list(side_files(self.checkpoint.folder))  # refused before any work, not at the end
 
     def whole(self) -> ObjectModel:
+        """What transformers loads, on the device. Raises CheckpointError if weights are missing or it cannot load them."""
         from transformers import GenerationConfig
 
         folder = self.checkpoint.folder
@@ -108,9 +113,11 @@ class FolderModel(OpenedModel):
         return ObjectModel(model.to(self.device).eval(), origin=self)
 
     def fresh(self) -> Any:
+        """The model loaded anew from the files."""
         return self.whole().model
 
     def unpruned(self) -> list[str]:
+        """What the base class says, and the tensors of the files that the model does not use."""
         unused = summary(self.names.unclaimed)
         shown = ", ".join(unused[:SHOWN]) + (f" and {len(unused) - SHOWN} more kinds" if len(unused) > SHOWN else "")
         note = [f"tensors that the model does not use are copied as they are: {shown}"] if unused else []
@@ -185,9 +192,11 @@ class FolderModel(OpenedModel):
         return [n for n in names if not n.startswith(self.family.blocks + ".") and not is_tower(n, self.family.blocks)]
 
     def embedding_parameters(self) -> list[Tensor]:
+        """What `load_embeddings` fills, as it is now: on the meta device while nothing is loaded."""
         return [self._get(name) for name in self._embedding_names()]
 
     def load_embeddings(self) -> None:
+        """Map what stands around the blocks from the files, and move computed buffers to the device."""
         # A table of embeddings may be larger than a block, and few of its rows are used.
         self._fill(self._embedding_names(), self.checkpoint, mapped=True)
         for module in self.model.modules():  # buffers that are computed, not stored
@@ -196,6 +205,7 @@ class FolderModel(OpenedModel):
                     module._buffers[key] = buffer.to(self.device)
 
     def release_embeddings(self) -> None:
+        """Put what stands around the blocks back on the meta device."""
         self._empty(self._embedding_names())
 
     def load(self, index: int, pruned: Checkpoint | None = None) -> nn.Module:
@@ -204,6 +214,7 @@ class FolderModel(OpenedModel):
         return self.block(index)
 
     def release(self, index: int) -> None:
+        """Put the block back on the meta device, but for parameters that later blocks share."""
         later = set(self.shared.values())  # pruned once, and read by later blocks too
         self._empty(n for n in self._names_below(self.block_names[index]) if n not in later)
 

@@ -45,6 +45,7 @@ class StandIn(nn.Module):
         return getattr(self.__dict__["_block"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the given function returns for the block's arguments."""
         return self._forward(*args, **kwargs)
 
 
@@ -101,7 +102,8 @@ def _first_argument(on_input: Callable[[Matrix, Tensor], None], matrix: Matrix, 
 
 def _expert_inputs(experts: Sequence[Matrix], on_input: Callable[[Matrix, Tensor], None]) -> Handler:
     """Experts are told apart by where their slices of the fused parameter lie in memory: a product takes one of them, or
-    all at once with the inputs of each (expert, tokens, in)."""
+    all at once with the inputs of each (expert, tokens, in).
+    """
     slices = {m.tensor.data_ptr(): m for m in experts}
     whole: dict[int, list[Matrix]] = {}
     for matrix in experts:

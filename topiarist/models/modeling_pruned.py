@@ -56,6 +56,10 @@ class Absent(nn.Module):
         self.kind, self.layer = kind, layer
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Zeros for a feed-forward layer, (zeros, None) for attention; its input before the last module of either.
+
+        For attention the cache gets keys of zeros, because it counts tokens in its first layer.
+        """
         if self.kind == "inside":
             return hidden_states
         nothing = torch.zeros_like(hidden_states)

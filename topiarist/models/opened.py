@@ -210,6 +210,7 @@ class ObjectModel(OpenedModel):
         return self._origin._tokenizer_folder() if self._origin else self.config.name_or_path
 
     def digest(self) -> str:
+        """sha256 over names and values of all parameters; of a loaded folder, that of its files."""
         if self._origin is not None:
             return self._origin.digest()
         total = hashlib.sha256()
@@ -219,23 +220,29 @@ class ObjectModel(OpenedModel):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all parameters; of a loaded folder, those of its files."""
         return self._origin.nbytes if self._origin else sum(p.nbytes for p in self.model.parameters())
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the first floating parameter."""
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     def load(self, index: int) -> nn.Module:
+        """The block, which is in memory already."""
         return self.block(index)
 
     def check_output(self, out: str | Path | None) -> None:
+        """Raise what the folder that the model was loaded from raises; an object alone refuses nothing."""
         if self._origin is not None:
             self._origin.check_output(out)
 
     def whole(self) -> ObjectModel:
+        """The model itself."""
         return self
 
     def fresh(self) -> Any:
+        """A deep copy, in evaluation mode."""
         return copy.deepcopy(self.model).eval()
 
 
