@@ -30,6 +30,7 @@ def starts(kept: Kept, sizes: Sequence[int], depths: Sequence[int], budget: int)
 
 
 def spent(genome: Genome, kept: Kept) -> int:
+    """Weights that the genome keeps over all units."""
     return sum(row[level] for row, level in zip(kept, genome, strict=True))
 
 

@@ -79,7 +79,8 @@ def kept_by(shapes: Shapes, patterns: Allocation) -> int:
 
 def check_budget(shapes: Shapes, patterns: Allocation, pattern: Pattern, what: str) -> None:
     """Raise PatternError if the allocation keeps another number of weights than `pattern` everywhere would: by more
-    than one a layer, or more than one step of the coarsest layer."""
+    than one a layer, or more than one step of the coarsest layer.
+    """
     kept, wanted = kept_by(shapes, patterns), budget(shapes, pattern)
     total = sum(math.prod(shape) for shape in shapes.values())
     if abs(kept - wanted) > max(len(shapes), *(step(patterns[name], shape) for name, shape in shapes.items())):
@@ -91,7 +92,8 @@ def check_budget(shapes: Shapes, patterns: Allocation, pattern: Pattern, what: s
 
 def without(patterns: Allocation, skip: Sequence[str]) -> tuple[dict[str, Pattern | None], list[str]]:
     """The allocation with every layer dense whose name matches one of the regular expressions, and those that match
-    nothing."""
+    nothing.
+    """
     try:
         expressions = [re.compile(text) for text in skip]
     except re.error as error:

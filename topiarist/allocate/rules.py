@@ -82,6 +82,7 @@ class Uniform(Rule):
     """The same for every layer; with `choices` a mixture that only meets the budget."""
 
     def wanted(self, depths: Depths, sparsity: float, scores: Mapping[str, float]) -> dict[str, float]:
+        """The density 1 - p for every layer."""
         return dict.fromkeys(depths, 1 - sparsity)
 
 
@@ -95,6 +96,7 @@ class Linear(Rule):
     half_width: float = 0.1
 
     def wanted(self, depths: Depths, sparsity: float, scores: Mapping[str, float]) -> dict[str, float]:
+        """Densities that fall with the depth from 1 - p + w in the first block to 1 - p - w in the last."""
         last = max(max(depths.values()), 1)
         return {name: 1 - sparsity + self.half_width * (1 - 2 * depth / last) for name, depth in depths.items()}
 
@@ -119,6 +121,7 @@ class Owl(Rule):
     measured_by: ClassVar[tuple[str, ...]] = ("threshold", "level")
 
     def wanted(self, depths: Depths, sparsity: float, scores: Mapping[str, float]) -> dict[str, float]:
+        """Densities 1 - p plus how far the layer's outlier ratio stands above the least, stretched to a width of 2 w."""
         low, high = min(scores[name] for name in depths), max(scores[name] for name in depths)
         width = 2 * self.half_width / (high - low) if high > low else 0.0
         return {name: 1 - sparsity + (scores[name] - low) * width for name in depths}
@@ -158,10 +161,12 @@ class Sensitivity(Rule):
     measured_by: ClassVar[tuple[str, ...]] = ("estimate", "sequences", "probes", "step", "tokens")
 
     def bounds(self, sparsity: float) -> tuple[float, float]:
+        """The rule's bounds, and no layer further than w from 1 - p."""
         low, high = super().bounds(sparsity)
         return max(low, 1 - sparsity - self.half_width), min(high, 1 - sparsity + self.half_width)
 
     def wanted(self, depths: Depths, sparsity: float, scores: Mapping[str, float]) -> dict[str, float]:
+        """Densities in equal steps from 1 - p - w to 1 - p + w by the rank of |trace|, of a matrix or of a block's sum."""
         groups: dict[str | int, float] = {}
         for name, depth in depths.items():
             key = name if self.level == "matrix" else depth

@@ -33,6 +33,7 @@ def zeros(shape: Sequence[int], *, signed: bool, device: torch.device) -> Tensor
 
 
 def quantised(moment: Tensor) -> bool:
+    """Whether a moment is held in eight-bit codes."""
     return hasattr(moment, "codes")
 
 

@@ -83,7 +83,8 @@ def gradient(
 
 def _triton_fits(relaxation: Relaxation, *tensors: Tensor) -> bool:
     """Whether the Triton kernels know this relaxation and take these tensors: contiguous, on a GPU (anywhere if
-    interpreted), fp32 or bf16."""
+    interpreted), fp32 or bf16.
+    """
     place = tensors[0].is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     fits = all(t.dtype in (torch.float32, torch.bfloat16) and t.is_contiguous() for t in tensors)
     return type(relaxation) in KINDS and place and fits and importlib.util.find_spec("triton") is not None
@@ -107,7 +108,8 @@ def native_mask(
     push: bool = False,
 ) -> native.Mask:
     """The C++ kernel's arguments for one layer and draw. `push`: for a backward pass, so with Bernoulli's density penalty,
-    which needs the mean of the whole mask first."""
+    which needs the mean of the whole mask first.
+    """
     table = candidates(relaxation.pattern) if isinstance(relaxation, Categorical) else torch.empty(0, dtype=torch.bool)
     draw_or_plain = draw or Draw((0, 0), 1.0, 1.0)
     mask = native.mask_args(

@@ -150,9 +150,11 @@ class MaskedLinear(LearnedMask):
 
     @property
     def matrix(self) -> Tensor:
+        """The frozen weight itself."""
         return self.weight
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """x (W * M)^T + b, M the current draw's soft mask, or the hard one without a draw; x W^T + b while `bypassed`."""
         draw = self.current_draw
         if self.bypassed:
             return F.linear(x, self.weight, self.bias)
@@ -165,6 +167,7 @@ class MaskedLinear(LearnedMask):
         return self.hard_mask().T if self.transposed else self.hard_mask()
 
     def extra_repr(self) -> str:
+        """Sizes, relaxation and pattern, as printing the model shows them."""
         return f"{self.in_features}, {self.out_features}, {self.relaxation.name} {self.relaxation.pattern}"
 
 
@@ -191,9 +194,11 @@ class MaskedExperts(LearnedMask):
 
     @property
     def matrix(self) -> Tensor:
+        """The experts' rows below each other; a copy if the parameter is stored transposed."""
         return self._rows(self._weight[0].detach())
 
     def forward(self, weight: Tensor) -> Tensor:
+        """W * M in the parameter's own layout, with the current draw's mask or the hard one; W while `bypassed`."""
         if self.bypassed:
             return weight
         rows, draw = self._rows(weight.detach()), self.current_draw

@@ -152,6 +152,7 @@ class MaskAdamW(torch.optim.Optimizer):
             reduce(total)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of the logits, and those that layers handed over since the last step."""
         self._pending.clear()
         super().zero_grad(set_to_none)
 

@@ -145,6 +145,7 @@ class Relaxation(ABC):
         return draw.kappa * logits + self.noise_of(words).to(logits.dtype)
 
     def noise_of(self, words: Tensor) -> Tensor:
+        """Standard Gumbel noise from random 32-bit words, one number a word."""
         return noise.gumbel(words)
 
     def gradient(
@@ -179,6 +180,7 @@ class Categorical(Relaxation):
         candidates(self.pattern)  # raises for patterns with too many
 
     def logits_shape(self, shape: tuple[int, int]) -> tuple[int, int, int]:
+        """(out, C(of, keep), groups) for a weight of `shape`. Raises PatternError if groups do not fill its rows."""
         self.pattern.check(shape)
         return shape[0], num_classes(self.pattern), shape[1] // self.pattern.of
 
@@ -187,9 +189,11 @@ class Categorical(Relaxation):
         return (self.noisy(logits, draw) / draw.tau).softmax(1)
 
     def certainty(self, logits: Tensor, draw: Draw) -> Tensor:
+        """Mean over groups of the largest probability."""
         return self.probabilities(logits, draw).amax(1).mean()
 
     def soft_mask(self, logits: Tensor, draw: Draw) -> Tensor:
+        """M = y S: the legal masks of a group, weighted by their probabilities."""
         return self._mix(self.probabilities(logits, draw))
 
     def _mix(self, y: Tensor) -> Tensor:
@@ -197,6 +201,7 @@ class Categorical(Relaxation):
         return torch.einsum("ocg,cm->ogm", y, S).flatten(1)
 
     def soft_mask_backward(self, logits: Tensor, draw: Draw, dM: Tensor) -> Tensor:
+        """dpi = kappa / tau * y * (dM S^T - <y, dM S^T>)."""
         return self._backward(self.probabilities(logits, draw), draw, dM)
 
     def _backward(self, y: Tensor, draw: Draw, dM: Tensor) -> Tensor:
@@ -205,6 +210,7 @@ class Categorical(Relaxation):
         return (draw.kappa / draw.tau) * y * (dy - (y * dy).sum(1, keepdim=True))
 
     def gradient(self, weight: Tensor, logits: Tensor, grad_effective: Tensor, draw: Draw) -> Tensor:
+        """What the base class gives, with one computation of y for the forward and the backward part."""
         W = weight.to(logits.dtype)
         y = self.probabilities(logits, draw)
         dM = grad_effective.to(logits.dtype) * W
@@ -213,9 +219,11 @@ class Categorical(Relaxation):
         return self._backward(y, draw, dM)
 
     def preference(self, mask: Tensor) -> Tensor:
+        """How many weights each legal mask shares with the prior's, with mean zero over a group."""
         return similarity(mask.unflatten(1, (-1, self.pattern.of)), self.pattern).transpose(1, 2).contiguous()
 
     def hard_mask(self, logits: Tensor) -> Tensor:
+        """The legal mask with the largest logit of every group."""
         return candidates(self.pattern, logits.device)[logits.argmax(1)].flatten(1)
 
 
@@ -233,10 +241,12 @@ class TopN(Relaxation):
     name: ClassVar[str] = "topn"
 
     def logits_shape(self, shape: tuple[int, int]) -> tuple[int, int, int]:
+        """(out, of, groups) for a weight of `shape`. Raises PatternError if groups do not fill its rows."""
         self.pattern.check(shape)
         return shape[0], self.pattern.of, shape[1] // self.pattern.of
 
     def soft_mask(self, logits: Tensor, draw: Draw) -> Tensor:
+        """M = a_1 + ... + a_keep, the sum of successive softmaxes over a group."""
         r = self.noisy(logits, draw)
         M = torch.zeros_like(r)
         for _ in range(self.pattern.keep):
@@ -247,10 +257,12 @@ class TopN(Relaxation):
         return M.transpose(1, 2).flatten(1)
 
     def preference(self, mask: Tensor) -> Tensor:
+        """1 - keep / of for the weights that the prior keeps, - keep / of for the others."""
         groups = mask.unflatten(1, (-1, self.pattern.of)).transpose(1, 2).float()
         return (groups - self.pattern.keep / self.pattern.of).contiguous()
 
     def hard_mask(self, logits: Tensor) -> Tensor:
+        """The `keep` largest logits of every group."""
         return self.pattern.mask(logits.transpose(1, 2).flatten(1))
 
 
@@ -270,16 +282,20 @@ class Bernoulli(Relaxation):
     by_row: ClassVar[bool] = False  # the density penalty looks at the whole matrix
 
     def logits_shape(self, shape: tuple[int, int]) -> tuple[int, int, int]:
+        """(out, 1, in): one logit a weight. Raises PatternError for an empty matrix."""
         self.pattern.check(shape)
         return shape[0], 1, shape[1]
 
     def noise_of(self, words: Tensor) -> Tensor:
+        """Standard logistic noise from random 32-bit words, the difference of two Gumbel variables."""
         return noise.logistic(words)
 
     def soft_mask(self, logits: Tensor, draw: Draw) -> Tensor:
+        """M = sigmoid((kappa pi + l) / tau), an independent gate a weight."""
         return (self.noisy(logits, draw) / draw.tau).sigmoid().squeeze(1)
 
     def soft_mask_backward(self, logits: Tensor, draw: Draw, dM: Tensor) -> Tensor:
+        """dpi = kappa / tau * M * (1 - M) * (dM + push), `push` holding the density."""
         M = self.soft_mask(logits, draw)
         return ((draw.kappa / draw.tau) * M * (1.0 - M) * (dM + self.push(M.mean()))).unsqueeze(1)
 
@@ -288,9 +304,11 @@ class Bernoulli(Relaxation):
         return 2.0 * self.density_weight * (density - (1.0 - self.pattern.sparsity))
 
     def preference(self, mask: Tensor) -> Tensor:
+        """1/2 for the weights that the prior keeps, -1/2 for the others."""
         return mask.float().sub_(0.5).unsqueeze(1)
 
     def hard_mask(self, logits: Tensor) -> Tensor:
+        """The largest logits, as many as the pattern keeps."""
         return self.pattern.mask(logits.squeeze(1))
 
 

@@ -86,6 +86,7 @@ class Preset:
 
     @property
     def tokens(self) -> int:
+        """Training tokens of the whole run, repeats included."""
         return self.steps * self.sequences * self.length
 
 

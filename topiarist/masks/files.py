@@ -128,6 +128,7 @@ class MaskFile(Mapping[str, Tensor]):
         return len(self.entries)
 
     def pattern(self, name: str) -> Pattern:
+        """The pattern that the file states for a mask."""
         return parse_pattern(self.entries[name].pattern)
 
     def __getitem__(self, name: str) -> Tensor:

@@ -81,9 +81,11 @@ class ALPS(Solver):
         return PRESETS[self.preset]
 
     def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """`solve_all` of one problem."""
         return self.solve_all([problem])[0]
 
     def solve_all(self, problems: Sequence[Problem]) -> list[tuple[Tensor, Tensor]]:
+        """Solve all problems with one resolvent. Warns (NumericalWarning) if a support still moved at the last step."""
         H = problems[0].H
         search = linalg.search_dtype(H.device)
         scale = H.diagonal().sqrt()
@@ -162,6 +164,7 @@ class Resolvent:
 
     @functools.cached_property
     def K2(self) -> Tensor:
+        """K(node)^2 (in, in), by upper blocks and their mirror images: half a product."""
         K2 = torch.empty_like(self.K)
         block = max(128, -(-len(K2) // 8))
         for start in range(0, len(K2), block):
@@ -171,6 +174,7 @@ class Resolvent:
         return K2
 
     def at(self, rho: float) -> Tensor:
+        """The approximation of K(rho), (in, in), its c fitted over eigenvalues of Hs from 0.01 to 100."""
         if math.isclose(rho, self.node):
             return self.K
         above = below = 0.0

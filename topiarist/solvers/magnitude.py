@@ -20,4 +20,5 @@ class Magnitude(Solver):
     needs_data: ClassVar[bool] = False
 
     def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """The weights as they are, and the mask of |w|."""
         return problem.W, problem.pattern.mask(problem.W.abs())

@@ -36,12 +36,15 @@ class Held(Pattern):
         return "held"
 
     def mask(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        """The mask that is held, whatever the scores."""
         return self.kept
 
     def num_kept(self, shape: tuple[int, ...]) -> int:
+        """How many weights the held mask keeps, whatever the shape."""
         return int(self.kept.sum())
 
     def holds(self, mask: Bool[Tensor, "out in"]) -> bool:
+        """Whether `mask` keeps nothing that the held one drops."""
         return not bool((mask & ~self.kept).any())
 
 
@@ -52,12 +55,15 @@ class Unchanged(Solver):
     needs_data = False
 
     def together(self, weights: Sequence[Tensor], gram: Gram, patterns: Sequence[Pattern]) -> list[Solution]:
+        """Each weight with its magnitude mask; the Gram is not looked at."""
         return [self.without_data(weight, pattern) for weight, pattern in zip(weights, patterns, strict=True)]
 
     def without_data(self, weight: Float[Tensor, "out in"], pattern: Pattern) -> Solution:
+        """The weight with its magnitude mask, and an error of 0."""
         return Solution(weight, pattern.mask(weight.abs()), 0.0)
 
     def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """The weight as it is, and the mask of |w|."""
         return problem.W, problem.pattern.mask(problem.W.abs())
 
 
@@ -65,7 +71,8 @@ class Unchanged(Solver):
 class Quantized(Solver):
     """Prunes by `solver`, then puts the kept weights on `grid` by `method`, which comes close to what the solver was asked for,
     not to what it gave: GPTQ's descent makes up for pruning and rounding together (the joint step of SparseGPT, section 3.5
-    of arXiv 2301.00774, for any solver)."""
+    of arXiv 2301.00774, for any solver).
+    """
 
     solver: Solver = field(default_factory=Unchanged)
     """Gives mask and weights."""
@@ -74,9 +81,11 @@ class Quantized(Solver):
 
     @property
     def needs_data(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the solver or the method looks at the Gram."""
         return self.solver.needs_data or self.method.needs_data
 
     def together(self, weights: Sequence[Tensor], gram: Gram, patterns: Sequence[Pattern]) -> list[Solution]:
+        """Prune by the solver, then quantise its weights and the given ones; of both the one of lower error is kept."""
         method: Any = self.method  # its factors are its own
         factors = method.prepare(gram)
         found: list[Solution] = []
@@ -88,6 +97,7 @@ class Quantized(Solver):
         return found
 
     def without_data(self, weight: Float[Tensor, "out in"], pattern: Pattern) -> Solution:
+        """Prune and quantise one weight by itself; its error is the share of its squares that went."""
         method: Any = self.method
         solution = self.solver.without_data(weight, pattern)
         quantized = method.quantize(None, solution.weight, self.grid, solution.mask)
@@ -107,6 +117,7 @@ class Quantized(Solver):
         return QuantizedSolution(best.dequantized(), solution.mask, min(errors), best, error_of(weight, rounded))
 
     def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """`together` of one problem: the dequantised weight and its mask."""
         solution = self.together([problem.W], Gram.from_matrix(problem.H), [problem.pattern])[0]
         return solution.weight, solution.mask
 

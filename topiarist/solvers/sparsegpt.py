@@ -39,6 +39,7 @@ class SparseGPT(Solver):
     units: theirs adds 1 / U_jj, and a damped H)."""
 
     def solve_all(self, problems: Sequence[Problem]) -> list[tuple[Tensor, Tensor]]:
+        """Sweep every weight with the one factor U that all share."""
         H = problems[0].H
         U = torch.linalg.cholesky(linalg.inverse(linalg.damped(H, self.damping)), upper=True)
         divisor = U.diagonal()
@@ -47,6 +48,7 @@ class SparseGPT(Solver):
         return [self._sweep(problem.W.clone(), U, divisor, problem.pattern) for problem in problems]
 
     def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """`solve_all` of one problem."""
         return self.solve_all([problem])[0]
 
     def _sweep(self, W: Tensor, U: Tensor, divisor: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ class Wanda(Solver):
     """Compare within each output row (the paper's choice) or over the matrix."""
 
     def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """The weights as they are, and the mask of |w_ij| * ||x_j||."""
         pattern = problem.pattern
         scores = problem.W.abs() * problem.H.diagonal().sqrt()
         if self.per_row and isinstance(pattern, Unstructured):

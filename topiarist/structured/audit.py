@@ -36,6 +36,7 @@ class ShrunkAudit:
 
     @property
     def holds(self) -> bool:
+        """Whether the parameters are as many as the spec says, and every unit is as it says."""
         return self.parameters == self.spec.parameters["stored"] and all(unit.holds for unit in self.units)
 
 

@@ -107,6 +107,7 @@ def layer_counts(
 
 
 def check_keep(keep: float) -> None:
+    """Raise PatternError unless the share is in (0, 1]."""
     if not 0 < keep <= 1:
         raise PatternError(f"keep {keep} must be in (0, 1]: the share of parameters that stays")
 
@@ -117,6 +118,7 @@ def kept_cost(groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> int:
 
 
 def total_cost(groups: Sequence[UnitGroup]) -> int:
+    """Parameters of all units together."""
     return sum(group.cost * group.count for group in groups)
 
 

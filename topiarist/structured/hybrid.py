@@ -57,6 +57,7 @@ def uncertainty(c: Float[Tensor, "windows n"], f: Float[Tensor, "windows n"]) ->
 
 
 def scale_free(x: Tensor) -> Tensor:
+    """The estimates divided by their mean; unchanged in size where that is not positive."""
     return x / _positive(x.mean())
 
 
@@ -104,6 +105,7 @@ class Hybrid(Method):
                 raise TopiaristError(f"unknown {name} {value!r}; choose one of {', '.join(table)}")
 
     def scores(self, task: Task) -> Scores:
+        """Taylor estimates on short windows, fused. Takes a forward and a backward pass for each of `samples` windows."""
         windows = short_windows(task.tokens, self.window)
         found = taylor(task, windows[: self.samples], order=self.order, pooled=self.pooled)
         return self.fused(task, found)
@@ -138,7 +140,8 @@ class Hybrid(Method):
 
     def _learned(self, task: Task, found: Estimates) -> Scores:
         """R2: a gate theta for every layer, share of the coarse estimate sigmoid(theta), by mirrored Gaussian trials on
-        the loss of the model that the scores would leave. The best shares tried on held-out windows are returned."""
+        the loss of the model that the scores would leave. The best shares tried on held-out windows are returned.
+        """
         training, watching = split(short_windows(task.tokens, self.window), self.learn_windows)
         theta = torch.zeros(len(task.groups), dtype=torch.float64)
         rng = torch.Generator().manual_seed(task.seed)

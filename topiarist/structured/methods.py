@@ -67,11 +67,13 @@ class Method:
     """Scope of the choice where the layout leaves it free."""
 
     def scores(self, task: Task) -> Scores:
+        """Scores of the units of every group, (count,), by group key: the larger, the sooner a unit stays."""
         raise NotImplementedError
 
     def biases(self, task: Task, kept: Kept) -> dict[str, Tensor]:
         """{consumer: what to add to its bias (out,)} that makes up for the units that go. Only of consumers whose
-        stored form can hold a bias; none by default."""
+        stored form can hold a bias; none by default.
+        """
         return {}
 
 
@@ -83,6 +85,7 @@ class Magnitude(Method):
 
     @torch.no_grad()
     def scores(self, task: Task) -> Scores:
+        """Root mean square of every unit's weights."""
         scores: Scores = {}
         for group in task.groups:
             total = torch.zeros(group.count, dtype=torch.float64)
@@ -102,5 +105,6 @@ class Random(Method):
     needs_data: ClassVar[bool] = False
 
     def scores(self, task: Task) -> Scores:
+        """A number from [0, 1) for every unit, by the task's seed."""
         generator = torch.Generator().manual_seed(task.seed)
         return {group.key: torch.rand(group.count, generator=generator) for group in task.groups}

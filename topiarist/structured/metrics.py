@@ -47,6 +47,7 @@ class Moments:
         self.shift = self.first = self.second = torch.empty(0)
 
     def add(self, x: Float[Tensor, "*batch in"]) -> None:
+        """Count the tokens of one batch."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         if not self.tokens:
             self.shift = x.mean(0) if len(x) else torch.zeros(x.shape[-1], device=x.device)
@@ -59,6 +60,7 @@ class Moments:
 
     @property
     def mean(self) -> Float[Tensor, " in"]:
+        """Mean of every channel, fp64."""
         return self.shift.double() + self.first / max(self.tokens, 1)
 
     @property
@@ -111,6 +113,7 @@ class WandaSP(Method):
     scope: ClassVar[str] = "per_layer"
 
     def scores(self, task: Task) -> Scores:
+        """The metric of every unit, from one pass over the text."""
         matrices = consumers(task.model, task.groups)
         moments = input_moments(task, matrices)
         scores: Scores = {}
@@ -138,6 +141,7 @@ class Flap(Method):
     """Off: raw errors, the WIFN ablation's neighbour that the paper calls unstable across layers."""
 
     def scores(self, task: Task) -> Scores:
+        """The mean fluctuation of every unit's columns, standardised in its layer unless told otherwise."""
         matrices = consumers(task.model, task.groups)
         moments = input_moments(task, matrices)
         scores: Scores = {}
@@ -168,12 +172,14 @@ class Flap(Method):
 @options
 class BlockInfluence(Method):
     """1 - mean cosine between the hidden states before and after (ShortGPT, arXiv 2403.03853, eq. 1); for attention and
-    feed-forward sublayers, before and after what they add. Cost: one pass over the text."""
+    feed-forward sublayers, before and after what they add. Cost: one pass over the text.
+    """
 
     kinds: ClassVar[tuple[str, ...]] = ("block", "ffn", "attention")
 
     @torch.inference_mode()
     def scores(self, task: Task) -> Scores:
+        """1 - mean cosine over all tokens for every block or sublayer, one number each."""
         model = task.model
         blocks = model.get_submodule(family_of(model).blocks)
         scale = float(getattr(model.config, "residual_multiplier", 1.0))  # Granite scales what a sublayer adds

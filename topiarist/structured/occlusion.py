@@ -44,6 +44,7 @@ class Occlusion(Method):
     """Calibration tokens that Wanda-sp looks at."""
 
     def scores(self, task: Task) -> Scores:
+        """The rise of the loss without each unit or slice, a parameter, in units of its mean size; ties go by Wanda-sp."""
         order = self._ranks(task)
         windows = short_windows(task.tokens, self.window)[: self.windows]
         trials = [

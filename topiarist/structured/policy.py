@@ -33,7 +33,8 @@ def sample(
 
 def directions(masks: Float[Tensor, "samples n"], s: Float[Tensor, " n"], scale: str) -> Float[Tensor, "samples n"]:
     """score: d log p(m | s) / ds = (m - s) / (s (1 - s)). sqrt: that times sqrt(s (1 - s)), the authors' code: of unit
-    variance whatever s is, a preconditioner with the same sign in every coordinate."""
+    variance whatever s is, a preconditioner with the same sign in every coordinate.
+    """
     variance = (s + EDGE) * (1 - s + EDGE)
     return (masks - s) / (variance.sqrt() if scale == "sqrt" else variance)
 

@@ -100,6 +100,7 @@ class PolicyGradient(Method):
             )
 
     def scores(self, task: Task) -> Scores:
+        """Scores of the choice with the lowest held-out loss."""
         return self.search(task).scores
 
     def search(self, task: Task) -> Found:
@@ -116,6 +117,8 @@ PAPER = PolicyGradient(
 
 @dataclass
 class Found:
+    """What a search found: the scores of its best choice, and the looks at held-out text on the way."""
+
     scores: Scores
     history: list[dict[str, float]]
     """Of every look: step, held-out loss of the exact choice, mean loss of the sampled masks since the last look, share
@@ -123,12 +126,14 @@ class Found:
 
     @property
     def best(self) -> dict[str, float]:
+        """The look with the lowest held-out loss."""
         return min(self.history, key=lambda entry: entry["held_out"])
 
 
 def starting_metric(method: PolicyGradient, task: Task) -> tuple[dict[str, Tensor], dict[str, str]]:
     """({group key: metric}, {kind: what metric it is, if that compares between layers}). Kinds that the metric knows
-    nothing about start from block influence (depth) or magnitude (experts)."""
+    nothing about start from block influence (depth) or magnitude (experts).
+    """
     few = max(1, -(-method.init_tokens // task.tokens.shape[1]))
     wanted = STARTS[method.init]
     metric: dict[str, Tensor] = {}

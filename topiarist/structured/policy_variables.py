@@ -38,6 +38,12 @@ class Variables:
     def make(
         cls, task: Task, metric: Mapping[str, Tensor], comparable: Mapping[str, str], channel_group: int | None
     ) -> Variables:
+        """Variables for the task's groups: every unit its own, channels tied by the rank of their metric.
+
+        metric: group key -> metric of every unit. comparable: kind -> what its ranks are taken within: kinds of one
+        name together over all layers of a budget, "" for
+        each layer alone. channel_group: channels of a variable; None: the step that rounding moves together.
+        """
         of: dict[str, Tensor] = {}
         cost, means, first = [], [], 0
         for group in task.groups:
@@ -80,14 +86,17 @@ class Variables:
         return s
 
     def project(self, s: Tensor) -> Tensor:
+        """Probabilities moved, in place, to where every budget is met."""
         for members, budget in self.pools:
             s[members] = policy.project(s[members], self.cost[members], budget)
         return s
 
     def by_group(self, values: Tensor) -> dict[str, Tensor]:
+        """Values of variables as values of units, by group key."""
         return {key: values[index] for key, index in self.of.items()}
 
     def scores(self, s: Tensor) -> Scores:
+        """Probabilities as scores of units; those of one variable are told apart by their own metric's rank."""
         return {key: value + TIE_BREAK * self.within[key] for key, value in self.by_group(s).items()}
 
 

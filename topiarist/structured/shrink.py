@@ -23,7 +23,8 @@ def cut_state(
     absent: Iterable[str] = (),
 ) -> dict[str, Tensor]:
     """A model's state dict with every part cut to its slots, without what is in `absent` modules: contiguous, and not
-    shared with the model where it was cut. Works on meta tensors."""
+    shared with the model where it was cut. Works on meta tensors.
+    """
     gone = tuple(f"{path}." for path in absent)
     state = {name: t.detach() for name, t in state.items() if not name.startswith(gone)}
     stretches: dict[str, dict[int | None, list[tuple[Part, Tensor, int]]]] = {}

@@ -64,6 +64,7 @@ class PruneSpec:
         return spec
 
     def to_json(self) -> str:
+        """The spec as one line of JSON, as `load` reads it."""
         return json.dumps(asdict(self)) + "\n"
 
     def masks(self, groups: Sequence[UnitGroup]) -> Kept:
@@ -81,7 +82,8 @@ class PruneSpec:
 
     def apply(self, model: Any) -> Any:
         """Write zeros into everything of the base (a model object, in place) that goes, and return it. Refit weights and
-        biases are not in a PruneSpec: without them the function is that of the cut alone."""
+        biases are not in a PruneSpec: without them the function is that of the cut alone.
+        """
         groups = units_of(model, self.units)
         mask_in_place(model, groups, self.masks(groups))
         return model

@@ -87,6 +87,7 @@ class UnitGroup:
 
     @property
     def producers(self) -> tuple[Part, ...]:
+        """What is cut beside the consumer's own columns."""
         return self.parts[:-1]
 
 
@@ -129,12 +130,15 @@ def units_of(model: Any, kinds: Sequence[str]) -> list[UnitGroup]:
 
 @dataclass(frozen=True)
 class Heads:
+    """Heads of an attention layer: query heads, key-value heads, channels of each."""
+
     query: int
     kv: int
     dim: int
 
     @property
     def per_group(self) -> int:
+        """Query heads that share a key-value head."""
         return self.query // self.kv
 
 
