@@ -22,6 +22,7 @@ Plan = Annotated[bool, typer.Option("--plan", help="say what the run will need, 
 
 
 def set_threads(threads: int | None) -> None:
+    """Set torch's number of threads; None leaves it, and does not import torch."""
     if threads is not None:
         import torch
 
@@ -48,6 +49,7 @@ class ProgressLines:
         self.told = self.started
 
     def __call__(self, what: str, done: int, total: int) -> None:
+        """Print a line for step `done` of `total`, unless the last one is less than `LINE_EVERY` seconds old."""
         now = self.clock()
         if now - self.told >= LINE_EVERY:
             self.told = now

@@ -35,10 +35,12 @@ class Grid:
 
     @property
     def lowest(self) -> int:
+        """The smallest integer, -8 for 4 bits."""
         return -(1 << (self.bits - 1))
 
     @property
     def highest(self) -> int:
+        """The largest integer, 7 for 4 bits."""
         return (1 << (self.bits - 1)) - 1
 
     def width(self, in_features: int) -> int:

@@ -75,10 +75,12 @@ class Result:
 
     @property
     def method(self) -> str:
+        """The name of the method that chose what goes."""
         return str(self.report["method"])
 
     @property
     def pattern(self) -> str:
+        """The pattern, as text."""
         return str(self.report["pattern"])
 
     @property
@@ -93,6 +95,7 @@ class Result:
 
     @property
     def layers(self) -> list[Mapping[str, Any]]:
+        """The report's entries for layers, those that have a name."""
         return [layer for layer in self.report["layers"] if layer.get("name")]
 
     @property
@@ -102,14 +105,17 @@ class Result:
 
     @property
     def sparsity(self) -> float:
+        """Fraction of zeros; 0 if the report does not say."""
         return float(self.report.get("sparsity", 0.0))
 
     @property
     def perplexities(self) -> Sequence[Mapping[str, Any]]:
+        """What `evaluate` measured on text, an entry a text; empty if nothing was."""
         return self.evaluation.get("perplexity", [])
 
     @property
     def tasks(self) -> Sequence[Mapping[str, Any]]:
+        """What `evaluate` measured on tasks, an entry a task; empty if nothing was."""
         return self.evaluation.get("tasks", [])
 
     @property

@@ -42,6 +42,7 @@ class Speed:
 
     @property
     def gain(self) -> float:
+        """How many times as fast the sparse variant is."""
         return self.sparse / self.dense
 
 

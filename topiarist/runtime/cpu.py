@@ -66,14 +66,17 @@ class Acceleration:
 
     @property
     def num_packed(self) -> int:
+        """Layers that run packed."""
         return sum(layer.packed for layer in self.layers)
 
     @property
     def bytes_before(self) -> int:
+        """Bytes of all layers' dense weights."""
         return sum(layer.dense_bytes for layer in self.layers)
 
     @property
     def bytes_after(self) -> int:
+        """Bytes of all layers' weights as they now run, packed or dense."""
         return sum(layer.packed_bytes if layer.packed else layer.dense_bytes for layer in self.layers)
 
 

@@ -58,6 +58,7 @@ class SemiStructuredLinear(nn.Module):
         return self.compressed.to_dense()
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """x W^T + b by torch's semi-structured product."""
         return F.linear(x, self.compressed, self.bias)
 
     def to_linear(self) -> nn.Linear:

@@ -60,6 +60,7 @@ class PackedLinear(nn.Module):
         return self._rows(range(-(-self.out_features // TILE_ROWS)), self.dtype) if self.dense is None else self.dense
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """x W^T + b; by torch on the dense weight where dtype or device do not fit the kernel, or x needs a gradient."""
         usable = x.dtype == self.dtype and x.device == self.values.device == CPU and x.shape[-1] == self.in_features
         usable = usable and (self.bias is None or self.bias.dtype == self.dtype)
         if not usable or (x.requires_grad and torch.is_grad_enabled()):
@@ -121,6 +122,7 @@ class PackedLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def extra_repr(self) -> str:
+        """Sizes and whether there is a bias, as nn.Linear shows them."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
@@ -159,6 +161,7 @@ class QuantisedLinear(PackedLinear):
         self.bits, self.form, self.group = bits, form, group
 
     def described(self) -> Weight:
+        """What the base class says, and where the scales are, in which dtype, and how integers are packed."""
         weight = super().described()
         weight.type, weight.form, weight.group = INTEGERS[self.bits], FORMS[self.form], self.group
         weight.scales = self.scales.data_ptr()
@@ -171,6 +174,7 @@ class QuantisedLinear(PackedLinear):
         return self._rows(range(-(-self.out_features // TILE_ROWS)), torch.int8)
 
     def extra_repr(self) -> str:
+        """What the base class shows, and bits, group and form."""
         return f"{super().extra_repr()}, bits={self.bits}, group={self.group}, form={self.form!r}"
 
 
@@ -216,6 +220,7 @@ class QuantisedEmbedding(nn.Module):
 
     @property
     def table(self) -> QuantisedLinear:
+        """The packed table, one row a token."""
         return self._table[0]
 
     @property
@@ -224,6 +229,7 @@ class QuantisedEmbedding(nn.Module):
         return self.table.weight
 
     def forward(self, ids: Int64[Tensor, "*batch"]) -> Float[Tensor, "*batch width"]:
+        """The rows of the token ids, in the table's dtype."""
         out = torch.empty(ids.numel(), self.table.in_features)
         load_kernels().rows(self.table.described(), ids.flatten(), out)
         return out.to(self.table.dtype).view(*ids.shape, self.table.in_features)

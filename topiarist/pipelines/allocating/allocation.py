@@ -58,6 +58,7 @@ class FoundAllocation:
 
     @property
     def zeros(self) -> int:
+        """Number of zeros over all layers."""
         total = sum(out * width for out, width in self.shapes.values())
         return total - kept_by(self.shapes, self.patterns)
 

@@ -42,9 +42,11 @@ class Database:
         write_atomically(self.folder / "database.json", text)
 
     def path(self, block: int, pattern: Pattern) -> Path:
+        """The file of one block at one level."""
         return self.folder / f"{block:05d}-{str(pattern).replace(':', 'of').replace('/', '-')}.safetensors"
 
     def write(self, block: int, pattern: Pattern, solutions: Mapping[str, Solution]) -> None:
+        """Save the solutions of one block at one level, by layer name."""
         tensors: dict[str, Tensor] = {}
         for name, solution in solutions.items():
             mask = solution.mask.cpu()

@@ -46,6 +46,7 @@ class InputSquares:
         self.means: list[float] = []
 
     def add(self, x: Tensor) -> None:
+        """Count the inputs of one forward."""
         squares = x.reshape(-1, x.shape[-1]).float().square().sum(0, dtype=torch.float64).cpu()
         self.sums += squares
         self.means.append(float(squares.sum()) / max(x.numel(), 1))
@@ -136,7 +137,8 @@ def layers_of(model: nn.Module, source: OpenedModel, names: Sequence[str]) -> di
 
 def loss_gradients(model: Any, matrices: Sequence[Matrix], tokens: Tensor) -> Callable[[], list[Tensor]]:
     """A function that gives the gradients of the mean next-token loss on (batch, window) tokens, at the weights as they
-    are when it is called; of a matrix that no token reached it is zero."""
+    are when it is called; of a matrix that no token reached it is zero.
+    """
     model.requires_grad_(False)
     parameters: dict[int, nn.Parameter] = {}
     for matrix in matrices:

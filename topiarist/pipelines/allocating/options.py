@@ -35,4 +35,5 @@ class AllocateOptions(TextOptions):
 
     @property
     def base_pattern(self) -> Pattern:
+        """The pattern that says how much is kept in all, 0.5 if none was given."""
         return parse_pattern("0.5") if self.pattern is None else self.pattern

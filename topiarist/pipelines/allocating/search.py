@@ -112,6 +112,7 @@ class Genes:
         self.budget = budget(shapes, pattern) + (len(shapes) if isinstance(pattern, Unstructured) else 0)
 
     def densities(self, genome: Genome) -> dict[str, float]:
+        """The fraction of weights that the genome keeps of every layer."""
         return {
             name: _kept(self.levels[level], self.shapes[name]) / _kept(None, self.shapes[name])
             for unit, level in zip(self.units, genome, strict=True)
@@ -139,6 +140,7 @@ class Judge:
         return self.model(input_ids=window[None].to(next(self.model.parameters()).device), use_cache=False).logits[0]
 
     def wear(self, genome: Genome) -> None:
+        """Give the model the candidate's weights; units that are at their level already are not read again."""
         for unit, level in enumerate(genome):
             if self.worn[unit] == level:
                 continue
@@ -175,6 +177,7 @@ class Journal:
             self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
 
     def add(self, **line: Any) -> None:
+        """Append a generation, and wait until it is on disk."""
         self.lines.append(line)
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
@@ -183,12 +186,14 @@ class Journal:
 
     @property
     def seconds(self) -> float:
+        """Seconds that all generations in the journal took, those of earlier tries included."""
         return sum(line["seconds"] for line in self.lines)
 
 
 def evolve(rule: Search, seed: int, genes: Genes, judge: Judge, journal: Journal, progress: Progress) -> Scores:
     """Generation after generation until time or their number is up; what a generation draws depends on its number only,
-    so a search that was stopped goes on as if it had not been."""
+    so a search that was stopped goes on as if it had not been.
+    """
     rows = range(len(judge.windows))
     if not journal.lines:
         started = time.perf_counter()

@@ -143,11 +143,13 @@ class BlockStream:
 
     @property
     def hidden(self) -> Tensor:
+        """The hidden states that enter the next block, (num, window, width), in the model's dtype on the CPU."""
         assert self._hidden is not None
         return self._hidden.values
 
     @property
     def num_batches(self) -> int:
+        """Number of batches that the windows are divided into."""
         return len(self._batches)
 
     def run_batch(
@@ -280,7 +282,8 @@ def check_flow(source: OpenedModel, tokens: Int[Tensor, "num window"], what: str
 
 class PausedStream(BlockStream):
     """The model's own forward, one thread a batch, paused at every block: for models whose blocks hand on more than one
-    tensor. There are no hidden states to look at, only the arguments that each block is called with."""
+    tensor. There are no hidden states to look at, only the arguments that each block is called with.
+    """
 
     def _begin(self, tokens: Tensor) -> None:
         self._forward = PausedForward(
@@ -290,21 +293,26 @@ class PausedStream(BlockStream):
 
     @property
     def hidden(self) -> Tensor:
+        """Raises UnsupportedModel: what flows between these blocks is more than one tensor."""
         raise UnsupportedModel("this model has no hidden states between blocks that are one tensor")
 
     def reaches(self, index: int) -> bool:
+        """Whether the paused forwards call this block."""
         return self._forward.reaches(index)
 
     def run_batch(
         self, index: int, block: Callable[..., Any], batch: int, states: Tensor | None = None
     ) -> tuple[slice, Tensor, Tensor]:
+        """(rows, hidden states entering, output) of one batch, by the model's own block and states, whatever is given."""
         call, out = self._forward.run(index, batch)
         return self._batches[batch], call.hidden, first_of(out)
 
     @torch.no_grad()
     def advance(self, index: int, block: nn.Module) -> None:
+        """Run the block for every batch, and each forward up to the next one."""
         for batch in range(self.num_batches):
             self._forward.advance(index, batch)
 
     def close(self) -> None:
+        """End the paused forwards."""
         self._forward.close()

@@ -59,6 +59,7 @@ def rope(config: Any) -> dict[str, Any]:
 
 
 def head_size(config: Any) -> int:
+    """Channels of an attention head: `head_dim` of the config, else the width divided by the heads."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 

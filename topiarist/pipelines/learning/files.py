@@ -53,6 +53,7 @@ def open_output(
 
 
 def packed_prior(wanted: Sequence[Target], bits: Sequence[Any]) -> dict[str, Tensor]:
+    """The prior's masks at one bit a weight, by the names that a saved state keeps them under."""
     return {f"{target.name} prior": torch.from_numpy(packed) for target, packed in zip(wanted, bits, strict=True)}
 
 
@@ -82,6 +83,7 @@ class Scalars:
             self.writer.close()
 
     def write(self, entry: Mapping[str, Any]) -> None:
+        """Log loss, hard loss, flips and certainty of an evaluation, those that it has."""
         if self.writer is not None:
             for key in ("loss", "hard_loss", "flips", "certainty"):
                 if entry[key] is not None:
@@ -89,6 +91,7 @@ class Scalars:
 
 
 def layer_reports(wanted: Sequence[Target], masks: Mapping[str, Tensor], flips: Sequence[float]) -> list[LearnedLayer]:
+    """A report for every target: its final sparsity, and the fraction of its weights that differ from the prior's."""
     return [
         LearnedLayer(
             target.label,
@@ -129,6 +132,7 @@ def write_result(
 
 @torch.no_grad()
 def mask_in_place(wanted: Sequence[Target], masks: Mapping[str, Tensor], replaced: Mapping[str, Tensor] | None) -> None:
+    """Zero what the masks drop in the model's own parameters, after giving them `replaced` weights if there are any."""
     for target in wanted:
         parameter = target.parameter
         if replaced is not None:

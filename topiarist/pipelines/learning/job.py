@@ -40,6 +40,7 @@ class Job:
 
     @property
     def targets(self) -> list[Target]:
+        """The targets of all blocks, in order."""
         return [target for block in self.blocks for target in block]
 
 

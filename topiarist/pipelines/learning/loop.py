@@ -38,10 +38,12 @@ class Run:
     progress: Progress
 
     def note(self, message: str) -> None:
+        """Warn of something, and keep it for the report."""
         self.job.notes.append(message)
         warnings.warn(message, UserWarning, stacklevel=3)
 
     def note_if_useless(self, report: LearnReport) -> None:
+        """Note it if no evaluation had a lower held-out loss than the prior's mask."""
         if report.loss >= report.prior_loss:
             self.note(
                 f"no mask was better than the prior on held-out training text (loss {report.prior_loss:.3f}, after the last "

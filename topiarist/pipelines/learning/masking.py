@@ -40,6 +40,7 @@ class Target:
 
     @property
     def module_path(self) -> str:
+        """Name of the module that holds the parameter."""
         return self.name.rpartition(".")[0]
 
     @property
@@ -54,6 +55,7 @@ class Target:
 
     @property
     def transposed(self) -> bool:
+        """Whether the parameter is stored as (..., in, out)."""
         return self.matrices[0].transposed
 
     @property
@@ -189,7 +191,8 @@ class MaskedModel:
     @contextmanager
     def running(self, *, recompute: bool) -> Iterator[None]:
         """Inside, a block computes the masks of its fused experts once a forward, and with `recompute` keeps nothing
-        but its input for backward (activation checkpointing)."""
+        but its input for backward (activation checkpointing).
+        """
         blocks = [self.model.get_submodule(name) for name in block_names(self.model, self.source.family)]
         for block in blocks:
             block.forward = _wrapped(block.forward, recompute)

@@ -67,4 +67,5 @@ class LearnOptions(DataOptions):
 
     @property
     def base_pattern(self) -> Pattern:
+        """The pattern of every layer that is masked, 2:4 if none was given."""
         return parse_pattern("2:4") if self.pattern is None else self.pattern

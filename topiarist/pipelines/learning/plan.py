@@ -33,6 +33,7 @@ class LearnPlan:
     step_seconds: float
 
     def lines(self) -> list[tuple[str, str]]:
+        """(what, how much) of every need, in words."""
         return [
             ("masked weights", f"{self.weights:,}"),
             ("training tokens x steps", f"{self.tokens // self.steps:,} x {self.steps}"),

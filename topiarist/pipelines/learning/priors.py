@@ -34,6 +34,7 @@ class MaskOnly(Solver):
     """Passes of descent over the groups; 0 leaves the solver's mask."""
 
     def together(self, weights, gram, patterns) -> list[Solution]:
+        """The solver's masks, improved by descent if `sweeps` says so, on the weights as they came."""
         found = self.solver.together(weights, gram, patterns)
         H = gram.matrix.to(weights[0].device)
         return [
@@ -49,6 +50,7 @@ class MaskOnly(Solver):
         return Solution(kept, mask, linalg.reconstruction_error(weight, kept, H))
 
     def solve(self, problem):
+        """What the solver gives, weights and all; only `together` keeps the dense ones."""
         return self.solver.solve(problem)
 
 

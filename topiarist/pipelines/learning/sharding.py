@@ -42,6 +42,7 @@ class MaskShard(LearnedMask):
 
     @property
     def matrix(self) -> Tensor:
+        """The dense rows of this process."""
         return self.rows
 
     @torch.no_grad()
@@ -148,13 +149,16 @@ class ShardedModel(MaskedModel):
 
     @property
     def device(self) -> torch.device:
+        """Where this process's shards are."""
         return self.layers[0].matrix.device
 
     @property
     def sharded(self) -> bool:
+        """True: every process holds some rows of every layer."""
         return True
 
     def set_draws(self, annealing: Annealing, step: int, total: int, **sample: int) -> None:
+        """Set every layer's draw, and write its W * M where FSDP gathers from."""
         set_draws(self.layers, annealing, step, total, **sample)
         self._write()
 
@@ -164,12 +168,14 @@ class ShardedModel(MaskedModel):
             layer.write(dense=dense)
 
     def train(self, mode: bool = True) -> None:
+        """Soft masks (True), which the next `set_draws` writes, or hard ones, written at once."""
         super().train(mode)
         if not mode:
             self._write()
 
     @contextmanager
     def dense(self) -> Iterator[None]:
+        """Inside, FSDP gathers the dense weights; afterwards W * M stands in their place again."""
         self._write(dense=True)
         try:
             yield
@@ -177,11 +183,13 @@ class ShardedModel(MaskedModel):
             self._write()  # before backward, which gathers again
 
     def collect(self) -> None:
+        """After a backward pass: hand d loss / d(W * M), which FSDP has put in its shards, to the optimiser."""
         for layer in self.layers:
             assert isinstance(layer, MaskShard)
             layer.hand_over()
 
     def masks(self, bits: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        """Whole masks by parameter name, on the CPU, from the `bits` of every process's rows. All must call it."""
         whole = [self._whole(torch.from_numpy(b).to(self.device)).full_tensor().cpu().numpy() for b in bits]
         return super().masks(whole)
 

@@ -205,6 +205,7 @@ class MaskTrainer:
         return found
 
     def progress(self) -> dict[str, str]:
+        """The steps done and the history, as text that a saved state can hold."""
         return {"step": str(self.step), "history": json.dumps(self.history)}
 
     @torch.no_grad()

@@ -147,7 +147,8 @@ class Corrector:
     @torch.no_grad()
     def _find_writers(self) -> set[str]:
         """The matrices whose outputs are added to the hidden states as they are: asked of the block, for in some families a
-        norm or a factor stands between. Only then does it take a linear map to make good what the states lack."""
+        norm or a factor stands between. Only then does it take a linear map to make good what the states lack.
+        """
         modules, outputs = dict(self.block.named_modules()), dict[str, Tensor]()
         downs = [row.down for row in self._family.feed_forward]
         last = self._family.ffn[-1]
@@ -180,5 +181,5 @@ def _tokens(x: Tensor) -> Float[Tensor, "tokens width"]:
 
 
 def _add(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a^T b"""
+    """total + a^T b, in place where there is a total."""
     return a.T @ b if total is None else total.addmm_(a.T, b)

@@ -45,10 +45,12 @@ class Network:
 
     @property
     def matrices(self) -> list[Matrix]:
+        """All matrices, the last one at the end."""
         return [*self.first, self.down]
 
     @property
     def weights(self) -> Weights:
+        """The weights of the first matrices below each other, and of the last, in fp32."""
         return Weights(torch.cat([m.weight.float() for m in self.first]), self.down.weight.float())
 
     @property
@@ -64,10 +66,12 @@ class Network:
         return s, z
 
     def activate(self, A: Tensor) -> Tensor:
+        """act(s) * z, or act(A) where there is no gate."""
         s, z = self.split(A)
         return self.activation(s) * z
 
     def __call__(self, X: Tensor, weights: Weights) -> Tensor:
+        """The output (tokens, width) in fp32 for inputs X (tokens, width), by these weights and the network's biases."""
         first, last = self.biases
         return self.activate(X @ weights.first.T + first) @ weights.down.T + last
 

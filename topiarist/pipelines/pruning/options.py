@@ -66,6 +66,7 @@ class PruneOptions(TextOptions):
 
     @property
     def base_pattern(self) -> Pattern:
+        """The pattern of every layer, or of the whole with an allocation; 2:4 if none was given."""
         return parse_pattern("2:4") if self.pattern is None else self.pattern
 
     @property

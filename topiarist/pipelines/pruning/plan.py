@@ -37,6 +37,7 @@ class Plan:
     solver_seconds: float
 
     def lines(self) -> list[tuple[str, str]]:
+        """(what, how much) of every need, in words."""
         return [
             ("blocks x matrices", f"{self.blocks} x {self.matrices}"),
             ("peak memory, about", f"{self.peak_memory_bytes / 1e9:.2f} GB"),
@@ -144,6 +145,7 @@ def _working_set(
 
 
 def duration(seconds: float) -> str:
+    """A time as text in seconds, minutes or hours, whichever is readable."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -87,6 +87,7 @@ class Walk:
                 stream.advance(index, self.source.model.get_submodule(self.names[index]))
 
     def in_memory(self) -> list[LayerReport]:
+        """Prune the model's own blocks in order, each on what the pruned ones before it give out; a report a matrix."""
         stream, layers = self._start(), []
         for index in range(len(self.names)):
             layers += self._prune_block(stream, index)

@@ -86,6 +86,7 @@ class Legal:
                 raise UnsupportedModel(f"no {_type(model)} config can hold fewer {same[0].kind}: choose other --units")
 
     def __call__(self, place: str, count: int) -> bool:
+        """Whether `count` units in every group of a place make a config that transformers takes; asked once a count."""
         if place not in self.places or count == self.places[place][0].count:
             return True
         if (place, count) not in self.known:
@@ -94,6 +95,7 @@ class Legal:
 
 
 def remember(notes: list[str], message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn of something once, and keep it in `notes`."""
     if message not in notes:
         notes.append(message)
         warnings.warn(message, category, stacklevel=3)

@@ -48,6 +48,7 @@ class ShrinkRun:
         self.meter = meter
 
     def state(self, name: str) -> SavedState:
+        """A state of that name in the output folder; one that keeps nothing where there is no folder."""
         return SavedState() if self.output is None else self.output.state(name)
 
     def choice(
@@ -97,6 +98,8 @@ class ShrinkRun:
                 self.source.model.get_parameter(name).data = weight
 
     def refit(self, kept: Kept) -> list[Any]:
+        """Refit what reads the kept units on the calibration text, layer by layer; one report a layer."""
+
         def load(index: int) -> Saved | None:
             found = self.state(f"refit-{index:05d}").load()
             return None if found is None else (found[0], json.loads(found[1]["rows"]))
@@ -114,6 +117,7 @@ class ShrinkRun:
         return layers
 
     def cut(self, kept: Kept, plan: Plan, biases: Mapping[str, Tensor]) -> Any:
+        """The model without the units that go; under the layout `masked` with zeros in their place."""
         model = self.source.model
         with self.meter.timed("cut"):
             if plan.layout != "masked":
