@@ -12,7 +12,7 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup assets demo test test-fast test-isa lint docs clean
+.PHONY: help setup assets demo test test-fast test-isa sweep lint docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -47,6 +47,9 @@ test-fast: $(STAMP) ## the tests of a few seconds that need nothing fetched
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not real"
 
 # Held to AVX2, to AVX-512 without AMX, free, and emulated (tests/rounding.py).
+sweep: $(STAMP) ## try every model type of transformers; writes docs/reference/architectures.md
+	cd tests && $(ONE_THREAD) HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore PYTHONPATH=.. ../$(BIN)/python -m sweep --out ../docs/reference/architectures.md
+
 test-isa: $(STAMP) ## the fast tests under several instruction sets
 	$(ONE_THREAD) $(BIN)/python tests/processors.py -n $(WORKERS) -m "not slow and not real"
 

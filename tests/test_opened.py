@@ -116,9 +116,26 @@ def test_objects_that_are_no_plain_model_are_refused():
 
 def test_quantised_weights_are_refused_before_any_work(tmp_path: Path):
     base = tiny.tiny_checkpoint(tmp_path / "base")
-    reconfigure(base, quantization_config={"quant_method": "gptq"})
-    with pytest.raises(tp.UnsupportedModel, match="is quantised"):
+    reconfigure(base, quantization_config={"quant_method": "homemade"})
+    with pytest.raises(tp.UnsupportedModel, match="is quantised by 'homemade', which is not read"):
         open_model(base)
+
+
+def test_quantised_weights_of_a_known_format_are_pruned_as_what_they_stand_for(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    dense, scales = load_file(base / "model.safetensors"), {}
+    for name in [name for name in dense if name.endswith("_proj.weight")]:
+        dense[name] = (dense[name].float() * 4).to(torch.float8_e4m3fn)
+        scales[name + "_scale_inv"] = torch.full((1, 1), 0.25)
+    save_file(dense | scales, base / "model.safetensors", metadata={"format": "pt"})
+    reconfigure(base, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    tp.prune(base, tmp_path / "out", method="wanda", calibration=tiny.tiny_tokens(16, 32))
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(out) == set(dense)
+    weight, stood_for = out["model.layers.1.mlp.up_proj.weight"], dense["model.layers.1.mlp.up_proj.weight"].float() / 4
+    assert weight.dtype == torch.bfloat16 and tp.NM(2, 4).holds(weight != 0)
+    assert torch.equal(weight.float(), stood_for.masked_fill(weight == 0, 0.0))
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 def test_devices_that_are_not_here():

@@ -67,7 +67,7 @@ def one(mapping: str, model_type: str) -> dict[str, Any]:
         except Exception as error:
             return {"built": False, "why": _line(error)}
         try:
-            return {"built": True, **asdict(check_type(base, Path(folder, "out"), mapping))}
+            return {"built": True, **asdict(check_type(base, Path(folder, "out")))}
         except tp.TopiaristError as error:
             return {"built": True, "refused": str(error).replace(str(base), model_type)}
         except Exception as error:

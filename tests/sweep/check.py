@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import topiarist as tp
-from sweep.tiny_types import AUTO, VOCAB
+from sweep.tiny_types import VOCAB
 from topiarist.models.calls import first_of
 from topiarist.models.derive import base_model
 from topiarist.models.opened import OpenedModel, eager_experts, open_model
@@ -42,7 +42,7 @@ def tokens() -> Tensor:
 
 
 @torch.no_grad()
-def check_type(folder: Path, out: Path, mapping: str = "causal", **options: Any) -> Outcome:
+def check_type(folder: Path, out: Path, **options: Any) -> Outcome:
     """Prune the model of a folder with wanda to 2:4, and hold the result against what is promised.
 
     options: of `tp.prune`. An exception means that the type is refused, or that something is broken.
@@ -58,8 +58,9 @@ def check_type(folder: Path, out: Path, mapping: str = "causal", **options: Any)
             folder, out, **{"method": "wanda", "calibration": tokens(), "batch_size": 4, "device": "cpu"} | options
         )
     found.matrices = len(report.layers)
-    dense = AUTO[mapping].from_pretrained(folder, dtype=torch.float32).eval()
-    again, about = AUTO[mapping].from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    kind = type(opened.model)
+    dense = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    again, about = kind.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
     names = {layer.name for layer in report.layers}
     checks = {
         "tensors are missing in the result": not about["missing_keys"],

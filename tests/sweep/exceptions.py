@@ -75,7 +75,17 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "attention_head_size": 16,
         "num_buckets": None,
     },
-    "dots1": {"num_hidden_layers": 3, "first_k_dense_replace": 1, "layer_types": ["full_attention"] * 3},
+    "dots1": {
+        "num_hidden_layers": 3,
+        "layer_types": ["full_attention"] * 3,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},

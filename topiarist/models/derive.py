@@ -1,6 +1,7 @@
 """What can be seen from the modules of any model: its decoder blocks, its experts, and what of a block stays dense.
 
-Only what cannot be seen stands in a row of `FAMILIES`. Rules and their reasons: docs/reference/architectures.md.
+Only what cannot be seen stands in a row of `FAMILIES`. `make sweep` tries
+the rules on every type that transformers knows.
 """
 
 from __future__ import annotations
@@ -50,6 +51,20 @@ def family_of(model: Any) -> Family:
             dense.setdefault(name, reason)
         experts.update(_fused_experts(block))
     return replace(row, blocks=path, dense={**dense, **row.dense}, experts={**experts, **row.experts})
+
+
+def structure_of(model: Any) -> Family:
+    """The family of a model whose heads and channels are known by a row, as cutting them out needs.
+
+    Raises UnsupportedModel without one: where a head lies in fused or latent projections cannot be seen from shapes.
+    """
+    model_type = str(model.config.model_type).removeprefix("pruned_")
+    if model_type not in FAMILIES:
+        raise UnsupportedModel(
+            f"where heads and channels of model type {model_type!r} lie is not known: say so in a row of "
+            "topiarist.models.FAMILIES (Family(attention=..., feed_forward=...)), or prune its matrices"
+        )
+    return family_of(model)
 
 
 def decoder_blocks(model: Any) -> str:

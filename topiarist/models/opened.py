@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from topiarist.checkpoints.dequantised import readable
 from topiarist.checkpoints.reading import Checkpoint, locate, weight_digest
 from topiarist.core.errors import CheckpointError
 from topiarist.data import load_tokenizer
@@ -259,7 +260,8 @@ def open_model(
     trust_remote_code: whether code in the folder may run; it is refused, never asked about, otherwise.
     tokenizer: taken instead of the model's own.
     Raises CheckpointError, UnsupportedModel or DeviceError for everything that cannot be opened rightly: no such folder,
-    tensors that are missing or of another shape, adapters, quantised or offloaded weights, a device that is not here.
+    tensors that are missing or of another shape, adapters, offloaded weights, a device that is not here. Quantised weights
+    are read as what they stand for, one at a time, where their format is known, and refused otherwise.
     """
     from topiarist.models.folder import FolderModel
 
@@ -274,7 +276,7 @@ def open_model(
         if not folder.is_dir():
             raise CheckpointError(f"{model} is a file: name the folder of a model")
         check_folder(folder)
-        opened = FolderModel(Checkpoint(folder), device=where, trust_remote_code=trust_remote_code, name=str(model))
+        opened = FolderModel(readable(folder), device=where, trust_remote_code=trust_remote_code, name=str(model))
     opened._tokenizer = tokenizer
     return opened
 

@@ -28,7 +28,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from topiarist.core.errors import TopiaristError, UnsupportedModel
-from topiarist.models.derive import family_of
+from topiarist.models.derive import family_of, structure_of
 from topiarist.models.families import Family, FeedForward
 
 HEAD_KINDS = ("heads", "query_heads")
@@ -117,7 +117,7 @@ def units_of(model: Any, kinds: Sequence[str]) -> list[UnitGroup]:
     Works on a model without memory (meta tensors) too.
     """
     kinds = check_kinds(kinds)
-    family = family_of(model)
+    family = structure_of(model)
     groups: list[UnitGroup] = []
     for index, block in enumerate(model.get_submodule(family.blocks)):
         finder = _Finder(model, family, index, block)
@@ -143,7 +143,7 @@ class Heads:
 
 
 def _heads(model: Any) -> Heads:
-    config, family = model.config, family_of(model)
+    config, family = model.config, structure_of(model)
     query = int(config.num_attention_heads)
     kv = int(getattr(config, "num_key_value_heads", None) or query)
     out = model.get_submodule(f"{family.blocks}.0.{family.attention.module}.{family.attention.out}")

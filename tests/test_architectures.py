@@ -1,0 +1,153 @@
+"""Any architecture: a sample of the sweep (tests/sweep), and each thing by itself that a model can do differently."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from sweep.check import check_type, tokens
+from sweep.tiny_types import tiny_folder
+
+import topiarist as tp
+from topiarist.models.names import DiskNames
+from topiarist.models.opened import open_model
+from topiarist.pipelines.common.stream import BlockStream, PausedStream
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::topiarist.core.errors.CalibrationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+SAMPLE = {
+    "gpt_oss": "replayed",  # experts stored transposed, multiplied by matmul
+    "llama4_text": "replayed",  # all experts in one product
+    "deepseek_v3": "replayed",  # a stored buffer decides the routing; matrices of low rank; shared experts
+    "phimoe": "replayed",  # other names on disk
+    "gemma3n_text": "paused",  # hidden states of four axes, keys shared by layers
+    "glm_moe_dsa": "paused",  # blocks hand on what they chose
+    "zamba": "replayed",  # one transformer layer used by several blocks; recurrent layers
+    "mamba": "replayed",  # a matrix that is multiplied and never called
+}
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_a_type_without_a_row_is_pruned_rightly(model_type: str, tmp_path: Path):
+    base = tiny_folder(tmp_path / "base", model_type)
+    outcome = check_type(base, tmp_path / "out")
+    assert (outcome.why, outcome.way) == ("", SAMPLE[model_type])
+    assert outcome.matrices
+
+
+def test_the_text_decoder_of_an_image_text_model_is_pruned_and_its_tower_said(tmp_path: Path):
+    base = tiny_folder(tmp_path / "base", "gemma3", "image-text")
+    opened = open_model(base)
+    assert opened.family.blocks == "model.language_model.layers"
+    assert any("vision_tower" in note and "stays dense" in note for note in opened.unpruned())
+    assert check_type(base, tmp_path / "out").why == ""
+
+
+def test_a_block_that_runs_twice_a_forward_is_refused_before_anything_is_written(tmp_path: Path):
+    base = tiny_folder(tmp_path / "base", "hrm_text")
+    with pytest.raises(tp.UnsupportedModel, match="called more than once a forward"):
+        tp.prune(base, tmp_path / "out", method="wanda", calibration=tokens(), refine=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_never_called_stays_dense_and_is_named(tmp_path: Path):
+    base = tiny_folder(tmp_path / "base", "bart")
+    with pytest.warns(tp.errors.CalibrationWarning, match=r"never called .*, so dense: encoder_attn\.k_proj"):
+        report = tp.prune(base, tmp_path / "out", method="wanda", calibration=tokens())
+    assert not [layer.name for layer in report.layers if "encoder_attn" in layer.name]
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    kept = [name for name in before if "encoder_attn" in name]
+    assert kept and all(torch.equal(before[name], after[name]) for name in kept)
+
+
+def test_low_coverage_is_said_with_what_stays_dense(tmp_path: Path):
+    opened = open_model(tiny_folder(tmp_path / "base", "dbrx"))
+    (note,) = opened.unpruned()
+    assert "only 20% of the weights of the blocks" in note and "ffn.experts.mlp.w1" in note
+
+
+def test_tensors_that_no_module_uses_are_copied_and_named(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    extra = {"mtp.layers.0.proj.weight": torch.randn(4, 4)}
+    save_file(load_file(base / "model.safetensors") | extra, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=r"does not use are copied as they are: mtp\.layers\.N\.proj\.weight"):
+        tp.prune(base, tmp_path / "out", method="wanda", calibration=tokens()[:, :16])
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(out["mtp.layers.0.proj.weight"], extra["mtp.layers.0.proj.weight"])
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe", "gpt2"])
+def test_the_paused_forward_gives_the_grams_of_replayed_blocks(family: str):
+    model = tiny.tiny_model(family)
+    grams: dict[type, dict[str, torch.Tensor]] = {}
+    for kind in (BlockStream, PausedStream):
+        opened = open_model(model)
+        stream = kind(opened, tiny.tiny_tokens(8, 32), batch_size=4, device=torch.device("cpu"))
+        found = grams.setdefault(kind, {})
+        for index in range(2):
+            with torch.no_grad():
+                groups = stream.grams(index, opened.load(index), opened.matrices(index))
+            found.update({f"{index} {m.name}": group.gram.matrix.clone() for group in groups for m in group.matrices})
+            stream.advance(index, opened.load(index))
+        stream.close()
+    assert grams[BlockStream].keys() == grams[PausedStream].keys() != set()
+    assert all(torch.equal(gram, grams[PausedStream][name]) for name, gram in grams[BlockStream].items())
+    assert "forward" not in model.get_submodule(open_model(model).block_names[0]).__dict__
+
+
+@pytest.mark.parametrize("what", ["correct", "refine"])
+def test_what_needs_hidden_states_says_so_where_there_are_none(what: str, tmp_path: Path):
+    base = tiny_folder(tmp_path / "base", "gemma3n_text")
+    with pytest.raises(tp.UnsupportedModel, match="needs hidden states that are one tensor"):
+        tp.prune(base, tmp_path / "out", method="wanda", calibration=tokens(), **{what: True})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_run_of_a_paused_model_resumes_to_the_same_bytes(tmp_path: Path):
+    base = tiny_folder(tmp_path / "base", "gemma3n_text")
+    options = {"method": "sparsegpt", "calibration": tokens(), "batch_size": 4}
+    tp.prune(base, tmp_path / "whole", **options)
+
+    def stop(activity: str, done: int, _: int) -> None:
+        if activity == "pruning" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tp.prune(base, tmp_path / "out", **options, progress=stop)
+    tp.prune(base, tmp_path / "out", **options)
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+def test_names_on_disk_go_both_ways(tmp_path: Path):
+    opened = open_model(tiny.tiny_checkpoint(tmp_path / "base", "mixtral"))
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    names = DiskNames(opened.model, stored)
+    assert not names.unclaimed
+    state = {target: t for first in names.groups for target, t in names.read(first, stored.__getitem__).items()}
+    assert state["model.layers.0.mlp.experts.gate_up_proj"].shape == (4, 128, 32)
+    back = names.write(state)
+    assert back.keys() == stored.keys() and all(torch.equal(tensor, back[name]) for name, tensor in stored.items())
+
+
+def test_an_expert_that_is_missing_on_disk_is_refused(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base", "mixtral")
+    tensors = load_file(base / "model.safetensors")
+    for matrix in ("w1", "w2", "w3"):
+        del tensors[f"model.layers.1.block_sparse_moe.experts.3.{matrix}.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(tp.CheckpointError, match=r"has shape \(3, .*config.json asks for \(4, "):
+        open_model(base)
+
+
+def test_cutting_heads_of_a_type_without_a_row_is_refused_by_name(tmp_path: Path):
+    base = tiny_folder(tmp_path / "base", "qwen3_next")
+    with pytest.raises(tp.UnsupportedModel, match=r"'qwen3_next' lie is not known: say so in a row"):
+        tp.shrink(base, tmp_path / "out", method="magnitude", refit=False)
+    assert not (tmp_path / "out").exists()
