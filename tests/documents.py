@@ -69,7 +69,7 @@ def run_page(text: str, folder: Path, monkeypatch, capsys) -> None:
             for words in commands(block):
                 run_command(words, monkeypatch, capsys)
         elif language == "python":
-            exec(compile(block, "<page>", "exec"), names)
+            exec(compile(block, "<page>", "exec", dont_inherit=True), names)
 
 
 def run_command(words: list[str], monkeypatch, capsys) -> None:

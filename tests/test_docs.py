@@ -14,6 +14,7 @@ from documents import DOCS, ROOT
 
 import topiarist
 from topiarist.allocate import ALLOCATIONS
+from topiarist.pipelines.recipes.recipe import read_recipe
 from topiarist.solvers import SOLVERS
 from topiarist.structured import METHODS
 
@@ -92,6 +93,17 @@ def test_commits_exist():
     }
     for commit in sorted(named):
         subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], cwd=ROOT, check=True)
+
+
+def test_recipes_are_read(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    documents.furnish(tmp_path, "")
+    found = re.findall(r"^```yaml\n(topiarist:.*?)^```", "".join(PAGES.values()), flags=re.DOTALL | re.MULTILINE)
+    for number, text in enumerate(found):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(text)
+        assert read_recipe(str(file)).steps
+    assert found
 
 
 RUNNABLE = [page for page, text in PAGES.items() if page.startswith("docs/") and any(documents.blocks(text))]

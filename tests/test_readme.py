@@ -42,6 +42,6 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch, capsys):
             assert not cell["outputs"]
             code = "".join(cell["source"]).replace('"window_tokens": 512', '"window_tokens": 64')
             code = re.sub(r'"hub:[^"]*"', '"text.jsonl"', code)
-            exec(compile(code, "<cell>", "exec"), names)
+            exec(compile(code, "<cell>", "exec", dont_inherit=True), names)
     printed = capsys.readouterr().out
     assert "50% zeros" in printed and "dense" in printed and "parameters" in printed
