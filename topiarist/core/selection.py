@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def keep_largest(scores: Tensor, kept: int) -> Tensor:
+def keep_largest(scores: Float[Tensor, "rows cols"], kept: int) -> Bool[Tensor, "rows cols"]:
     """Mask of the `kept` largest entries of a matrix. A threshold instead of a sort; ties by index."""
     total = scores.numel()
     if kept == total:
@@ -48,13 +49,13 @@ def _kth_largest(values: Tensor, k: int) -> Tensor:
     return values.kthvalue(len(values) - k + 1).values
 
 
-def keep_largest_per_row(scores: Tensor, kept: int) -> Tensor:
+def keep_largest_per_row(scores: Float[Tensor, "*rows cols"], kept: int) -> Bool[Tensor, "*rows cols"]:
     """Mask of the `kept` largest along the last axis, by a stable sort."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
 
 
-def keep_largest_evenly(scores: Tensor, kept: int) -> Tensor:
+def keep_largest_evenly(scores: Float[Tensor, "rows cols"], kept: int) -> Bool[Tensor, "rows cols"]:
     """Mask of `kept` entries in all, the largest of every row, rows differing by at most one in their count."""
     rows = torch.arange(scores.shape[0] + 1, device=scores.device) * kept // scores.shape[0]
     order = scores.sort(dim=1, descending=True, stable=True).indices
@@ -62,7 +63,7 @@ def keep_largest_evenly(scores: Tensor, kept: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, first)
 
 
-def rank_network(groups: Tensor, kept: int) -> Tensor:
+def rank_network(groups: Float[Tensor, "*groups of"], kept: int) -> Bool[Tensor, "*groups of"]:
     """Mask of the `kept` largest in each short group, by comparing all pairs: no sort, only element-wise passes.
 
     Element j beats an earlier i only if strictly larger. Runs along memory when given a transposed view.
@@ -85,7 +86,7 @@ STEPS = 60  # of Dykstra's algorithm
 SHARPNESS = 40.0  # the transport plan is exp(SHARPNESS * score / largest score of the block), then scaled
 
 
-def transposable_mask(blocks: Tensor, keep: int) -> Tensor:
+def transposable_mask(blocks: Float[Tensor, "blocks of of"], keep: int) -> Bool[Tensor, "blocks of of"]:
     """Mask (blocks, of, of) with `keep` in every row and column: transport, greedy rounding, repair."""
     size = blocks.shape[-1]
     scores = blocks / blocks.amax((1, 2), keepdim=True).clamp_min(1e-30)

@@ -100,8 +100,8 @@ def native_fits(relaxation: Relaxation, *tensors: Tensor) -> bool:
 
 def native_mask(
     relaxation: Relaxation,
-    weight: Tensor,
-    logits: Tensor,
+    weight: Float[Tensor, "out in"],
+    logits: Float[Tensor, "out classes groups"],
     draw: Draw | None,
     *,
     hard: bool = False,
@@ -123,7 +123,7 @@ def native_mask(
     return mask
 
 
-def native_grad(grad_effective: Tensor) -> native.Adam:
+def native_grad(grad_effective: Float[Tensor, "out in"]) -> native.Adam:
     """The C++ kernel's arguments for a backward pass without an optimiser step."""
     adam = native.Adam(grad_effective=grad_effective.data_ptr(), grad_bf16=grad_effective.dtype == torch.bfloat16)
     adam.keep_alive = grad_effective

@@ -149,7 +149,7 @@ class MaskedLinear(LearnedMask):
         return layer
 
     @property
-    def matrix(self) -> Tensor:
+    def matrix(self) -> Float[Tensor, "out in"]:
         """The frozen weight itself."""
         return self.weight
 
@@ -193,11 +193,11 @@ class MaskedExperts(LearnedMask):
         return rows.view(shape[0], shape[2], shape[1]).transpose(1, 2)
 
     @property
-    def matrix(self) -> Tensor:
+    def matrix(self) -> Float[Tensor, "rows in"]:
         """The experts' rows below each other; a copy if the parameter is stored transposed."""
         return self._rows(self._weight[0].detach())
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def forward(self, weight: Float[Tensor, "experts rows cols"]) -> Float[Tensor, "experts rows cols"]:
         """W * M in the parameter's own layout, with the current draw's mask or the hard one; W while `bypassed`."""
         if self.bypassed:
             return weight

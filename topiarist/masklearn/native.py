@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from topiarist.core.compiled import NoKernels, compiled
@@ -98,8 +99,8 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def mask_args(
-    weight: Tensor,
-    logits: Tensor,
+    weight: Float[Tensor, "out in"],
+    logits: Float[Tensor, "out classes groups"],
     table: Tensor,
     *,
     kappa: float,
@@ -127,13 +128,15 @@ def mask_args(
     return arguments
 
 
-def forward(mask: Mask, out: Tensor | None) -> float:
+def forward(mask: Mask, out: Float[Tensor, "out in"] | None) -> float:
     """Fill `out` with W * M, if given. The mean largest probability of a group (Categorical), or mean M (Bernoulli)."""
     target = out.data_ptr() if out is not None else None
     return sum(_rows("topiarist_forward", mask, target)) / (mask.rows * mask.groups)
 
 
-def backward(mask: Mask, adam: Adam, out: Tensor | None = None, *, squares: bool = False) -> float:
+def backward(
+    mask: Mask, adam: Adam, out: Float[Tensor, "out classes groups"] | None = None, *, squares: bool = False
+) -> float:
     """Gradient into `out`, and / or a step of Adam (see native.cpp). Returns its squared norm if asked for."""
     target = out.data_ptr() if out is not None else None
     return sum(_rows("topiarist_backward", mask, adam, target, squares=squares))

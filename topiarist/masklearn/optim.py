@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from topiarist.masklearn import eight_bit, kernels, native, noise
@@ -243,7 +244,14 @@ def _native_adam(step: Step, scale: float | Tensor, m: Tensor, v: Tensor, grad_e
 
 
 def adamw_(
-    logits: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Step, *, first_row: int = 0, first_group: int = 0
+    logits: Float[Tensor, "out classes groups"],
+    grad: Float[Tensor, "out classes groups"],
+    m: Tensor,
+    v: Tensor,
+    step: Step,
+    *,
+    first_row: int = 0,
+    first_group: int = 0,
 ) -> None:
     """One AdamW step in place, in plain torch: the oracle of the C++ kernel. Shapes as in `MaskAdamW`; grad fp32."""
     where = {"first_row": first_row, "first_group": first_group, "device": logits.device}

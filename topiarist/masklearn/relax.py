@@ -21,13 +21,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from topiarist.core.errors import PatternError
 from topiarist.core.patterns import NM, Pattern, Unstructured, parse_pattern
 from topiarist.masklearn import noise
 from topiarist.masklearn.candidates import candidates, num_classes, similarity
+
+# The shapes of the table above, with the axes named.
+Dense = Float[Tensor, "out in"]
+Mask = Bool[Tensor, "out in"]
+Logits = Float[Tensor, "out classes groups"]
 
 
 @dataclass(frozen=True)
@@ -73,20 +78,18 @@ class Relaxation(ABC):
         """(out, classes, groups) for a weight of `shape`. Raises PatternError if the pattern does not fit."""
 
     @abstractmethod
-    def soft_mask(self, logits: Float[Tensor, "out classes groups"], draw: Draw) -> Float[Tensor, "out in"]:
+    def soft_mask(self, logits: Logits, draw: Draw) -> Dense:
         """M, in the logits' precision."""
 
     @abstractmethod
-    def preference(self, mask: Bool[Tensor, "out in"]) -> Float[Tensor, "out classes groups"]:
+    def preference(self, mask: Mask) -> Logits:
         """What a prior mask says about each logit: higher is more alike, mean zero over a group."""
 
     @abstractmethod
-    def hard_mask(self, logits: Float[Tensor, "out classes groups"]) -> Bool[Tensor, "out in"]:
+    def hard_mask(self, logits: Logits) -> Mask:
         """The most likely mask, without noise. Exactly of the pattern; ties go to the lower index."""
 
-    def soft_mask_backward(
-        self, logits: Float[Tensor, "out classes groups"], draw: Draw, dM: Float[Tensor, "out in"]
-    ) -> Float[Tensor, "out classes groups"]:
+    def soft_mask_backward(self, logits: Logits, draw: Draw, dM: Dense) -> Logits:
         """dpi for a gradient dM on the soft mask; by autograd on a second forward unless a subclass knows better."""
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
@@ -94,8 +97,15 @@ class Relaxation(ABC):
         return grad
 
     def init_logits(
-        self, mask: Tensor | None, prior: Prior, *, seed: int, layer: int, first_row: int = 0, first_group: int = 0
-    ) -> Float[Tensor, "out classes groups"]:
+        self,
+        mask: Shaped[Tensor, "out in"] | None,
+        prior: Prior,
+        *,
+        seed: int,
+        layer: int,
+        first_row: int = 0,
+        first_group: int = 0,
+    ) -> Logits:
         """The first logits, fp32, from a prior mask. Raises PatternError if there is none or not of the pattern."""
         if mask is None:
             raise PatternError(f"learning a {self.pattern} mask needs a prior mask; compute one with a one-shot method")
@@ -119,42 +129,34 @@ class Relaxation(ABC):
                 f"{wanted:,} are due"
             )
 
-    def effective(
-        self, weight: Float[Tensor, "out in"], logits: Float[Tensor, "out classes groups"], draw: Draw | None
-    ) -> Float[Tensor, "out in"]:
+    def effective(self, weight: Dense, logits: Logits, draw: Draw | None) -> Dense:
         """W * M in the weight's dtype; the hard mask if `draw` is None (evaluation). For autograd see kernels.py."""
         if draw is None:
             return weight.masked_fill(~self.hard_mask(logits), 0.0)
         M = self.sampled_hard_mask(logits, draw) if draw.straight_through else self.soft_mask(logits, draw)
         return (weight.to(M.dtype) * M).to(weight.dtype)
 
-    def certainty(self, logits: Float[Tensor, "out classes groups"], draw: Draw) -> Float[Tensor, ""]:
+    def certainty(self, logits: Logits, draw: Draw) -> Float[Tensor, ""]:
         """How decided the mask of this draw is: 1 if every weight is wholly kept or wholly gone."""
         M = self.soft_mask(logits, draw).clamp(0.0, 1.0)
         return torch.maximum(M, 1.0 - M).mean()
 
-    def sampled_hard_mask(self, logits: Tensor, draw: Draw) -> Tensor:
+    def sampled_hard_mask(self, logits: Logits, draw: Draw) -> Dense:
         """The hard mask of this draw's noisy logits, as numbers 0 and 1."""
         return self.hard_mask(self.noisy(logits, draw)).to(logits.dtype)
 
-    def noisy(self, logits: Tensor, draw: Draw) -> Tensor:
+    def noisy(self, logits: Logits, draw: Draw) -> Logits:
         """kappa * pi + g, not yet divided by tau."""
         words = noise.bits(
             draw.key, *logits.shape, first_row=draw.first_row, first_group=draw.first_group, device=logits.device
         )
         return draw.kappa * logits + self.noise_of(words).to(logits.dtype)
 
-    def noise_of(self, words: Tensor) -> Tensor:
+    def noise_of(self, words: Int[Tensor, "*words"]) -> Float[Tensor, "*words"]:
         """Standard Gumbel noise from random 32-bit words, one number a word."""
         return noise.gumbel(words)
 
-    def gradient(
-        self,
-        weight: Float[Tensor, "out in"],
-        logits: Float[Tensor, "out classes groups"],
-        grad_effective: Float[Tensor, "out in"],
-        draw: Draw,
-    ) -> Float[Tensor, "out classes groups"]:
+    def gradient(self, weight: Dense, logits: Logits, grad_effective: Dense, draw: Draw) -> Logits:
         """dpi of loss - lam * ||W * M||^2, given G = d loss / d(W * M): dM = G W - 2 lam W^2 M, then back to pi."""
         W = weight.to(logits.dtype)
         dM = grad_effective.to(logits.dtype) * W
@@ -184,15 +186,15 @@ class Categorical(Relaxation):
         self.pattern.check(shape)
         return shape[0], num_classes(self.pattern), shape[1] // self.pattern.of
 
-    def probabilities(self, logits: Tensor, draw: Draw) -> Float[Tensor, "out classes groups"]:
+    def probabilities(self, logits: Logits, draw: Draw) -> Logits:
         """y, the soft index."""
         return (self.noisy(logits, draw) / draw.tau).softmax(1)
 
-    def certainty(self, logits: Tensor, draw: Draw) -> Tensor:
+    def certainty(self, logits: Logits, draw: Draw) -> Float[Tensor, ""]:
         """Mean over groups of the largest probability."""
         return self.probabilities(logits, draw).amax(1).mean()
 
-    def soft_mask(self, logits: Tensor, draw: Draw) -> Tensor:
+    def soft_mask(self, logits: Logits, draw: Draw) -> Dense:
         """M = y S: the legal masks of a group, weighted by their probabilities."""
         return self._mix(self.probabilities(logits, draw))
 
@@ -200,7 +202,7 @@ class Categorical(Relaxation):
         S = candidates(self.pattern, y.device).to(y.dtype)
         return torch.einsum("ocg,cm->ogm", y, S).flatten(1)
 
-    def soft_mask_backward(self, logits: Tensor, draw: Draw, dM: Tensor) -> Tensor:
+    def soft_mask_backward(self, logits: Logits, draw: Draw, dM: Dense) -> Logits:
         """dpi = kappa / tau * y * (dM S^T - <y, dM S^T>)."""
         return self._backward(self.probabilities(logits, draw), draw, dM)
 
@@ -209,7 +211,7 @@ class Categorical(Relaxation):
         dy = torch.einsum("ogm,cm->ocg", dM.unflatten(1, (-1, self.pattern.of)), S)
         return (draw.kappa / draw.tau) * y * (dy - (y * dy).sum(1, keepdim=True))
 
-    def gradient(self, weight: Tensor, logits: Tensor, grad_effective: Tensor, draw: Draw) -> Tensor:
+    def gradient(self, weight: Dense, logits: Logits, grad_effective: Dense, draw: Draw) -> Logits:
         """What the base class gives, with one computation of y for the forward and the backward part."""
         W = weight.to(logits.dtype)
         y = self.probabilities(logits, draw)
@@ -218,11 +220,11 @@ class Categorical(Relaxation):
             dM = dM - 2.0 * draw.lam * W.square() * self._mix(y)
         return self._backward(y, draw, dM)
 
-    def preference(self, mask: Tensor) -> Tensor:
+    def preference(self, mask: Mask) -> Logits:
         """How many weights each legal mask shares with the prior's, with mean zero over a group."""
         return similarity(mask.unflatten(1, (-1, self.pattern.of)), self.pattern).transpose(1, 2).contiguous()
 
-    def hard_mask(self, logits: Tensor) -> Tensor:
+    def hard_mask(self, logits: Logits) -> Mask:
         """The legal mask with the largest logit of every group."""
         return candidates(self.pattern, logits.device)[logits.argmax(1)].flatten(1)
 
@@ -245,7 +247,7 @@ class TopN(Relaxation):
         self.pattern.check(shape)
         return shape[0], self.pattern.of, shape[1] // self.pattern.of
 
-    def soft_mask(self, logits: Tensor, draw: Draw) -> Tensor:
+    def soft_mask(self, logits: Logits, draw: Draw) -> Dense:
         """M = a_1 + ... + a_keep, the sum of successive softmaxes over a group."""
         r = self.noisy(logits, draw)
         M = torch.zeros_like(r)
@@ -256,12 +258,12 @@ class TopN(Relaxation):
             r = r + torch.log1p(-a.clamp_max(1.0 - 1e-6))
         return M.transpose(1, 2).flatten(1)
 
-    def preference(self, mask: Tensor) -> Tensor:
+    def preference(self, mask: Mask) -> Logits:
         """1 - keep / of for the weights that the prior keeps, - keep / of for the others."""
         groups = mask.unflatten(1, (-1, self.pattern.of)).transpose(1, 2).float()
         return (groups - self.pattern.keep / self.pattern.of).contiguous()
 
-    def hard_mask(self, logits: Tensor) -> Tensor:
+    def hard_mask(self, logits: Logits) -> Mask:
         """The `keep` largest logits of every group."""
         return self.pattern.mask(logits.transpose(1, 2).flatten(1))
 
@@ -286,15 +288,15 @@ class Bernoulli(Relaxation):
         self.pattern.check(shape)
         return shape[0], 1, shape[1]
 
-    def noise_of(self, words: Tensor) -> Tensor:
+    def noise_of(self, words: Int[Tensor, "*words"]) -> Float[Tensor, "*words"]:
         """Standard logistic noise from random 32-bit words, the difference of two Gumbel variables."""
         return noise.logistic(words)
 
-    def soft_mask(self, logits: Tensor, draw: Draw) -> Tensor:
+    def soft_mask(self, logits: Logits, draw: Draw) -> Dense:
         """M = sigmoid((kappa pi + l) / tau), an independent gate a weight."""
         return (self.noisy(logits, draw) / draw.tau).sigmoid().squeeze(1)
 
-    def soft_mask_backward(self, logits: Tensor, draw: Draw, dM: Tensor) -> Tensor:
+    def soft_mask_backward(self, logits: Logits, draw: Draw, dM: Dense) -> Logits:
         """dpi = kappa / tau * M * (1 - M) * (dM + push), `push` holding the density."""
         M = self.soft_mask(logits, draw)
         return ((draw.kappa / draw.tau) * M * (1.0 - M) * (dM + self.push(M.mean()))).unsqueeze(1)
@@ -303,11 +305,11 @@ class Bernoulli(Relaxation):
         """What the density penalty adds to every dM, given mean M."""
         return 2.0 * self.density_weight * (density - (1.0 - self.pattern.sparsity))
 
-    def preference(self, mask: Tensor) -> Tensor:
+    def preference(self, mask: Mask) -> Logits:
         """1/2 for the weights that the prior keeps, -1/2 for the others."""
         return mask.float().sub_(0.5).unsqueeze(1)
 
-    def hard_mask(self, logits: Tensor) -> Tensor:
+    def hard_mask(self, logits: Logits) -> Mask:
         """The largest logits, as many as the pattern keeps."""
         return self.pattern.mask(logits.squeeze(1))
 

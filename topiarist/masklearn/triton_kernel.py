@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
+from jaxtyping import Float
 from torch import Tensor
 
 from topiarist.masklearn.candidates import candidates
@@ -208,14 +209,22 @@ KERNELS = {
 }
 
 
-def forward(relaxation: Relaxation, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
+def forward(
+    relaxation: Relaxation, weight: Float[Tensor, "out in"], logits: Float[Tensor, "out classes groups"], draw: Draw
+) -> Float[Tensor, "out in"]:
     """W * M (out, in) in the weight's dtype. Logits (out, classes, groups)."""
     out = torch.empty_like(weight)
     _launch(KERNELS[type(relaxation)][0], relaxation, weight, logits, draw, out, out, _table(relaxation, weight))
     return out
 
 
-def backward(relaxation: Relaxation, weight: Tensor, logits: Tensor, grad_effective: Tensor, draw: Draw) -> Tensor:
+def backward(
+    relaxation: Relaxation,
+    weight: Float[Tensor, "out in"],
+    logits: Float[Tensor, "out classes groups"],
+    grad_effective: Float[Tensor, "out in"],
+    draw: Draw,
+) -> Float[Tensor, "out classes groups"]:
     """dpi (out, classes, groups) in fp32 for grad_effective (out, in). The host waits for nothing."""
     extra = _table(relaxation, weight)
     if isinstance(relaxation, Bernoulli):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -159,7 +160,7 @@ class MaskFile(Mapping[str, Tensor]):
             )
 
 
-def masked(weight: Tensor, mask: Tensor) -> Tensor:
+def masked(weight: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """The weight with +0.0 where the mask is False."""
     return weight.masked_fill(~mask.to(weight.device), 0.0)
 

@@ -6,7 +6,7 @@ Every function takes the tensors of one parameter as they are stored and gives t
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from topiarist.core.errors import QuantizationError
@@ -56,7 +56,7 @@ def from_integers(
 
 
 def from_float8(
-    weight: Tensor, scale: Float[Tensor, "*scale_shape"], block: tuple[int, int] = (128, 128)
+    weight: Shaped[Tensor, "out in"], scale: Float[Tensor, "*scale_shape"], block: tuple[int, int] = (128, 128)
 ) -> Float[Tensor, "out in"]:
     """float8 weights times a scale a tensor, a row (out, 1), or a block of rows and columns, in fp32.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import nn
 
 from topiarist.core.compiled import NoKernels
@@ -148,7 +149,7 @@ def machine(device: str = "cpu") -> str:
     return f"{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
 
 
-def generation_seconds(model: Any, ids: torch.Tensor, tokens: int) -> dict[str, float]:
+def generation_seconds(model: Any, ids: Int[torch.Tensor, "batch tokens"], tokens: int) -> dict[str, float]:
     """Seconds of the prompt, and of `tokens` greedy steps after it, by phase; our own loop only where it takes the model."""
     start = _now(model)
     out = model(ids, use_cache=True)

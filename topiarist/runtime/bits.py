@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Shaped, UInt8
 from torch import Tensor
 
 RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -42,12 +43,12 @@ class PackedTensor:
         return self.values.nbytes + self.index.nbytes
 
 
-def raw_bits(tensor: Tensor) -> Tensor:
+def raw_bits(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """The same memory as integers of the same width, contiguous."""
     return tensor.detach().contiguous().view(RAW[tensor.element_size()])
 
 
-def nonzero_mask(tensor: Tensor) -> Tensor:
+def nonzero_mask(tensor: Shaped[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
     """Bool, True where any bit is set (so True for -0.0)."""
     return raw_bits(tensor) != 0
 
@@ -87,17 +88,17 @@ def unpack(packed: PackedTensor) -> Tensor:
     return bits.view(packed.values.dtype).reshape(packed.shape)
 
 
-def pack_bits(mask: Tensor) -> Tensor:
+def pack_bits(mask: Bool[Tensor, " count"]) -> UInt8[Tensor, " bytes"]:
     """A flat bool tensor as bytes, least significant bit first; the last byte is filled up with zeros."""
     return torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
 
 
-def unpack_bits(index: Tensor, count: int) -> Tensor:
+def unpack_bits(index: Tensor, count: int) -> Bool[Tensor, " count"]:
     """The first `count` bits of `index` as bool."""
     return torch.from_numpy(np.unpackbits(index.numpy(), count=count, bitorder="little")).view(torch.bool)
 
 
-def unpack_index(form: str, index: Tensor, count: int) -> Tensor:
+def unpack_index(form: str, index: Tensor, count: int) -> Bool[Tensor, " count"]:
     """Flat bool, True where a value is stored. Raises ValueError if the index is not one of `count` elements."""
     sizes = {"bitmask": math.ceil(count / 8), "2:4": math.ceil(count / 8), "six": math.ceil(count / 12)}
     if form not in sizes:
@@ -116,7 +117,7 @@ def unpack_index(form: str, index: Tensor, count: int) -> Tensor:
     ).bool()
 
 
-def index_of_pairs(mask: Tensor) -> Tensor:
+def index_of_pairs(mask: Bool[Tensor, " count"]) -> UInt8[Tensor, " bytes"]:
     """The index "six" of a flat mask with two in every four."""
     nibbles = np.packbits(mask.numpy().reshape(-1, 4), axis=1, bitorder="little")[:, 0]
     digits = _PAIR_OF_BITS[nibbles]
@@ -124,7 +125,7 @@ def index_of_pairs(mask: Tensor) -> Tensor:
     return torch.from_numpy(digits[:, 0] + 6 * digits[:, 1] + 36 * digits[:, 2])
 
 
-def with_two_in_four(mask: Tensor, width: int) -> Tensor | None:
+def with_two_in_four(mask: Bool[Tensor, " count"], width: int) -> Bool[Tensor, " count"] | None:
     """A flat mask with more bits, so that each group of four along rows of `width` has two; None if one has more."""
     if width % 4:
         return None
@@ -136,7 +137,7 @@ def with_two_in_four(mask: Tensor, width: int) -> Tensor | None:
     ).bool()
 
 
-def describe(mask: Tensor) -> str:
+def describe(mask: Bool[Tensor, "*shape"]) -> str:
     """A mask in the words of `parse_pattern`: "2:4" if every group of four has at most two and nearly all have, else its
     sparsity. Nearly: a weight that was zero before pruning may be among the kept.
     """

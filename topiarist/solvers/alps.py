@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
@@ -163,7 +164,7 @@ class Resolvent:
         self.K = K.to(dtype)
 
     @functools.cached_property
-    def K2(self) -> Tensor:
+    def K2(self) -> Float[Tensor, "in in"]:
         """K(node)^2 (in, in), by upper blocks and their mirror images: half a product."""
         K2 = torch.empty_like(self.K)
         block = max(128, -(-len(K2) // 8))
@@ -173,7 +174,7 @@ class Resolvent:
             K2[stop:, start:stop] = K2[start:stop, stop:].T
         return K2
 
-    def at(self, rho: float) -> Tensor:
+    def at(self, rho: float) -> Float[Tensor, "in in"]:
         """The approximation of K(rho), (in, in), its c fitted over eigenvalues of Hs from 0.01 to 100."""
         if math.isclose(rho, self.node):
             return self.K

@@ -56,7 +56,7 @@ def uncertainty(c: Float[Tensor, "windows n"], f: Float[Tensor, "windows n"]) ->
     return precision / precision.sum()
 
 
-def scale_free(x: Tensor) -> Tensor:
+def scale_free(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """The estimates divided by their mean; unchanged in size where that is not positive."""
     return x / _positive(x.mean())
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from topiarist.structured import policy
@@ -70,7 +71,7 @@ class Variables:
         within = {key: policy.quantiles(values) for key, values in metric.items()}
         return cls(of, ranks, metrics, costs, pools, within)
 
-    def start(self, spread: str, sharpness: float) -> Tensor:
+    def start(self, spread: str, sharpness: float) -> Float[Tensor, " variables"]:
         """Probabilities that meet every budget: `logistic` over ranks, or the authors' `sigmap` of the metrics."""
         s = torch.empty_like(self.cost)
         for members, budget in self.pools:
@@ -85,7 +86,7 @@ class Variables:
                 s[members] = policy.logistic(self.ranks[members], c, budget, sharpness=max(sharpness, 1e-6))
         return s
 
-    def project(self, s: Tensor) -> Tensor:
+    def project(self, s: Float[Tensor, " variables"]) -> Float[Tensor, " variables"]:
         """Probabilities moved, in place, to where every budget is met."""
         for members, budget in self.pools:
             s[members] = policy.project(s[members], self.cost[members], budget)
@@ -95,7 +96,7 @@ class Variables:
         """Values of variables as values of units, by group key."""
         return {key: values[index] for key, index in self.of.items()}
 
-    def scores(self, s: Tensor) -> Scores:
+    def scores(self, s: Float[Tensor, " variables"]) -> Scores:
         """Probabilities as scores of units; those of one variable are told apart by their own metric's rank."""
         return {key: value + TIE_BREAK * self.within[key] for key, value in self.by_group(s).items()}
 

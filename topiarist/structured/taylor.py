@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from topiarist.core.errors import NumericalError, TopiaristError
@@ -36,7 +36,9 @@ class Estimates:
     coarse: dict[str, Tensor]
 
 
-def terms(gradient: Tensor, weight: Tensor, fisher: Tensor, order: str) -> Tensor:
+def terms(
+    gradient: Float[Tensor, "*shape"], weight: Float[Tensor, "*shape"], fisher: Float[Tensor, "*shape"], order: str
+) -> Float[Tensor, "*shape"]:
     """e of every weight. first: g w. second: F w^2. mix: g w - 1/2 F w^2."""
     if order == "second":
         return fisher * weight.square()
@@ -53,7 +55,7 @@ def part_scores(e: Tensor, part: Part, count: int) -> tuple[Float[Tensor, " coun
     return fine.view(count, part.size).sum(1), coarse.view(count, part.size).sum(1)
 
 
-def taylor(task: Task, tokens: Tensor, *, order: str = "mix", pooled: bool = False) -> Estimates:
+def taylor(task: Task, tokens: Int[Tensor, "num window"], *, order: str = "mix", pooled: bool = False) -> Estimates:
     """Estimates from the windows `tokens` (num, window), one backward pass each.
 
     Gradients live one parameter at a time: hooks use them and free them as the backward pass makes them. pooled: g and F

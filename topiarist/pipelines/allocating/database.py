@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor
 
@@ -54,7 +55,7 @@ class Database:
             tensors[f"{name}|mask"] = pack(mask, _ANY)[0]
         save_tensors(self.path(block, pattern), tensors, {})
 
-    def read(self, block: int, pattern: Pattern, name: str, shape: tuple[int, int]) -> Tensor:
+    def read(self, block: int, pattern: Pattern, name: str, shape: tuple[int, int]) -> Float[Tensor, "out in"]:
         """The pruned weight of a layer, (out, in)."""
         with safe_open(self.path(block, pattern), framework="pt") as reader:
             values, packed = reader.get_tensor(f"{name}|values"), reader.get_tensor(f"{name}|mask")
@@ -71,7 +72,7 @@ def fill(
     database: Database,
     source: OpenedModel,
     solver: Solver,
-    tokens: Tensor,
+    tokens: Int[Tensor, "num window"],
     names: Iterable[str],
     patterns: Sequence[Pattern],
     *,

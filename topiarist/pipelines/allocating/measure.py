@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from topiarist.allocate import Owl, Rule, Scores, Sensitivity
@@ -22,7 +23,7 @@ from topiarist.pipelines.common.stream import BlockStream
 def measure(
     rule: Rule,
     source: OpenedModel,
-    tokens: Tensor,
+    tokens: Int[Tensor, "num window"],
     names: Sequence[str],
     *,
     batch_size: int,
@@ -45,7 +46,7 @@ class InputSquares:
         self.sums = torch.zeros(width, dtype=torch.float64)
         self.means: list[float] = []
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Float[Tensor, "*batch in"]) -> None:
         """Count the inputs of one forward."""
         squares = x.reshape(-1, x.shape[-1]).float().square().sum(0, dtype=torch.float64).cpu()
         self.sums += squares
@@ -53,7 +54,7 @@ class InputSquares:
 
 
 def dense_inputs(
-    source: OpenedModel, tokens: Tensor, names: Sequence[str], batch_size: int, progress: Progress
+    source: OpenedModel, tokens: Int[Tensor, "num window"], names: Sequence[str], batch_size: int, progress: Progress
 ) -> Iterator[dict[str, tuple[Matrix, InputSquares]]]:
     """Run the dense model over the windows, block by block; of every block the wanted matrices and their inputs."""
     stream, wanted = BlockStream.of(source, tokens, batch_size=batch_size), set(names)
@@ -70,7 +71,12 @@ def dense_inputs(
 
 
 def outliers(
-    rule: Owl, source: OpenedModel, tokens: Tensor, names: Sequence[str], batch_size: int, progress: Progress
+    rule: Owl,
+    source: OpenedModel,
+    tokens: Int[Tensor, "num window"],
+    names: Sequence[str],
+    batch_size: int,
+    progress: Progress,
 ) -> Scores:
     """The outlier ratio of every block, stated for each of its layers, or of every layer."""
     values: dict[str, float] = {}
@@ -83,14 +89,21 @@ def outliers(
     return Scores(values, {})
 
 
-def input_traces(source: OpenedModel, tokens: Tensor, names: Sequence[str], progress: Progress) -> Scores:
+def input_traces(
+    source: OpenedModel, tokens: Int[Tensor, "num window"], names: Sequence[str], progress: Progress
+) -> Scores:
     """Mean of x^2 over the inputs of every layer: the trace, by weight, of the Hessian of its own squared output error."""
     blocks = dense_inputs(source, tokens, names, 1, progress)
     return Scores.of_samples({n: squares.means or [0.0] for block in blocks for n, (_, squares) in block.items()})
 
 
 def loss_traces(
-    rule: Sensitivity, source: OpenedModel, tokens: Tensor, names: Sequence[str], seed: int, progress: Progress
+    rule: Sensitivity,
+    source: OpenedModel,
+    tokens: Int[Tensor, "num window"],
+    names: Sequence[str],
+    seed: int,
+    progress: Progress,
 ) -> Scores:
     """Trace, divided by the number of weights, of every layer's block of the Hessian of the mean next-token loss.
 
@@ -135,7 +148,9 @@ def layers_of(model: nn.Module, source: OpenedModel, names: Sequence[str]) -> di
     return {name: matrix for name, matrix in found.items() if name in wanted}
 
 
-def loss_gradients(model: Any, matrices: Sequence[Matrix], tokens: Tensor) -> Callable[[], list[Tensor]]:
+def loss_gradients(
+    model: Any, matrices: Sequence[Matrix], tokens: Int[Tensor, "batch window"]
+) -> Callable[[], list[Tensor]]:
     """A function that gives the gradients of the mean next-token loss on (batch, window) tokens, at the weights as they
     are when it is called; of a matrix that no token reached it is zero.
     """

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from topiarist.allocate import Scores, Search, recipe
@@ -55,7 +56,7 @@ def search(
     options: AllocateOptions,
     rule: Search,
     source: OpenedModel,
-    tokens: Tensor,
+    tokens: Int[Tensor, "num window"],
     shapes: Shapes,
     depths: Mapping[str, int],
     made_of: Mapping[str, Any],

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from topiarist.core.errors import UnsupportedModel
@@ -46,7 +46,7 @@ class GramCollector:
     _group_of: dict[Matrix, GramGroup] = field(default_factory=dict)
     _inputs: list[tuple[Tensor, GramGroup]] = field(default_factory=list)
 
-    def on_input(self, matrix: Matrix, x: Tensor) -> None:
+    def on_input(self, matrix: Matrix, x: Float[Tensor, "*batch in"]) -> None:
         """Note that `matrix` reads x; the first matrix of a group brings its tokens."""
         group = self._group_of.get(matrix)
         if group is None:
@@ -142,7 +142,7 @@ class BlockStream:
         return replace(call, hidden=torch.empty(0))
 
     @property
-    def hidden(self) -> Tensor:
+    def hidden(self) -> Float[Tensor, "num window width"]:
         """The hidden states that enter the next block, (num, window, width), in the model's dtype on the CPU."""
         assert self._hidden is not None
         return self._hidden.values
@@ -153,7 +153,7 @@ class BlockStream:
         return len(self._batches)
 
     def run_batch(
-        self, index: int, block: Callable[..., Any], batch: int, states: Tensor | None = None
+        self, index: int, block: Callable[..., Any], batch: int, states: Float[Tensor, "num window width"] | None = None
     ) -> tuple[slice, Tensor, Tensor]:
         """(rows, hidden states entering, output) of one batch; the stored hidden states stay as they are.
 
@@ -162,7 +162,7 @@ class BlockStream:
         hidden = self.batch_of(self.hidden if states is None else states, batch)
         return self._batches[batch], hidden, self._calls[batch][index].run(block, hidden)
 
-    def batch_of(self, states: Tensor, batch: int) -> Tensor:
+    def batch_of(self, states: Float[Tensor, "num window width"], batch: int) -> Float[Tensor, "batch window width"]:
         """One batch of hidden states of all windows, on the device."""
         return states[self._batches[batch]].to(self.device)
 
@@ -181,7 +181,9 @@ class BlockStream:
             self.hidden[rows] = out.cpu()
 
     @torch.no_grad()
-    def outputs(self, index: int, block: nn.Module, states: Tensor | None = None) -> HiddenStates:
+    def outputs(
+        self, index: int, block: nn.Module, states: Float[Tensor, "num window width"] | None = None
+    ) -> HiddenStates:
         """The block's output for all windows, (num, window, width); the hidden states stay as they are.
 
         states: what enters the block, if not the stored hidden states.
@@ -193,7 +195,7 @@ class BlockStream:
         return found
 
     @property
-    def entering(self) -> Tensor:
+    def entering(self) -> Float[Tensor, "num window width"]:
         """The dense model's own hidden states before the block that `follow_dense` saw last, if it kept them."""
         assert self._entering is not None
         return self._entering.values
@@ -301,7 +303,7 @@ class PausedStream(BlockStream):
         return self._forward.reaches(index)
 
     def run_batch(
-        self, index: int, block: Callable[..., Any], batch: int, states: Tensor | None = None
+        self, index: int, block: Callable[..., Any], batch: int, states: Float[Tensor, "num window width"] | None = None
     ) -> tuple[slice, Tensor, Tensor]:
         """(rows, hidden states entering, output) of one batch, by the model's own block and states, whatever is given."""
         call, out = self._forward.run(index, batch)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Shaped, UInt8
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -69,11 +70,11 @@ class Target:
         experts = [m.expert for m in self.matrices]
         return [self.label] if experts == [None] else [f"{self.label}.{e}" for e in experts]
 
-    def rows(self, tensor: Tensor) -> Tensor:
+    def rows(self, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "rows in"]:
         """A tensor in the parameter's shape as the (rows, in) matrix whose rows the groups run along."""
         return (tensor.transpose(-1, -2) if self.transposed else tensor).flatten(0, -2)
 
-    def unrows(self, rows: Tensor) -> Tensor:
+    def unrows(self, rows: Shaped[Tensor, "rows in"]) -> Shaped[Tensor, "*shape"]:
         """The inverse of `rows`."""
         shape = self.parameter.shape
         if not self.transposed:
@@ -84,7 +85,7 @@ class Target:
         """A mask at one bit a weight: (rows, bytes)."""
         return np.packbits(self.rows(mask).contiguous().cpu().numpy(), axis=1)
 
-    def unpacked(self, bits: Tensor) -> Tensor:
+    def unpacked(self, bits: UInt8[Tensor, "rows bytes"]) -> Bool[Tensor, "*shape"]:
         """The inverse of `packed`: a mask in the parameter's shape."""
         shape = self.parameter.shape
         width = shape[-2] if self.transposed else shape[-1]

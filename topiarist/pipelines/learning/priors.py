@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from topiarist.core import linalg
@@ -59,7 +60,7 @@ def one_shot_masks(
     source: ObjectModel,
     wanted: Sequence[Sequence[Target]],
     patterns: Mapping[str, Pattern | None],
-    tokens: Tensor,
+    tokens: Int[Tensor, "num window"],
     solver: Solver,
     *,
     sweeps: int = 0,

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -41,7 +42,7 @@ class MaskShard(LearnedMask):
         self.rows, self.transposed = rows, transposed
 
     @property
-    def matrix(self) -> Tensor:
+    def matrix(self) -> Float[Tensor, "rows in"]:
         """The dense rows of this process."""
         return self.rows
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from topiarist.models.families import FeedForward, Matrix
@@ -58,19 +58,19 @@ class Network:
         """Of the first matrices and of the last; zeros where there is none."""
         return torch.cat([_bias(m) for m in self.first]), _bias(self.down)
 
-    def split(self, A: Tensor) -> tuple[Tensor, Tensor | float]:
+    def split(self, A: Float[Tensor, "tokens first"]) -> tuple[Tensor, Tensor | float]:
         """What the activation is applied to, and what multiplies it."""
         if not self.gated:
             return A, 1.0
         s, z = A.chunk(2, dim=1)
         return s, z
 
-    def activate(self, A: Tensor) -> Tensor:
+    def activate(self, A: Float[Tensor, "tokens first"]) -> Float[Tensor, "tokens hidden"]:
         """act(s) * z, or act(A) where there is no gate."""
         s, z = self.split(A)
         return self.activation(s) * z
 
-    def __call__(self, X: Tensor, weights: Weights) -> Tensor:
+    def __call__(self, X: Float[Tensor, "tokens in"], weights: Weights) -> Float[Tensor, "tokens out"]:
         """The output (tokens, width) in fp32 for inputs X (tokens, width), by these weights and the network's biases."""
         first, last = self.biases
         return self.activate(X @ weights.first.T + first) @ weights.down.T + last
@@ -87,6 +87,6 @@ def _bias(matrix: Matrix) -> Tensor:
     return torch.zeros(matrix.shape[0], device=matrix.tensor.device) if bias is None else bias.detach().float()
 
 
-def flat(states: Tensor) -> Tensor:
+def flat(states: Shaped[Tensor, "num window width"]) -> Shaped[Tensor, "tokens width"]:
     """(num, window, width) as (tokens, width)."""
     return states.view(-1, states.shape[-1])

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from topiarist.core.errors import CalibrationWarning, NumericalError
@@ -29,7 +30,7 @@ def refit_consumers(
     source: ObjectModel,
     groups: Sequence[UnitGroup],
     kept: Kept,
-    tokens: Tensor,
+    tokens: Int[Tensor, "num window"],
     *,
     batch_size: int,
     load: Callable[[int], Saved | None],

@@ -52,7 +52,9 @@ class LowRankUpdate:
         place = {"device": weight.device, "dtype": torch.float32}
         return cls(matrix, nn.Parameter(A.to(**place)), nn.Parameter(B.to(**place)), rows, columns, mask)
 
-    def hook(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def hook(
+        self, _: nn.Module, args: tuple[Any, ...], output: Float[Tensor, "*batch out"]
+    ) -> Float[Tensor, "*batch out"]:
         """Add the update's product with the module's input to its output: a forward hook."""
         if self.mask is not None:
             return output + F.linear(args[0], self._product().to(args[0].dtype))
