@@ -82,7 +82,7 @@ ALL = frozenset(DOORS) - {
     "bench packed",
 }  # `report` reads reports, `unpack` a manifest: neither opens a model
 LOADING = frozenset({"eval", "bench"})
-REPORTING = frozenset({"report"})
+REPORTING, CLAIMING = frozenset({"report"}), frozenset({"inspect", "verify"})
 BUILDING = LOADING | {"bench packed"}
 CHECKS: dict[str, tuple[Callable[[Path], object], str, frozenset[str]]] = {
     "no such folder": (shutil.rmtree, "does not exist|is not a|no config|cannot read|exist", frozenset(DOORS)),
@@ -105,6 +105,8 @@ CHECKS: dict[str, tuple[Callable[[Path], object], str, frozenset[str]]] = {
     "not finite": (with_tensors(lambda t: t[UP].fill_(float("nan"))), "finite|another base", frozenset({"eval", "apply"})),
     "an adapter": (adapter, "adapter|no config", ALL),
     "quantised by others": (with_config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised", LOADING),
+    "claims that are a list": (with_config(pruning_config=[1]), "damaged", CLAIMING),
+    "claims without a pattern": (with_config(pruning_config={"modules": {"a": 1}}), "damaged", CLAIMING),
     "an unknown type": (with_config(model_type="brand_new"), "brand_new|cannot build", BUILDING),
     "sizes that cannot be": (with_config(hidden_size=-1), "cannot build|shape|not", BUILDING),
     "sizes that are text": (with_config(hidden_size="wide"), "cannot build", BUILDING),

@@ -144,7 +144,10 @@ class Checkpoint:
 
     def claims(self) -> dict[str, str]:
         """The pattern that `pruning_config` claims for every matrix; {} if there is none."""
-        return claimed_patterns(self.config.get("pruning_config", {}))
+        try:
+            return claimed_patterns(self.config.get("pruning_config", {}))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"pruning_config in {self.folder}/config.json is damaged; copy it again") from error
 
     def dtype(self) -> torch.dtype:
         """The dtype that the config states, else that of the first floating tensor."""

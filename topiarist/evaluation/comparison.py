@@ -181,7 +181,10 @@ def _base_of(model: str | Path) -> str | None:
     """The base that a pruned checkpoint names; None for a dense one."""
     checkpoint = Checkpoint(locate(model))
     provenance = checkpoint.config.get("pruning_config")
-    return None if provenance is None else resolved(str(provenance.get("base_model", "")), checkpoint.folder)
+    if provenance is None:
+        return None
+    named = provenance.get("base_model", "") if isinstance(provenance, dict) else ""
+    return resolved(str(named), checkpoint.folder)
 
 
 def _found_base(pruned: str) -> str | None:
