@@ -57,7 +57,7 @@ def uncertainty(c: Float[Tensor, "windows n"], f: Float[Tensor, "windows n"]) ->
 
 
 def scale_free(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The estimates divided by their mean; unchanged in size where that is not positive."""
+    """The estimates divided by their mean, or as they are where that is not positive."""
     return x / _positive(x.mean())
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from topiarist.core.errors import NumericalError
@@ -74,7 +75,7 @@ class MaskTrainer:
         """The hard masks of the evaluation with the least loss on held-out sequences, the prior's own among them."""
         self._losses: list[tuple[int, Tensor]] = []
 
-    def run_step(self) -> Tensor:
+    def run_step(self) -> Float[Tensor, ""]:
         """One optimiser step on all processes. The mean soft loss, still on its device."""
         preset, step = self.preset, self.step
         micro_batches = self.batches.micro_batches(step, self.batch_size)
