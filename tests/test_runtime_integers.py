@@ -10,8 +10,9 @@ from reference import q8
 
 from topiarist.core.compiled import NoKernels
 from topiarist.core.patterns import NM
-from topiarist.runtime.build import LEVELS, load_kernels
-from topiarist.runtime.linear import QuantisedLinear
+from topiarist.runtime import linear
+from topiarist.runtime.build import LEVELS, Kernels, load_kernels
+from topiarist.runtime.linear import QuantisedLinear, form_of
 
 
 def levels() -> list[int]:
@@ -46,14 +47,15 @@ def integers(rows: int, cols: int, bits: int, zeros: str, groups: int, dtype: to
     batch=st.integers(1, 9),
     bits=st.sampled_from([8, 4]),
     zeros=st.sampled_from(["none", "2:4", "0.5", "0.7", "0.97", "1"]),
+    form=st.sampled_from(["full", "bitmask"]),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
     seed=st.integers(0, 1000),
 )
-def test_equal_to_the_literal_product(rows, blocks, group, ragged, batch, bits, zeros, dtype, seed):
+def test_equal_to_the_literal_product(rows, blocks, group, ragged, batch, bits, zeros, form, dtype, seed):
     cols = blocks * group if group else blocks * 32 + ragged
     codes, scales = integers(rows, cols, bits, zeros, blocks if group else 1, dtype, seed=seed)
     bias = torch.randn(rows).to(dtype)
-    packed = QuantisedLinear(codes, scales, bits, bias=bias)
+    packed = QuantisedLinear(codes, scales, bits, bias=bias, form=zeros if zeros == "2:4" and cols % 4 == 0 else form)
     x = torch.randn(batch, cols, generator=torch.Generator().manual_seed(seed)).to(dtype)
     expected = q8.product(codes, scales, x) + bias.double()
     tolerance = 2 * torch.finfo(dtype).eps * float(expected.abs().max()) + 1e-5
@@ -64,18 +66,43 @@ def test_equal_to_the_literal_product(rows, blocks, group, ragged, batch, bits, 
     assert torch.equal(packed.weight, codes.to(dtype) * spread), "code times scale, rounded once, as others do it"
 
 
-@pytest.mark.parametrize(
-    ("zeros", "bits", "form"),
-    [("none", 8, "full"), ("2:4", 8, "2:4"), ("2:4", 4, "2:4"), ("0.7", 4, "bitmask"), ("0.2", 8, "bitmask"),
-     ("0.2", 4, "full")],
-)  # fmt: skip
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("zeros", "form"), [("none", "full"), ("2:4", "2:4"), ("0.7", "bitmask"), ("0.2", "bitmask")])
 def test_bytes_a_weight(zeros, bits, form):
     codes, scales = integers(64, 1024, bits, zeros, 16, torch.bfloat16)
-    packed = QuantisedLinear(codes, scales, bits)
-    assert packed.form == form
+    packed = QuantisedLinear(codes, scales, bits, form=form)
     kept = 0.5 if form == "2:4" else float((codes != 0).float().mean()) if form == "bitmask" else 1
     expected = kept * bits / 8 + (form != "full") / 8 + 2 / 64
     assert packed.packed_bytes / codes.numel() == pytest.approx(expected, rel=0.04)
+
+
+@pytest.mark.parametrize(
+    ("zeros", "bits", "with_expansion", "without"),
+    [("none", 8, "full", "full"), ("2:4", 4, "2:4", "2:4"), ("0.7", 8, "bitmask", "full"), ("0.2", 4, "full", "full")],
+)
+def test_the_form_that_is_chosen(monkeypatch, zeros, bits, with_expansion, without):
+    codes, _ = integers(16, 512, bits, zeros, 1, torch.bfloat16)
+    for level, form in ((1, without), (2, with_expansion)):
+        kernels = Kernels(load_kernels().code, level=level, threaded=True)
+        monkeypatch.setattr(linear, "load_kernels", lambda kernels=kernels: kernels)
+        assert form_of(codes, bits) == form
+
+
+def test_sixteen_nibbles_that_begin_in_half_a_byte():
+    codes = torch.zeros(5, 128, dtype=torch.int8)
+    codes[:, 3], codes[:, 16:32], codes[:, 77], codes[:, 112:] = (
+        5,
+        torch.arange(16) % 7 - 8,
+        -3,
+        torch.arange(16) % 7 - 8,
+    )
+    packed = QuantisedLinear(codes, torch.ones(5, 1), 4, form="bitmask")
+    x = torch.randn(2, 128)
+    for level in levels():
+        torch.testing.assert_close(
+            packed.multiply(x, level=level), q8.product(codes, packed.weight[:, :1] * 0 + 1, x).float()
+        )
+    assert torch.equal(packed.codes, codes)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)

@@ -14,6 +14,7 @@ from topiarist.runtime.build import FORMS, INTEGERS, TILE_ROWS, TYPES, Weight, l
 
 CPU = torch.device("cpu")
 BYTES_PER_THREAD = 1 << 17  # waking another thread costs about as much as reading this
+EXPANDING_LEVEL = 2  # of LEVELS: the first with an instruction that spreads bytes by a mask
 PANEL_BYTES = 1 << 20  # of dense weight that a large batch works on at a time: stays in L2 or L3
 
 
@@ -133,7 +134,8 @@ class QuantisedLinear(PackedLinear):
     once to `dtype`, which is what other programs compute with.
 
     codes: integers of at most `bits` bits. scales: one a row and group of columns; a group is a multiple of 32, or the
-    whole row. dtype: of inputs and outputs; scales have it. Raises ValueError for groups that do not fit.
+    whole row; inputs and outputs have their dtype. max_batch: tokens up to which the kernel is used. form: how the integers
+    lie, a key of FORMS; default the fastest on this processor. Raises ValueError for groups that do not fit.
     """
 
     scales: Tensor
@@ -146,12 +148,13 @@ class QuantisedLinear(PackedLinear):
         *,
         bias: Tensor | None = None,
         max_batch: int = 4,
+        form: str | None = None,
     ) -> None:
         rows, cols = codes.shape
         group = cols // scales.shape[1]
         if cols % scales.shape[1] or (scales.shape[1] > 1 and group % 32):
             raise ValueError(f"{scales.shape[1]} groups of {cols} columns are not multiples of 32 columns")
-        form = form_of(codes, bits)
+        form = form or form_of(codes, bits)
         parts = load_kernels().pack_integers(codes.contiguous(), bits, form, torch.get_num_threads())
         tiled = F.pad(scales, (0, 0, 0, -rows % TILE_ROWS)).unflatten(0, (-1, TILE_ROWS)).mT.contiguous()
         # As raw integers, which `.to(dtype)` of a model leaves alone; fp16 has values that bf16 has not.
@@ -182,16 +185,17 @@ _PARTS = ("masks", "values", "starts")
 
 
 def form_of(codes: Int8[Tensor, "rows cols"], bits: int) -> str:
-    """The form in which integers take the fewest bytes: a bit a weight for their mask, or "full" without one.
+    """The form in which integers are multiplied fastest here.
 
-    "2:4" takes as many bytes as "bitmask" where nearly all groups of four have two values, and is expanded faster.
+    "2:4" wherever the pattern holds and most groups have two values. At other zeros "bitmask" takes fewer bytes than "full",
+    and with AVX-512 it is the faster; without, placing the values costs more than reading the zeros.
     """
     kept = codes != 0
     share = float(kept.float().mean())
     two_four = codes.shape[1] % 4 == 0 and int(kept.unflatten(1, (-1, 4)).sum(-1, dtype=torch.int8).max()) <= 2
     if two_four and share > 0.45:
         return "2:4"
-    return "bitmask" if share < 1 - 1 / bits else "full"
+    return "bitmask" if share < 1 - 1 / bits and load_kernels().level >= EXPANDING_LEVEL else "full"
 
 
 @functools.cache

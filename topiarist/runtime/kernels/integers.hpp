@@ -130,39 +130,50 @@ void integer_tile_plain(const Integers& m, int64_t tile, const IntegerInputs& in
 
 #if X86
 
-// pshufb: which of the next bytes goes to each of eight places, by their mask bits; 0x80 gives zero.
+// pshufb: which of the next bytes goes to each of eight places, by their mask bits; 0x80 gives zero. `after` is to be added for
+// sixteen places, of which the second eight begin `n` values later; `by` for sixteen that all do.
 struct Moves {
-    uint64_t of[256];
+    alignas(16) uint64_t of[256];
+    alignas(16) uint64_t after[9][2], by[2][2];
     Moves() {
         for (int bits = 0; bits < 256; bits++) {
             of[bits] = 0;
             for (int place = 0, next = 0; place < 8; place++)
                 of[bits] |= uint64_t(bits >> place & 1 ? next++ : 0x80) << 8 * place;
         }
+        for (unsigned n = 0; n < 9; n++) after[n][0] = 0, after[n][1] = n * EACH_BYTE;
+        for (unsigned n = 0; n < 2; n++) by[n][0] = by[n][1] = n * EACH_BYTE;
     }
+    static constexpr uint64_t EACH_BYTE = 0x0101010101010101;
 };
 const Moves moves;
-constexpr uint64_t EACH_BYTE = 0x0101010101010101;
 
 AVX2 inline __m128i signed_nibbles() { return _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1); }
 
-// 16 nibbles as bytes, from eight bytes.
+// 16 nibbles as bytes, unsigned, from eight bytes.
 AVX2 inline __m128i sixteen_nibbles(const uint8_t* from) {
     __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), low = _mm_set1_epi8(15);
-    __m128i both = _mm_unpacklo_epi8(_mm_and_si128(packed, low), _mm_and_si128(_mm_srli_epi16(packed, 4), low));
-    return _mm_shuffle_epi8(signed_nibbles(), both);
+    return _mm_unpacklo_epi8(_mm_and_si128(packed, low), _mm_and_si128(_mm_srli_epi16(packed, 4), low));
 }
 
-// The same from nibble `at` on, which may be the high half of a byte.
-AVX2 inline __m128i sixteen_nibbles(const uint8_t* values, int at) {
-    uint64_t even, odd;
-    int high = at & 1;
-    std::memcpy(&even, values + at / 2, 8);
-    std::memcpy(&odd, values + at / 2 + high, 8);
-    even = even >> 4 * high & 15 * EACH_BYTE;
-    odd = odd >> 4 * (1 - high) & 15 * EACH_BYTE;
-    return _mm_shuffle_epi8(signed_nibbles(),
-                            _mm_unpacklo_epi8(_mm_cvtsi64_si128(int64_t(even)), _mm_cvtsi64_si128(int64_t(odd))));
+// Sixteen columns of a run whose first `taken` values are used up; steps over theirs. Nibbles stay unsigned.
+template <int BITS>
+AVX2 inline __m128i expand_sixteen(const uint8_t* values, uint32_t bits, int& taken) {
+    const uint8_t first = uint8_t(bits), second = uint8_t(bits >> 8);
+    __m128i order = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(&moves.of[first]));
+    order = _mm_castpd_si128(_mm_loadh_pd(_mm_castsi128_pd(order), reinterpret_cast<const double*>(&moves.of[second])));
+    order = _mm_add_epi8(order, *reinterpret_cast<const __m128i*>(moves.after[_mm_popcnt_u32(first)]));
+    const int before = taken;
+    taken += _mm_popcnt_u32(bits & 0xFFFF);
+    if constexpr (BITS == 8)
+        return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + before)), order);
+    const int odd = before & 1;
+    if (odd && taken - before == 16) {  // the only case in which 16 values do not begin at one of 16 nibbles
+        __m128i early = sixteen_nibbles(values + before / 2), late = sixteen_nibbles(values + before / 2 + 1);
+        return _mm_or_si128(_mm_srli_si128(early, 1), _mm_slli_si128(_mm_srli_si128(late, 14), 15));
+    }
+    order = _mm_add_epi8(order, *reinterpret_cast<const __m128i*>(moves.by[odd]));
+    return _mm_shuffle_epi8(sixteen_nibbles(values + before / 2), order);
 }
 
 // Two vectors of 32 codes.
@@ -175,20 +186,12 @@ AVX2 inline void expand_avx2(const uint8_t*& values, const uint64_t* mask, __m25
         } else if constexpr (FORM == FULL) {
             codes[half] = _mm256_set_m128i(sixteen_nibbles(values + 16 * half + 8), sixteen_nibbles(values + 16 * half));
         } else {
-            uint32_t bits = uint32_t(*mask >> 32 * half);
-            uint8_t b0 = uint8_t(bits), b1 = uint8_t(bits >> 8), b2 = uint8_t(bits >> 16), b3 = uint8_t(bits >> 24);
-            int sixteen = _mm_popcnt_u32(bits & 0xFFFF);
-            uint64_t m1 = moves.of[b1] + EACH_BYTE * unsigned(_mm_popcnt_u32(b0));
-            uint64_t m3 = moves.of[b3] + EACH_BYTE * unsigned(_mm_popcnt_u32(b2));
-            __m256i order = _mm256_set_epi64x(int64_t(m3), int64_t(moves.of[b2]), int64_t(m1), int64_t(moves.of[b0])), source;
-            if constexpr (BITS == 8)
-                source = _mm256_loadu2_m128i(reinterpret_cast<const __m128i*>(values + taken + sixteen),
-                                             reinterpret_cast<const __m128i*>(values + taken));
-            else
-                source = _mm256_set_m128i(sixteen_nibbles(values, taken + sixteen), sixteen_nibbles(values, taken));
-            codes[half] = _mm256_shuffle_epi8(source, order);
-            taken += _mm_popcnt_u32(bits);
+            __m128i low = expand_sixteen<BITS>(values, uint32_t(*mask >> 32 * half), taken);
+            __m128i high = expand_sixteen<BITS>(values, uint32_t(*mask >> (32 * half + 16)), taken);
+            codes[half] = _mm256_set_m128i(high, low);
         }
+        if constexpr (BITS == 4)
+            codes[half] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(signed_nibbles()), codes[half]);
     }
     values += FORM == FULL ? 8 * BITS : BITS == 8 ? taken : (taken + 1) / 2;
 }
