@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,9 @@ class Opened(dict):
     """An open file: tensors by name."""
 
     get_tensor = dict.__getitem__
+
+    def get_slice(self, name):
+        return SimpleNamespace(get_shape=lambda: list(self[name].shape))
 
 
 @settings(deadline=None, max_examples=150)
@@ -166,7 +170,7 @@ def test_a_quantised_folder_keeps_its_integers(folder, tmp_path):
 
 def test_a_model_that_transformers_does_not_know(folder, tmp_path):
     (folder / "config.json").write_text('{"model_type": "nothing"}')
-    with pytest.raises(CheckpointError, match="no causal LM"):
+    with pytest.raises(CheckpointError, match="cannot build a model|no causal LM"):
         runtime.pack_folder(folder, tmp_path / "packed", values="int8")
     assert not (tmp_path / "packed").exists()
 
