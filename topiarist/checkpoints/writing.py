@@ -74,6 +74,8 @@ class OutputFolder:
                 return Report.from_folder(output.folder)
             output.begin(bytes_to_write(checkpoint.weight_bytes()))
             ...
+
+    fingerprint: JSON values that say what run this is; one of other values is another run.
     """
 
     def __init__(self, folder: str | Path, fingerprint: Mapping[str, Any]) -> None:

@@ -55,6 +55,10 @@ class LearnedMask(nn.Module):
     first_row, first_group   where a sharded weight begins in the whole one, so that its noise is the same
     lam_scale   multiplies the regulariser: 1 for the paper's raw sum, 1 / ||W||^2 to free it of scale and size
     bypassed    True runs the dense weight: a teacher for distillation in the same memory
+    relaxation  gives the logits' shape
+    mask        the prior (rows, in), bool, True = kept; `prior` says how it becomes logits
+    seed        of the prior's noise
+    dtype       of the logits
     """
 
     def __init__(

@@ -23,7 +23,11 @@ SHOWN = 4
 
 
 class FolderModel(OpenedModel):
-    """A checkpoint folder behind a model without memory: parameters and stored buffers come and go block by block."""
+    """A checkpoint folder behind a model without memory: parameters and stored buffers come and go block by block.
+
+    name: what reports call it; default the folder. Raises UnsupportedModel for quantised weights, and for code of its
+    own unless `trust_remote_code`; CheckpointError where tensors are missing or of another shape.
+    """
 
     checkpoint: Checkpoint
 

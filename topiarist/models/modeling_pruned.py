@@ -49,7 +49,10 @@ class Fields(dict):
 
 
 class Absent(nn.Module):
-    """Stands where a sublayer was removed: adds nothing to the hidden states."""
+    """Stands where a sublayer was removed: adds nothing to the hidden states.
+
+    kind: "attention", "ffn", or "inside" for a module before the last of either. layer: its index in the cache.
+    """
 
     def __init__(self, kind: str, layer: int) -> None:
         super().__init__()

@@ -198,7 +198,10 @@ class OpenedModel(ABC):
 
 
 class ObjectModel(OpenedModel):
-    """A model object in memory: what is done to its blocks is done to it."""
+    """A model object in memory: what is done to its blocks is done to it.
+
+    origin: the folder that it was loaded from, whose name, digest and tokenizer it has.
+    """
 
     def __init__(self, model: nn.Module, *, origin: OpenedModel | None = None) -> None:
         self.model, self._origin = model, origin

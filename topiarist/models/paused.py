@@ -22,6 +22,8 @@ class PausedForward:
     """Forwards of several batches, each in a thread of its own that waits wherever a block would run.
 
     Only one thread runs at a time, and blocks run in the caller's: its hooks and modes see them.
+
+    names: of the blocks, in the order of the forward. `close` ends the threads.
     """
 
     def __init__(self, model: Any, names: Sequence[str], batches: Sequence[Int[Tensor, "batch window"]]) -> None:

@@ -49,6 +49,8 @@ class Decoder:
 
     Layers of different size, and removed ones, are taken as they are. Raises UnsupportedModel, naming what does not fit,
     for a model that is not Llama-like; and NoKernels without a compiler.
+
+    batch: sequences a step. max_tokens: tokens of a sequence that the cache has room for, prompt included.
     """
 
     def __init__(self, model: Any, *, batch: int, max_tokens: int) -> None:

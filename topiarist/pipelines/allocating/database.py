@@ -34,6 +34,8 @@ class Database:
     Every model, method and text has a folder of its own inside `work`, and `database.json` there says which. Files
     appear whole or not at all, so a run that was stopped goes on with the first one missing, and another sparsity adds
     the levels that it needs.
+
+    made_of: JSON values that identify model, method and text.
     """
 
     def __init__(self, work: Path, made_of: Mapping[str, Any]) -> None:

@@ -92,7 +92,11 @@ def search(
 
 
 class Genes:
-    """Which layers change level together, and how many weights they keep at each."""
+    """Which layers change level together, and how many weights they keep at each.
+
+    depths: layer name -> number of its block. levels: patterns from the densest on, None for dense. pattern: how much
+    is kept in all.
+    """
 
     def __init__(
         self,
@@ -126,7 +130,10 @@ def _kept(pattern: Pattern | None, shape: tuple[int, int]) -> int:
 
 
 class Judge:
-    """The whole model in memory, dressed as one candidate after another, held against its own dense predictions."""
+    """The whole model in memory, dressed as one candidate after another, held against its own dense predictions.
+
+    windows (num, window), int64: the text for selection. Its dense logits stay in memory, on the CPU.
+    """
 
     def __init__(self, source: OpenedModel, database: Database, genes: Genes, windows: Tensor) -> None:
         self.database, self.genes, self.windows = database, genes, windows
@@ -166,7 +173,10 @@ class Judge:
 
 
 class Journal:
-    """A line for every generation: the parent that came out of it, its divergence, the seconds it took."""
+    """A line for every generation: the parent that came out of it, its divergence, the seconds it took.
+
+    made_of: JSON values that identify the search; lines of an earlier try of the same one are read.
+    """
 
     def __init__(self, folder: Path, made_of: Mapping[str, Any]) -> None:
         text = json.dumps(made_of, sort_keys=True)

@@ -66,7 +66,10 @@ class GramCollector:
 
 
 class HiddenStates:
-    """(num, window, width) hidden states between two blocks, in the model's dtype, in memory or in a file."""
+    """(num, window, width) hidden states between two blocks, in the model's dtype, in memory or in a file.
+
+    spill: folder for the file, which goes with the object; None: memory.
+    """
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, spill: Path | None) -> None:
         self._file = None
@@ -83,6 +86,9 @@ class BlockStream:
     """Hidden states on their way through the blocks, in batches that are called as the model itself would.
 
     Blocks are replayed one by one on stored hidden states. Where that cannot be (`Flow`), PausedStream takes its place.
+
+    tokens (num, window), int64. batch_size: windows a forward. spill: folder for hidden states that do not fit in
+    memory.
     """
 
     def __init__(

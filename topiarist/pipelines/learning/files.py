@@ -64,7 +64,10 @@ def keep_prior(output: OutputFolder, wanted: Sequence[Target], masks: Mapping[st
 
 
 class Scalars:
-    """TensorBoard, or nothing."""
+    """TensorBoard, or nothing.
+
+    folder: for its event files; None writes nothing. Raises TopiaristError if TensorBoard is not installed.
+    """
 
     def __init__(self, folder: str | Path | None) -> None:
         self.writer: Any = None

@@ -120,7 +120,11 @@ def targets(source: ObjectModel, patterns: Mapping[str, Pattern | None]) -> list
 
 
 class MaskedModel:
-    """A loaded model whose targets are masked layers until `restore`. Only their logits have gradients."""
+    """A loaded model whose targets are masked layers until `restore`. Only their logits have gradients.
+
+    masks: the prior's, by parameter name and in its shape, bool, True = kept. relaxation: by name; None: what fits each
+    pattern. dtype: of the logits. Raises PatternError that names the layer whose mask does not fit.
+    """
 
     def __init__(
         self,

@@ -24,6 +24,8 @@ class Objective:
 
     hidden_weight: of the hidden-state term, None for none. With a teacher the loss is KL(teacher || student) in nats, the
     mean over all positions, at temperature 1; without one, next-token loss in nats.
+
+    blocks: (student's, teacher's) whose outputs the hidden-state term compares, pair by pair.
     """
 
     def __init__(

@@ -29,7 +29,10 @@ EVALUATIONS = 10
 
 
 class Trainee:
-    """A pruned model in memory and the weights of it that learn."""
+    """A pruned model in memory and the weights of it that learn.
+
+    masks: by parameter name, True = kept; what they drop stays zero.
+    """
 
     def __init__(self, model: ObjectModel, masks: dict[str, Bool[Tensor, "..."]], options: RecoverOptions) -> None:
         self.model, self.options = model, options

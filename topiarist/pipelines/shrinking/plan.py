@@ -71,7 +71,10 @@ def plan_choice(
 
 
 class Legal:
-    """Whether a config can hold so many units of a place; asked of transformers for heads and experts only."""
+    """Whether a config can hold so many units of a place; asked of transformers for heads and experts only.
+
+    keep: share of parameters that stays; below 1, raises UnsupportedModel for a place where no fewer units can be held.
+    """
 
     def __init__(self, model: Any, groups: Sequence[UnitGroup], keep: float) -> None:
         self.model, self.known = model, {}

@@ -27,7 +27,11 @@ LOGGED = 20
 
 
 class ShrinkRun:
-    """The stages, for a model in memory."""
+    """The stages, for a model in memory.
+
+    output: where states are saved, None for nowhere. windows: the calibration text, None without. notes: the report's,
+    to which warnings are added.
+    """
 
     def __init__(
         self,
