@@ -88,3 +88,13 @@ def test_the_command(result: Path, hub: Hub, command, monkeypatch):
     code, printed, error = command("push", result, "org/small", "--private")
     assert code == 0 and f"uploaded to {hub.url}/org/small" in printed, error
     assert hub.private == {"org/small": True}
+
+
+def test_a_command_uploads_what_it_wrote(tmp_path: Path, hub: Hub, command, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_standin")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    tiny.tiny_checkpoint(tmp_path / "model")
+    words = ("prune", tmp_path / "model", tmp_path / "out", "--method", "magnitude", "--push-to-hub", "org/sparse")
+    code, printed, error = command(*words)
+    assert code == 0 and f"uploaded to {hub.url}/org/sparse" in printed, error
+    assert "model.safetensors" in hub.repositories["org/sparse"] and "recipe.yaml" in hub.repositories["org/sparse"]

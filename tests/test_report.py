@@ -81,9 +81,7 @@ def test_a_run_writes_a_page_that_is_whole(root: Path, tmp_path: Path):
     assert "block 1, mlp.up_proj" in page.text and "block 1, self_attn.q_proj" not in page.text
     assert "--skip &#39;layers\\.1\\.self_attn&#39;" in html or "layers\\.1\\.self_attn" in page.text
     assert "of memory" not in page.text, "timings would differ from run to run"
-    assert (
-        "Not measured yet" in page.text and "Words in capitals stand for calibration text given in memory" in page.text
-    )
+    assert "Not measured yet" in page.text and "Words in capitals stand for text given in memory" in page.text
     again = tp.prune(
         root / "base", tmp_path / "a", method="sparsegpt", refine=True, skip=[r"layers\.1\.self_attn"], batch_size=4,
         calibration=tiny.tiny_tokens(8, 32),

@@ -20,6 +20,10 @@ err = Console(stderr=True)
 Model = Annotated[str, typer.Argument(help="model folder or hub id")]
 Plan = Annotated[bool, typer.Option("--plan", help="say what the run will need, from a short probe, and stop")]
 
+PushTo = Annotated[
+    str | None, typer.Option("--push-to-hub", metavar="NAME", help="then upload the result to the hub as NAME")
+]
+
 
 def set_threads(threads: int | None) -> None:
     """Set torch's number of threads; None leaves it, and does not import torch."""
@@ -102,6 +106,10 @@ def print_plan(plan: Any) -> None:
         say(f"{name:<34} {value}")
 
 
-def print_run(run: Mapping[str, Any], output: Path) -> None:
-    """How long it took, what memory, where the result is."""
+def print_run(run: Mapping[str, Any], output: Path, push_to: str | None = None) -> None:
+    """Say how long it took, what memory, where the result is; upload it if a name on the hub was given."""
     say(f"{run['seconds']:.0f} s, peak memory {run['peak_memory_bytes'] / 1e9:.2f} GB; written to {output}")
+    if push_to is not None:
+        from topiarist.results.hub import push
+
+        say(f"uploaded to {push(output, push_to)}")

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from topiarist.cli.common import Model, Plan, out, print_plan, print_run, progress_bar, say
+from topiarist.cli.common import Model, Plan, PushTo, out, print_plan, print_run, progress_bar, say
 from topiarist.cli.from_options import flags
 from topiarist.pipelines.learning.options import LearnOptions
 
@@ -22,6 +22,7 @@ def learn(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the pruned checkpoint and its masks")],
     options: LearnOptions,
     plan: Plan = False,
+    push_to_hub: PushTo = None,
 ) -> None:
     """Learn MODEL's masks on text, from a one-shot prior, and write OUT. The same command resumes a stopped run."""
     import topiarist as tp
@@ -47,7 +48,7 @@ def learn(
         table.add_row(f"{entry['step']}", f"{entry['tokens']:,}", soft, hard, f"{entry['flips']:.2%}", certainty)
     out.print(table)
     say("perplexity on a slice of the training text that was not trained on")
-    print_run(report.run, output)
+    print_run(report.run, output, push_to_hub)
 
 
 COMMANDS = {"learn": learn}

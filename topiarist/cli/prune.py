@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from topiarist.cli.common import Model, Plan, out, print_plan, progress_bar, say
+from topiarist.cli.common import Model, Plan, PushTo, out, print_plan, print_run, progress_bar, say
 from topiarist.cli.from_options import flags
 from topiarist.pipelines.pruning.options import PruneOptions
 
@@ -19,6 +19,7 @@ def prune(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the pruned checkpoint")],
     options: PruneOptions,
     plan: Plan = False,
+    push_to_hub: PushTo = None,
 ) -> None:
     """Prune MODEL to OUT with a one-shot method. The same command resumes a run that was stopped."""
     from topiarist.pipelines.pruning.oneshot import prune as run_prune
@@ -38,14 +39,9 @@ def prune(
         row = (kind, str(len(layers)), f"{sparsity:.4f}", f"{sum(errors) / len(errors):.5f}", f"{max(errors):.5f}")
         table.add_row(*row)
     out.print(table)
-    run = report.run
-    out.print(
-        f"{run['seconds']:.0f} s, peak memory {run['peak_memory_bytes'] / 1e9:.2f} GB; written to",
-        str(output),
-        markup=False,
-    )
     if (kept := output.with_name(output.name + ".search")).is_dir():
         say(f"{kept} holds the solutions that the search used: another sparsity needs them, nothing else does")
+    print_run(report.run, output, push_to_hub)
 
 
 COMMANDS = {"prune": prune}

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from topiarist.cli.common import Plan, out, print_plan, print_run, progress_bar, say
+from topiarist.cli.common import Plan, PushTo, out, print_plan, print_run, progress_bar, say
 from topiarist.cli.from_options import flags
 from topiarist.pipelines.recovering.options import RecoverOptions
 
@@ -23,6 +23,7 @@ def recover(
     options: RecoverOptions,
     teacher: Annotated[str | None, typer.Option(help="the dense model; default: the one that PRUNED names")] = None,
     plan: Plan = False,
+    push_to_hub: PushTo = None,
 ) -> None:
     """Train PRUNED as a whole towards the dense model, its zeros held, and write OUT. The same command resumes."""
     import topiarist as tp
@@ -52,7 +53,7 @@ def recover(
         )
     out.print(table)
     say("* kept: the least on a slice of the training text that was not trained on")
-    print_run(report.run, output)
+    print_run(report.run, output, push_to_hub)
 
 
 COMMANDS = {"recover": recover}

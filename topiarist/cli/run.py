@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from topiarist.cli.common import out, print_run, progress_bar, say
+from topiarist.cli.common import PushTo, out, print_run, progress_bar, say
 
 
 def run(
@@ -21,6 +21,7 @@ def run(
     keep_stages: Annotated[
         bool, typer.Option("--keep-stages", help="keep what the stages before the last gave")
     ] = False,
+    push_to_hub: PushTo = None,
 ) -> None:
     """Run the stages of a recipe one after the other. The same command resumes a run that was stopped."""
     from topiarist.pipelines.recipes.recipe import read_recipe, run_recipe
@@ -29,7 +30,7 @@ def run(
     with progress_bar() as progress:
         report = run_recipe(found, keep_stages=keep_stages, progress=progress)
     say(f"{' -> '.join(step.name for step in found.steps)}: done")
-    print_run(report.run, Path(found.out))
+    print_run(report.run, Path(found.out), push_to_hub)
 
 
 def recipes(name: Annotated[str | None, typer.Argument(help="print this one whole")] = None) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from topiarist.cli.common import Model, out, print_run, progress_bar
+from topiarist.cli.common import Model, PushTo, out, print_run, progress_bar
 from topiarist.cli.from_options import flags
 from topiarist.pipelines.shrinking.options import ShrinkOptions
 
@@ -18,6 +18,7 @@ def shrink(
     model: Model,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the smaller model")],
     options: ShrinkOptions,
+    push_to_hub: PushTo = None,
 ) -> None:
     """Cut whole heads, channels, experts or blocks out of MODEL: a smaller dense OUT. The same command resumes."""
     import topiarist as tp
@@ -43,7 +44,7 @@ def shrink(
         out.print(
             f"recovery, {last['step']} steps: divergence {first['loss']:.4f} -> {last['loss']:.4f}", highlight=False
         )
-    print_run(report.run, output)
+    print_run(report.run, output, push_to_hub)
 
 
 COMMANDS = {"shrink": shrink}

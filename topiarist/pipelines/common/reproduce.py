@@ -44,7 +44,7 @@ def said(options: Any, *, always: Sequence[str] = ()) -> list[Said]:
         if value is None or name not in wanted or not (about(info).cli and about(info).result):
             continue
         texts = value if isinstance(value, bool) else _texts(name, value, tables.get(name))
-        found.append(Said(name, flag_of(name, info), texts, "" if texts is not None else _what(value)))
+        found.append(Said(name, flag_of(name, info), texts, "" if texts is not None else _what(name, value)))
     return found
 
 
@@ -57,8 +57,8 @@ def _texts(field: str, value: Any, table: Any) -> list[str] | None:
     return None if text is None else [text]
 
 
-def _what(value: Any) -> str:
-    return "given in memory" if isinstance(value, Sequence) or hasattr(value, "shape") else f"a {type(value).__name__}"
+def _what(field: str, value: Any) -> str:
+    return "text given in memory" if field == "data" else f"the {field} {type(value).__name__} given as an object"
 
 
 def command(name: str, model: Any, options: Any, *, always: Sequence[str] = ()) -> tuple[list[str], list[str]]:
@@ -70,7 +70,7 @@ def command(name: str, model: Any, options: Any, *, always: Sequence[str] = ()) 
     )
     for setting in said(options, always=always):
         if setting.value is None:
-            unsaid.append(f"{setting.field}: {setting.what}")
+            unsaid.append(setting.what)
             words += [setting.flag, setting.field.upper()]
         elif isinstance(setting.value, bool):
             words.append(setting.flag if setting.value else "--no-" + setting.flag.removeprefix("--"))
