@@ -55,7 +55,7 @@ class DequantisedCheckpoint(Checkpoint):
         self._cover(Checkpoint(folder), _FINDERS[method], about)
         if not self._stored:
             raise CheckpointError(
-                f"config.json of {folder} says {method!r}, but no tensor is stored so: they do not belong together"
+                f"config.json says that {folder} is quantised by {method!r}, but no tensor is stored so: take the original"
             )
 
     @classmethod

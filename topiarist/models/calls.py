@@ -115,6 +115,11 @@ def probe_flow(
         raise UnsupportedModel(
             f"{family.blocks} is not what the model's forward runs: its blocks are never called"
         ) from None
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedModel(
+            f"the model cannot run on text alone ({reason}): prune its modules with prune_module"
+        ) from error
     kinds = {type(block): index for index, block in reversed(list(enumerate(blocks)))}
     output = real(0, first)
     as_tuple = isinstance(output, tuple)

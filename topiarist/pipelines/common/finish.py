@@ -56,7 +56,8 @@ def finish(
     """
     folder = written if source.checkpoint is None else source.checkpoint.folder
     assert folder is not None, "a model object is written first"
-    found = config if config is not None else read_json(folder / "config.json")
+    # As it was opened: a config that misstates the tie of the head, or the quantisation of what is read dense, is mended.
+    found = config or (read_json(folder / "config.json") if source.checkpoint is None else source.checkpoint.config)
     report.base_model = base_model(source, output.folder)
     # Without the timings, so that the same run writes the same page; `topiarist report` shows them.
     result = Result(report.to_dict(), __about__.__version__)
