@@ -158,7 +158,7 @@ def test_search_where_only_nm_is_allowed(base: Path, tmp_path: Path):
 def test_bad_input(base: Path, tmp_path: Path):
     with pytest.raises(tp.CalibrationError, match="10 calibration windows, of which the search keeps 10"):
         find(base, tmp_path / "work", sequences=10)
-    with pytest.raises(tp.TopiaristError, match="finalists <= children"):
+    with pytest.raises(tp.TopiaristError, match="2 finalists of 1 children"):
         Search(children=1)
     with pytest.raises(tp.PatternError, match=r"may have 0 to 0\.5 zeros, so 0\.6 in all cannot be met"):
         find(base, tmp_path / "work", max_sparsity=0.5)
