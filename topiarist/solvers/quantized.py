@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from topiarist.core.gram import Gram
 from topiarist.core.linalg import reconstruction_error
+from topiarist.core.options import Registered, options
 from topiarist.core.patterns import Pattern
-from topiarist.quantize import GPTQ, Grid, Method, QuantizedWeight, round_to_nearest
+from topiarist.quantize import GPTQ, METHODS, Grid, Method, QuantizedWeight, round_to_nearest
 from topiarist.solvers.base import Problem, Solution, Solver
 
 
@@ -48,11 +49,11 @@ class Held(Pattern):
         return not bool((mask & ~self.kept).any())
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Unchanged(Solver):
     """Gives every weight back, with the mask of its pattern: a later step makes up for what the mask removes."""
 
-    needs_data = False
+    needs_data: ClassVar[bool] = False
 
     def together(self, weights: Sequence[Tensor], gram: Gram, patterns: Sequence[Pattern]) -> list[Solution]:
         """Each weight with its magnitude mask; the Gram is not looked at."""
@@ -67,17 +68,19 @@ class Unchanged(Solver):
         return problem.W, problem.pattern.mask(problem.W.abs())
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Quantized(Solver):
     """Prunes by `solver`, then puts the kept weights on `grid` by `method`, which comes close to what the solver was asked for,
     not to what it gave: GPTQ's descent makes up for pruning and rounding together (the joint step of SparseGPT, section 3.5
     of arXiv 2301.00774, for any solver).
     """
 
-    solver: Solver = field(default_factory=Unchanged)
+    solver: Solver = Unchanged()
     """Gives mask and weights."""
-    method: Method = field(default_factory=GPTQ)
-    grid: Grid = field(default_factory=Grid)
+    method: Annotated[Method, Registered(METHODS)] = GPTQ()
+    """How the kept weights get to the grid."""
+    grid: Grid = Grid()
+    """Where they go."""
 
     @property
     def needs_data(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -1,0 +1,1 @@
+"""Quantising a model block by block, its zeros held."""

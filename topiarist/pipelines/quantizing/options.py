@@ -1,0 +1,92 @@
+"""What a quantising run is asked for, as one value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, PositiveInt
+
+from topiarist.core.errors import CalibrationError, QuantizationError
+from topiarist.core.options import About, Registered, Settings, options
+from topiarist.pipelines.common.options import HOW, TextOptions
+from topiarist.pipelines.pruning.correct import Correct
+from topiarist.quantize import GPTQ, METHODS, Grid, Method, Rounding
+
+GROUPS = (128, 64, 32)
+"""Weights that share a scale, the best first: what vLLM's and llama.cpp's kernels take."""
+
+
+def _number(given: Any) -> Any:
+    return int(given) if isinstance(given, str) and given.isdigit() else given
+
+
+@options
+class QuantizeOptions(TextOptions):
+    """Everything that `quantize` takes beside the model, the output folder and the progress bar."""
+
+    bits: Annotated[Literal[8, 4], BeforeValidator(_number), About(metavar="8|4")] = 8
+    """Bits a weight: 8 loses nothing that can be measured, 4 halves the file again."""
+    group: Annotated[
+        Literal["auto", "channel"] | PositiveInt, BeforeValidator(_number), About(metavar="N|auto|channel")
+    ] = "auto"
+    """Consecutive weights that share a scale; auto: 128, or the largest of 64 and 32 that fits every matrix;
+    channel: a whole row."""
+    method: Annotated[
+        Method | None, Registered(METHODS, other=lambda given: given is None), About(metavar="METHOD")
+    ] = None
+    """gptq or round; gptq:sweeps=4 sets a field. Default gptq, and round for 8 bits without data."""
+    skip: Sequence[str] = ()
+    """Regular expression of layers that keep their values."""
+    head: bool = False
+    """Put the output head on 8 bits as well, a scale a row."""
+    batch_size: PositiveInt = 8
+    """Windows a forward pass."""
+    true_sequential: bool = False
+    """Later matrices of a block see the already quantised earlier ones."""
+    correct: Annotated[Correct | None, Settings(Correct)] = None
+    """Each matrix also makes good what those before it lost of the model as it was (share=0.5 sets a field)."""
+    spill: Annotated[Path | None, HOW] = None
+    """Folder for hidden states that do not fit in memory."""
+
+    @property
+    def windows_a_forward(self) -> int:
+        return self.batch_size
+
+    @property
+    def chosen_method(self) -> Method:
+        """`method`, or what suits the run."""
+        return self.method or (Rounding() if self.data is None and self.bits == 8 else GPTQ())
+
+    def grid(self, shapes: Mapping[str, tuple[int, int]]) -> Grid:
+        """The grid for matrices of these shapes, by name. Raises QuantizationError, naming one, if groups do not fit it."""
+        if self.group == "channel":
+            return Grid(bits=self.bits, group=None)
+        if isinstance(self.group, int):
+            grid = Grid(bits=self.bits, group=self.group)
+            for name, shape in shapes.items():
+                try:
+                    grid.width(shape[1])
+                except QuantizationError as error:
+                    raise QuantizationError(f"{name}: {error}") from None
+            return grid
+        widths = {shape[1] for shape in shapes.values()}
+        for group in GROUPS:
+            if all(width % group == 0 for width in widths):
+                return Grid(bits=self.bits, group=group)
+        name = next(name for name, shape in shapes.items() if shape[1] % GROUPS[-1])
+        raise QuantizationError(
+            f"{name}: rows of {shapes[name][1]} weights hold no whole groups of {', '.join(map(str, GROUPS))}: take "
+            "group=channel, or skip it"
+        )
+
+    def check_text(self) -> None:
+        """Raise CalibrationError if there is no text and something needs it."""
+        if self.data is not None:
+            return
+        if self.chosen_method.needs_data or self.correct is not None:
+            what = "error correction" if self.correct is not None else "gptq"
+            raise CalibrationError(
+                f"{what} looks at what flows through the model: give text with data (method round does without)"
+            )

@@ -1,0 +1,210 @@
+"""Quantising: block by block, Grams -> grid -> packed shard on disk -> next block, which sees the quantised ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from topiarist import allocate
+from topiarist.checkpoints.dequantised import QUANTIZATION
+from topiarist.checkpoints.reading import Checkpoint, locate
+from topiarist.checkpoints.writing import OutputFolder
+from topiarist.core.errors import CheckpointError, UnsupportedModel
+from topiarist.core.meter import Meter, reset_peak_memory
+from topiarist.core.options import given_or_made, plain, takes
+from topiarist.core.patterns import Unstructured
+from topiarist.data.windows import Windows
+from topiarist.models.folder import FolderModel
+from topiarist.models.opened import OpenedModel, eager_experts
+from topiarist.pipelines.common.options import Progress
+from topiarist.pipelines.common.reproduce import command
+from topiarist.pipelines.common.setup import open_for, windows_of
+from topiarist.pipelines.common.written import weights_of
+from topiarist.pipelines.pruning.block import BlockPruner
+from topiarist.pipelines.quantizing.options import QuantizeOptions
+from topiarist.pipelines.quantizing.packed import has_a_place, quantized_config
+from topiarist.pipelines.quantizing.report import QuantizeReport
+from topiarist.pipelines.quantizing.walk import QuantizingWalk
+from topiarist.quantize import METHODS, Grid
+from topiarist.solvers.quantized import Quantized
+
+CALIBRATION = "pruning_calibration.json"
+PACKED, DENSE = "pack-quantized", "dense"
+
+
+@takes(QuantizeOptions)
+def quantize(
+    model: str | Path | nn.Module,
+    out: str | Path | None = None,
+    *,
+    options: QuantizeOptions | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> QuantizeReport:
+    """Put the weights of a causal language model, pruned or not, on a grid of 8 or 4 bits. Zeros stay exactly zero.
+
+    model: a folder or hub id (read block by block, never whole; written to `out` as compressed-tensors' `pack-quantized`,
+    which transformers and vLLM open), or a model object (its weights become what a reader of such a file would compute; `out`
+    is None). options: all settings as one value, instead of single ones. progress: is told what goes on.
+
+    A matrix that no calibration token reaches is rounded, with a warning. The same call on the same `out` resumes a run
+    that was killed, and returns the report of one that is finished. Raises a TopiaristError for everything a user can mend.
+    """
+    options = given_or_made(QuantizeOptions, options, settings)
+    meter = Meter()
+    reset_peak_memory()
+    options.check_text()
+    _refuse_quantised(model)
+    source = open_for(options, model)
+    _check_output(source, out, options)
+    shapes = source.shapes()
+    patterns, unmatched = allocate.without(dict.fromkeys(shapes, Unstructured(0.0)), options.skip)
+    wanted = {name: shapes[name] for name, pattern in patterns.items() if pattern is not None}
+    grid = options.grid(wanted)
+    windows = windows_of(options, source)
+    solver = Quantized(method=options.chosen_method, grid=grid)
+    pruner = BlockPruner.of(solver, patterns, None, options.correct, sequential=options.true_sequential)
+    pruner.meter = meter
+    for expression in unmatched:
+        pruner.warn(f"--skip {expression!r} matches no layer", UserWarning)
+    packs = isinstance(source, FolderModel) and _can_pack(source, wanted, pruner)
+    report = _report(options, model, source, grid, windows, packs)
+    walk = QuantizingWalk(
+        source, pruner, windows.tokens, options, progress or (lambda *_: None), packs=packs, head=options.head and packs
+    )
+    with eager_experts(source.model):
+        if not isinstance(source, FolderModel):
+            report.layers = walk.in_memory()  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            with OutputFolder(Path(str(out)), _fingerprint(options, source, report)) as output:
+                if output.complete:
+                    return QuantizeReport.from_folder(output.folder)
+                report.layers = walk.streamed(source.checkpoint, output)  # pyright: ignore[reportAttributeAccessIssue]
+                report.warnings, report.output = pruner.warned, str(out)
+                report.run = pruner.meter.run(source.device)
+                _finish(output, source, report, options, grid, windows)
+                return report
+    report.warnings, report.run = pruner.warned, pruner.meter.run(source.device)
+    return report
+
+
+def _refuse_quantised(model: str | Path | nn.Module) -> None:
+    if isinstance(model, nn.Module):
+        return
+    folder = locate(model)
+    if folder.is_dir() and QUANTIZATION in Checkpoint(folder).config:
+        raise UnsupportedModel(f"{model} is quantised already: quantise the weights that it was made from")
+
+
+def _check_output(source: OpenedModel, out: str | Path | None, options: QuantizeOptions) -> None:
+    source.check_output(out)
+    if isinstance(source, FolderModel):
+        return
+    if out is not None:
+        raise CheckpointError(
+            "a model object is quantised in place: save it, and give its folder to write packed files"
+        )
+    if options.head:
+        raise CheckpointError("the head of a model object stays as it is: save the model, and give its folder")
+
+
+def _can_pack(source: FolderModel, wanted: Mapping[str, tuple[int, int]], pruner: BlockPruner) -> bool:
+    """Whether compressed-tensors has a place for any matrix; says so if it has not for some."""
+    placed = {
+        f"{path}.{matrix.name}": has_a_place(source, path, matrix)
+        for index, path in enumerate(source.block_names)
+        for matrix in source.matrices(index)
+        if f"{path}.{matrix.name}" in wanted
+    }
+    if lost := [name for name, place in placed.items() if not place]:
+        pruner.warn(
+            f"{source.config.model_type} stores {len(lost)} of {len(placed)} matrices transposed or stacked ({lost[0]}, ...), "
+            "which no quantised format holds: they get their quantised values in the model's own dtype, so their files do "
+            "not shrink",
+            UserWarning,
+        )
+    return any(placed.values())
+
+
+def _report(
+    options: QuantizeOptions, model: Any, source: OpenedModel, grid: Grid, windows: Windows, packs: bool
+) -> QuantizeReport:
+    """What is known before any work."""
+    resolved = options
+    if options.data is not None:
+        resolved = replace(options, num_windows=len(windows.tokens), window_tokens=windows.window)
+    said = ["bits", *["num_windows", "window_tokens", "seed"] * (options.data is not None)]
+    words, unsaid = command("quantize", model, resolved, always=said)
+    method = plain(options.chosen_method, METHODS)
+    calibration: dict[str, Any] = {
+        "samples": len(windows.tokens),
+        "window": windows.window,
+        "seed": options.seed,
+        "digest": windows.digest,
+        "batch_size": options.batch_size,
+        "true_sequential": options.true_sequential,
+        **({} if options.bos == "never" else {"bos": options.bos}),
+    }
+    return QuantizeReport(
+        method=method.pop("name"),
+        settings=method,
+        bits=grid.bits,
+        group=grid.group,
+        format=PACKED if packs else DENSE,
+        model=source.name,
+        calibration={} if options.data is None else calibration,
+        command=words,
+        not_in_command=unsaid,
+        weights=weights_of(source.model, source.checkpoint),
+    )
+
+
+def _fingerprint(options: QuantizeOptions, source: OpenedModel, report: QuantizeReport) -> dict[str, Any]:
+    """All that the bytes of the result depend on."""
+    return {
+        "model": source.digest(),
+        "method": {"name": report.method, **report.settings},
+        "grid": [report.bits, report.group, report.format],
+        "head": options.head,
+        "skip": list(options.skip),
+        "calibration": report.calibration,
+        "correct": plain(options.correct),
+    }
+
+
+def _finish(
+    output: OutputFolder,
+    source: FolderModel,
+    report: QuantizeReport,
+    options: QuantizeOptions,
+    grid: Grid,
+    windows: Windows,
+) -> None:
+    config, files = dict(source.checkpoint.config), output.files
+    if report.format == PACKED:
+        kept = {name for line in files.values() for name in line["tensors"]}
+        packed = [name for name in source.checkpoint.files if name not in kept]
+        rest = [name for name in source.checkpoint.files if name in kept]
+        config = quantized_config(source, grid, packed, head=options.head, rest=rest)
+    report.weights = {
+        **report.weights,
+        "quantized_bytes": sum(size for line in files.values() for size in line["tensors"].values()),
+    }
+    output.write_text(CALIBRATION, _calibration(source.checkpoint.folder / CALIBRATION, windows))
+    output.write_text("pruning_run.json", json.dumps(report.run, indent=2) + "\n")
+    output.finish(config, report.to_dict(), side_files=source.checkpoint.folder)
+
+
+def _calibration(before: Path, windows: Windows) -> str:
+    """What an evaluation must not be made of: this run's text, and that of the run that pruned the model."""
+    record = json.loads(windows.record())
+    known = json.loads(before.read_text(encoding="utf-8")) if before.is_file() else {}
+    for key, value in known.items():
+        if isinstance(value, list):
+            record[key] = sorted({*value, *record.get(key, [])})
+    return json.dumps(record) + "\n"
