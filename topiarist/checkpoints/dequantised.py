@@ -122,10 +122,20 @@ class DequantisedCheckpoint(Checkpoint):
         return found if isinstance(found, torch.dtype) else torch.bfloat16
 
 
-def readable(folder: str | Path) -> Checkpoint:
-    """The checkpoint in a folder, dequantised if it is quantised. Raises UnsupportedModel if that format is not read."""
+def readable(folder: str | Path, *, strict: bool = True) -> Checkpoint:
+    """The checkpoint in a folder, dequantised if it is quantised.
+
+    strict: raise UnsupportedModel or CheckpointError if it is quantised in a way that is not read; otherwise give it as it is.
+    """
     checkpoint = Checkpoint(folder)
-    return DequantisedCheckpoint(folder) if QUANTIZATION in checkpoint.config else checkpoint
+    if QUANTIZATION not in checkpoint.config:
+        return checkpoint
+    try:
+        return DequantisedCheckpoint(folder)
+    except (UnsupportedModel, CheckpointError):
+        if strict:
+            raise
+        return checkpoint
 
 
 def _bits(words: int, columns: int) -> int:

@@ -9,7 +9,8 @@ from typing import Any
 from jaxtyping import Bool
 from torch import Tensor
 
-from topiarist.checkpoints.reading import Checkpoint, locate
+from topiarist.checkpoints.dequantised import readable
+from topiarist.checkpoints.reading import locate
 from topiarist.evaluation.stored import StoredMatrices, Unread
 from topiarist.evaluation.verify import pattern_holds
 
@@ -38,7 +39,7 @@ def audit(folder: str | Path) -> tuple[dict[str, Any], list[MatrixAudit]]:
     Models of a type that cannot be pruned, and quantised ones, are looked at by the names of their tensors.
     Raises CheckpointError for a folder that cannot be read.
     """
-    checkpoint = Checkpoint(locate(folder))
+    checkpoint = readable(locate(folder), strict=False)
     claims = checkpoint.claims()
     audits = [_of_one(name, weight, claims.get(name)) for name, weight in StoredMatrices(checkpoint).matrices(claims)]
     return checkpoint.config.get("pruning_config", {}), audits

@@ -8,7 +8,8 @@ from pathlib import Path
 from jaxtyping import Bool
 from torch import Tensor
 
-from topiarist.checkpoints.reading import Checkpoint, locate
+from topiarist.checkpoints.dequantised import readable
+from topiarist.checkpoints.reading import locate
 from topiarist.checkpoints.writing import MASKS
 from topiarist.core.errors import CheckpointError, PatternError
 from topiarist.core.patterns import NM, Columns, Pattern, Unstructured, parse_pattern
@@ -55,12 +56,12 @@ class Verification:
 def verify(folder: str | Path, masks: str | Path | None = None) -> Verification:
     """Hold every claimed pattern of `pruning_config`, and every mask of a mask file, against the weights in the files.
 
-    masks: by default `masks.safetensors` in the folder, if there is one. Quantised weights are compared where they are
-    stored element by element (int8 and float8); those of other formats are unread, and the result says why.
+    masks: by default `masks.safetensors` in the folder, if there is one. Quantised weights are dequantised where their
+    format is read, and compared; those of other formats are unread, and the result says why.
     Raises CheckpointError if nothing is claimed at all: there is nothing to verify then.
     """
     path = locate(folder)
-    checkpoint = Checkpoint(path)
+    checkpoint = readable(path, strict=False)
     claims = checkpoint.claims()
     beside = path / MASKS
     file = MaskFile(masks if masks is not None else beside) if masks is not None or beside.is_file() else None

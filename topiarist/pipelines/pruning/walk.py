@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -17,11 +17,29 @@ from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.stream import BlockStream, check_flow
 from topiarist.pipelines.pruning.block import BlockPruner
-from topiarist.pipelines.pruning.options import PruneOptions
 from topiarist.results.report import BlockRefinement, JointBlock, LayerReport
 
 OUTER_SHARD_BYTES = 1 << 29
 """Tensors outside the blocks are copied in shards of about this size, so that copying needs little memory."""
+
+
+@runtime_checkable
+class WalkOptions(Protocol):
+    """What a walk asks of the options of its command."""
+
+    @property
+    def spill(self) -> str | Path | None:
+        """Folder for hidden states that do not fit in memory."""
+
+    @property
+    def windows_a_forward(self) -> int:
+        """Windows a forward pass."""
+        ...
+
+    @property
+    def true_sequential(self) -> bool:
+        """Whether later matrices of a block see the already changed earlier ones."""
+        ...
 
 
 class Walk:
@@ -34,7 +52,7 @@ class Walk:
         source: OpenedModel,
         pruner: BlockPruner,
         tokens: Tensor,
-        options: PruneOptions,
+        options: WalkOptions,
         progress: Progress,
     ) -> None:
         self.source, self.pruner, self.tokens, self.options, self.progress = source, pruner, tokens, options, progress
