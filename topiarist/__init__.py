@@ -28,6 +28,8 @@ from topiarist.pipelines.pruning.correct import Correct
 from topiarist.pipelines.pruning.oneshot import prune, prune_module
 from topiarist.pipelines.pruning.refine import Refine
 from topiarist.pipelines.pruning.sparsellm import SparseLLM
+from topiarist.pipelines.quantizing.quantize import quantize
+from topiarist.pipelines.quantizing.report import QuantizeReport
 from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.recovering.recover import recover
 from topiarist.pipelines.recovering.report import RecoverReport
@@ -52,6 +54,7 @@ __all__ = [
     "Pattern",
     "PatternError",
     "Preset",
+    "QuantizeReport",
     "Recover",
     "RecoverOptions",
     "RecoverReport",
@@ -76,6 +79,7 @@ __all__ = [
     "perplexity",
     "prune",
     "prune_module",
+    "quantize",
     "reconstruction_error",
     "recover",
     "runtime",

@@ -10,7 +10,20 @@ import typer
 from rich.markup import escape
 
 from topiarist.__about__ import __version__
-from topiarist.cli import allocate, apply, generate, learn, prune, push, recover, report, runtime, shrink
+from topiarist.cli import (
+    allocate,
+    apply,
+    export,
+    generate,
+    learn,
+    prune,
+    push,
+    quantize,
+    recover,
+    report,
+    runtime,
+    shrink,
+)
 from topiarist.cli import run as recipes
 from topiarist.cli.common import WarningLines, err, out, quiet
 from topiarist.cli.from_options import understood
@@ -24,7 +37,7 @@ app = typer.Typer(
 USAGE, INTERRUPTED = 2, 130
 
 
-GROUPS = (prune, learn, apply, shrink, recover, recipes, allocate, report, runtime, generate, push)
+GROUPS = (prune, learn, apply, shrink, recover, quantize, export, recipes, allocate, report, runtime, generate, push)
 OPTIONS = [kind for group in GROUPS for kind in getattr(group, "OPTIONS", ())]
 for group in GROUPS:
     for name, command in group.COMMANDS.items():

@@ -36,7 +36,7 @@ def quantize(
         zeros, errors = [f"{mean:.4f}" for mean in means[:2]], [f"{mean:.6f}" for mean in means[2:]]
         table.add_row(kind, str(len(layers)), *zeros, *errors)
     out.print(table)
-    before, after = report.weights["bytes"], report.weights["quantized_bytes"]
+    before, after = report.weights["before"], report.weights["after"]
     say(f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({report.format})")
     print_run(report.run, output)
 

@@ -18,13 +18,13 @@ from topiarist.core.errors import CheckpointError, UnsupportedModel
 from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import given_or_made, plain, takes
 from topiarist.core.patterns import Unstructured
-from topiarist.data.windows import Windows
+from topiarist.data import Windows
 from topiarist.models.folder import FolderModel
 from topiarist.models.opened import OpenedModel, eager_experts
+from topiarist.pipelines.common.finish import CALIBRATION, finish, weights_of
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.reproduce import command
 from topiarist.pipelines.common.setup import open_for, windows_of
-from topiarist.pipelines.common.written import weights_of
 from topiarist.pipelines.pruning.block import BlockPruner
 from topiarist.pipelines.quantizing.options import QuantizeOptions
 from topiarist.pipelines.quantizing.packed import has_a_place, quantized_config
@@ -33,7 +33,6 @@ from topiarist.pipelines.quantizing.walk import QuantizingWalk
 from topiarist.quantize import METHODS, Grid
 from topiarist.solvers.quantized import Quantized
 
-CALIBRATION = "pruning_calibration.json"
 PACKED, DENSE = "pack-quantized", "dense"
 
 
@@ -79,12 +78,12 @@ def quantize(
     )
     with eager_experts(source.model):
         if not isinstance(source, FolderModel):
-            report.layers = walk.in_memory()  # pyright: ignore[reportAttributeAccessIssue]
+            report.layers = walk.in_memory()
         else:
-            with OutputFolder(Path(str(out)), _fingerprint(options, source, report)) as output:
+            with OutputFolder(Path(str(out)), _fingerprint(options, report)) as output:
                 if output.complete:
                     return QuantizeReport.from_folder(output.folder)
-                report.layers = walk.streamed(source.checkpoint, output)  # pyright: ignore[reportAttributeAccessIssue]
+                report.layers = walk.streamed(source.checkpoint, output)
                 report.warnings, report.output = pruner.warned, str(out)
                 report.run = pruner.meter.run(source.device)
                 _finish(output, source, report, options, grid, windows)
@@ -153,21 +152,24 @@ def _report(
     return QuantizeReport(
         method=method.pop("name"),
         settings=method,
+        pattern=f"int{grid.bits}, " + ("a scale a row" if grid.group is None else f"groups of {grid.group}"),
         bits=grid.bits,
         group=grid.group,
         format=PACKED if packs else DENSE,
         model=source.name,
+        base_digest=source.digest(),
         calibration={} if options.data is None else calibration,
         command=words,
         not_in_command=unsaid,
-        weights=weights_of(source.model, source.checkpoint),
+        weights=weights_of(source),
+        pruned={} if source.checkpoint is None else source.checkpoint.config.get("pruning_config", {}),
     )
 
 
-def _fingerprint(options: QuantizeOptions, source: OpenedModel, report: QuantizeReport) -> dict[str, Any]:
+def _fingerprint(options: QuantizeOptions, report: QuantizeReport) -> dict[str, Any]:
     """All that the bytes of the result depend on."""
     return {
-        "model": source.digest(),
+        "model": report.base_digest,
         "method": {"name": report.method, **report.settings},
         "grid": [report.bits, report.group, report.format],
         "head": options.head,
@@ -191,13 +193,10 @@ def _finish(
         packed = [name for name in source.checkpoint.files if name not in kept]
         rest = [name for name in source.checkpoint.files if name in kept]
         config = quantized_config(source, grid, packed, head=options.head, rest=rest)
-    report.weights = {
-        **report.weights,
-        "quantized_bytes": sum(size for line in files.values() for size in line["tensors"].values()),
-    }
-    output.write_text(CALIBRATION, _calibration(source.checkpoint.folder / CALIBRATION, windows))
-    output.write_text("pruning_run.json", json.dumps(report.run, indent=2) + "\n")
-    output.finish(config, report.to_dict(), side_files=source.checkpoint.folder)
+    after = sum(size for line in files.values() for size in line["tensors"].values())
+    report.weights = {**report.weights, "after": after}
+    text = _calibration(source.checkpoint.folder / CALIBRATION, windows)
+    finish(output, report, source, config=config, texts={CALIBRATION: text})
 
 
 def _calibration(before: Path, windows: Windows) -> str:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from topiarist.checkpoints.writing import REPORT
-from topiarist.results.report import LayerReport
-
-RUN = "pruning_run.json"
+from topiarist.results.report import LayerReport, Report
 
 
 @dataclass(frozen=True)
@@ -23,67 +18,37 @@ class QuantizedLayer(LayerReport):
     """Relative reconstruction error if every weight had gone to its nearest level, the group's largest at the grid's end."""
 
 
-@dataclass
-class QuantizeReport:
-    """The result of `quantize`. `to_dict` holds only what repeats; seconds and memory stay in `run`."""
+@dataclass(kw_only=True)
+class QuantizeReport(Report):
+    """The result of `quantize`. `weights["after"]` is what the files hold."""
 
-    method: str
-    settings: Mapping[str, Any]
+    pipeline: ClassVar[str] = "quantize"
+    derived: ClassVar[tuple[str, ...]] = ("sparsity", "mean_error", "mean_rounding_error")
+    parts: ClassVar[Mapping[str, Callable[[Any], Any]]] = {"layers": QuantizedLayer.from_dict}
+
     bits: int
     group: int | None
     """Weights that share a scale; None: a row."""
     format: str
     """`pack-quantized`, or `dense` where no quantised format holds the model's matrices: values on the grid, in its own
     dtype."""
-    model: str
-    calibration: Mapping[str, Any]
-    layers: list[QuantizedLayer] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    command: list[str] = field(default_factory=list)
-    not_in_command: list[str] = field(default_factory=list)
-    weights: Mapping[str, Any] = field(default_factory=dict)
-    """`bytes` of the model's weights as they were, `quantized_bytes` of the files, and the `dtype` of most."""
-    run: dict[str, Any] = field(default_factory=dict)
-    output: str | None = None
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> QuantizeReport:
-        """The report of a finished output folder."""
-        plain = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        known = {entry.name: plain[entry.name] for entry in fields(cls) if entry.name in plain}
-        known["layers"] = [QuantizedLayer.from_dict(layer) for layer in plain["layers"]]
-        run = folder / RUN
-        known["run"] = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
-        return cls(**(known | {"output": str(folder)}))
-
-    @property
-    def mean_error(self) -> float:
-        """Mean relative reconstruction error of the matrices."""
-        return sum(layer.error for layer in self.layers) / max(len(self.layers), 1)
+    pruned: Mapping[str, Any] = field(default_factory=dict)
+    """The `pruning_config` of the model that was quantised: its claims hold for the result."""
 
     @property
     def mean_rounding_error(self) -> float:
-        """The same, had every weight been rounded to its nearest level."""
-        return sum(layer.rounding_error for layer in self.layers) / max(len(self.layers), 1)
+        """Mean error of the matrices, had every weight been rounded to its nearest level."""
+        return sum(layer.rounding_error for layer in self._quantized) / max(len(self.layers), 1)
 
     @property
-    def sparsity(self) -> float:
-        """Fraction of zeros over all quantised matrices."""
-        sizes = [layer.shape[0] * layer.shape[1] for layer in self.layers]
-        zeros = sum(layer.sparsity * size for layer, size in zip(self.layers, sizes, strict=True))
-        return zeros / sum(sizes) if sizes else 0.0
+    def _quantized(self) -> list[QuantizedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
 
-    def by_kind(self) -> dict[str, list[QuantizedLayer]]:
-        """Layers by what they are in a block: names without their numbers."""
-        kinds: dict[str, list[QuantizedLayer]] = {}
-        for layer in self.layers:
-            parts = [part for part in layer.name.split(".") if not part.isdigit()]
-            kinds.setdefault(".".join(parts[-2:]), []).append(layer)
-        return kinds
+    def pruning_config(self, version: str) -> dict[str, Any]:
+        """What the model was pruned to stays said; how it was quantised stands beside it."""
+        own = super().pruning_config(version)
+        return {**self.pruned, "quantized": own} if self.pruned else own
 
-    def to_dict(self) -> dict[str, Any]:
-        plain = asdict(self)
-        plain.pop("run")
-        plain.pop("output")
-        summary = {"mean_error": self.mean_error, "mean_rounding_error": self.mean_rounding_error}
-        return {"pattern": "held", "sparsity": self.sparsity, **summary, **plain}
+    def provenance(self) -> dict[str, Any]:
+        """The grid; nothing is claimed of zeros."""
+        return {"bits": self.bits, "group": self.group, "format": self.format}
