@@ -16,6 +16,9 @@ from topiarist.pipelines.learning.options import LearnOptions
 from topiarist.pipelines.learning.report import LearnReport
 from topiarist.pipelines.pruning.oneshot import prune
 from topiarist.pipelines.pruning.options import PruneOptions
+from topiarist.pipelines.quantizing.options import QuantizeOptions
+from topiarist.pipelines.quantizing.quantize import quantize
+from topiarist.pipelines.quantizing.report import QuantizeReport
 from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.recovering.recover import recover
 from topiarist.pipelines.recovering.report import RecoverReport
@@ -24,8 +27,8 @@ from topiarist.pipelines.shrinking.report import ShrinkReport
 from topiarist.pipelines.shrinking.shrink import shrink
 from topiarist.results.report import Report
 
-DENSE, SPARSE, SMALL, UNEVEN = "dense", "sparse", "shrunk", "shrunk unevenly"
-"""What a model is: as it was trained; with zeros in a pattern; smaller; smaller, with layers of different size."""
+DENSE, SPARSE, SMALL, UNEVEN, QUANTISED = "dense", "sparse", "shrunk", "shrunk unevenly", "quantised"
+"""What a model is: as it was trained; with zeros in a pattern; smaller; smaller, with layers of different size; on a grid."""
 
 Run = Callable[[Path | str, Path, Any, Mapping[str, Any], Progress], Any]
 """(model, out, options, more settings, progress) -> report"""
@@ -77,6 +80,10 @@ STAGES: dict[str, Stage] = {
         RecoverOptions, lambda model, out, options, more, tell: recover(model, out, options=options, progress=tell, **more),
         (SPARSE, SMALL, UNEVEN), lambda was, _: was, RecoverReport, ("teacher",),
     ),
+    "quantize": Stage(
+        QuantizeOptions, lambda model, out, options, _, tell: quantize(model, out, options=options, progress=tell),
+        (DENSE, SPARSE, SMALL, UNEVEN), lambda *_: QUANTISED, QuantizeReport,
+    ),
 }  # fmt: skip
 
 
@@ -84,6 +91,8 @@ def state_of(config: Mapping[str, Any]) -> str:
     """What the model of a config is."""
     provenance = config.get("pruning_config") or {}
     structured = provenance.get("structured")
+    if "quantization_config" in config:
+        return QUANTISED
     if str(config.get("model_type", "")).startswith(PREFIX):
         return UNEVEN
     if structured:
