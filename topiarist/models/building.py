@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from topiarist.checkpoints.dequantised import QUANTIZATION
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.core.errors import CheckpointError
 from topiarist.models import checks, modeling_pruned
@@ -26,8 +25,6 @@ def without_memory(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     modeling_pruned.register(checkpoint.config)
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
-        if hasattr(config, QUANTIZATION) and QUANTIZATION not in checkpoint.config:
-            delattr(config, QUANTIZATION)  # the checkpoint dequantises what it reads
         if "tie_word_embeddings" in checkpoint.config:
             config.tie_word_embeddings = checkpoint.config["tie_word_embeddings"]
             text = config.get_text_config(decoder=True)
