@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from topiarist.cli.common import Model, out, print_run, progress_bar, say
+from topiarist.cli.common import Model, PushTo, out, print_run, progress_bar, say
 from topiarist.cli.from_options import flags
 from topiarist.pipelines.quantizing.options import QuantizeOptions
 
@@ -18,6 +18,7 @@ def quantize(
     model: Model,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the quantised checkpoint")],
     options: QuantizeOptions,
+    push_to_hub: PushTo = None,
 ) -> None:
     """Put the weights of MODEL, pruned or not, on 8 or 4 bits: OUT opens in transformers and vLLM, zeros stay zero."""
     import topiarist as tp
@@ -38,7 +39,7 @@ def quantize(
     out.print(table)
     before, after = report.weights["before"], report.weights["after"]
     say(f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({report.format})")
-    print_run(report.run, output)
+    print_run(report.run, output, push_to_hub)
 
 
 COMMANDS = {"quantize": quantize}

@@ -27,7 +27,7 @@ class QuantizeOptions(TextOptions):
     """Everything that `quantize` takes beside the model, the output folder and the progress bar."""
 
     bits: Annotated[Literal[8, 4], BeforeValidator(_number), About(metavar="8|4")] = 8
-    """Bits a weight: 8 loses nothing that can be measured, 4 halves the file again."""
+    """Bits a weight: 8 loses next to nothing, 4 halves the file again."""
     group: Annotated[
         Literal["auto", "channel"] | PositiveInt, BeforeValidator(_number), About(metavar="N|auto|channel")
     ] = "auto"
