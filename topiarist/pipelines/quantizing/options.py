@@ -52,6 +52,7 @@ class QuantizeOptions(TextOptions):
 
     @property
     def windows_a_forward(self) -> int:
+        """`batch_size`, by the name that the walk over the blocks asks for."""
         return self.batch_size
 
     @property
