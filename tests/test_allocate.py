@@ -399,7 +399,7 @@ def test_the_page_shows_densities_and_scores_and_repeats_the_run(call, tmp_path:
     assert "Where the zeros are" in html and "What the allocation went by" in html and "% kept, mean error" in html
     command = json.loads((tmp_path / "out" / "pruning_report.json").read_text())["command"]
     words = ["again" if word == "OUT" else word for word in command[1:]]
-    at = words.index("--calibration")
+    at = words.index("--data")
     code, _, error = call(*words[:at], *words[at + 4 :])
     assert code == 0, error
     assert (tmp_path / "again" / "pruning_report.html").read_text() == html
