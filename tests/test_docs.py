@@ -14,6 +14,7 @@ from documents import DOCS, ROOT
 
 import topiarist
 from topiarist.allocate import ALLOCATIONS
+from topiarist.models import FAMILIES
 from topiarist.pipelines.recipes.recipe import read_recipe
 from topiarist.solvers import SOLVERS
 from topiarist.structured import METHODS
@@ -114,8 +115,13 @@ RUNNABLE = [page for page, text in PAGES.items() if page.startswith("docs/") and
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUNNABLE)
 def test_commands_and_lines_run(page: str, tmp_path: Path, monkeypatch, capsys):
+    before = set(FAMILIES)
     documents.furnish(tmp_path, PAGES[page])
-    documents.run_page(PAGES[page], tmp_path, monkeypatch, capsys)
+    try:
+        documents.run_page(PAGES[page], tmp_path, monkeypatch, capsys)
+    finally:
+        for kind in set(FAMILIES) - before:  # the page on families adds a row
+            del FAMILIES[kind]
 
 
 @pytest.mark.slow

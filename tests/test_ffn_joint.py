@@ -37,7 +37,7 @@ def joint(network: Network, X: torch.Tensor, settings: tp.SparseLLM, pattern: st
     network.outputs(X, Y)
 
     def solve(matrices, weights, gram):
-        return settings.solver.together(weights, gram, [tp.parse_pattern(pattern)] * len(matrices))
+        return settings.local.together(weights, gram, [tp.parse_pattern(pattern)] * len(matrices))
 
     return JointSolver(
         settings, network, X, Y, solve, lambda width: SimpleNamespace(values=torch.empty(*X.shape[:2], width))

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, PositiveInt, SkipValidation
+from pydantic import PositiveInt
 
 from topiarist.allocate import ALLOCATIONS, Linear, Rule, Uniform
 from topiarist.core.errors import CalibrationError
-from topiarist.core.grammar import split_text
 from topiarist.core.options import About, Registered, Settings, options
 from topiarist.core.patterns import Pattern, parse_pattern
 from topiarist.core.registry import name_of
@@ -21,13 +20,11 @@ from topiarist.pipelines.pruning.sparsellm import METHODS, Method, SparseLLM
 from topiarist.solvers import ALPS, Solver
 
 
-def _allocation(given: Any) -> Any:
-    """A rule from its text; a file or a mapping as it is."""
-    if isinstance(given, str) and split_text(given)[0] in ALLOCATIONS:
-        return Registered(ALLOCATIONS, "allocation rule").parse(given)
-    if isinstance(given, Mapping) and given.get("name") in ALLOCATIONS:
-        return Registered(ALLOCATIONS, "allocation rule").parse(given)
-    return given
+def _no_rule(given: Any) -> bool:
+    """Whether an allocation is a file or a mapping of patterns, not one of the rules."""
+    if isinstance(given, Mapping):
+        return given.get("name") not in ALLOCATIONS
+    return str(given).partition(":")[0].strip() not in ALLOCATIONS
 
 
 @options
@@ -40,7 +37,7 @@ class PruneOptions(TextOptions):
     """2:4 keeps 2 of 4; 0.7 makes 70 % zeros; 0.7/row; default 2:4. With an allocation: how much is kept in all."""
     allocation: Annotated[
         Rule | Path | str | Mapping[str, Any] | None,
-        SkipValidation, BeforeValidator(_allocation), About(metavar="RULE|FILE"),
+        Registered(ALLOCATIONS, "allocation rule", base=(Rule,), other=_no_rule), About(metavar="RULE|FILE"),
     ] = None  # fmt: skip
     """How much each layer gets: uniform, linear, owl, sensitivity or search (owl:threshold=7,level=matrix sets fields), or a
     JSON file of layer name -> pattern."""
