@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "topiarist"
 FLOORS = [
     ["__about__"],
-    ["core", "quantize", "checkpoints", "data", "models"],
+    ["core", "quantization", "checkpoints", "data", "models"],
     ["solvers", "allocate", "masklearn", "structured", "masks", "runtime", "evaluation", "results"],
     ["pipelines"],
     ["cli", "__main__", "__init__"],

@@ -13,8 +13,8 @@ from topiarist.checkpoints.dequantised import DequantisedCheckpoint, readable
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.streaming import write_tensors
 from topiarist.core.errors import CheckpointError, QuantizationError, UnsupportedModel
-from topiarist.quantize import Grid, compressed_tensors, readers, round_to_nearest
-from topiarist.quantize.packing import pack, unpack
+from topiarist.quantization import Grid, compressed_tensors, readers, round_to_nearest
+from topiarist.quantization.packing import pack, unpack
 
 
 def random(*shape: int) -> torch.Tensor:

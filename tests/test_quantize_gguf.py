@@ -13,8 +13,8 @@ from topiarist.checkpoints.reading import Checkpoint
 from topiarist.core.errors import CheckpointError, UnsupportedModel
 from topiarist.core.grammar import OptionError
 from topiarist.pipelines.exporting.gguf_file import export_gguf
-from topiarist.quantize import Grid, round_to_nearest
-from topiarist.quantize.gguf_blocks import block_scales, q4_0, q8_0
+from topiarist.quantization import Grid, round_to_nearest
+from topiarist.quantization.gguf_blocks import block_scales, q4_0, q8_0
 
 gguf = pytest.importorskip("gguf")
 

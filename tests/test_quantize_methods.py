@@ -11,7 +11,7 @@ from topiarist.core.errors import NumericalError, QuantizationError
 from topiarist.core.gram import Gram
 from topiarist.core.linalg import damped, reconstruction_error
 from topiarist.core.patterns import NM
-from topiarist.quantize import GPTQ, Grid, QuantizedWeight, round_to_nearest
+from topiarist.quantization import GPTQ, Grid, QuantizedWeight, round_to_nearest
 
 GRIDS = [Grid(bits=bits, group=group) for bits in (4, 8) for group in (8, 16, None)]
 

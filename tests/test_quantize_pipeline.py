@@ -17,7 +17,7 @@ from topiarist.core.errors import CalibrationError, CheckpointError, Quantizatio
 from topiarist.core.grammar import OptionError
 from topiarist.evaluation.verify import verify
 from topiarist.models.opened import open_model
-from topiarist.quantize import Grid
+from topiarist.quantization import Grid
 from topiarist.solvers.quantized import Quantized
 
 TOKENS = tiny_tokens(8, 32)

@@ -17,7 +17,7 @@ from topiarist import runtime
 from topiarist.core.compiled import NoKernels
 from topiarist.core.errors import CheckpointError
 from topiarist.core.patterns import NM
-from topiarist.quantize.grid import Grid, QuantizedWeight
+from topiarist.quantization.grid import Grid, QuantizedWeight
 from topiarist.runtime import packed
 from topiarist.runtime.build import load_kernels
 from topiarist.runtime.entries import pack_integers, restore, store, unpack_integers
@@ -149,8 +149,8 @@ def test_unpacking_gives_the_dense_weights(folder, tmp_path):
 
 def test_a_quantised_folder_keeps_its_integers(folder, tmp_path):
     """compressed-tensors' layout: three tensors a matrix become one, and the config says no more of it."""
-    from topiarist.quantize.compressed_tensors import quantization_config, to_tensors
-    from topiarist.quantize.grid import round_to_nearest
+    from topiarist.quantization.compressed_tensors import quantization_config, to_tensors
+    from topiarist.quantization.grid import round_to_nearest
 
     grid, name = Grid(bits=4, group=32), "model.layers.0.mlp.up_proj"
     state = load_file(folder / "model.safetensors")

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from topiarist.checkpoints.reading import Checkpoint, StoredTensor
 from topiarist.core.errors import CheckpointError, UnsupportedModel
-from topiarist.quantize import compressed_tensors, readers
-from topiarist.quantize.compressed_tensors import PACKED, SCALE, SHAPE
-from topiarist.quantize.grid import QuantizedWeight
+from topiarist.quantization import compressed_tensors, readers
+from topiarist.quantization.compressed_tensors import PACKED, SCALE, SHAPE
+from topiarist.quantization.grid import QuantizedWeight
 
 QUANTIZATION = "quantization_config"
 FLOAT8_BLOCK = (128, 128)

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Int8, UInt8
 from torch import Tensor
 
-from topiarist.quantize.grid import Grid, QuantizedWeight
+from topiarist.quantization.grid import Grid, QuantizedWeight
 from topiarist.runtime.bits import (
     PackedTensor,
     describe,

@@ -12,7 +12,7 @@ from topiarist.checkpoints.reading import read_json
 from topiarist.core.compiled import NoKernels
 from topiarist.core.errors import CheckpointError, TopiaristError
 from topiarist.models.opened import open_model
-from topiarist.quantize.grid import QuantizedWeight
+from topiarist.quantization.grid import QuantizedWeight
 from topiarist.runtime.linear import QuantisedEmbedding, QuantisedLinear
 from topiarist.runtime.packed import MANIFEST, from_packed, read_contents
 from topiarist.runtime.skeleton import skeleton

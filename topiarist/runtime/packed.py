@@ -28,7 +28,7 @@ from topiarist.checkpoints.reading import Checkpoint, opened
 from topiarist.checkpoints.side_files import copy_side_files, inside
 from topiarist.checkpoints.writing import MASKS
 from topiarist.core.errors import CheckpointError, UnsupportedModel
-from topiarist.quantize.grid import Grid, QuantizedWeight, round_to_nearest
+from topiarist.quantization.grid import Grid, QuantizedWeight, round_to_nearest
 from topiarist.runtime.entries import Content, read_entry, restore, store
 from topiarist.runtime.manifest import KEY, MANIFEST, VERSIONS, new_folder, read_manifest
 from topiarist.runtime.skeleton import Roles, roles

@@ -14,7 +14,7 @@ from topiarist.core.gram import Gram
 from topiarist.core.linalg import reconstruction_error
 from topiarist.core.options import Registered, options
 from topiarist.core.patterns import Pattern
-from topiarist.quantize import GPTQ, METHODS, Grid, Method, QuantizedWeight, round_to_nearest
+from topiarist.quantization import GPTQ, METHODS, Grid, Method, QuantizedWeight, round_to_nearest
 from topiarist.solvers.base import Problem, Solution, Solver
 
 

@@ -21,8 +21,8 @@ from topiarist.core.errors import CheckpointError, TopiaristError
 from topiarist.core.grammar import OptionError
 from topiarist.pipelines.exporting import architecture as arch
 from topiarist.pipelines.exporting import vocabulary
-from topiarist.quantize.gguf_blocks import BLOCK, block_scales, q4_0, q8_0
-from topiarist.quantize.grid import QuantizedWeight
+from topiarist.quantization.gguf_blocks import BLOCK, block_scales, q4_0, q8_0
+from topiarist.quantization.grid import QuantizedWeight
 
 Type = Literal["bf16", "q8_0", "q4_0"]
 _ROTATED = ("q_proj", "k_proj")

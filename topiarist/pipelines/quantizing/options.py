@@ -12,7 +12,7 @@ from topiarist.core.errors import CalibrationError, QuantizationError
 from topiarist.core.options import About, Registered, Settings, options
 from topiarist.pipelines.common.options import HOW, TextOptions
 from topiarist.pipelines.pruning.correct import Correct
-from topiarist.quantize import GPTQ, METHODS, Grid, Method, Rounding
+from topiarist.quantization import GPTQ, METHODS, Grid, Method, Rounding
 
 GROUPS = (128, 64, 32)
 """Weights that share a scale, the best first: what vLLM's and llama.cpp's kernels take."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from topiarist.models.families import Matrix
 from topiarist.models.folder import FolderModel
-from topiarist.quantize import Grid, QuantizedWeight, compressed_tensors, round_to_nearest
+from topiarist.quantization import Grid, QuantizedWeight, compressed_tensors, round_to_nearest
 
 HEAD_GRID = Grid(bits=8, group=None)
 

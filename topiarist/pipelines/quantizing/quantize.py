@@ -30,7 +30,7 @@ from topiarist.pipelines.quantizing.options import QuantizeOptions
 from topiarist.pipelines.quantizing.packed import has_a_place, quantized_config
 from topiarist.pipelines.quantizing.report import QuantizeReport
 from topiarist.pipelines.quantizing.walk import QuantizingWalk
-from topiarist.quantize import METHODS, Grid
+from topiarist.quantization import METHODS, Grid
 from topiarist.solvers.quantized import Quantized
 
 PACKED, DENSE = "pack-quantized", "dense"

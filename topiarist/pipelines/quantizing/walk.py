@@ -16,7 +16,7 @@ from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.pruning.walk import Walk
 from topiarist.pipelines.quantizing.packed import head_name, packed_block, packed_head
 from topiarist.pipelines.quantizing.report import QuantizedLayer
-from topiarist.quantize import QuantizedWeight
+from topiarist.quantization import QuantizedWeight
 from topiarist.results.report import LayerReport
 from topiarist.solvers import Solution
 from topiarist.solvers.quantized import Held, QuantizedSolution

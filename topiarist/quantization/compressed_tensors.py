@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from topiarist.core.errors import QuantizationError
-from topiarist.quantize.grid import Grid, QuantizedWeight
-from topiarist.quantize.packing import pack, unpack
+from topiarist.quantization.grid import Grid, QuantizedWeight
+from topiarist.quantization.packing import pack, unpack
 
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 

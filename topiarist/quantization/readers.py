@@ -10,7 +10,7 @@ from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from topiarist.core.errors import QuantizationError
-from topiarist.quantize.packing import unpack
+from topiarist.quantization.packing import unpack
 
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """Values of the codes 0 to 15 of E2M1 (OCP Microscaling Formats 1.0, table 5)."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from topiarist.core import linalg
 from topiarist.core.gram import Gram
 from topiarist.core.options import options
-from topiarist.quantize.grid import Grid, QuantizedWeight, finite, search_scale, stored
+from topiarist.quantization.grid import Grid, QuantizedWeight, finite, search_scale, stored
 
 ROWS = 1024
 """Rows whose scales are searched at once: the candidates' copies stay small."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from topiarist.core.gram import Gram
 from topiarist.core.options import options
-from topiarist.quantize.gptq import GPTQ
-from topiarist.quantize.grid import Grid, QuantizedWeight, round_to_nearest
+from topiarist.quantization.gptq import GPTQ
+from topiarist.quantization.grid import Grid, QuantizedWeight, round_to_nearest
 
 
 @options

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
-from topiarist.quantize.grid import QuantizedWeight
+from topiarist.quantization.grid import QuantizedWeight
 
 BLOCK = 32
 
