@@ -269,7 +269,7 @@ def test_bad_input_is_refused_by_name():
         ALPS()(W[:, :32], gram, parse_pattern("2:4"))
     with pytest.raises(PatternError, match="divisible"):
         ALPS()(W, gram, parse_pattern("2:5"))
-    with pytest.raises(ValueError, match="fast, best"):
+    with pytest.raises(ValueError, match="should be 'fast' or 'best'"):
         ALPS(preset="quick")
 
 

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from topiarist.models.derive import family_of
 from topiarist.models.families import FAMILIES
 from topiarist.structured import choose, gates, units_of
 from topiarist.structured.hybrid import Hybrid
@@ -103,7 +104,7 @@ def test_every_family_is_scored(family: str, kinds: tuple[str, ...]):
 def test_what_adds_nothing_has_no_influence(family: str):
     model = tiny.tiny_model(family)
     ffn = FAMILIES[family].feed_forward[0].down
-    block = model.get_submodule(FAMILIES[family].blocks)[1]
+    block = model.get_submodule(family_of(model).blocks)[1]
     attention = block.get_submodule(FAMILIES[family].attention.module)
     for module in (attention.get_submodule(FAMILIES[family].attention.out), block.get_submodule(ffn)):
         for parameter in module.parameters():
@@ -120,7 +121,7 @@ def test_what_adds_nothing_has_no_influence(family: str):
 def test_forwards_that_begin_at_a_block_are_those_of_the_whole_model(family: str):
     model = tiny.tiny_model(family)
     tokens = task_of(model).tokens[:3]
-    blocks = model.get_submodule(FAMILIES[family].blocks)
+    blocks = model.get_submodule(family_of(model).blocks)
     originals, ran = list(blocks), []
     for index, block in enumerate(originals):
         block.register_forward_hook(lambda *_, index=index: ran.append(index))

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from topiarist.core.options import ALIASES, Settings, about, default_of, fields_of, tables_of, to_text
+from topiarist.core.options import ALIASES, Settings, about, default_of, fields_of, in_order, tables_of, to_text
 from topiarist.pipelines.common.reproduce import flag_of
 
 BARE = "true"
@@ -25,9 +25,7 @@ def flags(options_type: type[Any]) -> Callable[[Callable[..., Any]], Callable[..
 
     Only flags that were given are passed on, so defaults are written once, in the options' class.
     """
-    known = {name: info for name, info in fields_of(options_type).items() if about(info).cli}
-    own = options_type.__annotations__
-    known = dict(sorted(known.items(), key=lambda field: field[0] not in own))  # what all commands have comes last
+    known = {name: info for name, info in in_order(options_type) if about(info).cli}
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(function)

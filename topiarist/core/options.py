@@ -236,6 +236,12 @@ def fields_of(cls: type) -> dict[str, FieldInfo]:
     return getattr(cls, "__pydantic_fields__", {})
 
 
+def in_order(cls: type) -> list[tuple[str, FieldInfo]]:
+    """Every field of a class of options: its own first, then those that commands have in common."""
+    own = cls.__annotations__
+    return sorted(fields_of(cls).items(), key=lambda field: field[0] not in own)
+
+
 def about(info: FieldInfo) -> About:
     """What a field's annotation says about it."""
     return next((mark for mark in info.metadata if isinstance(mark, About)), About())

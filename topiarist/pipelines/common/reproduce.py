@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from topiarist.core.options import about, changed, fields_of, tables_of, to_text
+from topiarist.core.options import about, changed, in_order, tables_of, to_text
 from topiarist.data import TextFiles
 
 RECIPE = "recipe.yaml"
@@ -39,7 +39,7 @@ def said(options: Any, *, always: Sequence[str] = ()) -> list[Said]:
     always: fields said even at their defaults.
     """
     wanted, tables, found = {*changed(options), *always}, tables_of(type(options)), []
-    for name, info in fields_of(type(options)).items():
+    for name, info in in_order(type(options)):
         value = getattr(options, name)
         if value is None or name not in wanted or not (about(info).cli and about(info).result):
             continue
