@@ -26,6 +26,7 @@ from torch import Tensor
 import topiarist as tp
 from benchmarks import problems
 from benchmarks.originals import OriginalALPS, OriginalSparseGPT
+from topiarist.core import linalg
 
 SHAPES = ["576x576", "1536x576", "576x1536"]
 PATTERNS = ["0.5", "0.7", "0.9", "2:4", "4:8"]
@@ -116,7 +117,7 @@ def machine(device: str) -> str:
         if Path("/proc/cpuinfo").exists()
         else []
     )
-    low = tp.linalg.search_dtype(torch.device("cpu"))
+    low = linalg.search_dtype(torch.device("cpu"))
     return f"{names[0] if names else platform.processor()} ({os.cpu_count()} cores, support search in {low})"
 
 

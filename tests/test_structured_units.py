@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import topiarist as tp
+from topiarist.models.derive import family_of
 from topiarist.models.families import FAMILIES
+from topiarist.models.opened import eager_experts
 from topiarist.structured import choose, gates, kept_cost, layer_counts, total_cost, units_of
 from topiarist.structured.units import UnitGroup, default_kinds
 
@@ -52,8 +54,8 @@ def test_parts_of_all_units_cover_their_matrices_once(family: str):
             )
             counted += len(indices(part, range(group.count))) * chosen.numel() // chosen.shape[part.axis]
         assert counted == group.cost * group.count
-    block = model.get_submodule(FAMILIES[family].blocks)[0]
-    covered = {name.split(".", FAMILIES[family].blocks.count(".") + 2)[-1] for name in seen}
+    block = model.get_submodule(family_of(model).blocks)[0]
+    covered = {name.split(".", family_of(model).blocks.count(".") + 2)[-1] for name in seen}
     matrices = {name for name, p in block.named_parameters() if p.ndim > 1 and "gate.weight" not in name}
     assert matrices - {"mlp.shared_expert_gate.weight"} <= covered
     assert all(bool((count == 1).all()) for count in seen.values())
@@ -74,7 +76,7 @@ def test_gates_equal_zeros_in_the_consumers(family: str):
         torch.testing.assert_close(model(tokens).logits, dense, rtol=0, atol=0)
         zeroed(model, groups, off)
         assert not torch.allclose(gated, dense, atol=1e-3)
-        with tp.sources.eager_experts(model):
+        with eager_experts(model):
             torch.testing.assert_close(gated, model(tokens).logits, rtol=1e-4, atol=1e-5)
 
 
@@ -111,7 +113,7 @@ def test_masks_have_gradients_and_hooks_leave_with_errors():
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_sublayers_and_blocks(family: str):
     model, tokens = tiny.tiny_model(family), tiny.tiny_tokens(2, 12)
-    blocks = model.get_submodule(FAMILIES[family].blocks)
+    blocks = model.get_submodule(family_of(model).blocks)
     with torch.no_grad():
         dense = model(tokens).logits
         with gates(model, units_of(model, ("block",))) as masks:
@@ -142,7 +144,7 @@ def test_an_expert_that_is_off_gets_no_token(family: str):
         for block in model.model.layers:
             for name in ("gate_up_proj", "down_proj"):
                 getattr(block.mlp.experts, name)[1].fill_(float("nan"))
-        with tp.sources.eager_experts(model):
+        with eager_experts(model):
             torch.testing.assert_close(model(tokens).logits, gated)
 
 
