@@ -9,7 +9,7 @@ byte i // 8 is weight i, in row order.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,10 +20,13 @@ from topiarist.core.errors import CheckpointError, PatternError
 from topiarist.core.patterns import NM, Pattern
 from topiarist.masklearn.candidates import index_of, mask_of, num_classes
 
-BITMAP, INDEX8, INDEX64 = "bitmap", "index8", "index64"
+Encoding = Literal["bitmap", "index8", "index64"]
+BITMAP: Encoding = "bitmap"
+INDEX8: Encoding = "index8"
+INDEX64: Encoding = "index64"
 
 
-def encoding_for(pattern: Pattern) -> str:
+def encoding_for(pattern: Pattern) -> Encoding:
     """The smallest encoding of masks of a pattern; bytes win ties because they allow random access."""
     if not isinstance(pattern, NM):
         return BITMAP
@@ -50,7 +53,7 @@ def packed_size(shape: tuple[int, ...], pattern: Pattern, encoding: str) -> int:
     return -(-(total // pattern.of) // _digits(pattern, bits)) * bits // 8  # pyright: ignore
 
 
-def pack(mask: Bool[Tensor, "..."], pattern: Pattern) -> tuple[UInt8[Tensor, " bytes"], str]:
+def pack(mask: Bool[Tensor, "..."], pattern: Pattern) -> tuple[UInt8[Tensor, " bytes"], Encoding]:
     """Bytes and the encoding's name. Groups run along the last axis. PatternError for a mask of another pattern."""
     encoding = encoding_for(pattern)
     flat = mask.detach().cpu().contiguous()

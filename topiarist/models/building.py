@@ -31,7 +31,7 @@ def without_memory(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             if text is not config:
                 text.tie_word_embeddings = config.tie_word_embeddings
         if hasattr(config, "quantization_config"):
-            del config.quantization_config  # the weights are given as what they stand for
+            delattr(config, "quantization_config")  # the weights are given as what they stand for
         config.return_dict = True  # outputs are read by name, whatever the config asks for
         checks.usable_attention(config)
         with init_empty_weights(include_buffers=False):

@@ -33,7 +33,7 @@ def read_manifest(folder: Path) -> dict[str, list[str]]:
             f"{folder} is of packed format {kind!r} version {version}, this topiarist reads versions 1 and 2; "
             "unpack it with the topiarist that wrote it"
         )
-    shards = manifest.get("shards")
+    shards: Any = manifest.get("shards")
     if not _is_listing(shards):
         raise CheckpointError(f"{path} cannot be read (it has no list of shards and tensors); copy the folder again")
     for shard in shards:
