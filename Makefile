@@ -46,10 +46,10 @@ test: lint assets ## lint, then pytest
 test-fast: $(STAMP) ## the tests of a few seconds that need nothing fetched
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not real"
 
-# Held to AVX2, to AVX-512 without AMX, free, and emulated (tests/rounding.py).
 sweep: $(STAMP) ## try every model type of transformers; writes docs/reference/architectures.md
 	cd tests && $(ONE_THREAD) HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore PYTHONPATH=.. ../$(BIN)/python -m sweep --out ../docs/reference/architectures.md
 
+# Held to AVX2, to AVX-512 without AMX, free, and emulated (tests/rounding.py).
 test-isa: $(STAMP) ## the fast tests under several instruction sets
 	$(ONE_THREAD) $(BIN)/python tests/processors.py -n $(WORKERS) -m "not slow and not real"
 

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -21,6 +22,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--processor", choices=rounding.PROCESSORS, default="this", help="compute as on another processor (rounding.py)"
     )
+
+
+SLOW = Path(__file__).with_name("slow_tests.txt")
+"""Tests that take over a third of a second a case, or three in all their cases, on one core of a Zen 1 at 2 GHz."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave what is listed as slow out of the fast tier, beside what says so itself."""
+    listed = set(SLOW.read_text().split())
+    for item in items:
+        if item.nodeid.partition("[")[0] in listed:
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

@@ -67,9 +67,9 @@ def test_transformers_opens_what_is_written(tmp_path, pruned, settings):
     assert {key: own[key] for key in before if key != "base_model"} == {
         key: value for key, value in before.items() if key != "base_model"
     }
-    assert report.weights["quantized_bytes"] == sum(
-        p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")
-    ) - len(_header(tmp_path / "out" / "model.safetensors"))
+    assert report.weights["after"] == sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")) - len(
+        _header(tmp_path / "out" / "model.safetensors")
+    )
 
 
 def _header(path: Path) -> bytes:
