@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from topiarist.cli.common import err, quiet, set_threads
+from topiarist.cli.common import err, set_threads
 
 
 def generate(
@@ -26,7 +26,6 @@ def generate(
     from topiarist.runtime import Generator, accelerate, load_model
 
     set_threads(threads)
-    quiet()
     tokenizer = load_tokenizer(folder)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     if not ids.numel():

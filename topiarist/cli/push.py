@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from topiarist.cli.common import out, quiet
+from topiarist.cli.common import out
 
 
 def push(
@@ -20,7 +20,6 @@ def push(
     """Upload DIR to the Hugging Face hub as NAME, by the hub's own client and its login."""
     from topiarist.results.hub import push as upload
 
-    quiet()
     out.print(f"uploaded to {upload(folder, name, private=private)}", highlight=False, markup=False, soft_wrap=True)
 
 

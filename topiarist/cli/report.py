@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from topiarist.cli.common import out, progress_bar, quiet, set_threads
+from topiarist.cli.common import out, progress_bar, set_threads
 
 BROKEN, UNSEEN = 1, 2
 BOS = ("auto", "always", "never")
@@ -67,7 +67,6 @@ def evaluate(
     from topiarist.results.pages import save_evaluation
 
     set_threads(threads)
-    quiet()
     if not text and not tasks:
         raise TopiaristError("nothing to evaluate on: name --text heldout.txt or --tasks piqa,arc_easy")
     paths, wanted = text or [], [task.strip() for task in (tasks or "").split(",") if task.strip()]

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from topiarist.cli.common import out, quiet, set_threads
+from topiarist.cli.common import out, set_threads
 
 
 class Integers(StrEnum):
@@ -79,7 +79,6 @@ def bench(
     from topiarist.runtime import bench_folder
 
     set_threads(threads)
-    quiet()
     report = bench_folder(folder, tokens=tokens, prompt=prompt, batches=batch or (1, 4, 8, 32), device=device)
     plain = asdict(report) | {"verdict": report.verdict}
     if save:

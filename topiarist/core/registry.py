@@ -17,11 +17,6 @@ def look_up(table: Mapping[str, T], name: str, what: str = "method") -> T:
     return table[name]
 
 
-def resolve(table: Mapping[str, type[T]], value: str | T) -> T:
-    """The class of that name with its defaults; anything but text passes through."""
-    return look_up(table, value)() if isinstance(value, str) else value
-
-
 def key_of(table: Mapping[str, type[Any]], value: object) -> str | None:
     """The name of the value's own class; None if the table has it not."""
     return next((name for name, cls in table.items() if type(value) is cls), None)
