@@ -116,15 +116,6 @@ def test_experts_go_under_their_own_names(tmp_path, family):
         assert torch.allclose(opened(TOKENS).logits, wanted(TOKENS).logits, atol=1e-3)
 
 
-def test_transposed_matrices_get_their_values_in_ordinary_files(tmp_path):
-    source = tiny_checkpoint(tmp_path / "gpt2", "gpt2")
-    with pytest.warns(UserWarning, match="gpt2 stores 8 of 8 matrices transposed"):
-        report = tp.quantize(source, tmp_path / "out", bits=4, data=TOKENS)
-    assert report.format == "dense" and "quantization_config" not in Checkpoint(tmp_path / "out").config
-    weight = Checkpoint(tmp_path / "out").read("transformer.h.0.mlp.c_fc.weight").t()
-    assert max(len(group.unique()) for group in weight.unflatten(1, (-1, 32)).flatten(0, 1)) <= 16
-
-
 def test_an_object_gets_the_values_of_the_file(tmp_path):
     source = tiny_checkpoint(tmp_path / "model")
     tp.quantize(source, tmp_path / "out", bits=4, data=TOKENS)

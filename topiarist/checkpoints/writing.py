@@ -201,9 +201,13 @@ class OutputFolder:
             self._write_journal()
         return self.blocks
 
+    def tensor_bytes(self) -> dict[str, int]:
+        """Bytes of every tensor in the finished files of the model, by name."""
+        return {name: size for line in self.files.values() for name, size in line["tensors"].items()}
+
     def _gathered(self) -> set[str]:
         """The tensors that are in files of the model."""
-        return {name for file in self.files.values() for name in file["tensors"]}
+        return set(self.tensor_bytes())
 
     def _kept(self, line: Mapping[str, Any]) -> bool:
         return self._gathered().issuperset(line["tensors"]) or self._holds(line["block"], line)

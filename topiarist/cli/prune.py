@@ -39,6 +39,9 @@ def prune(
         row = (kind, str(len(layers)), f"{sparsity:.4f}", f"{sum(errors) / len(errors):.5f}", f"{max(errors):.5f}")
         table.add_row(*row)
     out.print(table)
+    if report.quantized:
+        before, after = report.weights["before"], report.weights["after"]
+        say(f"{report.quantized['bits']} bits: {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB")
     if (kept := output.with_name(output.name + ".search")).is_dir():
         say(f"{kept} holds the solutions that the search used: another sparsity needs them, nothing else does")
     print_run(report.run, output, push_to_hub)

@@ -8,7 +8,7 @@ A zero of the weight is q = 0, and q = 0 is exactly 0.0: the grid has no zero po
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -20,6 +20,8 @@ from torch import Tensor
 from topiarist.core.errors import NumericalError, QuantizationError
 from topiarist.core.options import options
 
+GROUPS = (128, 64, 32)
+"""Weights that share a scale, the best first: what vLLM's and llama.cpp's kernels take."""
 CLIP_RATIOS = tuple(1.0 - step / 40 for step in range(21))
 """Candidates for the end of the grid, as fractions of the group's largest magnitude; at 1.0 only rounding is lost."""
 
@@ -33,6 +35,9 @@ class Grid:
     group: Annotated[int, Field(gt=0)] | None = 128
     """Consecutive weights of a row that share a scale; None: one scale a row."""
 
+    def __str__(self) -> str:
+        return f"int{self.bits}, " + ("a scale a row" if self.group is None else f"groups of {self.group}")
+
     @property
     def lowest(self) -> int:
         """The smallest integer, -8 for 4 bits."""
@@ -42,6 +47,32 @@ class Grid:
     def highest(self) -> int:
         """The largest integer, 7 for 4 bits."""
         return (1 << (self.bits - 1)) - 1
+
+    @classmethod
+    def fitting(cls, bits: Literal[4, 8], group: int | str, shapes: Mapping[str, tuple[int, int]]) -> Grid:
+        """The grid for matrices of these shapes (out, in), by name.
+
+        group: weights that share a scale; "channel" for a whole row; "auto" for the best of `GROUPS` that fits them all.
+        Raises QuantizationError, naming a matrix, if groups do not fit it.
+        """
+        if group == "channel":
+            return cls(bits=bits, group=None)
+        if group != "auto":
+            grid = cls(bits=bits, group=int(group))
+            for name, (_, columns) in shapes.items():
+                try:
+                    grid.width(columns)
+                except QuantizationError as error:
+                    raise QuantizationError(f"{name}: {error}") from None
+            return grid
+        for width in GROUPS:
+            if all(columns % width == 0 for _, columns in shapes.values()):
+                return cls(bits=bits, group=width)
+        name, columns = next((name, columns) for name, (_, columns) in shapes.items() if columns % GROUPS[-1])
+        raise QuantizationError(
+            f"{name}: rows of {columns} weights hold no whole groups of {', '.join(map(str, GROUPS))}: take "
+            "group=channel, or skip it"
+        )
 
     def width(self, in_features: int) -> int:
         """Weights that share a scale in a row of `in_features`. Raises QuantizationError if groups do not fill the row."""

@@ -158,6 +158,8 @@ class Report(RunReport):
     """A JointBlock of every feed-forward network, if the method prunes them as a whole."""
     allocation: Mapping[str, Any] = field(default_factory=dict)
     """Of a run whose patterns a rule chose: the rule, its scores and their standard errors."""
+    quantized: Mapping[str, Any] = field(default_factory=dict)
+    """Of a run that also quantised: `bits`, `group` (weights that share a scale; None: a row), and the `method`."""
 
     @property
     def sparsity(self) -> float:
@@ -186,4 +188,5 @@ class Report(RunReport):
             "sparsity": self.sparsity,
             "modules": {layer.name: round(layer.sparsity, 6) for layer in self.layers},
             **({"patterns": patterns} if patterns else {}),
+            **({"quantized": dict(self.quantized)} if self.quantized else {}),
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, SkipValidation
@@ -37,8 +37,15 @@ def _pattern(given: Any) -> Any:
     return given if given is None or isinstance(given, Pattern) else parse_pattern(given)
 
 
+def _number(given: Any) -> Any:
+    return int(given) if isinstance(given, str) and given.isdigit() else given
+
+
 Texts = Annotated[TextFiles | Tensor | Sequence[str] | None, SkipValidation, BeforeValidator(_texts)]
 OnePattern = Annotated[Pattern | None, SkipValidation, BeforeValidator(_pattern)]
+Bits = Annotated[Literal[8, 4], BeforeValidator(_number), About(metavar="8|4")]
+Group = Annotated[Literal["auto", "channel"] | PositiveInt, BeforeValidator(_number), About(metavar="N|auto|channel")]
+"""Consecutive weights of a row that share a scale."""
 
 
 @options

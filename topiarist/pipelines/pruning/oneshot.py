@@ -21,18 +21,24 @@ from topiarist.core.patterns import Pattern, parse_pattern
 from topiarist.core.registry import name_of
 from topiarist.data import Windows
 from topiarist.models.families import matrices_of
+from topiarist.models.folder import FolderModel
 from topiarist.models.hooks import watch_inputs
 from topiarist.models.opened import OpenedModel, eager_experts, open_model
 from topiarist.pipelines.allocating.allocation import allocated, fixed_patterns
 from topiarist.pipelines.common.finish import dense_digest, finish, weights_of, write_model
 from topiarist.pipelines.common.options import Progress
+from topiarist.pipelines.common.packed import quantized_config
 from topiarist.pipelines.common.reproduce import command, recipe
 from topiarist.pipelines.common.setup import open_for, windows_of
 from topiarist.pipelines.common.stream import GramCollector
 from topiarist.pipelines.pruning.block import BlockPruner, check_finite
+from topiarist.pipelines.pruning.onto_grid import grid_of, solver_of
 from topiarist.pipelines.pruning.options import PruneOptions
+from topiarist.pipelines.pruning.packing import PackingWalk
 from topiarist.pipelines.pruning.sparsellm import METHODS, Method, SparseLLM
 from topiarist.pipelines.pruning.walk import Walk
+from topiarist.quantization import METHODS as QUANTIZERS
+from topiarist.quantization import Grid
 from topiarist.results.report import Report
 from topiarist.solvers import Solver
 
@@ -64,11 +70,12 @@ def prune(
     tell = progress or (lambda *_: None)
     # Of a rule only the shapes are checked yet; its patterns are found when it is clear that the run is not finished.
     patterns, unmatched = fixed_patterns(options, source)
+    grid = grid_of(options, source, patterns, out)
     windows = windows_of(options, source)
-    report = _report(options, model, source, windows)
+    report = _report(options, model, source, windows, grid)
     report.base_digest = source.digest() if out is None else dense_digest(source, Path(out))
     pruner = BlockPruner.of(
-        options.method, patterns, options.refine, options.correct, sequential=options.true_sequential
+        solver_of(options, grid), patterns, options.refine, options.correct, sequential=options.true_sequential
     )
     pruner.meter = meter
     for expression in unmatched:
@@ -88,7 +95,7 @@ def prune(
         if options.rule is not None:
             found = allocated(options, options.rule, source, windows, output, tell)
             pruner.patterns, report.allocation = found
-        walk = Walk(source, pruner, windows.tokens, options, tell)
+        walk = (Walk if grid is None else PackingWalk)(source, pruner, windows.tokens, options, tell)
         with eager_experts(source.model):
             if checkpoint is None or output is None:
                 report.layers = walk.in_memory()
@@ -97,8 +104,13 @@ def prune(
         report.warnings, report.refined, report.joint = pruner.warned, pruner.refined, pruner.joined
         report.output = None if out is None else str(out)
         report.run = pruner.meter.run(source.device)
-        if checkpoint is not None and output is not None:
-            finish(output, report, source, text=windows)
+        if isinstance(source, FolderModel) and output is not None:
+            config = None
+            if grid is not None:
+                sizes = output.tensor_bytes()
+                report.weights = {**report.weights, "after": sum(sizes.values())}
+                config = quantized_config(source, grid, sizes)
+            finish(output, report, source, text=windows, config=config)
         elif output is not None:
             report.result_digest = source.digest()
             written = write_model(output, source.model, source.loaded_tokenizer)
@@ -106,7 +118,7 @@ def prune(
         return report
 
 
-def _report(options: PruneOptions, model: Any, source: OpenedModel, windows: Windows) -> Report:
+def _report(options: PruneOptions, model: Any, source: OpenedModel, windows: Windows, grid: Grid | None) -> Report:
     """What is known before any work."""
     resolved = options
     if options.data is not None:
@@ -138,6 +150,9 @@ def _report(options: PruneOptions, model: Any, source: OpenedModel, windows: Win
         not_in_command=unsaid,
         recipe=recipe("prune", model, resolved, always=said),
         weights=weights_of(source),
+        quantized={}
+        if grid is None
+        else {"bits": grid.bits, "group": grid.group, "method": plain(options.quantizer, QUANTIZERS)},
     )
 
 
@@ -151,6 +166,7 @@ def _fingerprint(options: PruneOptions, report: Report, patterns: Mapping[str, P
         "refine": plain(options.refine),
         "correct": plain(options.correct),
         "allocation": plain(options.rule, ALLOCATIONS) if options.rule else None,
+        **({"quantized": report.quantized} if report.quantized else {}),
     }
 
 

@@ -10,13 +10,15 @@ from pydantic import PositiveInt
 
 from topiarist.allocate import ALLOCATIONS, Linear, Rule, Uniform
 from topiarist.core.errors import CalibrationError
+from topiarist.core.grammar import OptionError
 from topiarist.core.options import About, Registered, Settings, options
 from topiarist.core.patterns import Pattern, parse_pattern
 from topiarist.core.registry import name_of
-from topiarist.pipelines.common.options import HOW, OnePattern, TextOptions
+from topiarist.pipelines.common.options import HOW, Bits, Group, OnePattern, TextOptions
 from topiarist.pipelines.pruning.correct import Correct
 from topiarist.pipelines.pruning.refine import Refine
 from topiarist.pipelines.pruning.sparsellm import METHODS, Method, SparseLLM
+from topiarist.quantization import GPTQ, Rounding
 from topiarist.solvers import ALPS, Solver
 
 
@@ -43,6 +45,12 @@ class PruneOptions(TextOptions):
     JSON file of layer name -> pattern."""
     allocation_work: Annotated[Path | None, HOW] = None
     """Folder for what a rule takes long to get; search: default OUT.search."""
+    bits: Bits | None = None
+    """Also put the weights that stay on 8 or 4 bits, by GPTQ on the same inputs (8 bits without data: by rounding); OUT is
+    written as `quantize` does."""
+    group: Group = "auto"
+    """With bits: consecutive weights that share a scale; auto: 128, or the largest of 64 and 32 that fits every matrix;
+    channel: a whole row."""
     skip: Sequence[str] = ()
     """Regular expression of layers that stay dense."""
     batch_size: PositiveInt | None = None
@@ -56,6 +64,18 @@ class PruneOptions(TextOptions):
     spill: Annotated[Path | None, HOW] = None
     """Folder for hidden states that do not fit in memory."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bits is None:
+            if self.group != "auto":
+                raise OptionError("group is how quantised weights share scales: give bits=8 or bits=4 with it")
+        elif self.refine is not None:
+            raise OptionError("refine trains weights off the grid of bits: prune with refine, then quantize the result")
+        elif isinstance(self.method, SparseLLM):
+            raise OptionError(
+                "sparsellm changes the weights of a network together, bits those of a matrix: prune, then quantize the result"
+            )
+
     @property
     def windows_a_forward(self) -> int:
         """`batch_size`, or what suits the run: refinement takes a step a forward, and many small steps beat few large ones."""
@@ -65,6 +85,11 @@ class PruneOptions(TextOptions):
     def base_pattern(self) -> Pattern:
         """The pattern of every layer, or of the whole with an allocation; 2:4 if none was given."""
         return parse_pattern("2:4") if self.pattern is None else self.pattern
+
+    @property
+    def quantizer(self) -> GPTQ | Rounding:
+        """How the weights that stay are put on the grid of `bits`."""
+        return Rounding() if self.data is None and self.bits == 8 else GPTQ()
 
     @property
     def rule(self) -> Rule | None:
@@ -84,6 +109,8 @@ class PruneOptions(TextOptions):
             wanting = "error correction"
         elif self.refine is not None:
             wanting = "refinement"
+        elif self.bits is not None and self.quantizer.needs_data:
+            wanting = f"GPTQ to {self.bits} bits"
         elif self.rule is not None and not isinstance(self.rule, Uniform | Linear):
             wanting = f"allocation {name_of(ALLOCATIONS, self.rule)}"
         if wanting:

@@ -17,8 +17,9 @@ from topiarist.pipelines.allocating.allocation import fixed_patterns
 from topiarist.pipelines.common.setup import open_for, windows_of
 from topiarist.pipelines.common.stream import BlockStream, GramGroup
 from topiarist.pipelines.pruning.block import BlockPruner
+from topiarist.pipelines.pruning.onto_grid import grid_of, solver_of
 from topiarist.pipelines.pruning.options import PruneOptions
-from topiarist.pipelines.pruning.sparsellm import SparseLLM
+from topiarist.pipelines.pruning.sparsellm import Method, SparseLLM
 
 PROBE_WINDOWS = 2
 SOLVER_COPIES = 10
@@ -54,9 +55,10 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
     options.check_text()
     source = open_for(options, model)
     patterns, _ = fixed_patterns(options, source)
+    solver = solver_of(options, grid_of(options, source, patterns, None))
     windows = windows_of(options, source)
     if options.data is None:
-        return _plan_without_data(source, options, patterns)
+        return _plan_without_data(source, solver, patterns)
     with eager_experts(source.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a probe of two windows is thin by design
         probe = windows.tokens[:PROBE_WINDOWS]
@@ -72,7 +74,7 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
         advance_seconds = time.perf_counter() - start
         smallest = min(groups, key=lambda g: _work(g.matrices))
         start = time.perf_counter()
-        BlockPruner.of(options.method, patterns).solve([smallest], smallest.matrices, path)
+        BlockPruner.of(solver, patterns).solve([smallest], smallest.matrices, path)
         rate = (time.perf_counter() - start) / _work(smallest.matrices)
     blocks = len(source.block_names)
     solves = sum(_work(g.matrices) for g in groups)
@@ -95,11 +97,11 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
     )
 
 
-def _plan_without_data(source: Any, options: PruneOptions, patterns: Any) -> Plan:
+def _plan_without_data(source: Any, solver: Method, patterns: Any) -> Plan:
     """From the first block, pruned: blocks are all alike, and one is in memory at a time."""
     block, matrices = source.load(0), source.matrices(0)
     start = time.perf_counter()
-    layers = BlockPruner.of(options.method, patterns).prune_without_data(block, matrices, f"{source.family.blocks}.0")
+    layers = BlockPruner.of(solver, patterns).prune_without_data(block, matrices, f"{source.family.blocks}.0")
     seconds = time.perf_counter() - start
     return Plan(
         blocks=len(source.block_names),

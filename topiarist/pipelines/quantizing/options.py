@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
-from pydantic import BeforeValidator, PositiveInt
+from pydantic import PositiveInt
 
-from topiarist.core.errors import CalibrationError, QuantizationError
+from topiarist.core.errors import CalibrationError
 from topiarist.core.options import About, Registered, Settings, options
-from topiarist.pipelines.common.options import HOW, TextOptions
+from topiarist.pipelines.common.options import HOW, Bits, Group, TextOptions
 from topiarist.pipelines.pruning.correct import Correct
-from topiarist.quantization import GPTQ, METHODS, Grid, Method, Rounding
-
-GROUPS = (128, 64, 32)
-"""Weights that share a scale, the best first: what vLLM's and llama.cpp's kernels take."""
-
-
-def _number(given: Any) -> Any:
-    return int(given) if isinstance(given, str) and given.isdigit() else given
+from topiarist.quantization import GPTQ, METHODS, Method, Rounding
 
 
 @options
 class QuantizeOptions(TextOptions):
     """Everything that `quantize` takes beside the model, the output folder and the progress bar."""
 
-    bits: Annotated[Literal[8, 4], BeforeValidator(_number), About(metavar="8|4")] = 8
+    bits: Bits = 8
     """Bits a weight: 8 loses next to nothing, 4 halves the file again."""
-    group: Annotated[
-        Literal["auto", "channel"] | PositiveInt, BeforeValidator(_number), About(metavar="N|auto|channel")
-    ] = "auto"
+    group: Group = "auto"
     """Consecutive weights that share a scale; auto: 128, or the largest of 64 and 32 that fits every matrix;
     channel: a whole row."""
     method: Annotated[
@@ -59,28 +50,6 @@ class QuantizeOptions(TextOptions):
     def chosen_method(self) -> Method:
         """`method`, or what suits the run."""
         return self.method or (Rounding() if self.data is None and self.bits == 8 else GPTQ())
-
-    def grid(self, shapes: Mapping[str, tuple[int, int]]) -> Grid:
-        """The grid for matrices of these shapes, by name. Raises QuantizationError, naming one, if groups do not fit it."""
-        if self.group == "channel":
-            return Grid(bits=self.bits, group=None)
-        if isinstance(self.group, int):
-            grid = Grid(bits=self.bits, group=self.group)
-            for name, shape in shapes.items():
-                try:
-                    grid.width(shape[1])
-                except QuantizationError as error:
-                    raise QuantizationError(f"{name}: {error}") from None
-            return grid
-        widths = {shape[1] for shape in shapes.values()}
-        for group in GROUPS:
-            if all(width % group == 0 for width in widths):
-                return Grid(bits=self.bits, group=group)
-        name = next(name for name, shape in shapes.items() if shape[1] % GROUPS[-1])
-        raise QuantizationError(
-            f"{name}: rows of {shapes[name][1]} weights hold no whole groups of {', '.join(map(str, GROUPS))}: take "
-            "group=channel, or skip it"
-        )
 
     def check_text(self) -> None:
         """Raise CalibrationError if there is no text and something needs it."""

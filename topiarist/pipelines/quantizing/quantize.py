@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,11 @@ from topiarist.models.folder import FolderModel
 from topiarist.models.opened import OpenedModel, eager_experts
 from topiarist.pipelines.common.finish import CALIBRATION, finish, weights_of
 from topiarist.pipelines.common.options import Progress
+from topiarist.pipelines.common.packed import check_places, quantized_config
 from topiarist.pipelines.common.reproduce import command
 from topiarist.pipelines.common.setup import open_for, windows_of
 from topiarist.pipelines.pruning.block import BlockPruner
 from topiarist.pipelines.quantizing.options import QuantizeOptions
-from topiarist.pipelines.quantizing.packed import has_a_place, quantized_config
 from topiarist.pipelines.quantizing.report import QuantizeReport
 from topiarist.pipelines.quantizing.walk import QuantizingWalk
 from topiarist.quantization import METHODS, Grid
@@ -64,18 +63,17 @@ def quantize(
     shapes = source.shapes()
     patterns, unmatched = allocate.without(dict.fromkeys(shapes, Unstructured(0.0)), options.skip)
     wanted = {name: shapes[name] for name, pattern in patterns.items() if pattern is not None}
-    grid = options.grid(wanted)
+    grid = Grid.fitting(options.bits, options.group, wanted)
+    if isinstance(source, FolderModel):
+        check_places(source, wanted)
     windows = windows_of(options, source)
     solver = Quantized(method=options.chosen_method, grid=grid)
     pruner = BlockPruner.of(solver, patterns, None, options.correct, sequential=options.true_sequential)
     pruner.meter = meter
     for expression in unmatched:
         pruner.warn(f"--skip {expression!r} matches no layer", UserWarning)
-    packs = isinstance(source, FolderModel) and _can_pack(source, wanted, pruner)
-    report = _report(options, model, source, grid, windows, packs)
-    walk = QuantizingWalk(
-        source, pruner, windows.tokens, options, progress or (lambda *_: None), packs=packs, head=options.head and packs
-    )
+    report = _report(options, model, source, grid, windows)
+    walk = QuantizingWalk(source, pruner, windows.tokens, options, progress or (lambda *_: None), head=options.head)
     with eager_experts(source.model):
         if not isinstance(source, FolderModel):
             report.layers = walk.in_memory()
@@ -112,27 +110,7 @@ def _check_output(source: OpenedModel, out: str | Path | None, options: Quantize
         raise CheckpointError("the head of a model object stays as it is: save the model, and give its folder")
 
 
-def _can_pack(source: FolderModel, wanted: Mapping[str, tuple[int, int]], pruner: BlockPruner) -> bool:
-    """Whether compressed-tensors has a place for any matrix; says so if it has not for some."""
-    placed = {
-        f"{path}.{matrix.name}": has_a_place(source, path, matrix)
-        for index, path in enumerate(source.block_names)
-        for matrix in source.matrices(index)
-        if f"{path}.{matrix.name}" in wanted
-    }
-    if lost := [name for name, place in placed.items() if not place]:
-        pruner.warn(
-            f"{source.config.model_type} stores {len(lost)} of {len(placed)} matrices transposed or stacked ({lost[0]}, ...), "
-            "which no quantised format holds: they get their quantised values in the model's own dtype, so their files do "
-            "not shrink",
-            UserWarning,
-        )
-    return any(placed.values())
-
-
-def _report(
-    options: QuantizeOptions, model: Any, source: OpenedModel, grid: Grid, windows: Windows, packs: bool
-) -> QuantizeReport:
+def _report(options: QuantizeOptions, model: Any, source: OpenedModel, grid: Grid, windows: Windows) -> QuantizeReport:
     """What is known before any work."""
     resolved = options
     if options.data is not None:
@@ -152,10 +130,10 @@ def _report(
     return QuantizeReport(
         method=method.pop("name"),
         settings=method,
-        pattern=f"int{grid.bits}, " + ("a scale a row" if grid.group is None else f"groups of {grid.group}"),
+        pattern=str(grid),
         bits=grid.bits,
         group=grid.group,
-        format=PACKED if packs else DENSE,
+        format=PACKED if isinstance(source, FolderModel) else DENSE,
         model=source.name,
         base_digest=source.digest(),
         calibration={} if options.data is None else calibration,
@@ -187,14 +165,9 @@ def _finish(
     grid: Grid,
     windows: Windows,
 ) -> None:
-    config, files = dict(source.checkpoint.config), output.files
-    if report.format == PACKED:
-        kept = {name for line in files.values() for name in line["tensors"]}
-        packed = [name for name in source.checkpoint.files if name not in kept]
-        rest = [name for name in source.checkpoint.files if name in kept]
-        config = quantized_config(source, grid, packed, head=options.head, rest=rest)
-    after = sum(size for line in files.values() for size in line["tensors"].values())
-    report.weights = {**report.weights, "after": after}
+    sizes = output.tensor_bytes()
+    report.weights = {**report.weights, "after": sum(sizes.values())}
+    config = quantized_config(source, grid, sizes, head=options.head)
     text = _calibration(source.checkpoint.folder / CALIBRATION, windows)
     finish(output, report, source, config=config, texts={CALIBRATION: text})
 

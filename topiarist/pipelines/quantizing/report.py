@@ -30,8 +30,7 @@ class QuantizeReport(Report):
     group: int | None
     """Weights that share a scale; None: a row."""
     format: str
-    """`pack-quantized`, or `dense` where no quantised format holds the model's matrices: values on the grid, in its own
-    dtype."""
+    """`pack-quantized`; of a model object `dense`: its own dtype, values on the grid."""
     pruned: Mapping[str, Any] = field(default_factory=dict)
     """The `pruning_config` of the model that was quantised: its claims hold for the result."""
 

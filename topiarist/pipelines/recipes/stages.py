@@ -62,11 +62,15 @@ def _shrunk(_: str, options: ShrinkOptions) -> str:
     return {"uniform": SMALL, "padded": SMALL}.get(options.layout, UNEVEN)
 
 
+def _pruned(_: str, options: PruneOptions) -> str:
+    return SPARSE if options.bits is None else QUANTISED
+
+
 STAGES: dict[str, Stage] = {
     "allocate": Stage(AllocateOptions, _allocate, (DENSE, SMALL), lambda was, _: was, FoundAllocation, to_file=True),
     "prune": Stage(
         PruneOptions, lambda model, out, options, _, tell: prune(model, out, options=options, progress=tell),
-        (DENSE, SMALL), lambda *_: SPARSE, Report,
+        (DENSE, SMALL), _pruned, Report,
     ),
     "learn": Stage(
         LearnOptions, lambda model, out, options, _, tell: learn(model, out, options=options, progress=tell),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from topiarist.core.errors import UnsupportedModel
 from topiarist.models.families import Matrix
 from topiarist.models.folder import FolderModel
 from topiarist.quantization import Grid, QuantizedWeight, compressed_tensors, round_to_nearest
@@ -16,7 +17,7 @@ HEAD_GRID = Grid(bits=8, group=None)
 
 
 def packed_block(source: FolderModel, index: int, weights: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
-    """The loaded block as the files store it, its quantised matrices packed where `has_a_place` says so.
+    """The loaded block as the files store it, its quantised matrices packed.
 
     weights: by the matrices' names in the block. Integers and scales take the same way to the files' names and shapes as
     weights do, so that experts which the model holds in one tensor come out under the names that the checkpoint gives them.
@@ -54,11 +55,25 @@ def _gathered(q: Tensor, scale: Tensor, grid: Grid, name: str) -> QuantizedWeigh
     return QuantizedWeight(q.to(torch.int8), first.contiguous(), grid)
 
 
-def has_a_place(source: FolderModel, path: str, matrix: Matrix) -> bool:
-    """Whether compressed-tensors can hold a matrix: the files have it as `P.weight` of (out, in), alone or above others.
+def check_places(source: FolderModel, wanted: Container[str]) -> None:
+    """Raise UnsupportedModel if the format has no place for a matrix whose full name is in `wanted`."""
+    named = [
+        (f"{path}.{matrix.name}", _has_a_place(source, path, matrix))
+        for index, path in enumerate(source.block_names)
+        for matrix in source.matrices(index)
+    ]
+    placed = [place for name, place in named if name in wanted]
+    lost = [name for name, place in named if name in wanted and not place]
+    if lost:
+        raise UnsupportedModel(
+            f"{source.config.model_type} stores {len(lost)} of {len(placed)} matrices transposed or stacked ({lost[0]}, ...), "
+            "which compressed-tensors has no place for: skip them by --skip, or load the model and quantise the object, "
+            "which gives it the values alone"
+        )
 
-    path: of the matrix' block.
-    """
+
+def _has_a_place(source: FolderModel, path: str, matrix: Matrix) -> bool:
+    """Whether the files have a matrix of the block `path` as `P.weight` of (out, in), alone or above others."""
     shapes = {name: source.checkpoint.shape(name) for name in source.names.keys([f"{path}.{matrix.path}"])}
     if matrix.transposed and matrix.expert is None:
         return False
@@ -92,14 +107,10 @@ def _name_of(source: FolderModel, module: nn.Module) -> str:
     return next(name for name, found in source.model.named_modules() if found is module)
 
 
-def quantized_config(
-    source: FolderModel, grid: Grid, packed: Sequence[str], *, head: bool, rest: Sequence[str]
-) -> dict[str, Any]:
-    """The config of the result.
-
-    packed: tensors of the files that were packed, by their old names. head: the output head too. rest: those that were not.
-    """
-    stems = {name.removesuffix(".weight") for name in packed}
+def quantized_config(source: FolderModel, grid: Grid, written: Container[str], *, head: bool = False) -> dict[str, Any]:
+    """The config of the result. written: names of its tensors. head: whether the output head is packed too."""
+    stems = {name.removesuffix(".weight") for name in source.checkpoint.files if name not in written}
+    rest = [name for name in source.checkpoint.files if name in written]
     groups: list[tuple[Sequence[str], Grid]] = [(["Linear"], grid)]
     linears = {name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)}
     others = {name.removesuffix(".weight") for name in rest if name.endswith(".weight")}
