@@ -115,6 +115,6 @@ def name_map(architecture: Architecture, config: Any) -> Callable[[str], str]:
     return found
 
 
-def paired_rows(rows: Shaped[Tensor, "out *rest"], heads: int) -> Shaped[Tensor, "out *rest"]:
+def paired_rows(rows: Shaped[Tensor, "out ..."], heads: int) -> Shaped[Tensor, "out ..."]:
     """Rows of a query or key matrix, each head's halves interleaved."""
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)

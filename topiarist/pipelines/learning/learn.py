@@ -149,7 +149,7 @@ def _learn(
     masked = run.masked(masks, options.relaxation, seed, lean=options.lean, sharded=sharded)
     if sharded and output is not None:
         folder = output
-        processes.on_main(lambda: state is None and keep_prior(folder, wanted, masks, notes))
+        processes.on_main(lambda masks=masks: state is None and keep_prior(folder, wanted, masks, notes))
     del masks
     try:
         trainer = MaskTrainer(
