@@ -196,7 +196,7 @@ def maskllm() -> None:
 # ------------------------------------------------------------------------------------------ structural pruning
 
 STRUCTURAL = {
-    "hybrid": "hybrid", "policy-gradient": "policy-gradient", "flap": "flap", "wanda-sp": "wanda-sp",
+    "taylor": "taylor", "policy-gradient": "policy-gradient", "flap": "flap", "wanda-sp": "wanda-sp",
     "block-influence": "block-influence",
 }  # fmt: skip
 
@@ -280,7 +280,7 @@ ALL: dict[str, Callable[[], None]] = {
     "search": lambda: allocation("search", ["search"]),
     "maskllm": maskllm,
     "policy-gradient": lambda: structural("policy-gradient", "policy-gradient"),
-    "hybrid": lambda: structural("hybrid", "hybrid"),
+    "taylor": lambda: structural("taylor", "taylor"),
     "flap": lambda: structural("flap", "flap"),
     "wanda-sp": lambda: structural("wanda-sp", "wanda-sp"),
     "block-influence": lambda: structural("block-influence", "block-influence"),

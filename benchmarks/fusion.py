@@ -3,7 +3,7 @@
     python -m benchmarks.fusion --orders mix --pooling each
     python -m benchmarks.fusion --keeps 0.8 --scopes per_layer global
 
-The default of `topiarist shrink --method hybrid` is chosen here and never on evaluation text. Estimates are collected
+The default of `topiarist shrink --method taylor` is chosen here and never on evaluation text. Estimates are collected
 once for every order and kept beside the assets; a finished choice is a line of JSON and is not tried again.
 """
 
@@ -23,8 +23,9 @@ from demo.assets import assets_dir, model_dir, text_dir
 from topiarist.data import calibration_windows, load_tokenizer
 from topiarist.evaluation.perplexity import load_model
 from topiarist.structured import METHODS, Scores, Task, gates, layer_counts, units_of
-from topiarist.structured.hybrid import FUSIONS, LEVELS, Hybrid
-from topiarist.structured.taylor import Estimates, taylor
+from topiarist.structured.estimates import Estimates, taylor_estimates
+from topiarist.structured.fusion import FUSIONS
+from topiarist.structured.taylor import LEVELS, Taylor
 from topiarist.structured.trial import chosen, gated_loss, short_windows, split
 
 BASELINES = ("wanda-sp", "flap", "magnitude", "random")
@@ -36,7 +37,7 @@ def estimates(task: Task, options: argparse.Namespace, order: str, pooled: bool)
     path = assets_dir() / "structured" / f"taylor-{order}-{how}.pt"
     if path.exists():
         return Estimates(**torch.load(path))
-    found = taylor(task, windows, order=order, pooled=pooled)
+    found = taylor_estimates(task, windows, order=order, pooled=pooled)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(vars(found), path)
     return found
@@ -58,8 +59,8 @@ def scores(name: str, task: Task, options: argparse.Namespace, known: dict[str, 
     grain = f"{order}/{how}"
     if grain not in known:
         known[grain] = estimates(task, options, order, how == "pooled")
-    method = Hybrid(
-        fusion=fusion, level=level, window=options.window, learn_windows=options.learn_windows, head_weight=1.0
+    method = Taylor(
+        fusion=fusion, level=level, window_tokens=options.window, learn_windows=options.learn_windows, head_weight=1.0
     )  # nothing is refitted here
     return method.fused(task, known[grain])
 
@@ -67,12 +68,12 @@ def scores(name: str, task: Task, options: argparse.Namespace, known: dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keeps", nargs="+", type=float, default=[0.8, 0.7])
-    parser.add_argument("--scopes", nargs="+", default=[Hybrid.scope], help="per_layer, global or parameters")
+    parser.add_argument("--scopes", nargs="+", default=[Taylor.scope], help="per_layer, global or parameters")
     parser.add_argument("--orders", nargs="+", default=["mix", "first"])
     parser.add_argument("--pooling", nargs="+", choices=("each", "pooled"), default=["each", "pooled"])
     parser.add_argument("--fusions", nargs="+", default=list(FUSIONS))
     parser.add_argument("--baselines", nargs="*", default=list(BASELINES))
-    parser.add_argument("--window", type=int, default=Hybrid.window)
+    parser.add_argument("--window", type=int, default=Taylor.window_tokens)
     parser.add_argument("--samples", type=int, default=48, help="windows for the estimates")
     parser.add_argument("--held-out", type=int, default=8, help="windows that judge")
     parser.add_argument("--learn-windows", type=int, default=4, help="windows a trial of the learned fusion")
@@ -83,7 +84,7 @@ def main() -> None:
     model = load_model(model_dir()).requires_grad_(False)
     text = tp.text_files(text_dir() / "calibration.jsonl")
     tokens = calibration_windows(text, load_tokenizer(model_dir()), num_samples=64, window=512).tokens
-    groups = units_of(model, ("heads", "channels"))
+    groups = units_of(model, ("kv_groups", "channels"))
     training, watching = split(short_windows(tokens, options.window), options.held_out)
     settings = [options.window, options.samples, options.held_out, options.learn_windows]
     rows = {key: cell["loss"] for key, cell in stored_cells(options.results, settings).items()}

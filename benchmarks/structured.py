@@ -1,7 +1,7 @@
 """Smaller dense models of the demo model: method x keep x what follows the cut. Perplexity, size, speed, minutes.
 
     python -m benchmarks.structured --keeps 0.8 0.7 --variants cut refit
-    python -m benchmarks.structured --methods policy-gradient:steps=200 hybrid flap --layout hetero
+    python -m benchmarks.structured --methods policy-gradient:steps=200 taylor flap --layout hetero
     python -m benchmarks.structured --tasks piqa arc_easy --task-files DIR --limit 200
 
 A method is a name of the table of structured methods with fields after it. Variants: `cut` (nothing after the cut but

@@ -17,8 +17,8 @@ WORK = {
     "plain inference": "import topiarist.evaluation.perplexity as e; e.perplexity(model, tokens, batch_size=windows)",
     "policy-gradient": "PolicyGradient(steps=3, windows=windows, window=window, init='constant', held_out=windows,"
     " evaluations=1).scores(task)",
-    "hybrid": "Hybrid(samples=2, window=window).scores(task)",
-    "hybrid, pooled": "Hybrid(samples=2, window=window, pooled=True).scores(task)",
+    "taylor": "Taylor(num_windows=2, window_tokens=window).scores(task)",
+    "taylor, pooled": "Taylor(num_windows=2, window_tokens=window, pooled=True).scores(task)",
     "flap": "Flap().scores(task)",
 }
 CHILD = """
@@ -26,7 +26,7 @@ import sys, torch
 from pathlib import Path
 from topiarist.evaluation.perplexity import load_model
 from topiarist.structured import Task, units_of
-from topiarist.structured.hybrid import Hybrid
+from topiarist.structured.taylor import Taylor
 from topiarist.structured.metrics import Flap
 from topiarist.structured.policy_search import PolicyGradient
 torch.set_num_threads(1)
@@ -36,7 +36,7 @@ def peak():
     return next(int(line.split()[1]) / 1e6 for line in lines if line.startswith("VmHWM"))
 model = load_model(folder).requires_grad_(False)
 tokens = torch.randint(model.config.vocab_size, (4 * windows, window), generator=torch.Generator().manual_seed(0))
-task = Task(model, units_of(model, ("heads", "channels")), tokens, 0.8, batch_size=windows)
+task = Task(model, units_of(model, ("kv_groups", "channels")), tokens, 0.8, batch_size=windows)
 loaded = peak()
 {work}
 print(loaded, peak())

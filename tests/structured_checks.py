@@ -56,4 +56,4 @@ def check(model, groups, kept, layout: str, folder: Path, *, opened=AutoModelFor
 
 def kinds_of(family: str, layout: str) -> tuple[str, ...]:
     none = family in ONE_NORM or (layout == "uniform" and family in NO_HEADS)
-    return ("channels",) if none else ("heads", "channels")
+    return ("channels",) if none else ("kv_groups", "channels")

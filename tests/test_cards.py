@@ -28,7 +28,7 @@ TASK = {
 
 def reports() -> list:
     shared = {"settings": {"damping": 0.01}, "model": "org/base", "base_model": "org/base", "pattern": "2:4"}
-    text = {"samples": 4, "window": 32, "seed": 0, "digest": "ab" * 32}
+    text = {"num_windows": 4, "window_tokens": 32, "seed": 0, "digest": "ab" * 32}
     shrunk = {key: value for key, value in shared.items() if key != "pattern"}
     history = [{"step": 0, "tokens": 0, "hard_loss": 2.0, "loss": None, "flips": 0.0}]
     return [
@@ -150,7 +150,8 @@ FIRST = {
     },
     "shrink": {
         "pattern": "keep 0.5, uniform", "method": "magnitude", "settings": {}, "keep": 0.5, "layout": "uniform",
-        "units": ["heads"], "scope": "per_layer", "model": "base", "calibration": {"seed": 0}, "blocks": [],
+        "units": ["heads"], "scope": "per_layer", "model": "base", "calibration": {"seed": 0},
+        "blocks": [{"block": 0, "name": "o", "kind": "heads", "kept": 1, "of": 2, "slots": 1}],
         "parameters": {"dense": 10, "kept": 5, "stored": 5}, "tensor_parallel": [1], "layers": [], "recovered": [],
         "weights": {"dense": 10, "bytes": 5, "dtype": "float32"}, "warnings": [], "command": [], "not_in_command": [],
         "shrunk": True, "fingerprint": {},
@@ -172,6 +173,10 @@ def test_results_of_the_first_version_are_read(pipeline: str, tmp_path: Path):
     if pipeline in kinds:
         report = kinds[pipeline].from_folder(tmp_path)
         assert report.model == "base" and report.output == str(tmp_path)
+        if isinstance(report, tp.ShrinkReport):
+            assert report.units == ["kv_groups"] and report.counts() == {"kv_groups": (1, 2, 1)}
+        else:
+            assert (report.calibration["num_windows"], report.calibration["window_tokens"]) == (1, 2)
     assert result.size is None or result.size["packed"] in (5, 10)
 
 

@@ -232,7 +232,7 @@ def test_one_shot_priors_are_those_of_the_pipeline(base: Path):
     report = learn(model, None, prior="wanda", preset=Preset(**{**vars(FAST), "lr": Schedule(0.0, 0.0)}), steps=1)
     assert report.flips == 0 and report.sparsity == 0.5
     sparse = {n: p.detach() != 0 for n, p in model.named_parameters() if n.endswith("proj.weight")}
-    order = torch.randperm(report.calibration["samples"], generator=torch.Generator().manual_seed(0))[:8]
+    order = torch.randperm(report.calibration["num_windows"], generator=torch.Generator().manual_seed(0))[:8]
     chosen = torch.ones(len(DATA), dtype=torch.bool)
     chosen[[(2 * i + 1) * len(DATA) // 8 for i in range(4)]] = False
     pruned = load_model(base)

@@ -202,7 +202,7 @@ def test_learned_results_have_a_page_too():
         for i in (0, 1)
     ]
     history = [{"step": s, "tokens": s, "hard_loss": 4.0 - s / 100, "loss": 1.0, "flips": 0.0} for s in (0, 50, 100)]
-    text_of = {"samples": 3, "window": 8, "digest": "ab"}
+    text_of = {"num_windows": 3, "window_tokens": 8, "digest": "ab"}
     learned = tp.LearnReport(
         settings={"preset": "quick"}, pattern="2:4", model="m", calibration=text_of, history=history
     )

@@ -108,7 +108,7 @@ def full_result(folder: Path | None = None) -> Result:
         not_in_command=[],
         model="an-organisation/a-model-with-a-long-name-7B-instruct",
         settings={"damping": 0.01, "block_size": 128},
-        calibration={"samples": 128, "window": 2048, "seed": 0, "digest": "ab" * 32},
+        calibration={"num_windows": 128, "window_tokens": 2048, "seed": 0, "digest": "ab" * 32},
     ).report
     return Result(report, "0.1.0", {"perplexity": perplexity, "tasks": tasks}, BENCH, {}, folder)
 

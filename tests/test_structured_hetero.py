@@ -97,7 +97,7 @@ def deci_logits(model, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("units", "fits"), [(("channels",), True), (("attention", "ffn"), True), (("heads", "channels"), False)]
+    ("units", "fits"), [(("channels",), True), (("attention", "ffn"), True), (("kv_groups", "channels"), False)]
 )
 def test_block_configs_say_what_vllm_needs_to_build_the_same_model(units, fits, tmp_path: Path):
     dense, out, tokens = tmp_path / "dense", tmp_path / "out", tiny.tiny_tokens(2, 12)

@@ -9,13 +9,13 @@ import torch
 from topiarist.models.derive import family_of
 from topiarist.models.families import FAMILIES
 from topiarist.structured import choose, gates, units_of
-from topiarist.structured.hybrid import Hybrid
 from topiarist.structured.methods import Task
 from topiarist.structured.metrics import BlockInfluence, Flap, Moments, WandaSP
 from topiarist.structured.occlusion import Occlusion
+from topiarist.structured.taylor import Taylor
 from topiarist.structured.trial import Prefix
 
-WIDTH = ("heads", "channels")
+WIDTH = ("kv_groups", "channels")
 
 
 def task_of(model, kinds=WIDTH, **options) -> Task:
@@ -141,7 +141,7 @@ def test_forwards_that_begin_at_a_block_are_those_of_the_whole_model(family: str
 @pytest.mark.parametrize("batch_size", [8, 3])
 def test_occlusion_is_the_loss_without_a_unit(family: str, batch_size: int):
     model = tiny.tiny_model(family)
-    task = task_of(model, ("heads",), batch_size=batch_size)
+    task = task_of(model, ("kv_groups",), batch_size=batch_size)
     found = Occlusion(windows=4, window=16).scores(task)
     kept = {}
     with torch.no_grad(), gates(model, task.groups) as masks:
@@ -157,16 +157,16 @@ def test_occlusion_is_the_loss_without_a_unit(family: str, batch_size: int):
         torch.testing.assert_close(found[key], expected / size, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", [Occlusion, Hybrid])
-def test_heads_are_weighed(method: type[Occlusion] | type[Hybrid]):
-    task = task_of(tiny.tiny_model(), ("heads", "channels"))
+@pytest.mark.parametrize("method", [Occlusion, Taylor])
+def test_heads_are_weighed(method: type[Occlusion] | type[Taylor]):
+    task = task_of(tiny.tiny_model(), ("kv_groups", "channels"))
     plain, weighed = (method(head_weight=weight).scores(task) for weight in (1.0, 3.0))
     ratios = {
         kind: torch.cat([weighed[g.key] / plain[g.key] for g in task.groups if g.kind == kind])
-        for kind in ("heads", "channels")
+        for kind in ("kv_groups", "channels")
     }
     torch.testing.assert_close(
-        ratios["heads"], 3 * ratios["channels"].mean().expand_as(ratios["heads"]), rtol=1e-2, atol=0
+        ratios["kv_groups"], 3 * ratios["channels"].mean().expand_as(ratios["kv_groups"]), rtol=1e-2, atol=0
     )
 
 
@@ -184,7 +184,7 @@ def test_occlusion_takes_channels_in_slices_of_their_metric():
 
 def test_occlusion_does_not_tell_layers_apart_that_do_not_compete():
     task = task_of(
-        tiny.tiny_model(), scope="per_layer", counts={"self_attn.o_proj:heads": 2, "mlp.down_proj:channels": 32}
+        tiny.tiny_model(), scope="per_layer", counts={"self_attn.o_proj:kv_groups": 2, "mlp.down_proj:channels": 32}
     )
     metric, found = WandaSP().scores(task), Occlusion().scores(task)
     for group in task.groups:

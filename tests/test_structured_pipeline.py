@@ -56,6 +56,18 @@ def test_the_folder_opens_and_says_what_it_is(layout: str, tmp_path: Path):
     assert again.to_dict() == json.loads(json.dumps(report.to_dict()))
 
 
+def test_a_spec_of_the_first_version_is_read_in_todays_words(tmp_path: Path):
+    tiny.tiny_checkpoint(tmp_path / "base")
+    run(tmp_path / "base", tmp_path / "out", refit=False)
+    spec = PruneSpec.load(tmp_path / "out")
+    old = {**json.loads(spec.to_json()), "format": 1, "method": "hybrid", "units": ["heads", "channels"]}
+    old["kept"] = {key.replace(":kv_groups", ":heads"): known for key, known in old["kept"].items()}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    with pytest.warns(UserWarning, match="'heads' is 'kv_groups' today"):
+        found = PruneSpec.load(tmp_path / "old.json")
+    assert (found.units, found.kept, found.method) == (("kv_groups", "channels"), spec.kept, "taylor")
+
+
 def test_the_audit_sees_columns_that_came_back(tmp_path: Path):
     tiny.tiny_checkpoint(tmp_path / "base")
     run(tmp_path / "base", tmp_path / "out", layout="masked", refit=False)
@@ -182,7 +194,7 @@ def test_what_was_pruned_otherwise_is_refused(tmp_path: Path):
             tp.CalibrationError,
             "longer than the model's limit",
         ),
-        ("opt", {}, tp.UnsupportedModel, "no opt config can hold 3 heads"),
+        ("opt", {}, tp.UnsupportedModel, "no opt config can hold 3 kv_groups"),
         ("gpt2", {}, tp.UnsupportedModel, "choose other --units, or --layout hetero"),
         ("mixtral", {"units": ["experts"], "layout": "padded"}, tp.TopiaristError, "router"),
         ("qwen2_moe", {"round_to": 4}, tp.PatternError, "multiples of 8"),
@@ -201,7 +213,7 @@ def test_refused_before_any_work(family: str, options, error, message: str, tmp_
 def test_multi_query_attention_and_tied_embeddings(tmp_path: Path):
     tiny.tiny_checkpoint(tmp_path / "mqa", "gemma", num_key_value_heads=1)
     report = run(tmp_path / "mqa", tmp_path / "out")
-    assert report.units == ["query_heads", "channels"]
+    assert report.units == ["heads", "channels"]
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert opened.config.num_key_value_heads == 1 and opened.config.num_attention_heads == 2
     assert opened.lm_head.weight is opened.model.embed_tokens.weight

@@ -169,7 +169,7 @@ def own_text(model, num: int = 12, window: int = 16) -> torch.Tensor:
     return tokens
 
 
-def task_of(model, kinds=("heads", "channels"), **options) -> Task:
+def task_of(model, kinds=("kv_groups", "channels"), **options) -> Task:
     defaults = {"keep": 0.5, "tokens": tiny.tiny_tokens(12, 16), "batch_size": 8}
     return Task(model=model.requires_grad_(False), groups=units_of(model, kinds), **(defaults | options))
 
@@ -274,7 +274,7 @@ def test_only_forwards_and_nothing_kept_for_a_backward():
 
 
 @pytest.mark.parametrize("init", STARTS)
-@pytest.mark.parametrize("kinds", [("heads", "channels"), ("block",), ("attention", "ffn"), ("experts",)])
+@pytest.mark.parametrize("kinds", [("kv_groups", "channels"), ("block",), ("attention", "ffn"), ("experts",)])
 def test_every_kind_of_unit_has_a_start(init: str, kinds: tuple[str, ...]):
     task = task_of(tiny.tiny_model("qwen3_moe"), kinds)
     method = replace(QUICK, init=init, steps=1)

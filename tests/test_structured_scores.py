@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 import topiarist as tp
 from topiarist.models.families import FAMILIES
 from topiarist.structured import choose, units_of
-from topiarist.structured.hybrid import FUSIONS, Hybrid, attention, attention_per_unit, uncertainty
+from topiarist.structured.estimates import Estimates, taylor_estimates
+from topiarist.structured.fusion import FUSIONS, attention, attention_per_unit, uncertainty
 from topiarist.structured.methods import Task
-from topiarist.structured.taylor import Estimates, taylor
+from topiarist.structured.taylor import Taylor
 
 
-def task_of(model, kinds=("heads", "channels"), **options) -> Task:
+def task_of(model, kinds=("kv_groups", "channels"), **options) -> Task:
     defaults = {"keep": 0.5, "tokens": tiny.tiny_tokens(6, 12), "batch_size": 3}
     return Task(model=model.requires_grad_(False), groups=units_of(model, kinds), **(defaults | options))
 
@@ -61,7 +62,7 @@ def test_estimates_are_those_of_autograd(family: str, order: str):
         {n: (each[0][1][n] + each[1][1][n]) / 2 for n in names},
     )
     for pooled, pairs in ((False, each), (True, [pool])):
-        found = taylor(task, windows, order=order, pooled=pooled)
+        found = taylor_estimates(task, windows, order=order, pooled=pooled)
         for group in task.groups[:2]:
             fine, coarse = by_hand(model, pairs, group, order)
             torch.testing.assert_close(found.fine[group.key].mean(0), fine, rtol=1e-3, atol=1e-7)
@@ -69,12 +70,12 @@ def test_estimates_are_those_of_autograd(family: str, order: str):
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("kinds", [("heads", "channels"), ("block",)])
+@pytest.mark.parametrize("kinds", [("kv_groups", "channels"), ("block",)])
 def test_every_family_is_scored_and_left_as_it_was(family: str, kinds: tuple[str, ...]):
     model = tiny.tiny_model(family)
     before = {name: p.clone() for name, p in model.named_parameters()}
     task = task_of(model, kinds)
-    scores = Hybrid(samples=3).scores(task)
+    scores = Taylor(num_windows=3).scores(task)
     kept = choose(task.groups, scores, task.keep)
     assert any(bool((~mask).any()) for mask in kept.values())
     for name, parameter in model.named_parameters():
@@ -83,7 +84,7 @@ def test_every_family_is_scored_and_left_as_it_was(family: str, kinds: tuple[str
 
 def test_experts_are_scored():
     task = task_of(tiny.tiny_model("qwen3_moe"), ("experts",))
-    found = taylor(task, task.tokens[:2])
+    found = taylor_estimates(task, task.tokens[:2])
     for group in task.groups:
         assert found.fine[group.key].shape == (2, 4) and bool((found.fine[group.key] >= found.coarse[group.key]).all())
 
@@ -97,8 +98,8 @@ def test_only_one_gradient_lives_at_a_time():
         parameter.register_post_accumulate_grad_hook(
             lambda _: alive.append(sum(p.grad is not None for p in model.parameters()))
         )
-    # The hooks above run before those of `taylor`, which free what they have used.
-    taylor(task, task.tokens[:1])
+    # The hooks above run before those of `taylor_estimates`, which free what they have used.
+    taylor_estimates(task, task.tokens[:1])
     assert alive and max(alive) <= 1
 
 
@@ -133,7 +134,7 @@ def test_uncertainty_trusts_the_steadier_estimate():
 def test_every_fusion_is_repeatable_and_ranks_what_agrees(fusion: str):
     model = tiny.tiny_model()
     task = task_of(model)
-    method = Hybrid(samples=4, window=12, fusion=fusion, learn_steps=3, learn_windows=2)
+    method = Taylor(num_windows=4, window_tokens=12, fusion=fusion, learn_steps=3, learn_windows=2)
     one, two = method.scores(task), method.scores(task)
     assert all(torch.equal(one[key], two[key]) for key in one)
     ordered = torch.arange(1.0, 65.0).repeat(3, 1) * torch.tensor([[0.9], [1.0], [1.1]])
@@ -151,7 +152,7 @@ def test_layers_keep_their_size_or_lose_it():
     found = Estimates({}, {})
     for group, size in zip(task.groups, (1.0, 100.0), strict=True):
         found.fine[group.key], found.coarse[group.key] = size * values, size * values / 3
-    whole, layer = (Hybrid(level=level).fused(task, found) for level in ("model", "layer"))
+    whole, layer = (Taylor(level=level).fused(task, found) for level in ("model", "layer"))
     first, second = (group.key for group in task.groups)
     torch.testing.assert_close(whole[second], 100 * whole[first])
     torch.testing.assert_close(layer[second], layer[first])
@@ -163,10 +164,10 @@ def test_bad_settings_are_named():
         ({"level": "head"}, "unknown level 'head'"),
     ):
         with pytest.raises(tp.TopiaristError, match=message):
-            Hybrid(**options)
+            Taylor(**options)
     task = task_of(tiny.tiny_model())
     with pytest.raises(tp.TopiaristError, match="unknown order"):
-        taylor(task, task.tokens, order="third")
+        taylor_estimates(task, task.tokens, order="third")
     task.model.model.layers[0].mlp.up_proj.weight.data[0] = float("nan")
     with pytest.raises(tp.NumericalError, match="not finite"):
-        taylor(task, task.tokens[:1])
+        taylor_estimates(task, task.tokens[:1])

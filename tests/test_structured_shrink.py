@@ -35,7 +35,7 @@ def test_uniform(family: str, tmp_path: Path):
 def test_head_counts_that_do_not_divide_the_width(family: str, tmp_path: Path):
     """docs/methods/recovery.md says which families take them; llama does as mistral."""
     model = tiny.tiny_model(family, num_attention_heads=8, num_key_value_heads=4, head_dim=4)
-    groups = units_of(model, ("heads",))
+    groups = units_of(model, ("kv_groups",))
     kept = choose(groups, random_scores(groups), 0.75, scope="per_layer")
     assert {int(mask.sum()) for mask in kept.values()} == {3}
     check(model, groups, kept, "uniform", tmp_path)
@@ -45,7 +45,7 @@ def test_head_counts_that_do_not_divide_the_width(family: str, tmp_path: Path):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_masked_weights_compute_what_gates_do(family: str):
     model, tokens = tiny.tiny_model(family), tiny.tiny_tokens(2, 12)
-    for kinds in (("heads", "channels"), ("attention", "ffn"), ("block",)):
+    for kinds in (("kv_groups", "channels"), ("attention", "ffn"), ("block",)):
         groups = units_of(model, kinds)
         kept = choose(groups, random_scores(groups), 0.5)
         expected = masked_logits(model, groups, kept, tokens)
@@ -76,14 +76,14 @@ def test_experts(family: str, layout: str, tmp_path: Path):
 @pytest.mark.parametrize("layout", ["uniform", "hetero", "padded"])
 def test_query_heads(kv: int, layout: str, tmp_path: Path):
     model = tiny.tiny_model("qwen2", num_attention_heads=8, num_key_value_heads=kv, head_dim=4)
-    groups = units_of(model, ("query_heads", "channels"))
+    groups = units_of(model, ("heads", "channels"))
     scope = "per_layer" if layout == "uniform" else "parameters"
     check(model, groups, choose(groups, random_scores(groups), 0.6, scope=scope), layout, tmp_path)
 
 
 def test_llama_becomes_mistral_where_its_config_refuses(tmp_path: Path):
     model = tiny.tiny_model(num_attention_heads=8, num_key_value_heads=4)
-    groups = units_of(model, ("heads", "channels"))
+    groups = units_of(model, ("kv_groups", "channels"))
     kept = choose(groups, random_scores(groups), 0.75, scope="per_layer")
     plan = plan_layout(model, groups, kept, "uniform")
     assert plan.config.model_type == "mistral" and "saved as mistral" in plan.warnings[0]
@@ -91,14 +91,17 @@ def test_llama_becomes_mistral_where_its_config_refuses(tmp_path: Path):
     biased = tiny.tiny_model(num_attention_heads=8, num_key_value_heads=4, attention_bias=True)
     with pytest.raises(tp.UnsupportedModel, match="mistral has no biases"):
         plan_layout(
-            biased, units_of(biased, ("heads",)), {g.key: kept[g.key] for g in groups if g.kind == "heads"}, "uniform"
+            biased,
+            units_of(biased, ("kv_groups",)),
+            {g.key: kept[g.key] for g in groups if g.kind == "kv_groups"},
+            "uniform",
         )
 
 
 @pytest.mark.parametrize("family", sorted(NO_HEADS))
 def test_configs_without_a_head_size_hold_no_fewer_heads(family: str):
     model = tiny.tiny_model(family)
-    groups = units_of(model, ("heads",))
+    groups = units_of(model, ("kv_groups",))
     assert not any(holds(model, groups, count) for count in range(1, groups[0].count))
     assert holds(model, groups, groups[0].count)
 
@@ -121,7 +124,7 @@ def test_layers_of_different_size_are_no_uniform_layout():
     for kinds, layout, message in (
         (("attention",), "uniform", "leaves out single sublayers"),
         (("block",), "padded", "nothing to pad"),
-        (("heads",), "puffed", "unknown layout"),
+        (("kv_groups",), "puffed", "unknown layout"),
     ):
         groups = units_of(model, kinds)
         with pytest.raises(tp.TopiaristError, match=message):
@@ -172,7 +175,7 @@ def test_biases_of_consumers(family: str, layout: str, fits: bool, tmp_path: Pat
 
 def test_one_norm_over_all_heads_is_cut_with_them(tmp_path: Path):
     model = tiny.tiny_model("olmo2")
-    groups = units_of(model, ("heads",))
+    groups = units_of(model, ("kv_groups",))
     assert not any(group.exact for group in groups)
     kept = choose(groups, random_scores(groups), 0.5, scope="per_layer")
     small = shrunk(model, groups, kept, plan_layout(model, groups, kept, "uniform"))

@@ -38,7 +38,7 @@ def zeroed(model, groups, off: dict[str, list[int]]) -> None:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_parts_of_all_units_cover_their_matrices_once(family: str):
     model = tiny.tiny_model(family)
-    groups = units_of(model, ("heads", "channels"))
+    groups = units_of(model, ("kv_groups", "channels"))
     seen: dict[str, torch.Tensor] = {}
     for group in groups:
         counted = 0
@@ -64,7 +64,7 @@ def test_parts_of_all_units_cover_their_matrices_once(family: str):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_gates_equal_zeros_in_the_consumers(family: str):
     model, tokens = tiny.tiny_model(family), tiny.tiny_tokens(2, 12)
-    groups = units_of(model, ("heads", "channels"))
+    groups = units_of(model, ("kv_groups", "channels"))
     with torch.no_grad():
         dense = model(tokens).logits
         off = {g.key: [0, g.count // 2] if g.kind == "channels" else [g.count - 1] for g in groups}
@@ -83,7 +83,7 @@ def test_gates_equal_zeros_in_the_consumers(family: str):
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen2_moe", "gpt2"])
 def test_every_sequence_may_have_its_own_masks(family: str):
     model, tokens = tiny.tiny_model(family), tiny.tiny_tokens(1, 12).repeat(2, 1)
-    for kinds in (("heads", "channels"), ("attention", "ffn"), ("block",)):
+    for kinds in (("kv_groups", "channels"), ("attention", "ffn"), ("block",)):
         groups = [g for g in units_of(model, kinds) if g.parts[-1].expert is None]
         with torch.no_grad(), gates(model, groups) as masks:
             rows = {g.key: (torch.rand(2, g.count) > 0.4).float() for g in groups}
@@ -96,7 +96,7 @@ def test_every_sequence_may_have_its_own_masks(family: str):
 
 def test_masks_have_gradients_and_hooks_leave_with_errors():
     model, tokens = tiny.tiny_model("qwen3_moe"), tiny.tiny_tokens(2, 8)
-    groups = units_of(model, ("heads", "channels"))
+    groups = units_of(model, ("kv_groups", "channels"))
     with gates(model, groups) as masks:
         for key in masks:
             masks[key].requires_grad_()
@@ -150,12 +150,12 @@ def test_an_expert_that_is_off_gets_no_token(family: str):
 
 def test_multi_query_attention_has_query_heads():
     model = tiny.tiny_model(num_key_value_heads=1)
-    assert default_kinds(model) == ("query_heads", "channels")
-    with pytest.raises(tp.UnsupportedModel, match="query_heads"):
-        units_of(model, ("heads",))
-    assert [g.count for g in units_of(model, ("query_heads",))] == [4, 4]
+    assert default_kinds(model) == ("heads", "channels")
+    with pytest.raises(tp.UnsupportedModel, match="--units heads"):
+        units_of(model, ("kv_groups",))
+    assert [g.count for g in units_of(model, ("heads",))] == [4, 4]
     grouped = tiny.tiny_model()
-    groups = units_of(grouped, ("query_heads",))
+    groups = units_of(grouped, ("heads",))
     assert [g.count for g in groups] == [2, 2, 2, 2] and len({g.tie for g in groups}) == 2
     kept = choose(groups, {g.key: torch.randn(2) for g in groups}, 0.5)
     assert {int(kept[g.key].sum()) for g in groups} == {1}
@@ -172,7 +172,7 @@ def test_bad_kinds_are_named():
     for kinds, message in (
         (("neurons",), "unknown units 'neurons'"),
         ((), "unknown units"),
-        (("heads", "query_heads"), "holds the other"),
+        (("kv_groups", "heads"), "holds the other"),
         (("channels", "block"), "shrink twice"),
         (("experts",), "no experts"),
     ):
@@ -180,17 +180,21 @@ def test_bad_kinds_are_named():
             units_of(model, kinds)
 
 
-def group(key: str, count: int, cost: int, *, kind: str = "heads", tie: str | None = None, floor: int = 1) -> UnitGroup:
+def group(
+    key: str, count: int, cost: int, *, kind: str = "kv_groups", tie: str | None = None, floor: int = 1
+) -> UnitGroup:
     return UnitGroup(key, kind, 0, count, cost, key, 0, 1, (), f"place:{kind}:{count}:{cost}", tie or key, floor)
 
 
-layers = st.lists(st.tuples(st.integers(1, 40), st.sampled_from(["heads", "channels"])), min_size=1, max_size=8)
+layers = st.lists(st.tuples(st.integers(1, 40), st.sampled_from(["kv_groups", "channels"])), min_size=1, max_size=8)
 
 
 @settings(deadline=None, max_examples=150)
 @given(layers, st.floats(0.05, 1.0), st.integers(0, 10**6), st.sampled_from(["global", "parameters", "per_layer"]))
 def test_the_choice_keeps_floors_budget_and_order(shape, keep: float, seed: int, scope: str):
-    groups = [group(f"g{i}", count, 96 if kind == "heads" else 3, kind=kind) for i, (count, kind) in enumerate(shape)]
+    groups = [
+        group(f"g{i}", count, 96 if kind == "kv_groups" else 3, kind=kind) for i, (count, kind) in enumerate(shape)
+    ]
     generator = torch.Generator().manual_seed(seed)
     # Few distinct values: many ties.
     scores = {g.key: torch.randint(0, 4, (g.count,), generator=generator).float() for g in groups}
@@ -251,13 +255,13 @@ def test_counts_of_a_uniform_layout():
     groups = [group(f"h{i}", 3, 300) for i in range(2)]
     groups += [group(f"c{i}", 1024, 3, kind="channels") for i in range(2)]
     counts = layer_counts(groups, 0.8)
-    assert counts == {"place:heads:3:300": 3, "place:channels:1024:3": 704}  # 0.8 of 3972 less 900, in steps of 64
-    assert layer_counts(groups, 0.6) == {"place:heads:3:300": 2, "place:channels:1024:3": 576}
-    assert layer_counts(groups, 1.0) == {"place:heads:3:300": 3, "place:channels:1024:3": 1024}
-    legal = layer_counts(groups, 0.8, legal=lambda place, count: "heads" not in place or count < 3)
-    assert legal["place:heads:3:300"] == 2 and legal["place:channels:1024:3"] == 832
-    with pytest.raises(tp.PatternError, match="no legal number of heads"):
-        layer_counts(groups, 0.8, legal=lambda place, count: "heads" not in place)
+    assert counts == {"place:kv_groups:3:300": 3, "place:channels:1024:3": 704}  # 0.8 of 3972 less 900, in steps of 64
+    assert layer_counts(groups, 0.6) == {"place:kv_groups:3:300": 2, "place:channels:1024:3": 576}
+    assert layer_counts(groups, 1.0) == {"place:kv_groups:3:300": 3, "place:channels:1024:3": 1024}
+    legal = layer_counts(groups, 0.8, legal=lambda place, count: "kv_groups" not in place or count < 3)
+    assert legal["place:kv_groups:3:300"] == 2 and legal["place:channels:1024:3"] == 832
+    with pytest.raises(tp.PatternError, match="no legal number of kv_groups"):
+        layer_counts(groups, 0.8, legal=lambda place, count: "kv_groups" not in place)
 
 
 @pytest.mark.parametrize("keep", [0.0, -1.0, 1.1, float("nan")])

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from topiarist.cli.common import out, progress_bar, set_threads
+from topiarist.core import former
 
 BROKEN, UNSEEN = 1, 2
 BOS = ("auto", "always", "never")
@@ -177,11 +178,11 @@ def inspect(
     if shrunk is not None:
         _print_shrunk(shrunk)
     if provenance:
-        calibration = provenance.get("calibration", {})
+        calibration = former.calibration(provenance.get("calibration", {}))
         text = (
-            f"calibration {calibration.get('samples')} x {calibration.get('window')} tokens, sha256 "
+            f"calibration {calibration['num_windows']} x {calibration['window_tokens']} tokens, sha256 "
             f"{str(calibration.get('digest'))[:12]}"
-            if calibration.get("samples")
+            if calibration.get("num_windows")
             else "no calibration text"
         )
         out.print(

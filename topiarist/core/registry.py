@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from topiarist.core.errors import TopiaristError
+from topiarist.core.former import METHODS
 
 T = TypeVar("T")
 
@@ -13,6 +14,8 @@ T = TypeVar("T")
 def look_up(table: Mapping[str, T], name: str, what: str = "method") -> T:
     """The entry of that name. Raises TopiaristError, with all names, if there is none."""
     if name not in table:
+        if METHODS.get(name) in table:
+            raise TopiaristError(f"{what} {name!r} is called {METHODS[name]!r} now: use that name")
         raise TopiaristError(f"unknown {what} {name!r}; choose one of {', '.join(table)}")
     return table[name]
 

@@ -66,7 +66,7 @@ def _facts(result: Result) -> Iterator[tuple[str, str]]:
     yield (
         "text",
         (
-            f"{text['samples']} windows of {text['window']} tokens, sha256 {text['digest'][:16]}"
+            f"{text['num_windows']} windows of {text['window_tokens']} tokens, sha256 {text['digest'][:16]}"
             if text
             else "none: by the weights alone"
         ),

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from topiarist.checkpoints.reading import read_json
 from topiarist.checkpoints.writing import REPORT
-from topiarist.results.first_version import renewed
+from topiarist.results.first_version import REPORT_VERSION, renewed
 
 R = TypeVar("R", bound="RunReport")
 RUN = "pruning_run.json"
@@ -40,7 +40,7 @@ class RunReport:
     base_digest: str = ""
     """sha256 over its config and weights."""
     calibration: Mapping[str, Any] = field(default_factory=dict)
-    """The text: samples, window (tokens), seed, digest of the tokens; empty for a run without text."""
+    """The text: num_windows, window_tokens, seed, digest of the tokens; empty for a run without text."""
     weights: Mapping[str, Any] = field(default_factory=dict)
     """Bytes of all weights `before` and `after`, and the `dtype` of most."""
     warnings: list[str] = field(default_factory=list)
@@ -76,7 +76,12 @@ class RunReport:
         """The report as JSON has it."""
         plain = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in NOT_WRITTEN}
         plain |= {name: [asdict(part) for part in plain[name]] for name in self.parts}
-        return {"pipeline": self.pipeline, **{name: getattr(self, name) for name in self.derived}, **plain}
+        return {
+            "report_version": REPORT_VERSION,
+            "pipeline": self.pipeline,
+            **{name: getattr(self, name) for name in self.derived},
+            **plain,
+        }
 
     def pruning_config(self, version: str) -> dict[str, Any]:
         """Provenance for config.json: small, and no key that any loader interprets."""

@@ -100,8 +100,8 @@ class Result:
 
     @property
     def calibration(self) -> Mapping[str, Any]:
-        """The text: samples, window, seed, digest; empty if there was none."""
-        return self.report["calibration"] if "samples" in self.report["calibration"] else {}
+        """The text: num_windows, window_tokens, seed, digest; empty if there was none."""
+        return self.report["calibration"] if "num_windows" in self.report["calibration"] else {}
 
     @property
     def sparsity(self) -> float:

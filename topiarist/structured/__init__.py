@@ -1,6 +1,6 @@
 """Structural pruning: what can be cut whole, how much stays, and the cut itself.
 
-groups = units_of(model, ("heads", "channels"))
+groups = units_of(model, ("kv_groups", "channels"))
 kept = choose(groups, scores, keep=0.8, scope="per_layer")
 with gates(model, groups) as masks: ...            the model without the units that go, without touching it
 small = shrunk(model, groups, kept, plan_layout(model, groups, kept, "uniform"))

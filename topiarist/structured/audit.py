@@ -58,7 +58,7 @@ def audit_shrunk(folder: str | Path) -> ShrunkAudit | None:
         own = {}
         for row in rows:
             if row["block"] == index and row["kind"] in COLUMN_KINDS:
-                name = row["name"] if row["kind"] != "query_heads" else row["name"].rpartition(".")[0]
+                name = row["name"] if row["kind"] != "heads" else row["name"].rpartition(".")[0]
                 own.setdefault((name, row["kind"]), []).append(row)
         if not own:
             continue

@@ -82,12 +82,12 @@ def _edited(
     )
     for group in {group.place: group for group in groups if group.kind not in DEPTH_KINDS}.values():
         count, name = widest[group.place], group.place.rpartition(":")[0]
-        if group.kind == "heads":
+        if group.kind == "kv_groups":
             config.head_dim = group.width // per_group
             config.num_attention_heads = count * per_group
             if getattr(config, "num_key_value_heads", None):
                 config.num_key_value_heads = count
-        elif group.kind == "query_heads":
+        elif group.kind == "heads":
             config.head_dim = group.width
             config.num_attention_heads = count * config.num_key_value_heads
         elif family.mixture and group.kind == "experts":
@@ -201,9 +201,9 @@ def _head_counts(
     experts: dict[str, int] = {}
     for group in groups:
         path, count = f"{family.blocks}.{group.block}", units[group.key]
-        if group.kind == "heads" and count != group.count:
+        if group.kind == "kv_groups" and count != group.count:
             heads[f"{path}.{family.attention.module}"] = [count * (query // kv), count]
-        elif group.kind == "query_heads" and count != group.count:
+        elif group.kind == "heads" and count != group.count:
             heads[f"{path}.{family.attention.module}"] = [count * kv, kv]
         elif group.kind == "experts" and family.mixture:
             experts |= {f"{path}.{family.mixture.module}": count, f"{path}.{family.mixture.router}": count}

@@ -15,11 +15,11 @@ from topiarist.core.errors import NumericalError, TopiaristError
 from topiarist.core.options import options
 from topiarist.structured import policy
 from topiarist.structured.gates import Masks, gates
-from topiarist.structured.hybrid import Hybrid
 from topiarist.structured.methods import HEAD_WEIGHT, Magnitude, Method, Scores, Task
 from topiarist.structured.metrics import BlockInfluence, Flap, WandaSP
 from topiarist.structured.occlusion import Occlusion
 from topiarist.structured.policy_variables import Variables
+from topiarist.structured.taylor import Taylor
 from topiarist.structured.trial import chosen, gated_loss, short_windows, split
 from topiarist.structured.units import Kept
 
@@ -27,10 +27,10 @@ STARTS: dict[str, type[Method] | None] = {
     "occlusion": Occlusion,
     "flap": Flap,
     "wanda-sp": WandaSP,
-    "hybrid": Hybrid,
+    "taylor": Taylor,
     "constant": None,
 }
-"""All but hybrid by forward passes alone."""
+"""All but taylor by forward passes alone."""
 MEMORY = 0.9
 """Of the running size of the advantages."""
 
@@ -59,7 +59,7 @@ class PolicyGradient(Method):
     windows: PositiveInt = 1
     """Windows a step."""
     window: Annotated[int, Field(ge=2)] = 512
-    """Their tokens; docs/log-policy.md has the reason."""
+    """Their tokens: short ones do not show what long contexts need."""
     antithetic: bool = False
     """Masks in mirrored pairs."""
     baseline: str = "loo"
@@ -75,9 +75,9 @@ class PolicyGradient(Method):
     sharpness: NonNegativeFloat = 12.0
     """Of the logistic start: 0 knows nothing but the budget; the larger, the more is decided."""
     init_tokens: PositiveInt = 16384
-    """Calibration tokens that a start from activations looks at; occlusion and hybrid say themselves."""
+    """Calibration tokens that a start from activations looks at; occlusion and taylor say themselves."""
     head_weight: PositiveFloat = HEAD_WEIGHT
-    """Of the start from occlusion or hybrid."""
+    """Of the start from occlusion or taylor."""
     channel_group: PositiveInt | None = None
     """Channels that share one probability; by default those that the rounding moves together."""
     held_out: PositiveInt = 24
@@ -148,7 +148,7 @@ def starting_metric(method: PolicyGradient, task: Task) -> tuple[dict[str, Tenso
         comparable[kind] = "" if scorer.scope == "per_layer" else scorer.__name__
         if groups[0].key not in metric:  # one look for all kinds of a scorer
             same = [group for group in task.groups if group.kind in scorer.kinds]
-            if issubclass(scorer, (Occlusion, Hybrid)):
+            if issubclass(scorer, (Occlusion, Taylor)):
                 found = scorer(head_weight=method.head_weight).scores(replace(task, groups=same))
             else:
                 found = scorer().scores(replace(task, groups=same, tokens=task.tokens[:few]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 
 import torch
 
+from topiarist.core import former
 from topiarist.core.errors import CheckpointError
 from topiarist.structured.choose import kept_cost, total_cost
 from topiarist.structured.shrink import mask_in_place
 from topiarist.structured.units import Kept, UnitGroup, units_of
 
 SPEC = "pruning_spec.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class PruneSpec:
         path = Path(path) / SPEC if Path(path).is_dir() else Path(path)
         try:
             plain = json.loads(path.read_text(encoding="utf-8"))
+            if plain.get("format") == 1:
+                plain = _renewed(plain, path)
             spec = cls(**{**plain, "units": tuple(plain["units"])})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"cannot read {path} as a PruneSpec ({error})") from error
@@ -97,6 +101,19 @@ class PruneSpec:
             counts = {"kept": len(known["units"]), "of": known["of"], "slots": known["slots"]}
             rows.append({"block": block, "name": name, "kind": kind, **counts})
         return rows
+
+
+def _renewed(plain: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """A spec of topiarist 0.1 in today's names of units and methods; warns where kinds of units had other names."""
+    if told := [f"{kind!r} is {former.UNITS[kind]!r}" for kind in plain["units"] if kind in former.UNITS]:
+        warnings.warn(f"{path} is of topiarist 0.1: its kind of units {', '.join(told)} today", stacklevel=3)
+    return {
+        **plain,
+        "format": FORMAT,
+        "method": former.METHODS.get(plain["method"], plain["method"]),
+        "units": [former.UNITS.get(kind, kind) for kind in plain["units"]],
+        "kept": {former.unit_key(key): known for key, known in plain["kept"].items()},
+    }
 
 
 def predicted_parameters(

@@ -1,14 +1,14 @@
 """The methods of structural pruning by name."""
 
-from topiarist.structured.hybrid import Hybrid
 from topiarist.structured.methods import Magnitude, Method, Random
 from topiarist.structured.metrics import BlockInfluence, Flap, WandaSP
 from topiarist.structured.occlusion import Occlusion
 from topiarist.structured.policy_search import PolicyGradient
+from topiarist.structured.taylor import Taylor
 
 METHODS: dict[str, type[Method]] = {
     "policy-gradient": PolicyGradient,
-    "hybrid": Hybrid,
+    "taylor": Taylor,
     "occlusion": Occlusion,
     "flap": Flap,
     "wanda-sp": WandaSP,

@@ -1,141 +1,85 @@
-"""Two estimates of what the loss loses with a unit, from one backward pass a window: fine (every weight) and coarse.
-
-g  gradient of a window's mean loss      F  mean of g^2 over windows, the diagonal Fisher in the Hessian's place
-e = g w - 1/2 F w^2   the loss to first and second order when a weight w goes; of a slice (a row of a matrix that makes
-                      units, a column of the one that consumes them):
-fine    sum over the slice of |e|            coarse    |sum over the slice of e|, where signs may cancel
-A unit has the sum over its slices in all matrices that it is part of (LLM-Pruner, arXiv 2305.11627, its `element` and
-`vector`).
-"""
+"""What the loss loses with a unit, by gradients: a score of units from two Taylor estimates (estimates.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
 
-from topiarist.core.errors import NumericalError, TopiaristError
-from topiarist.core.losses import next_token_loss
-from topiarist.models.opened import eager_experts
-from topiarist.structured.methods import Task
-from topiarist.structured.units import Part, UnitGroup
+from topiarist.core.errors import TopiaristError
+from topiarist.core.options import options
+from topiarist.structured.choose import total_cost
+from topiarist.structured.estimates import Estimates, taylor_estimates
+from topiarist.structured.fusion import FUSIONS, fixed_shares, learned_shares
+from topiarist.structured.methods import HEAD_WEIGHT, Method, Scores, Task, weigh_heads
+from topiarist.structured.trial import short_windows
 
-ORDERS = ("first", "second", "mix")
-
-
-@dataclass
-class Estimates:
-    """Group key -> (windows, count); one row where the gradients of all windows were pooled."""
-
-    fine: dict[str, Tensor]
-    coarse: dict[str, Tensor]
+LEVELS = ("model", "layer")
 
 
-def terms(
-    gradient: Float[Tensor, "*shape"], weight: Float[Tensor, "*shape"], fisher: Float[Tensor, "*shape"], order: str
-) -> Float[Tensor, "*shape"]:
-    """e of every weight. first: g w. second: F w^2. mix: g w - 1/2 F w^2."""
-    if order == "second":
-        return fisher * weight.square()
-    first = gradient * weight
-    return first if order == "first" else first - 0.5 * fisher * weight.square()
+@options
+class Taylor(Method):
+    """Keeps the units with the largest Taylor estimates: what the loss loses with them, by gradients.
 
+    Choose it when a backward pass fits in memory: a window gives every unit an estimate, where a policy needs many
+    masks. LLM-Pruner, Ma et al., NeurIPS 2023, arXiv 2305.11627, equation 5 (`vector`); HyWIA's fusions of two estimates,
+    arXiv 2403.10799, are the option `fusion`. Cost: `num_windows` forward and backward passes of `window_tokens` tokens;
+    weights, one gradient at a time and the activations of one window in memory.
 
-def part_scores(e: Tensor, part: Part, count: int) -> tuple[Float[Tensor, " count"], Float[Tensor, " count"]]:
-    """(fine, coarse) of the units of one part, from e in the shape of its parameter (of its one expert)."""
-    others = [axis for axis in range(e.ndim) if axis != part.axis]
-    stretch = e.narrow(part.axis, part.start, count * part.size)
-    fine = stretch.abs().sum(others) if others else stretch.abs()
-    coarse = stretch.sum(others).abs() if others else stretch.abs()
-    return fine.view(count, part.size).sum(1), coarse.view(count, part.size).sum(1)
-
-
-def taylor(task: Task, tokens: Int[Tensor, "num window"], *, order: str = "mix", pooled: bool = False) -> Estimates:
-    """Estimates from the windows `tokens` (num, window), one backward pass each.
-
-    Gradients live one parameter at a time: hooks use them and free them as the backward pass makes them. pooled: g and F
-    are means over all windows (LLM-Pruner), kept on the CPU: eight bytes a weight. Otherwise every window gives an
-    estimate of its own, whose F is its own g^2, and nothing is kept but a number a unit.
-    Raises NumericalError if a loss or an estimate is not finite.
+    Differs from LLM-Pruner in: 1. an estimate for every window and their mean, so that nothing of the model's size is
+    kept; `pooled=True` is theirs. 2. All layers may be cut, under one budget. 3. Scores of heads count twice.
     """
-    if order not in ORDERS:
-        raise TopiaristError(f"unknown order {order!r}; choose one of {', '.join(ORDERS)}")
-    owners: dict[str, list[tuple[UnitGroup, Part]]] = {}
-    for group in task.groups:
-        for part in group.parts:
-            owners.setdefault(part.parameter, []).append((group, part))
-    rows: dict[str, list[Tensor]] = {"fine": [], "coarse": []}
-    counts = [group.count for group in task.groups]
-    starts = {group.key: sum(counts[:i]) for i, group in enumerate(task.groups)}
-    pool: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def reduce(name: str, parameter: Tensor, gradient: Tensor, fisher: Tensor) -> None:
-        e = terms(gradient, parameter.detach().to(gradient), fisher, order)
-        for group, part in owners[name]:
-            scores = part_scores(e if part.expert is None else e[part.expert], part, group.count)
-            for row, score in zip((rows["fine"][-1], rows["coarse"][-1]), scores, strict=True):
-                row[starts[group.key] : starts[group.key] + group.count] += score.double().cpu()
+    scope: ClassVar[str] = "parameters"
+    num_windows: PositiveInt = 128
+    window_tokens: Annotated[int, Field(ge=2)] = 512
+    """Tokens of a backward pass: short ones do not show what long contexts need."""
+    order: str = "mix"
+    pooled: bool = False
+    fusion: str = "coarse"
+    """One of FUSIONS. `coarse` leaves the fine estimate out; `attention` is HyWIA's."""
+    temperature: PositiveFloat = 1.0
+    head_weight: PositiveFloat = HEAD_WEIGHT
+    """1 trusts the estimates."""
+    level: str = "model"
+    """What scores compare within: `model`, layers keep the size of their estimates; `layer`, each has mean 1."""
+    learn_steps: PositiveInt = 16
+    """Of fusion=learned: steps, each two choices tried on `learn_windows` windows."""
+    learn_windows: PositiveInt = 16
+    learn_rate: PositiveFloat = 1.0
 
-    def use(name: str, parameter: Tensor) -> None:
-        gradient = parameter.grad.float()  # pyright: ignore[reportOptionalMemberAccess]
-        parameter.grad = None
-        if pooled:
-            gradient = gradient.cpu()
-            if name not in pool:
-                pool[name] = (torch.zeros_like(gradient), torch.zeros_like(gradient))
-            pool[name][0].add_(gradient, alpha=1 / len(tokens))
-            pool[name][1].addcmul_(gradient, gradient, value=1 / len(tokens))
-        else:
-            reduce(name, parameter, gradient, gradient.square())
+    def __post_init__(self) -> None:
+        for name, value, table in (("fusion", self.fusion, FUSIONS), ("level", self.level, LEVELS)):
+            if value not in table:
+                raise TopiaristError(f"unknown {name} {value!r}; choose one of {', '.join(table)}")
 
-    def new_row() -> None:
-        for found in rows.values():
-            found.append(torch.zeros(sum(counts), dtype=torch.float64))
+    def scores(self, task: Task) -> Scores:
+        """Taylor estimates on short windows: a forward and a backward pass for each of `num_windows` windows."""
+        windows = short_windows(task.tokens, self.window_tokens)
+        found = taylor_estimates(task, windows[: self.num_windows], order=self.order, pooled=self.pooled)
+        return self.fused(task, found)
 
-    with _watched(task.model, owners, use), eager_experts(task.model):
-        for number, window in enumerate(tokens):
-            task.progress("gradients", number, len(tokens))
-            if not pooled:
-                new_row()
-            batch = window[None].to(task.model.device)
-            loss = next_token_loss(task.model(input_ids=batch, use_cache=False).logits, batch)
-            if not bool(torch.isfinite(loss)):
-                raise NumericalError(
-                    "the model's loss on the calibration text is not finite: check its weights and dtype"
-                )
-            loss.backward()
-    if pooled:
-        new_row()
-        for name, (gradient, fisher) in pool.items():
-            reduce(name, task.model.get_parameter(name).cpu(), gradient, fisher)
-    found = {kind: torch.stack(values) for kind, values in rows.items()}
-    if not all(bool(torch.isfinite(values).all()) for values in found.values()):
-        raise NumericalError("a gradient is not finite: load the model in bfloat16 or float32")
-    split = {kind: dict(zip(starts, values.split(counts, 1), strict=True)) for kind, values in found.items()}
-    return Estimates(split["fine"], split["coarse"])
+    def fused(self, task: Task, found: Estimates) -> Scores:
+        """Scores from ready estimates."""
+        if self.fusion != "learned":
+            return self._blend(task, found, fixed_shares(self.fusion, found, self.temperature))
+        shares = learned_shares(
+            task, lambda shares: self._blend(task, found, shares), steps=self.learn_steps,
+            num_windows=self.learn_windows, window_tokens=self.window_tokens, rate=self.learn_rate,
+        )  # fmt: skip
+        return self._blend(task, found, shares)
 
-
-@contextmanager
-def _watched(model: nn.Module, names: Any, use: Any) -> Iterator[None]:
-    """Only the named parameters get gradients, each of which `use(name, parameter)` sees and frees."""
-    wanted = dict.fromkeys(names)
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    hooks = []
-    try:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in wanted)
-            if name in wanted:
-                hooks.append(parameter.register_post_accumulate_grad_hook(lambda p, name=name: use(name, p)))
-        with torch.enable_grad():
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, required in before.items():
-            parameter.requires_grad_(required)
-            parameter.grad = None if not required else parameter.grad
+    def _blend(self, task: Task, found: Estimates, shares: Mapping[str, Tensor]) -> Scores:
+        """shares (coarse, fine) of every layer times its estimates, both scale-free at the method's level."""
+        scores: Scores = {group.key: torch.zeros(group.count, dtype=torch.float64) for group in task.groups}
+        for index, estimates in enumerate((found.coarse, found.fine)):
+            # A parameter's share, so that heads and channels compare.
+            each = {group.key: estimates[group.key].mean(0) / group.cost for group in task.groups}
+            whole = sum(float(each[g.key].sum()) * g.cost for g in task.groups) / total_cost(task.groups)
+            for key, value in each.items():
+                size = whole if self.level == "model" else float(value.mean())
+                scores[key] += shares[key][index] * value / (size or 1.0)
+        return weigh_heads(scores, task.groups, self.head_weight)

@@ -1,6 +1,6 @@
 """Units: what can be cut out of a model whole, where its numbers lie, what it costs, and gates that switch it off.
 
-    groups = units_of(model, ("heads", "channels"))   one UnitGroup an attention or feed-forward layer
+    groups = units_of(model, ("kv_groups", "channels"))   one UnitGroup an attention or feed-forward layer
     with gates(model, groups) as masks:               {group.key: tensor of ones (count,)}
         masks[key] = ...                              seen by the next forward; may be 0/1, soft, or ask for a gradient
     kept = choose(groups, scores, keep, ...)          {group.key: bool (count,)}, see choose.py
@@ -9,8 +9,8 @@ A mask of shape (count,) holds for the whole batch; (batch, count) gives every s
 
 | kind | a unit is | mask multiplies |
 |---|---|---|
-| heads | a KV group: one KV head with all its query heads | columns of the input of o_proj |
-| query_heads | one query head; every KV group of a layer keeps as many | columns of the input of o_proj |
+| kv_groups | a KV group: one KV head with all its query heads | columns of the input of o_proj |
+| heads | one query head; every KV group of a layer keeps as many | columns of the input of o_proj |
 | channels | one FFN channel, of dense, shared and (all experts of a layer alike in number) expert layers | input of down_proj |
 | experts | one routed expert; those without a mask share its tokens as the router ranks them | the router's probabilities |
 | attention, ffn | a sublayer | what it adds to the hidden states |
@@ -27,17 +27,18 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from topiarist.core import former
 from topiarist.core.errors import TopiaristError, UnsupportedModel
 from topiarist.models.derive import family_of, structure_of
 from topiarist.models.families import Family, FeedForward
 
-HEAD_KINDS = ("heads", "query_heads")
+HEAD_KINDS = ("kv_groups", "heads")
 COLUMN_KINDS = (*HEAD_KINDS, "channels")
 """Units that are columns of the matrix that consumes them."""
 WIDTH_KINDS = (*COLUMN_KINDS, "experts")
 DEPTH_KINDS = ("attention", "ffn", "block")
 KINDS = (*WIDTH_KINDS, *DEPTH_KINDS)
-NESTED = ({"heads", "query_heads"}, {"channels", "experts"}, {"attention", "block"}, {"ffn", "block"})
+NESTED = ({"kv_groups", "heads"}, {"channels", "experts"}, {"attention", "block"}, {"ffn", "block"})
 """Kinds that no run can cut together, for one holds the other."""
 
 Kept = dict[str, Bool[Tensor, " count"]]
@@ -94,11 +95,13 @@ class UnitGroup:
 def default_kinds(model: nn.Module) -> tuple[str, ...]:
     """Heads and channels; query heads where there is one KV head (multi-query attention)."""
     attention = _heads(model)
-    return ("query_heads" if attention.kv == 1 < attention.query else "heads", "channels")
+    return ("heads" if attention.kv == 1 < attention.query else "kv_groups", "channels")
 
 
 def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
     """Raises TopiaristError for unknown kinds and for those that hold each other."""
+    if "query_heads" in kinds:
+        raise TopiaristError(f"units 'query_heads' are called {former.UNITS['query_heads']!r} now: use that name")
     if not kinds or (unknown := sorted(set(kinds) - set(KINDS))):
         raise TopiaristError(
             f"unknown units {(list(kinds) and unknown[0]) or 'none'!r}; choose from {', '.join(KINDS)}"
@@ -220,17 +223,17 @@ class _Finder:
             exact &= by_head
         return parts, exact
 
-    def heads(self) -> list[UnitGroup]:
+    def kv_groups(self) -> list[UnitGroup]:
         heads = _heads(self.model)
         if heads.kv == 1:
-            raise UnsupportedModel("one KV head for all queries (multi-query attention): choose --units query_heads")
-        return [self._head_group("heads", heads, None)]
+            raise UnsupportedModel("one KV head for all queries (multi-query attention): choose --units heads")
+        return [self._head_group("kv_groups", heads, None)]
 
-    def query_heads(self) -> list[UnitGroup]:
+    def heads(self) -> list[UnitGroup]:
         heads = _heads(self.model)
         if heads.per_group == 1:
-            raise UnsupportedModel("every query head has its own KV head: choose --units heads")
-        return [self._head_group("query_heads", heads, kv) for kv in range(heads.kv)]
+            raise UnsupportedModel("every query head has its own KV head: choose --units kv_groups")
+        return [self._head_group("heads", heads, kv) for kv in range(heads.kv)]
 
     def _head_group(self, kind: str, heads: Heads, kv: int | None) -> UnitGroup:
         out = f"{self.family.attention.module}.{self.family.attention.out}"

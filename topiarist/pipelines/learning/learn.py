@@ -116,8 +116,8 @@ def _learn(
         **({"sharded": True} if sharded else {}),
     }
     calibration = {
-        "samples": len(job.training),
-        "window": job.text.window,
+        "num_windows": len(job.training),
+        "window_tokens": job.text.window,
         "seed": seed,
         "digest": job.text.digest,
         "held_out": len(job.watching),

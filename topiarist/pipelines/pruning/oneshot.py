@@ -138,8 +138,8 @@ def _report(options: PruneOptions, model: Any, source: OpenedModel, windows: Win
         calibration={}
         if options.data is None
         else {
-            "samples": len(windows.tokens),
-            "window": windows.window,
+            "num_windows": len(windows.tokens),
+            "window_tokens": windows.window,
             "seed": options.seed,
             "digest": windows.digest,
             "batch_size": options.windows_a_forward,

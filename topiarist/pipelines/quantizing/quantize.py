@@ -119,8 +119,8 @@ def _report(options: QuantizeOptions, model: Any, source: OpenedModel, grid: Gri
     words, unsaid = command("quantize", model, resolved, always=said)
     method = plain(options.chosen_method, METHODS)
     calibration: dict[str, Any] = {
-        "samples": len(windows.tokens),
-        "window": windows.window,
+        "num_windows": len(windows.tokens),
+        "window_tokens": windows.window,
         "seed": options.seed,
         "digest": windows.digest,
         "batch_size": options.batch_size,

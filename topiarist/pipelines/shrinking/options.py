@@ -13,8 +13,8 @@ from topiarist.core.registry import name_of
 from topiarist.pipelines.common.options import TextOptions
 from topiarist.pipelines.shrinking.distill import Distill
 from topiarist.structured import METHODS, Method
-from topiarist.structured.hybrid import Hybrid
 from topiarist.structured.layout import MAX_WASTE
+from topiarist.structured.taylor import Taylor
 
 
 def _kinds(given: Any) -> Any:
@@ -27,14 +27,14 @@ def _kinds(given: Any) -> Any:
 class ShrinkOptions(TextOptions):
     """Everything that `shrink` takes beside the model, the output folder and the progress bar."""
 
-    method: Annotated[Method, Registered(METHODS, base=(Method,))] = Hybrid()
+    method: Annotated[Method, Registered(METHODS, base=(Method,))] = Taylor()
     """What scores the units; `topiarist methods` lists all; policy-gradient:steps=500 sets a field."""
     keep: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Share of the units' parameters that stays, never exceeded."""
     layout: Literal["uniform", "padded", "hetero", "masked"] = "uniform"
     """uniform (opens everywhere), padded (filled up with zeros), hetero (layers differ in size) or masked (zeros)."""
     units: Annotated[Sequence[str] | None, BeforeValidator(_kinds)] = None
-    """heads, query_heads, channels, experts, attention, ffn, block; default heads,channels as the method scores."""
+    """kv_groups, heads, channels, experts, attention, ffn, block; default kv_groups,channels as the method scores."""
     scope: Literal["global", "parameters", "per_layer"] | None = None
     """Over what units compete; default: what layout and method want. uniform knows per_layer alone."""
     round_to: PositiveInt | None = None

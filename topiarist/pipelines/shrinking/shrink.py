@@ -81,7 +81,7 @@ def shrink(
     kinds = tuple(dict.fromkeys(group.kind for group in groups))
     resolved = replace(
         options, units=kinds, scope=None if layout == "uniform" else scope, refit=refit,
-        num_windows=calibration.get("samples", options.num_windows), window_tokens=calibration.get("window"),
+        num_windows=calibration.get("num_windows", options.num_windows), window_tokens=calibration.get("window_tokens"),
     )  # fmt: skip
     words, unsaid = command("shrink", model, resolved, always=SAID)
     report = ShrinkReport(
@@ -153,8 +153,8 @@ def _calibration(windows: Windows | None, seed: int, batch_size: int) -> dict[st
     if windows is None:
         return {"seed": seed}
     return {
-        "samples": len(windows.tokens),
-        "window": windows.window,
+        "num_windows": len(windows.tokens),
+        "window_tokens": windows.window,
         "seed": seed,
         "digest": windows.digest,
         "batch_size": batch_size,
