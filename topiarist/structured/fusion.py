@@ -60,7 +60,7 @@ def _positive(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, 1.0)
 
 
-def fixed_shares(fusion: str, found: Estimates, temperature: float) -> dict[str, Float[Tensor, "2 *n"]]:
+def fixed_shares(fusion: str, found: Estimates, temperature: float) -> dict[str, Float[Tensor, "2 ..."]]:
     """Shares (coarse, fine) of every group under a rule that needs the estimates alone: all but `learned`."""
     halves = torch.tensor([0.5, 0.5], dtype=torch.float64)
     rules: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
