@@ -282,3 +282,95 @@ def test_the_command_recovers_plans_and_refuses(tmp_path: Path, monkeypatch, cap
     report = tp.RecoverReport.from_folder(tmp_path / "out")
     assert report.steps == 7 and report.best["loss"] < report.before
     assert "## Recovered" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_trainer_with_held_masks_gives_the_same_model(tmp_path: Path):
+    """transformers' Trainer on the same batches; only the order of sums differs."""
+    from torch.utils.data import SequentialSampler
+    from transformers import Trainer, TrainingArguments
+
+    teacher = tiny.tiny_model().eval()
+
+    class Distiller(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            with torch.no_grad():
+                wanted = teacher(inputs["input_ids"]).logits
+            return divergence(model(inputs["input_ids"]).logits, wanted)
+
+        def _get_train_sampler(self, *_: Any):
+            return SequentialSampler(self.train_dataset)
+
+    model, own = tiny.tiny_model(), tiny.tiny_model()
+    for one in (model, own):
+        tp.prune(one, method="wanda", calibration=TOKENS[:8])
+    pruned = [p.detach().clone() for p in own.parameters()]
+    tp.recover(model, teacher=teacher, **{**SETTINGS, "evaluate_every": 6})
+    trained, _ = split_held_out(len(TOKENS), 2)
+    batches = Batches(int(trained.sum()), 8, 0)
+    rows = TOKENS[trained][[row for step in range(6) for row in batches.rows(step)]]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=8, max_steps=6, learning_rate=3e-3, weight_decay=0.0,
+        adam_beta1=0.9, adam_beta2=0.95, max_grad_norm=1.0, lr_scheduler_type="cosine", report_to="none", save_strategy="no",
+        use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
+    )  # fmt: skip
+    with tp.masks.hold(own):
+        Distiller(own, arguments, train_dataset=[{"input_ids": row} for row in rows]).train()
+    for (name, a), b, start in zip(model.named_parameters(), own.parameters(), pruned, strict=True):
+        torch.testing.assert_close(a, b, msg=name, rtol=1e-3, atol=2e-5)
+        assert not torch.equal(b, start), name
+        assert torch.equal(a == 0, b == 0) or a.ndim == 1, name
+
+
+def test_a_quantised_folder_is_refused(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    tp.prune(base, tmp_path / "pruned", method="wanda", pattern="2:4", data=TOKENS[:8], bits=4)
+    with pytest.raises(tp.UnsupportedModel, match="is quantised, and trained weights would leave its grid"):
+        tp.recover(tmp_path / "pruned", tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_step_that_is_not_finite_keeps_the_last_good_state(tmp_path: Path):
+    model = tiny.tiny_model()
+    tp.prune(model, method="wanda", calibration=TOKENS[:8])
+
+    def spoil(what: str, done: int, total: int) -> None:
+        if done == 4:
+            with torch.no_grad():
+                model.model.layers[0].mlp.up_proj.weight[0] *= float("inf")
+
+    with pytest.raises(tp.NumericalError, match="recovery step 5 is not finite"):
+        tp.recover(model, teacher=tiny.tiny_model(), progress=spoil, **{**SETTINGS, "evaluate_every": 2})
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_products_in_fp32_leave_the_stored_dtype(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    prune(base, tmp_path / "pruned", "2:4")
+    tp.recover(tmp_path / "pruned", tmp_path / "out", dtype="float32", **SETTINGS)
+    assert {value.dtype for value in tensors(tmp_path / "out").values()} == {torch.bfloat16}
+    model = tp.load_pruned(tmp_path / "pruned")
+    tp.recover(model, teacher=base, dtype="float32", **SETTINGS)
+    written = tensors(tmp_path / "out")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, written[name]), name
+
+
+def test_looking_takes_a_tenth_of_the_training():
+    options = RecoverOptions(sequences=8)
+    assert options.steps_between_looks(1000, 16) == 100
+    assert options.steps_between_looks(20, 16) == 10  # two looks at 16 cost as much as 16 of 160 trained sequences
+    assert options.steps_between_looks(2, 16) == 2
+    assert RecoverOptions(evaluate_every=3).steps_between_looks(1000, 16) == 3
+
+
+def test_the_report_is_that_of_the_pruned_model_and_repeats(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    prune(base, tmp_path / "pruned", "2:4")
+    report = tp.recover(tmp_path / "pruned", tmp_path / "out", **SETTINGS)
+    again = tp.RecoverReport.from_folder(tmp_path / "out")
+    assert again.to_dict() == report.to_dict() and again.best == report.best and again.tokens == SETTINGS["tokens"]
+    stated = json.loads((tmp_path / "out" / "pruning_report.json").read_text())
+    assert stated["pipeline"] == "prune" and stated["recovery"]["pipeline"] == "recover"
+    assert stated["layers"] == json.loads((tmp_path / "pruned" / "pruning_report.json").read_text())["layers"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["pruning_config"]
+    assert config["base_model"] == "../base" and config["recovery"]["held_out_loss"][0] == report.before

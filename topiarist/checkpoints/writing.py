@@ -39,7 +39,9 @@ STAGES = "stages"
 """Folder of OUT with the results of a recipe's earlier stages."""
 MASKS = "masks.safetensors"
 """Beside a model whose masks were learned, or for another copy of its base."""
-_CHECKED = (INDEX, MASKS, "pruning_spec.json", "modeling_pruned.py")
+ADAPTER = "adapter"
+"""Folder beside a pruned model with its low-rank companion."""
+_CHECKED = (INDEX, MASKS, "pruning_spec.json", "modeling_pruned.py", f"{ADAPTER}/adapter_model.safetensors")
 """Files beside weights and config without which a result is not what its report says."""
 
 
@@ -156,7 +158,7 @@ class OutputFolder:
 
     def _remove_strays(self) -> None:
         """Remove what a kill left half-written: ours, and what libraries call theirs."""
-        for place in (self.folder, self.states, self.states / "blocks"):
+        for place in (self.folder, self.folder / ADAPTER, self.states, self.states / "blocks"):
             for pattern in (f"*{TEMPORARY}", ".tmp*"):
                 for stray in place.glob(pattern):
                     stray.unlink()

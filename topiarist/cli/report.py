@@ -52,6 +52,9 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="default: a GPU if there is one")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads")] = None,
     reference: Annotated[bool, typer.Option(help="add the dense base of a pruned model as first row")] = True,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="put on the low-rank companion of every MODEL that has one (needs peft)")
+    ] = False,
     allow_overlap: Annotated[bool, typer.Option(help="evaluate on calibration text all the same")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="run Python code that the model folder brings")] = False,
     save: Annotated[
@@ -62,6 +65,7 @@ def evaluate(
     """Perplexity of every MODEL on every text file, and its score in every task, dense reference first."""
     from topiarist.core.errors import TopiaristError
     from topiarist.data import text_files
+    from topiarist.evaluation.adapter import has_adapter
     from topiarist.evaluation.comparison import compare, entries
     from topiarist.evaluation.tasks import compare_tasks
     from topiarist.evaluation.tasks import entries as task_entries
@@ -70,6 +74,11 @@ def evaluate(
     set_threads(threads)
     if not text and not tasks:
         raise TopiaristError("nothing to evaluate on: name --text heldout.txt or --tasks piqa,arc_easy")
+    if adapter and (tasks or save):
+        raise TopiaristError(
+            "--adapter measures perplexity alone and saves nothing, for what is saved is said of the model without it: leave "
+            f"{'--save' if save else '--tasks'} out"
+        )
     paths, wanted = text or [], [task.strip() for task in (tasks or "").split(",") if task.strip()]
     sources = [text_files(path, field=text_field, split=split) for path in paths]
     common: dict[str, Any] = {
@@ -86,6 +95,7 @@ def evaluate(
             compare_tasks(models, wanted, files=task_files, limit=limit, progress=progress, **common) if wanted else []
         )
         options = {"window": window, "max_windows": max_windows, "allow_overlap": allow_overlap, "bos": bos}
+        options["adapter"] = adapter
         rows = compare(models, sources, progress=progress, **options, **common) if sources else []
     if as_json:
         tables = {"perplexity": [asdict(row) for row in rows], "tasks": [asdict(row) for row in scores]}
@@ -96,6 +106,10 @@ def evaluate(
     else:
         if rows:
             _print_perplexities(rows, paths, window)
+            for name in () if adapter else filter(has_adapter, models):
+                out.print(
+                    escape(f"{name} has a low-rank companion, which was left out: --adapter puts it on"), soft_wrap=True
+                )
         if scores:
             _print_scores(scores)
     if save:

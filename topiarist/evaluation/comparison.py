@@ -13,8 +13,10 @@ from torch import nn
 
 from topiarist.checkpoints.reading import Checkpoint, locate
 from topiarist.checkpoints.references import resolved
+from topiarist.checkpoints.writing import ADAPTER
 from topiarist.core.errors import CalibrationError, CheckpointError
 from topiarist.data import MAX_SHARED, Bos, TextFiles, Windows, check_vocabulary, evaluation_windows
+from topiarist.evaluation.adapter import check_adapters, has_adapter, with_adapter
 from topiarist.evaluation.perplexity import Perplexity, check_batch_size, perplexity
 from topiarist.models.opened import OpenedModel, open_model
 
@@ -44,16 +46,19 @@ def compare(
     trust_remote_code: bool = False,
     tokenizer: Any = None,
     bos: Bos = "auto",
+    adapter: bool = False,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> list[Row]:
     """Perplexity of every model on every text, dense models first.
 
     With `reference`, the base of a pruned model joins if it can be found and no dense model was named. All windows are
     made, and refused, before any model is loaded. tokenizer: a folder or an object, for all models. bos: see
-    `topiarist.data.Bos`.
+    `topiarist.data.Bos`. adapter: put the low-rank companion of every model that has one on it.
     Raises as `open_model` and `held_out_windows` do.
     """
     check_batch_size(batch_size)
+    if adapter:
+        check_adapters([str(name) for name in models])
     prepared = []
     for name, dense in with_reference(models, reference):
         opened = open_model(name, device=device, trust_remote_code=trust_remote_code, tokenizer=tokenizer)
@@ -65,6 +70,8 @@ def compare(
     rows = []
     for name, dense, opened, made in prepared:
         model, label = opened.whole().model, Path(name).name
+        if adapter and has_adapter(name):
+            model, name = with_adapter(model, name), f"{name} + {ADAPTER}"
         results = [
             perplexity(model, w, batch_size=batch_size, progress=lambda done, total, n=label: progress(n, done, total))
             for w in made
@@ -214,7 +221,8 @@ def _is_the_base(pruned: str, base: str) -> bool:
     """
     try:
         report = json.loads((locate(pruned) / "pruning_report.json").read_text(encoding="utf-8"))
-        digest = None if report.get("result_digest") else report["fingerprint"]["model"]
+        known = report.get("base_digest") or report["fingerprint"]["model"]  # a recovery began with the pruned model
+        digest = None if report.get("result_digest") else known
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return True
     return digest in (None, Checkpoint(Path(base)).digest())

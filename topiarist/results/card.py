@@ -48,6 +48,7 @@ def model_card(result: Result) -> str:
             measured=measured(result),
             facts=list(_facts(result)),
             command=code_block(command_text(report["command"])) if report["command"] else None,
+            recovery_command=code_block(command_text(result.recovery["command"])) if result.recovery else None,
             worst=sorted((x for x in result.layers if "error" in x), key=lambda x: -x["error"])[:_WORST],
         )
     )

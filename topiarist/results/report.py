@@ -161,6 +161,8 @@ class Report(RunReport):
     """A BlockRefinement of every block, if refinement was asked for."""
     joint: list[JointBlock] = field(default_factory=list)
     """A JointBlock of every feed-forward network, if the method prunes them as a whole."""
+    companion: Mapping[str, Any] = field(default_factory=dict)
+    """Of a run with a low-rank companion: its rank, weights and bytes, and the matrices' errors with it."""
     allocation: Mapping[str, Any] = field(default_factory=dict)
     """Of a run whose patterns a rule chose: the rule, its scores and their standard errors."""
     quantized: Mapping[str, Any] = field(default_factory=dict)

@@ -18,6 +18,8 @@ EVALUATION = "pruning_evaluation.json"
 BENCHMARK = "pruning_benchmark.json"
 PAGE = "pruning_report.html"
 CARD = "README.md"
+RECOVERY = "recovery"
+"""Of the report and `pruning_config` of a recovered model: what the recovery did."""
 _DONE = {"prune": "pruned", "apply": "masked", "recover": "recovered", "quantize": "quantised"}
 _TYPES = {
     "model": str, "method": str, "pattern": str, "layers": list, "warnings": list, "command": list, "not_in_command": list,
@@ -92,6 +94,11 @@ class Result:
             share = self.report["parameters"]["stored"] / self.report["parameters"]["dense"]
             return f"shrunk to {share:.0%} with {self.method}"
         return f"{_DONE.get(self.pipeline, self.pipeline)} {self.pattern} with {self.method}"
+
+    @property
+    def recovery(self) -> Mapping[str, Any]:
+        """What a recovery did after all else; empty if there was none."""
+        return self.report.get(RECOVERY, {})
 
     @property
     def layers(self) -> list[Mapping[str, Any]]:

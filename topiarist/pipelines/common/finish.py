@@ -58,7 +58,7 @@ def finish(
     assert folder is not None, "a model object is written first"
     # As it was opened: a config that misstates the tie of the head, or the quantisation of what is read dense, is mended.
     found = config or (read_json(folder / "config.json") if source.checkpoint is None else source.checkpoint.config)
-    report.base_model = base_model(source, output.folder)
+    report.base_model = report.base_model or base_model(source, output.folder)
     # Without the timings, so that the same run writes the same page; `topiarist report` shows them.
     result = Result(report.to_dict(), __about__.__version__)
     more = {CALIBRATION: text.record()} if text is not None else {}

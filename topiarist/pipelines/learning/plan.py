@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,33 +16,14 @@ from topiarist.pipelines.learning.job import open_whole, prepare
 from topiarist.pipelines.learning.masking import MaskedModel
 from topiarist.pipelines.learning.options import LearnOptions
 from topiarist.pipelines.learning.trainer import MaskTrainer
-from topiarist.pipelines.pruning.plan import duration
+from topiarist.pipelines.training.plan import TrainingPlan
 from topiarist.pipelines.training.processes import Processes
 
 
-@dataclass(frozen=True)
-class LearnPlan:
-    """Needs of a run, as measured a moment ago; seconds assume that the machine stays as busy as it is."""
+class LearnPlan(TrainingPlan):
+    """Needs of a run of learning."""
 
-    weights: int
-    tokens: int
-    steps: int
-    bytes_per_weight: float
-    peak_memory_bytes: int
-    disk_bytes: int
-    step_seconds: float
-
-    def lines(self) -> list[tuple[str, str]]:
-        """(what, how much) of every need, in words."""
-        return [
-            ("masked weights", f"{self.weights:,}"),
-            ("training tokens x steps", f"{self.tokens // self.steps:,} x {self.steps}"),
-            ("bytes a masked weight", f"{self.bytes_per_weight:.1f}"),
-            ("peak memory, about", f"{self.peak_memory_bytes / 1e9:.2f} GB"),
-            ("disk, about", f"{self.disk_bytes / 1e9:.2f} GB"),
-            ("a step, about", duration(self.step_seconds)),
-            ("all steps, about", duration(self.step_seconds * self.steps)),
-        ]
+    what = "masked"
 
 
 def plan_learn(model: str | Path, options: LearnOptions) -> LearnPlan:
@@ -79,7 +60,7 @@ def plan_learn(model: str | Path, options: LearnOptions) -> LearnPlan:
     weights = sum(target.parameter.numel() for target in plan.targets)
     return LearnPlan(
         weights=weights,
-        tokens=plan.recipe.tokens,
+        step_tokens=plan.recipe.tokens // plan.recipe.steps,
         steps=plan.recipe.steps,
         bytes_per_weight=resident_bytes(masked.layers, trainer.optimizer),
         peak_memory_bytes=peak_memory_bytes(),

@@ -19,6 +19,7 @@ from topiarist.core.meter import Meter, return_freed_memory
 from topiarist.core.patterns import Pattern
 from topiarist.models.families import Matrix
 from topiarist.pipelines.common.stream import BlockStream, GramGroup, HiddenStates
+from topiarist.pipelines.pruning.companion import Companion
 from topiarist.pipelines.pruning.correct import Correct, Corrector
 from topiarist.pipelines.pruning.ffn_joint import JointSolver, Network
 from topiarist.pipelines.pruning.refine import Refine, refine_block
@@ -39,6 +40,8 @@ class BlockPruner:
     """Prunes feed-forward networks as a whole; `solver` is then its local solver."""
     uncalled: Literal["magnitude", "dense"] = "magnitude"
     """What becomes of a linear layer that no forward called: attention to another model's states, say."""
+    companion: Companion | None = None
+    """Gathers a low-rank update for what each matrix lost."""
     on_solution: Callable[[str, Solution], None] = lambda *_: None
     """Sees every solution with its layer's name: a mask is not always where the weight is not zero."""
     refined: list[BlockRefinement] = field(default_factory=list)
@@ -176,6 +179,9 @@ class BlockPruner:
     def _solve_group(self, group: GramGroup, path: str) -> dict[Matrix, LayerReport]:
         weights = [m.weight for m in group.matrices] if group.asked is None else group.asked
         solutions = self._solutions(path, group.matrices, weights, group.gram)
+        if self.companion is not None:
+            for matrix, weight, solution in zip(group.matrices, weights, solutions, strict=True):
+                self.companion.add(_join(path, matrix.name), matrix, weight, solution, group.gram)
         return {
             matrix: self._take(path, matrix, solution, group.gram.tokens)
             for matrix, solution in zip(group.matrices, solutions, strict=True)

@@ -14,7 +14,7 @@ from torch import nn
 from topiarist import allocate
 from topiarist.allocate import ALLOCATIONS
 from topiarist.checkpoints.writing import OutputFolder
-from topiarist.core.errors import CalibrationError, UnsupportedModel
+from topiarist.core.errors import CalibrationError, CheckpointError, UnsupportedModel
 from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import Registered, given_or_made, plain, takes
 from topiarist.core.patterns import Pattern, parse_pattern
@@ -32,6 +32,7 @@ from topiarist.pipelines.common.reproduce import command, recipe
 from topiarist.pipelines.common.setup import open_for, windows_of
 from topiarist.pipelines.common.stream import GramCollector
 from topiarist.pipelines.pruning.block import BlockPruner, check_finite
+from topiarist.pipelines.pruning.companion import Companion
 from topiarist.pipelines.pruning.onto_grid import grid_of, solver_of
 from topiarist.pipelines.pruning.options import PruneOptions
 from topiarist.pipelines.pruning.packing import PackingWalk
@@ -78,6 +79,7 @@ def prune(
         solver_of(options, grid), patterns, options.refine, options.correct, sequential=options.true_sequential
     )
     pruner.meter = meter
+    pruner.companion = _companion(options, source, patterns, out)
     for expression in unmatched:
         pruner.warn(f"--skip {expression!r} matches no layer", UserWarning)
     report.base_digest = source.digest() if out is None else dense_digest(source, Path(out))
@@ -102,6 +104,8 @@ def prune(
             else:
                 report.layers = walk.streamed(checkpoint, output)
         report.warnings, report.refined, report.joint = pruner.warned, pruner.refined, pruner.joined
+        if pruner.companion is not None and output is not None:
+            report.companion = pruner.companion.write(output, len(source.block_names))
         report.output = None if out is None else str(out)
         report.run = pruner.meter.run(source.device)
         if isinstance(source, FolderModel) and output is not None:
@@ -116,6 +120,28 @@ def prune(
             written = write_model(output, source.model, source.loaded_tokenizer)
             finish(output, report, source, text=windows, written=written)
         return report
+
+
+def _companion(
+    options: PruneOptions, source: OpenedModel, patterns: Mapping[str, Pattern | None], out: str | Path | None
+) -> Companion | None:
+    """What gathers the low-rank companion, if one is asked for.
+
+    Raises UnsupportedModel for experts, CheckpointError without an output folder.
+    """
+    if options.low_rank is None:
+        return None
+    if out is None:
+        raise CheckpointError("low_rank writes an adapter beside the pruned model: give an output folder")
+    for index, path in enumerate(source.block_names):
+        for matrix in source.matrices(index):
+            name = f"{path}.{matrix.name}"
+            if matrix.expert is not None and patterns[name] is not None:
+                raise UnsupportedModel(
+                    f"low_rank: a PEFT adapter belongs to a module, and experts share one ({name}): leave experts dense by "
+                    "--skip, or leave low_rank out"
+                )
+    return Companion(options.low_rank, source.dtype)
 
 
 def _report(options: PruneOptions, model: Any, source: OpenedModel, windows: Windows, grid: Grid | None) -> Report:
@@ -167,6 +193,7 @@ def _fingerprint(options: PruneOptions, report: Report, patterns: Mapping[str, P
         "correct": plain(options.correct),
         "allocation": plain(options.rule, ALLOCATIONS) if options.rule else None,
         **({"quantized": report.quantized} if report.quantized else {}),
+        **({"low_rank": options.low_rank} if options.low_rank else {}),
     }
 
 

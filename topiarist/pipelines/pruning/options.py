@@ -51,6 +51,8 @@ class PruneOptions(TextOptions):
     group: Group = "auto"
     """With bits: consecutive weights that share a scale; auto: 128, or the largest of 64 and 32 that fits every matrix;
     channel: a whole row."""
+    low_rank: PositiveInt | None = None
+    """Rank of a companion to every pruned matrix, in closed form from the same inputs: a PEFT adapter in OUT/adapter."""
     skip: Sequence[str] = ()
     """Regular expression of layers that stay dense."""
     batch_size: PositiveInt | None = None
@@ -74,6 +76,12 @@ class PruneOptions(TextOptions):
         elif isinstance(self.method, SparseLLM):
             raise OptionError(
                 "sparsellm changes the weights of a network together, bits those of a matrix: prune, then quantize the result"
+            )
+
+        if self.low_rank is not None and (self.refine is not None or isinstance(self.method, SparseLLM)):
+            other = "refine" if self.refine is not None else "sparsellm"
+            raise OptionError(
+                f"low_rank makes up for what a matrix lost, which {other} changes again afterwards: leave one of them out"
             )
 
     @property
@@ -111,6 +119,8 @@ class PruneOptions(TextOptions):
             wanting = "refinement"
         elif self.bits is not None and self.quantizer.needs_data:
             wanting = f"GPTQ to {self.bits} bits"
+        elif self.low_rank is not None:
+            wanting = "a low-rank companion"
         elif self.rule is not None and not isinstance(self.rule, Uniform | Linear):
             wanting = f"allocation {name_of(ALLOCATIONS, self.rule)}"
         if wanting:

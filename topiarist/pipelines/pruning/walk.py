@@ -178,5 +178,7 @@ class Walk:
             "joint": [asdict(done) for done in self.pruner.joined[joined:]],
         }
         with self.pruner.meter.timed("write"):
+            if self.pruner.companion is not None:
+                self.pruner.companion.save(output, index)
             output.write_block(self._tensors(index), info)
         return layers

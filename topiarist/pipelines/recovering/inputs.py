@@ -10,6 +10,7 @@ from typing import Any
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from topiarist.checkpoints.dequantised import DequantisedCheckpoint
 from topiarist.checkpoints.reading import claimed_patterns
 from topiarist.core.errors import CalibrationError, CheckpointError, UnsupportedModel
 from topiarist.core.patterns import parse_pattern
@@ -40,6 +41,15 @@ def held_masks(model: OpenedModel) -> dict[str, Bool[Tensor, "..."]]:
                     "inspect --verify says where): prune it again, or put its masks on again with topiarist apply"
                 )
     return zeros_of(model.model)
+
+
+def refuse_quantised(student: OpenedModel) -> None:
+    """Raise UnsupportedModel for a quantised folder."""
+    if isinstance(student.checkpoint, DequantisedCheckpoint):
+        raise UnsupportedModel(
+            f"{student.name} is quantised, and trained weights would leave its grid: recover the model that it was made "
+            "from, then quantise the result"
+        )
 
 
 def check_teacher(student: OpenedModel, teacher: OpenedModel, *, hidden: bool) -> None:

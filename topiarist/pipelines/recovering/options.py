@@ -10,6 +10,9 @@ from topiarist.core.errors import TopiaristError
 from topiarist.core.options import About, options
 from topiarist.pipelines.common.options import HOW, DataOptions
 
+LOOKS, SHARE = 10, 0.1
+"""At the held-out loss, if nothing is said: so many, but no more than this share of the training's cost."""
+
 
 def _count(given: Any) -> Any:
     """A number from text such as 300k, 1.5M or 2B."""
@@ -52,7 +55,10 @@ class RecoverOptions(DataOptions):
     held_out: Annotated[int, Field(gt=0)] = 16
     """Sequences of the text that are not trained on and choose the best state; at most a tenth of the text."""
     evaluate_every: Annotated[int | None, Field(gt=0)] = None
-    """Steps between two looks at them; default: a tenth of all."""
+    """Steps between two looks at them; default: a tenth of all, or so many that looking takes a tenth of the training."""
+    dtype: Literal["auto", "float32", "stored"] = "auto"
+    """Of the products while it trains; weights are written as they were stored. `auto`: as stored, but float32 on a CPU
+    without instructions for bf16, where it is several times as fast."""
     activation_checkpointing: Annotated[bool, HOW] = False
     """A third more time, far less memory."""
 
@@ -68,6 +74,16 @@ class RecoverOptions(DataOptions):
     def trains_embeddings(self) -> bool:
         """Whether embeddings and head are trained."""
         return self.kind == "full" if self.embeddings is None else self.embeddings
+
+    def steps_between_looks(self, steps: int, held_out: int) -> int:
+        """Steps between two looks at `held_out` sequences.
+
+        A look is forwards alone, about half of what training on as many tokens costs.
+        """
+        if self.evaluate_every is not None:
+            return self.evaluate_every
+        affordable = 2 * SHARE * steps * self.sequences / held_out
+        return max(1, steps // max(1, min(LOOKS, int(affordable))))
 
     @property
     def needs_teacher(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,40 +13,25 @@ from torch import nn
 from topiarist.checkpoints.writing import SavedState
 from topiarist.core.meter import peak_memory_bytes
 from topiarist.core.options import given_or_made, takes
-from topiarist.pipelines.pruning.plan import duration
 from topiarist.pipelines.recovering.inputs import cut_text, held_masks, text_of
 from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.recovering.recover import make_objective, open_pruned, open_teacher
-from topiarist.pipelines.recovering.trainee import Trainee
+from topiarist.pipelines.recovering.trainee import Trainee, computing_in
+from topiarist.pipelines.training.plan import TrainingPlan
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.weights import STATE_BYTES
 
 
-@dataclass(frozen=True)
-class RecoverPlan:
-    """Needs of a run, as measured a moment ago; seconds assume that the machine stays as busy as it is."""
+@dataclass(frozen=True, kw_only=True)
+class RecoverPlan(TrainingPlan):
+    """Needs of a recovery."""
 
-    trained: int
-    step_tokens: int
-    steps: int
     epochs: float
-    bytes_per_weight: float
-    peak_memory_bytes: int
-    disk_bytes: int
-    step_seconds: float
 
     def lines(self) -> list[tuple[str, str]]:
         """Return what a person reads: (what, how much)."""
-        return [
-            ("trained weights", f"{self.trained:,}"),
-            ("tokens a step x steps", f"{self.step_tokens:,} x {self.steps}"),
-            ("times through the text", f"{self.epochs:.2f}"),
-            ("bytes a trained weight", f"{self.bytes_per_weight:.1f}"),
-            ("peak memory, about", f"{self.peak_memory_bytes / 1e9:.2f} GB"),
-            ("disk, about", f"{self.disk_bytes / 1e9:.2f} GB"),
-            ("a step, about", duration(self.step_seconds)),
-            ("all steps, about", duration(self.step_seconds * self.steps)),
-        ]
+        weights, steps, *rest = super().lines()
+        return [weights, steps, ("times through the text", f"{self.epochs:.2f}"), *rest]
 
 
 @takes(RecoverOptions)
@@ -64,10 +50,12 @@ def plan_recover(
     opened = open_pruned(model, options)
     dense = open_teacher(opened, teacher, options)
     student = opened.whole()
-    trainee = Trainee(student, held_masks(student), options)
-    teacher_model = None if dense is None else dense.whole()
+    masks, teacher_model = held_masks(student), None if dense is None else dense.whole()
     alone = Processes()
-    with text_of(opened, options, alone) as text:
+    with ExitStack() as held:
+        text = held.enter_context(text_of(opened, options, alone))
+        held.enter_context(computing_in(options.dtype, student, teacher_model))
+        trainee = Trainee(student, masks, options)
         tokens, held_out, steps = cut_text(text, options, 1)
         objective = make_objective(student, teacher_model, tokens, held_out[:1], options, alone)
         times: list[float] = []
@@ -81,7 +69,7 @@ def plan_recover(
         )
     step_tokens = options.sequences * text.window
     return RecoverPlan(
-        trained=trainee.count,
+        weights=trainee.count,
         step_tokens=step_tokens,
         steps=steps,
         epochs=steps * options.sequences / len(tokens),

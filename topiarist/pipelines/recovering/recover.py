@@ -16,29 +16,33 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from topiarist.checkpoints.references import resolved
-from topiarist.checkpoints.writing import OutputFolder, SavedState, bytes_to_write
+from topiarist.checkpoints.references import reference, resolved
+from topiarist.checkpoints.writing import REPORT, OutputFolder, SavedState, bytes_to_write
 from topiarist.core.errors import CheckpointError
 from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import given_or_made, plain, takes
 from topiarist.models.opened import ObjectModel, OpenedModel, open_model
-from topiarist.pipelines.common.reproduce import recipe
+from topiarist.pipelines.common.finish import weights_of
+from topiarist.pipelines.common.reproduce import command, recipe
 from topiarist.pipelines.recovering.files import write_recovered
 from topiarist.pipelines.recovering.inputs import (
     check_dense,
     check_teacher,
     cut_text,
     held_masks,
+    refuse_quantised,
     text_of,
 )
 from topiarist.pipelines.recovering.objective import Objective
 from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.recovering.report import RecoverReport
-from topiarist.pipelines.recovering.trainee import Trainee, blocks_of
+from topiarist.pipelines.recovering.trainee import Trainee, blocks_of, computing_in
 from topiarist.pipelines.training.loop import Progress
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.text import Sequences
 from topiarist.pipelines.training.weights import STATE_BYTES
+from topiarist.results.first_version import renewed
+from topiarist.results.result import json_if_any
 
 
 @takes(RecoverOptions)
@@ -73,27 +77,23 @@ def recover(
     with ExitStack() as held:
         text = held.enter_context(text_of(opened, options, processes, place, progress=tell))
         tokens, held_out, steps = cut_text(text, options, processes.size)
-        report = RecoverReport(
-            opened.name,
-            None if dense is None else dense.name,
-            {key: value for key, value in plain(options).items() if key != "data"},
-            {
-                "num_windows": len(tokens),
-                "window_tokens": text.window,
-                "held_out": len(held_out),
-                "digest": text.digest,
-            },
-            steps=steps,
-            recipe=recipe("recover", model, options, more={} if teacher is None else {"teacher": str(teacher)}),
-        )
+        report = _report(opened, dense, model, teacher, options, place)
+        report.steps, report.tokens = steps, steps * options.sequences * text.window
+        report.calibration = {
+            "num_windows": len(tokens),
+            "window_tokens": text.window,
+            "held_out": len(held_out),
+            "seed": options.seed,
+            "digest": text.digest,
+        }
         output = None
         if place is not None:
             fingerprint = {
-                "model": opened.digest(),
+                "model": report.base_digest,
                 "method": "recover",
                 "teacher": None if dense is None else dense.digest(),
                 **report.settings,
-                "data": report.data,
+                "data": report.calibration,
             }
             output = processes.on_main(lambda: OutputFolder(place, fingerprint))
             if output.complete:
@@ -103,6 +103,8 @@ def recover(
         teacher_model = None if dense is None else dense.whole()
         if teacher_model is not None:
             check_dense(teacher_model)
+        computing = held.enter_context(ExitStack())
+        computing.enter_context(computing_in(options.dtype, student, teacher_model))
         trainee = Trainee(student, masks, options)
         objective = make_objective(student, teacher_model, tokens, held_out, options, processes)
         state = SavedState()
@@ -121,10 +123,11 @@ def recover(
                 return RecoverReport.from_folder(folder.folder)
         with meter.timed("training"):
             history = trainee.train(objective, steps, processes, tell, state)
+        computing.close()  # the weights are in their own dtypes again when they are written
         report.log(history.losses)
         report.evaluations = [{"step": step, "loss": loss} for step, loss in history.evaluations]
         zeros = sum(int((~mask).sum()) for mask in masks.values())
-        report.weights = {"trained": trainee.count, "held": zeros}
+        report.weights = {**weights_of(opened), "trained": trainee.count, "held": zeros}
         report.warnings = trainee.notes
         report.run = {**meter.run(student.device), "processes": processes.size}
         if output is not None:
@@ -135,15 +138,51 @@ def recover(
     return report
 
 
+def _report(
+    opened: OpenedModel,
+    dense: OpenedModel | None,
+    model: Any,
+    teacher: Any,
+    options: RecoverOptions,
+    out: Path | None,
+) -> RecoverReport:
+    """What is known before any work."""
+    folder = None if opened.checkpoint is None else opened.checkpoint.folder
+    stated = {} if folder is None else json_if_any(folder / REPORT)
+    claims = getattr(opened.config, "pruning_config", None) or {}
+    named = claims.get("base_model") or (opened.name if dense is None else dense.name)
+    base = named if folder is None else resolved(str(named), folder)
+    said = {} if teacher is None else {"teacher": str(teacher) if isinstance(teacher, str | Path) else "TEACHER"}
+    words, unsaid = command("recover", model, options)
+    pruned = {key: value for key, value in stated.items() if key not in ("fingerprint", "files")}
+    return RecoverReport(
+        model=opened.name,
+        pattern=str(claims.get("pattern", "")),
+        settings={key: value for key, value in plain(options).items() if key != "data"},
+        teacher=None if dense is None else dense.name,
+        base_model=base if out is None else reference(base, out),
+        base_digest=opened.digest() if out is not None else "",
+        steps=0,
+        tokens=0,
+        command=[*words, *(word for name, value in said.items() for word in (f"--{name}", value))],
+        not_in_command=unsaid,
+        recipe=recipe("recover", model, options, more=said),
+        pruned=renewed({"model": base, **claims, **pruned}),
+        claims=claims,
+    )
+
+
 def open_pruned(model: str | Path | nn.Module, options: RecoverOptions) -> OpenedModel:
     """Open the pruned model for this process' own accelerator."""
     local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    return open_model(
+    opened = open_model(
         model,
         device=options.device or local,
         trust_remote_code=options.trust_remote_code,
         tokenizer=options.tokenizer,
     )
+    refuse_quantised(opened)
+    return opened
 
 
 def open_teacher(

@@ -2,48 +2,48 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-SECTION = "recovery"
-"""Key of this report in pruning_report.json and, shorter, in `pruning_config`: what was pruned before stays there too."""
+from topiarist.results.report import RunReport
+from topiarist.results.result import RECOVERY
+
 LOGGED = 20
 """Training losses in the report, about."""
 
 
-@dataclass
-class RecoverReport:
-    """The result of `recover`. Seconds and memory, which differ from run to run, stay in `run`."""
+@dataclass(kw_only=True)
+class RecoverReport(RunReport):
+    """The result of `recover`. Its file is the pruned model's report, which still holds, with this one in a part of it."""
 
+    pipeline: ClassVar[str] = "recover"
+    derived: ClassVar[tuple[str, ...]] = ("best",)
+
+    method: str = "recover"
+    pattern: str = ""
+    """Of the pruned model."""
     model: str
     """The pruned model."""
     teacher: str | None
-    settings: Mapping[str, Any]
-    data: Mapping[str, Any]
-    """Sequences, their length in tokens, held-out sequences, sha256 of all tokens."""
-    weights: Mapping[str, int] = field(default_factory=dict)
-    """`trained` and `held` (pruned ones among them, kept at zero)."""
-    steps: int = 0
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    """The recipe of one stage that repeats this run."""
+    """The dense model whose predictions were the target; None for next tokens."""
+    steps: int
+    tokens: int
+    """Trained on, repeated ones counted again."""
     losses: list[dict[str, float]] = field(default_factory=list)
-    """Step and training loss: first, last, and some between."""
+    """Step and training loss in nats: first, last, and some between."""
     evaluations: list[dict[str, float]] = field(default_factory=list)
-    """Step and held-out loss; step 0 is the pruned model as it came."""
-    warnings: list[str] = field(default_factory=list)
-    run: dict[str, Any] = field(default_factory=dict)
-    output: str | None = None
+    """Step and held-out loss in nats; step 0 is the pruned model as it came."""
+    pruned: Mapping[str, Any] = field(default_factory=dict)
+    """The report of the pruned model."""
+    claims: Mapping[str, Any] = field(default_factory=dict)
+    """The `pruning_config` of the pruned model: its zeros and shapes are those of the result."""
 
     @classmethod
-    def from_folder(cls, folder: Path) -> RecoverReport:
-        """Read the report of a finished output folder."""
-        plain = json.loads((folder / "pruning_report.json").read_text(encoding="utf-8"))[SECTION]
-        run = folder / "pruning_run.json"
-        known = {name: plain[name] for name in cls.__dataclass_fields__ if name in plain}
-        return cls(**known, run=json.loads(run.read_text()) if run.is_file() else {}, output=str(folder))
+    def from_dict(cls, plain: Mapping[str, Any]) -> RecoverReport:
+        """Read a report back from the file of a recovered model."""
+        pruned = {key: value for key, value in plain.items() if key != RECOVERY}
+        return super().from_dict({**plain[RECOVERY], "pruned": pruned})
 
     @property
     def before(self) -> float:
@@ -62,29 +62,17 @@ class RecoverReport:
         self.losses = [{"step": step, "loss": losses[step - 1]} for step in shown]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything that repeats."""
-        return {name: value for name, value in vars(self).items() if name not in ("run", "output")}
+        """The pruned model's report with this one in it."""
+        own = super().to_dict()
+        own = {key: value for key, value in own.items() if key not in ("pruned", "claims")}
+        return {**self.pruned, "base_model": self.base_model, RECOVERY: own}
 
-    def provenance(self) -> dict[str, Any]:
-        """What config.json says of the recovery."""
-        return {
+    def pruning_config(self, version: str) -> dict[str, Any]:
+        """What the model was pruned to stays said; how it was recovered stands beside it."""
+        own = {
             "teacher": self.teacher,
             "settings": dict(self.settings),
-            "data": dict(self.data),
+            "calibration": dict(self.calibration),
             "held_out_loss": [self.before, self.best["loss"]],
         }
-
-    def card(self) -> str:
-        """A section for the model's card."""
-        what = "next-token loss" if self.teacher is None else f"divergence from {Path(self.teacher).name}"
-        rows = "\n".join(f"| {entry['step']:.0f} | {entry['loss']:.4f} |" for entry in self.evaluations)
-        return f"""## Recovered
-
-{self.weights["trained"]:,} weights were trained after pruning, for {self.steps} steps of
-{self.settings["sequences"]} x {self.data["window_tokens"]} tokens; {self.weights["held"]:,} pruned ones stayed zero at every
-step. Kept is the state with the least {what} on a held-out slice of the training text:
-
-| step | loss, nats |
-|---|---|
-{rows}
-"""
+        return {"version": version, **self.claims, "base_model": self.base_model, RECOVERY: own}

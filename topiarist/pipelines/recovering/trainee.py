@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from topiarist.checkpoints.writing import SavedState
+from topiarist.core.linalg import search_dtype
 from topiarist.models.hooks import hooked
 from topiarist.models.opened import ObjectModel, OpenedModel
 from topiarist.pipelines.recovering.inputs import trained_parameters
@@ -23,9 +24,6 @@ from topiarist.pipelines.training.low_rank import LowRankUpdate
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.recompute import recomputing
 from topiarist.pipelines.training.weights import TrainedWeights
-
-EVALUATIONS = 10
-"""Looks at the held-out loss, if the options do not say."""
 
 
 class Trainee:
@@ -91,7 +89,7 @@ class Trainee:
             steps=steps,
             learning_rate=options.learning_rate,
             warmup=round(options.warmup * steps),
-            evaluate_every=options.evaluate_every or max(1, steps // EVALUATIONS),
+            evaluate_every=options.steps_between_looks(steps, len(objective.held_out)),
             progress=progress,
             processes=processes,
             state=state,
@@ -112,6 +110,28 @@ class Trainee:
         for update in self.updates:
             update.merge()
         return history
+
+
+@contextmanager
+def computing_in(dtype: str, *models: ObjectModel | None) -> Iterator[None]:
+    """Let 16-bit models compute in fp32 inside, where `RecoverOptions.dtype` says so; their dtypes come back at the end."""
+    stored: list[tuple[nn.Parameter, torch.dtype]] = []
+    for model in models:
+        if model is None or dtype == "stored" or (dtype == "auto" and _fast_in_16_bits(model.device)):
+            continue
+        for parameter in model.model.parameters():
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                stored.append((parameter, parameter.dtype))
+                parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, own in stored:
+            parameter.data = parameter.data.to(own)
+
+
+def _fast_in_16_bits(device: torch.device) -> bool:
+    return device.type != "cpu" or search_dtype(device) != torch.float32
 
 
 @contextmanager
