@@ -76,6 +76,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Prefill and decode speed on this machine, dense against sparse, and which layers run sparse and why others do not."""
+    from topiarist.evaluation.adapter import has_adapter
     from topiarist.runtime import bench_folder
 
     set_threads(threads)
@@ -99,6 +100,8 @@ def bench(
         out.print(f"{count:4d} linears: {reason}", highlight=False)
     out.print(f"weights {report.dense_bytes / 1e6:.0f} MB dense, {report.sparse_bytes / 1e6:.0f} MB as they run")
     out.print(report.verdict)
+    if has_adapter(folder):
+        out.print("measured without its low-rank companion")
 
 
 COMMANDS = {"pack": pack, "unpack": unpack, "bench": bench}
