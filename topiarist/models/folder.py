@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.side_files import side_files
+from topiarist.checkpoints.writing import OutputFolder
 from topiarist.core.errors import CheckpointError
 from topiarist.models import building, checks
 from topiarist.models.derive import base_model, is_tower
@@ -79,6 +80,10 @@ class FolderModel(OpenedModel):
     def digest(self) -> str:
         """sha256 over config and weight files."""
         return self.checkpoint.digest()
+
+    def as_checkpoint(self, output: OutputFolder) -> Checkpoint:
+        """The files as they are."""
+        return self.checkpoint
 
     @property
     def nbytes(self) -> int:

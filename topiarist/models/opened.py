@@ -1,13 +1,12 @@
-"""A model, opened: what a pipeline asks of a folder on disk and of an object in memory alike."""
+"""Models, opened: a folder or a hub id by its files, an object as it is."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from abc import ABC, abstractmethod
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,185 +15,11 @@ from torch import nn
 
 from topiarist.checkpoints.dequantised import readable
 from topiarist.checkpoints.reading import Checkpoint, locate, weight_digest
+from topiarist.checkpoints.writing import REPORT, OutputFolder
 from topiarist.core.errors import CheckpointError
-from topiarist.data import load_tokenizer
-from topiarist.models.calls import Flow
 from topiarist.models.checks import check_folder, check_object, device_or_default
-from topiarist.models.derive import block_lists, family_of
-from topiarist.models.families import Family, Matrix, block_names, matrices_of
-
-LOW_COVERAGE = 0.9
-"""Share of the weights of blocks that are prunable, below which what stays dense is said."""
-DEFAULT_WINDOW = 2048
-"""Tokens of a window where neither the user nor the config says how many."""
-
-
-class OpenedModel(ABC):
-    """A causal language model as blocks of prunable matrices, one in use at a time."""
-
-    model: Any
-    """The module tree. Of a folder it is without memory but for what is loaded."""
-    device: torch.device
-    """Where forwards run."""
-    name: str
-    """What the user called it."""
-    checkpoint: Checkpoint | None
-    """The files it came from; None for an object."""
-    trust_remote_code: bool = False
-    """Whether code in the folder may run."""
-    flow: Flow | None = None
-    """How hidden states go through its blocks, once that was asked (probe.py)."""
-    _tokenizer: Any = None
-
-    @property
-    def config(self) -> Any:
-        """The transformers config, whole."""
-        return self.model.config
-
-    @property
-    def text_config(self) -> Any:
-        """The part of the config that is the language model's own; of most models all of it."""
-        ask = getattr(self.config, "get_text_config", None)
-        return ask(decoder=True) if ask is not None else self.config
-
-    @cached_property
-    def family(self) -> Family:
-        """Where blocks, routers and experts are. Raises UnsupportedModel if no decoder blocks can be found."""
-        return family_of(self.model)
-
-    @cached_property
-    def block_names(self) -> list[str]:
-        """Full names of the decoder blocks, first to last."""
-        return block_names(self.model, self.family)
-
-    def block(self, index: int) -> nn.Module:
-        """One block, loaded or not."""
-        return self.model.get_submodule(self.block_names[index])
-
-    def matrices(self, index: int) -> list[Matrix]:
-        """The prunable matrices of one block, named relative to it; not those that an earlier block holds too."""
-        path = self.block_names[index]
-        return [m for m in matrices_of(self.block(index), self.family) if f"{path}.{m.path}" not in self.shared]
-
-    @cached_property
-    def shared(self) -> dict[str, str]:
-        """Parameters of blocks that are those of an earlier block, by name: {name: that of the first}."""
-        inside = self.family.blocks + "."
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        return {name: first for name, first in tied.items() if name.startswith(inside) and first.startswith(inside)}
-
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every prunable matrix by its full name, in order."""
-        return {
-            f"{path}.{matrix.name}": matrix.shape
-            for index, path in enumerate(self.block_names)
-            for matrix in self.matrices(index)
-        }
-
-    @property
-    def coverage(self) -> float:
-        """Share of the weights of all blocks, vectors apart, that `matrices` holds."""
-        total = sum(
-            parameter.numel()
-            for index, path in enumerate(self.block_names)
-            for name, parameter in self.block(index).named_parameters()
-            if parameter.ndim > 1 and f"{path}.{name}" not in self.shared
-        )
-        return sum(out * width for out, width in self.shapes().values()) / max(total, 1)
-
-    def left_dense(self) -> list[str]:
-        """What of the blocks is no prunable matrix, and why: "mlp.gate (a router)", a line a kind."""
-        return [f"{name} ({reason})" for name, reason in sorted(self.family.dense.items())]
-
-    def unpruned(self) -> list[str]:
-        """Sentences on what a user may think is pruned and is not: large parts of blocks, other inputs' towers."""
-        found = []
-        if self.coverage < LOW_COVERAGE:
-            found.append(
-                f"only {self.coverage:.0%} of the weights of the blocks are matrices that can be pruned; these stay dense: "
-                f"{', '.join(self.left_dense())}"
-            )
-        others = [path for path in block_lists(self.model) if path != self.family.blocks]
-        if others:
-            found.append(f"only {self.family.blocks} is pruned; {', '.join(others)} stays dense")
-        return found
-
-    @property
-    def limit(self) -> int | None:
-        """Tokens that a window may have at most; None where the config names no limit."""
-        for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
-            value = getattr(self.text_config, key, None)
-            if isinstance(value, int) and value > 0:
-                return value
-        return None
-
-    @property
-    def window(self) -> int:
-        """Tokens of a window where the user does not say."""
-        return min(DEFAULT_WINDOW, self.limit or DEFAULT_WINDOW)
-
-    @property
-    def vocabulary(self) -> int:
-        """Token ids are below this."""
-        return int(self.text_config.vocab_size)
-
-    def tokenizer(self, given: Any = None) -> Any:
-        """The given tokenizer (an object or its folder), or the model's own. Raises CheckpointError if there is none."""
-        if given is not None:
-            self._tokenizer = given
-        if self._tokenizer is None or isinstance(self._tokenizer, str | Path):
-            self._tokenizer = load_tokenizer(self._tokenizer_folder(), self.trust_remote_code, self._tokenizer)
-        return self._tokenizer
-
-    @property
-    def loaded_tokenizer(self) -> Any:
-        """The tokenizer that was given or loaded so far; None if nothing needed one."""
-        return self._tokenizer
-
-    @abstractmethod
-    def _tokenizer_folder(self) -> str | Path: ...
-
-    @abstractmethod
-    def digest(self) -> str:
-        """sha256 over config and weights: what "the same model" means to a resume."""
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes of the weights."""
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Of the weights, as the config states it or the first of them has it."""
-
-    @abstractmethod
-    def load(self, index: int) -> nn.Module:
-        """The block, its weights in memory."""
-
-    def release(self, index: int) -> None:
-        """Give back what `load` took."""
-        return
-
-    def load_embeddings(self) -> None:
-        """Bring what stands around the blocks, but for the head, into memory."""
-        return
-
-    def release_embeddings(self) -> None:
-        """Give back what `load_embeddings` took."""
-        return
-
-    @abstractmethod
-    def whole(self) -> ObjectModel:
-        """The same model, all of it in memory; of a folder, loaded anew at every call."""
-
-    @abstractmethod
-    def fresh(self) -> Any:
-        """All of the model in memory, apart from this one: it may be changed."""
-
-    def check_output(self, out: str | Path | None) -> None:
-        """Raises CheckpointError if a result cannot go there."""
-        return
+from topiarist.models.interface import OpenedModel
+from topiarist.models.saving import save_model
 
 
 class ObjectModel(OpenedModel):
@@ -221,6 +46,40 @@ class ObjectModel(OpenedModel):
         for name, parameter in self.model.named_parameters():
             total.update(f"{name} {weight_digest(parameter)}".encode())
         return total.hexdigest()
+
+    @property
+    def in_place(self) -> bool:
+        """True, but for a folder's model."""
+        return self._origin is None
+
+    @property
+    def address(self) -> str:
+        """That of the folder, or what transformers noted in the config."""
+        return self._origin.address if self._origin else str(getattr(self.config, "name_or_path", "") or "")
+
+    def digest_before(self, out: Path) -> str:
+        """Look for the digest of now in the report of `out`."""
+        digest = self.digest()
+        if self._origin is None and (out / REPORT).is_file():
+            written = json.loads((out / REPORT).read_text(encoding="utf-8"))
+            if written.get("result_digest") == digest:
+                return written["fingerprint"]["model"]
+        return digest
+
+    def result_digest(self) -> str:
+        """sha256 over the parameters as they are now; empty for a folder's model."""
+        return self.digest() if self._origin is None else ""
+
+    def become(self, folder: Path) -> None:
+        """Load the weights of the result into the object, unless it is a folder's model."""
+        if self._origin is None:
+            self.model.load_state_dict(open_model(folder, device="cpu").whole().model.state_dict())
+
+    def as_checkpoint(self, output: OutputFolder) -> Checkpoint:
+        """The folder's files, or those that transformers writes."""
+        if self._origin is not None:
+            return self._origin.as_checkpoint(output)
+        return Checkpoint(save_model(output, self.model, self.loaded_tokenizer))
 
     @property
     def nbytes(self) -> int:

@@ -14,6 +14,8 @@ from topiarist.data import TextFiles
 
 RECIPE = "recipe.yaml"
 RECIPE_VERSION = 1
+MODEL = "MODEL"
+"""Stands for a model object in a command or a recipe."""
 
 
 def flag_of(name: str, info: Any) -> str:
@@ -61,13 +63,15 @@ def _what(field: str, value: Any) -> str:
     return "text given in memory" if field == "data" else f"the {field} {type(value).__name__} given as an object"
 
 
+def name_of_model(model: Any) -> str:
+    """What a command or a recipe calls the model: its folder or hub id, or a placeholder for an object."""
+    return MODEL if isinstance(model, nn.Module) else str(model)
+
+
 def command(name: str, model: Any, options: Any, *, always: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """The words of the command, and what in the call no command can say: that has a placeholder in capitals."""
-    given_object = isinstance(model, nn.Module)
-    words, unsaid = (
-        ["topiarist", name, "MODEL" if given_object else str(model), "OUT"],
-        ["a model object"] * given_object,
-    )
+    named = name_of_model(model)
+    words, unsaid = ["topiarist", name, named, "OUT"], ["a model object"] * (named == MODEL)
     for setting in said(options, always=always):
         if setting.value is None:
             unsaid.append(setting.what)
@@ -101,7 +105,7 @@ def recipe(
         )
     return {
         "topiarist": RECIPE_VERSION,
-        "model": "MODEL" if isinstance(model, nn.Module) else str(model),
+        "model": name_of_model(model),
         "stages": [{name: fields}],
     }
 

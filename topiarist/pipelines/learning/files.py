@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.writing import MASKS, OutputFolder
 from topiarist.core.errors import TopiaristError
 from topiarist.masks import MaskFile, save_masks
 from topiarist.masks.files import write_masked
 from topiarist.models.opened import ObjectModel
-from topiarist.pipelines.common.finish import base_model, finish, save_model
+from topiarist.pipelines.common.finish import base_model, finish
 from topiarist.pipelines.learning.masking import Target
 from topiarist.pipelines.learning.report import LearnedLayer, LearnReport
 from topiarist.pipelines.training.text import TrainingText
@@ -33,7 +32,7 @@ STATE_BYTES = 13
 def open_output(
     out: Path,
     fingerprint: dict[str, Any],
-    checkpoint: Checkpoint | None,
+    nbytes: int,
     wanted: Sequence[Target],
     held: ExitStack,
     *,
@@ -41,14 +40,14 @@ def open_output(
 ) -> OutputFolder:
     """Begin the output or open it again, locked for as long as `held` is.
 
-    Raises CheckpointError for another run's, and for a disk that is too small.
+    nbytes: bytes of the dense model. Raises CheckpointError for another run's, and for a disk that is too small.
     """
     output = held.enter_context(OutputFolder(out, fingerprint))
     if not output.complete:
         weights = sum(target.parameter.numel() for target in wanted)
         # A new state is whole before the old one goes.
         states = STATE_BYTES + max(STATE_BYTES, 2 * WEIGHT_STATE_BYTES if recovers else 0)
-        output.begin(states * weights + (checkpoint.weight_bytes() if checkpoint else 4 * weights))
+        output.begin(states * weights + nbytes)
     return output
 
 
@@ -126,11 +125,9 @@ def write_result(
         base_model=base_model(source, output.folder),
         transposed={target.name for target in wanted if target.transposed},
     )
-    written = None if source.checkpoint else save_model(output, source.model, source.loaded_tokenizer)
-    dense = source.checkpoint if written is None else Checkpoint(written)
-    assert dense is not None
+    dense = source.as_checkpoint(output)
     write_masked(output, dense, MaskFile(output.folder / MASKS), replaced=replaced)
-    finish(output, report, source, text=text, written=written)
+    finish(output, report, source, text=text, written=dense.folder)
 
 
 @torch.no_grad()

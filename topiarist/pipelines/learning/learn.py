@@ -93,7 +93,7 @@ def _learn(
     else:
         source = open_whole(model, options, "cpu" if sharded else options.device)
     source.check_output(out)
-    checkpoint, name = source.checkpoint, source.name
+    name = source.name
     job = prepare(source, options, processes, held, out=out, progress=progress)
     recipe, wanted, notes = job.recipe, job.targets, job.notes
     given: dict[str, Tensor] = {}
@@ -138,7 +138,7 @@ def _learn(
             **asked,
         }
         output = processes.on_main(
-            lambda: open_output(out, fingerprint, checkpoint, wanted, held, recovers=bool(recovery))
+            lambda: open_output(out, fingerprint, source.nbytes, wanted, held, recovers=bool(recovery))
         )
         if output.complete:
             return LearnReport.from_folder(output.folder)
@@ -182,7 +182,7 @@ def _learn(
         processes.on_main(  # nobody returns before the folder is whole
             lambda: write_result(folder, source, wanted, final, replaced, report, job.text)
         )
-    if isinstance(model, nn.Module):
+    if source.in_place:
         mask_in_place(wanted, final, replaced)
     return report
 

@@ -64,6 +64,6 @@ def plan_learn(model: str | Path, options: LearnOptions) -> LearnPlan:
         steps=plan.recipe.steps,
         bytes_per_weight=resident_bytes(masked.layers, trainer.optimizer),
         peak_memory_bytes=peak_memory_bytes(),
-        disk_bytes=(source.nbytes if source.checkpoint else 0) + 2 * STATE_BYTES * weights,
+        disk_bytes=source.nbytes + 2 * STATE_BYTES * weights,
         step_seconds=seconds * plan.recipe.sequences / plan.batch_size,
     )

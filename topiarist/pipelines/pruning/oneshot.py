@@ -23,9 +23,10 @@ from topiarist.data import Windows
 from topiarist.models.families import matrices_of
 from topiarist.models.folder import FolderModel
 from topiarist.models.hooks import watch_inputs
-from topiarist.models.opened import OpenedModel, eager_experts, open_model
+from topiarist.models.opened import OpenedModel, eager_experts
+from topiarist.models.saving import write_model
 from topiarist.pipelines.allocating.allocation import allocated, fixed_patterns
-from topiarist.pipelines.common.finish import dense_digest, finish, weights_of, write_model
+from topiarist.pipelines.common.finish import finish, weights_of
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.packed import quantized_config
 from topiarist.pipelines.common.reproduce import command, recipe
@@ -74,7 +75,7 @@ def prune(
     grid = grid_of(options, source, patterns, out)
     windows = windows_of(options, source)
     report = _report(options, model, source, windows, grid)
-    report.base_digest = source.digest() if out is None else dense_digest(source, Path(out))
+    report.base_digest = source.digest() if out is None else source.digest_before(Path(out))
     pruner = BlockPruner.of(
         solver_of(options, grid), patterns, options.refine, options.correct, sequential=options.true_sequential
     )
@@ -82,15 +83,13 @@ def prune(
     pruner.companion = _companion(options, source, patterns, out)
     for expression in unmatched:
         pruner.warn(f"--skip {expression!r} matches no layer", UserWarning)
-    report.base_digest = source.digest() if out is None else dense_digest(source, Path(out))
     output = None
     with ExitStack() as held:
         if out is not None:
             fingerprint = _fingerprint(options, report, patterns)
             output = held.enter_context(OutputFolder(Path(out), fingerprint))
             if output.complete:
-                if checkpoint is None:  # the object becomes what the first call made of it
-                    source.model.load_state_dict(open_model(output.folder, device="cpu").whole().model.state_dict())
+                source.become(output.folder)
                 return Report.from_folder(output.folder)
             if checkpoint is None:
                 output.begin(source.nbytes)
@@ -116,7 +115,7 @@ def prune(
                 config = quantized_config(source, grid, sizes)
             finish(output, report, source, text=windows, config=config)
         elif output is not None:
-            report.result_digest = source.digest()
+            report.result_digest = source.result_digest()
             written = write_model(output, source.model, source.loaded_tokenizer)
             finish(output, report, source, text=windows, written=written)
         return report

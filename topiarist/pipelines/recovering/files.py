@@ -14,7 +14,8 @@ from topiarist.checkpoints.writing import MASKS, OutputFolder
 from topiarist.core.errors import CheckpointError
 from topiarist.models.folder import FolderModel
 from topiarist.models.opened import OpenedModel
-from topiarist.pipelines.common.finish import CALIBRATION, finish, write_model
+from topiarist.models.saving import write_model
+from topiarist.pipelines.common.finish import CALIBRATION, finish
 from topiarist.pipelines.recovering.report import RecoverReport
 from topiarist.pipelines.training.text import TrainingText
 from topiarist.results.result import json_if_any

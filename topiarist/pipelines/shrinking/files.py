@@ -10,7 +10,8 @@ from topiarist.checkpoints.writing import OutputFolder
 from topiarist.data import Windows
 from topiarist.models import modeling_pruned
 from topiarist.models.opened import OpenedModel
-from topiarist.pipelines.common.finish import finish, write_model
+from topiarist.models.saving import write_model
+from topiarist.pipelines.common.finish import finish
 from topiarist.pipelines.shrinking.report import ShrinkReport
 from topiarist.structured import PruneSpec
 from topiarist.structured.block_configs import ARCHITECTURE
@@ -28,8 +29,7 @@ def write_shrunk(
     """Write the smaller model and its papers."""
     written = write_model(output, small, source.loaded_tokenizer)
     config = read_json(written / "config.json")
-    if source.checkpoint is not None:
-        config |= _known_to_others(source.checkpoint.config, config, small.config)
+    config |= _known_to_others(source.stored_config, config, small.config)
     texts = {SPEC: spec.to_json()}
     if str(config["model_type"]).startswith(modeling_pruned.PREFIX):
         base = config["model_type"].removeprefix(modeling_pruned.PREFIX)

@@ -17,7 +17,7 @@ from topiarist.core.errors import CalibrationError
 from topiarist.data import TextFiles, Windows, calibration_windows, check_vocabulary, evaluation_windows
 from topiarist.data.draw import is_long
 from topiarist.data.text import CALIBRATION, readers
-from topiarist.models.opened import DEFAULT_WINDOW, OpenedModel
+from topiarist.models.interface import DEFAULT_WINDOW, OpenedModel
 from topiarist.pipelines.training.batches import split_held_out
 from topiarist.pipelines.training.loop import Progress
 from topiarist.pipelines.training.processes import Processes

@@ -1,0 +1,236 @@
+"""What a pipeline asks of a model, whether it is a folder on disk or an object in memory."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from topiarist.checkpoints.reading import Checkpoint
+from topiarist.checkpoints.references import resolved
+from topiarist.checkpoints.writing import OutputFolder
+from topiarist.data import load_tokenizer
+from topiarist.models.calls import Flow
+from topiarist.models.derive import block_lists, family_of
+from topiarist.models.families import Family, Matrix, block_names, matrices_of
+
+if TYPE_CHECKING:
+    from topiarist.models.opened import ObjectModel
+
+LOW_COVERAGE = 0.9
+"""Share of the weights of blocks that are prunable, below which what stays dense is said."""
+DEFAULT_WINDOW = 2048
+"""Tokens of a window where neither the user nor the config says how many."""
+
+
+class OpenedModel(ABC):
+    """A causal language model as blocks of prunable matrices, one in use at a time."""
+
+    model: Any
+    """The module tree. Of a folder it is without memory but for what is loaded."""
+    device: torch.device
+    """Where forwards run."""
+    name: str
+    """What the user called it."""
+    checkpoint: Checkpoint | None
+    """The files it came from; None for an object."""
+    trust_remote_code: bool = False
+    """Whether code in the folder may run."""
+    flow: Flow | None = None
+    """How hidden states go through its blocks, once that was asked (probe.py)."""
+    _tokenizer: Any = None
+
+    @property
+    def config(self) -> Any:
+        """The transformers config, whole."""
+        return self.model.config
+
+    @property
+    def text_config(self) -> Any:
+        """The part of the config that is the language model's own; of most models all of it."""
+        ask = getattr(self.config, "get_text_config", None)
+        return ask(decoder=True) if ask is not None else self.config
+
+    @cached_property
+    def family(self) -> Family:
+        """Where blocks, routers and experts are. Raises UnsupportedModel if no decoder blocks can be found."""
+        return family_of(self.model)
+
+    @cached_property
+    def block_names(self) -> list[str]:
+        """Full names of the decoder blocks, first to last."""
+        return block_names(self.model, self.family)
+
+    def block(self, index: int) -> nn.Module:
+        """One block, loaded or not."""
+        return self.model.get_submodule(self.block_names[index])
+
+    def matrices(self, index: int) -> list[Matrix]:
+        """The prunable matrices of one block, named relative to it; not those that an earlier block holds too."""
+        path = self.block_names[index]
+        return [m for m in matrices_of(self.block(index), self.family) if f"{path}.{m.path}" not in self.shared]
+
+    @cached_property
+    def shared(self) -> dict[str, str]:
+        """Parameters of blocks that are those of an earlier block, by name: {name: that of the first}."""
+        inside = self.family.blocks + "."
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        return {name: first for name, first in tied.items() if name.startswith(inside) and first.startswith(inside)}
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every prunable matrix by its full name, in order."""
+        return {
+            f"{path}.{matrix.name}": matrix.shape
+            for index, path in enumerate(self.block_names)
+            for matrix in self.matrices(index)
+        }
+
+    @property
+    def coverage(self) -> float:
+        """Share of the weights of all blocks, vectors apart, that `matrices` holds."""
+        total = sum(
+            parameter.numel()
+            for index, path in enumerate(self.block_names)
+            for name, parameter in self.block(index).named_parameters()
+            if parameter.ndim > 1 and f"{path}.{name}" not in self.shared
+        )
+        return sum(out * width for out, width in self.shapes().values()) / max(total, 1)
+
+    def left_dense(self) -> list[str]:
+        """What of the blocks is no prunable matrix, and why: "mlp.gate (a router)", a line a kind."""
+        return [f"{name} ({reason})" for name, reason in sorted(self.family.dense.items())]
+
+    def unpruned(self) -> list[str]:
+        """Sentences on what a user may think is pruned and is not: large parts of blocks, other inputs' towers."""
+        found = []
+        if self.coverage < LOW_COVERAGE:
+            found.append(
+                f"only {self.coverage:.0%} of the weights of the blocks are matrices that can be pruned; these stay dense: "
+                f"{', '.join(self.left_dense())}"
+            )
+        others = [path for path in block_lists(self.model) if path != self.family.blocks]
+        if others:
+            found.append(f"only {self.family.blocks} is pruned; {', '.join(others)} stays dense")
+        return found
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens that a window may have at most; None where the config names no limit."""
+        for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
+            value = getattr(self.text_config, key, None)
+            if isinstance(value, int) and value > 0:
+                return value
+        return None
+
+    @property
+    def window(self) -> int:
+        """Tokens of a window where the user does not say."""
+        return min(DEFAULT_WINDOW, self.limit or DEFAULT_WINDOW)
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are below this."""
+        return int(self.text_config.vocab_size)
+
+    def tokenizer(self, given: Any = None) -> Any:
+        """The given tokenizer (an object or its folder), or the model's own. Raises CheckpointError if there is none."""
+        if given is not None:
+            self._tokenizer = given
+        if self._tokenizer is None or isinstance(self._tokenizer, str | Path):
+            self._tokenizer = load_tokenizer(self._tokenizer_folder(), self.trust_remote_code, self._tokenizer)
+        return self._tokenizer
+
+    @property
+    def loaded_tokenizer(self) -> Any:
+        """The tokenizer that was given or loaded so far; None if nothing needed one."""
+        return self._tokenizer
+
+    @abstractmethod
+    def _tokenizer_folder(self) -> str | Path: ...
+
+    @property
+    def in_place(self) -> bool:
+        """Whether what is done to it is done to the caller's own object."""
+        return False
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that it came from; None for an object."""
+        return None if self.checkpoint is None else self.checkpoint.folder
+
+    @property
+    def stored_config(self) -> Mapping[str, Any]:
+        """What config.json of its folder holds, as it was opened; nothing for an object."""
+        return {} if self.checkpoint is None else self.checkpoint.config
+
+    @property
+    def address(self) -> str:
+        """How others refer to it: a hub id or a path; empty for an object that does not say where it is from."""
+        return self.name
+
+    def resolve(self, name: str) -> str:
+        """Give a path that is relative to its folder as one that holds everywhere."""
+        return name if self.folder is None else resolved(name, self.folder)
+
+    @abstractmethod
+    def digest(self) -> str:
+        """sha256 over config and weights: what "the same model" means to a resume."""
+
+    def digest_before(self, out: Path) -> str:
+        """Give the digest; of an object that an earlier call changed and wrote to `out`, the one before that."""
+        return self.digest()
+
+    def result_digest(self) -> str:
+        """Give the digest after a run, by which `digest_before` knows it again; empty for a folder, which no run changes."""
+        return ""
+
+    def become(self, folder: Path) -> None:
+        """Take over the result of an earlier call, where results are in the caller's object."""
+        return
+
+    @abstractmethod
+    def as_checkpoint(self, output: OutputFolder) -> Checkpoint:
+        """Its own files; those of an object are written among the states of `output` first."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the weights, as the config states it or the first of them has it."""
+
+    @abstractmethod
+    def load(self, index: int) -> nn.Module:
+        """The block, its weights in memory."""
+
+    def release(self, index: int) -> None:
+        """Give back what `load` took."""
+        return
+
+    def load_embeddings(self) -> None:
+        """Bring what stands around the blocks, but for the head, into memory."""
+        return
+
+    def release_embeddings(self) -> None:
+        """Give back what `load_embeddings` took."""
+        return
+
+    @abstractmethod
+    def whole(self) -> ObjectModel:
+        """The same model, all of it in memory; of a folder, loaded anew at every call."""
+
+    @abstractmethod
+    def fresh(self) -> Any:
+        """All of the model in memory, apart from this one: it may be changed."""
+
+    def check_output(self, out: str | Path | None) -> None:
+        """Raises CheckpointError if a result cannot go there."""
+        return
