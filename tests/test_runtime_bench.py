@@ -6,15 +6,20 @@ import functools
 
 import pytest
 import torch
+from tiny import tiny_checkpoint
 from torch import nn
 
+import topiarist as tp
 from topiarist import runtime
 from topiarist.core.compiled import NoKernels
 from topiarist.core.errors import CheckpointError
 from topiarist.core.patterns import NM
+from topiarist.results.pages import save_evaluation
 from topiarist.runtime import bench, cpu
 from topiarist.runtime.bench import BenchReport, Speed, bench_model
 from topiarist.runtime.build import load_kernels
+from topiarist.runtime.linear import QuantisedLinear
+from topiarist.runtime.loading import load_model
 
 
 def tiny_llama(*, pruned: bool = True) -> nn.Module:
@@ -57,6 +62,29 @@ def test_folders_ordinary_and_packed(tmp_path):
     for name in ("plain", "packed"):
         report = runtime.bench_folder(tmp_path / name, tokens=1, batches=(1,), prompt=2)
         assert len(report.acceleration.layers) == 15
+
+
+def test_several_folders_quantised_ones_among_them(tmp_path, command):
+    source = tiny_checkpoint(tmp_path / "dense", dtype=torch.bfloat16)
+    tp.quantize(source, tmp_path / "int8", bits=8)
+    tp.prune(source, tmp_path / "pruned", method="magnitude", pattern="2:4")
+    for name, value in (("int8", 10.0), ("pruned", 11.0)):
+        entry = {
+            "text": "t",
+            "digest": "d",
+            "window": 8,
+            "tokens": 8,
+            "start_tokens": 0,
+            "dtype": "bfloat16",
+            "value": value,
+        }
+        save_evaluation(tmp_path / name, {"perplexity": [{**entry, "dense": {"model": "dense", "value": 9.9}}]})
+    if compiled():
+        layers = dict(load_model(tmp_path / "int8").named_modules())
+        assert isinstance(layers["model.layers.0.mlp.up_proj"], QuantisedLinear)
+    words = ("--tokens", 1, "--prompt", 2, "--batch", 1)
+    code, printed, _ = command("bench", tmp_path / "int8", tmp_path / "pruned", *words)
+    assert code == 0 and "Not dominated in perplexity and tokens a second: " in " ".join(printed.split())
 
 
 def test_refusals(tmp_path):

@@ -257,8 +257,11 @@ def report(
         Path | None, typer.Option("--out", help="one page over all; default pruning_comparison.html for several")
     ] = None,
 ) -> None:
-    """Pages to look at: each DIR's own again, with what is measured by now; of several, quality by size and by speed."""
+    """Pages to look at: each DIR's own again, with what is measured by now; of several, quality by size and by speed, and
+    which of them are dominated. Give dense models that were only quantised (`topiarist quantize`) as points of reference.
+    """
     from topiarist.checkpoints.atomic import refuse_foreign, write_atomically
+    from topiarist.results.frontier import sentences_of
     from topiarist.results.pages import MARK, Result, compare_page, refresh
 
     results = [Result.from_folder(folder) for folder in folders]
@@ -267,8 +270,10 @@ def report(
     if several:
         refuse_foreign(page, MARK)
     for folder in folders:
-        out.print(escape(f"written {refresh(folder)}"), highlight=False, soft_wrap=True)
+        out.print(escape(f"written {refresh(folder, results)}"), highlight=False, soft_wrap=True)
     if several:
+        for sentence in sentences_of(results):
+            out.print(escape(sentence), highlight=False, soft_wrap=True)
         write_atomically(page, compare_page(results, links_from=page.parent))
         out.print(escape(f"written {page}"), highlight=False, soft_wrap=True)
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from topiarist.cli.common import out, set_threads
+
+if TYPE_CHECKING:
+    from topiarist.runtime import BenchReport
 
 
 class Integers(StrEnum):
@@ -66,30 +71,47 @@ def unpack(
 
 
 def bench(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="pruned checkpoint, ordinary or packed")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="pruned or quantised checkpoints, packed or not")
+    ],
     tokens: Annotated[int, typer.Option(help="tokens to decode")] = 32,
     prompt: Annotated[int, typer.Option(help="tokens of the prompt")] = 64,
     batch: Annotated[list[int] | None, typer.Option(help="batch size; may be repeated; default 1, 4, 8, 32")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice")] = None,
     save: Annotated[bool, typer.Option("--save", help="put the result beside the checkpoint and on its page")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, a list of several")] = False,
 ) -> None:
-    """Prefill and decode speed on this machine, dense against sparse, and which layers run sparse and why others do not."""
+    """Prefill and decode speed on this machine, dense against as it runs, and why layers run as they do.
+
+    Of several DIRs whose perplexity is saved (`topiarist eval --save`): which are dominated in perplexity and speed.
+    """
     from topiarist.evaluation.adapter import has_adapter
     from topiarist.runtime import bench_folder
 
     set_threads(threads)
-    report = bench_folder(folder, tokens=tokens, prompt=prompt, batches=batch or (1, 4, 8, 32), device=device)
-    plain = asdict(report) | {"verdict": report.verdict}
-    if save:
-        from topiarist.results.pages import save_benchmark
+    found: list[tuple[Path, dict[str, Any]]] = []
+    for folder in folders:
+        report = bench_folder(folder, tokens=tokens, prompt=prompt, batches=batch or (1, 4, 8, 32), device=device)
+        plain = asdict(report) | {"verdict": report.verdict}
+        found.append((folder, plain))
+        if save:
+            from topiarist.results.pages import save_benchmark
 
-        save_benchmark(folder, plain)
+            save_benchmark(folder, plain)
+        if not as_json:
+            _print_speeds(report, folder.name if len(folders) > 1 else "")
+            if has_adapter(folder):
+                out.print("measured without its low-rank companion")
     if as_json:
-        sys.stdout.write(json.dumps(plain, indent=2) + "\n")
-        return
-    table = Table(title=f"tokens/s, {report.machine}")
+        whole = [plain for _, plain in found]
+        sys.stdout.write(json.dumps(whole if len(whole) > 1 else whole[0], indent=2) + "\n")
+    elif len(found) > 1:
+        _print_frontier(found)
+
+
+def _print_speeds(report: BenchReport, name: str) -> None:
+    table = Table(title=escape(f"{name}: " if name else "") + f"tokens/s, {report.machine}")
     for column in ("phase", "batch", "dense", "sparse", "gain"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for speed in report.speeds:
@@ -100,8 +122,18 @@ def bench(
         out.print(f"{count:4d} linears: {reason}", highlight=False)
     out.print(f"weights {report.dense_bytes / 1e6:.0f} MB dense, {report.sparse_bytes / 1e6:.0f} MB as they run")
     out.print(report.verdict)
-    if has_adapter(folder):
-        out.print("measured without its low-rank companion")
+
+
+def _print_frontier(found: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
+    """Which of the folders are dominated, of those that are results."""
+    from topiarist.checkpoints.writing import REPORT
+    from topiarist.results.frontier import sentences_of
+    from topiarist.results.pages import Result
+
+    known = [(folder, plain) for folder, plain in found if (folder / REPORT).is_file()]
+    results = [replace(Result.from_folder(folder), benchmark=plain) for folder, plain in known]
+    for sentence in sentences_of(results):
+        out.print(escape(sentence), highlight=False, soft_wrap=True)
 
 
 COMMANDS = {"pack": pack, "unpack": unpack, "bench": bench}

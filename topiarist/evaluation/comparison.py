@@ -221,7 +221,8 @@ def _is_the_base(pruned: str, base: str) -> bool:
     """
     try:
         report = json.loads((locate(pruned) / "pruning_report.json").read_text(encoding="utf-8"))
-        known = report.get("base_digest") or report["fingerprint"]["model"]  # a recovery began with the pruned model
+        provenance = Checkpoint(locate(pruned)).config["pruning_config"]  # a later stage began with the pruned model
+        known = provenance.get("base_digest") or report.get("base_digest") or report["fingerprint"]["model"]
         digest = None if report.get("result_digest") else known
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return True

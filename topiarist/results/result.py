@@ -26,6 +26,8 @@ _TYPES = {
     "calibration": dict, "settings": dict, "weights": dict,
 }  # fmt: skip
 """What every report has."""
+SHAPE_BYTES = 16
+"""Of the shape that compressed-tensors keeps beside every packed matrix."""
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -101,6 +103,28 @@ class Result:
         return self.report.get(RECOVERY, {})
 
     @property
+    def label(self) -> str:
+        """What a comparison calls it: its folder, or what was done."""
+        return self.folder.name if self.folder else self.title
+
+    @property
+    def origin(self) -> str:
+        """The dense model's name; of a quantised model that was pruned before, that of the model that was pruned."""
+        pruned = self.report.get("pruned") or {}
+        return str(pruned.get("base_model") or self.report["model"]).rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a weight of its matrices; None if they are floating-point numbers."""
+        found = self.report.get("quantized") or self.report
+        return int(found["bits"]) if "bits" in found else None
+
+    @property
+    def dense_quantised(self) -> bool:
+        """Whether quantising is all that was done to the dense model."""
+        return self.pipeline == "quantize" and not self.report.get("pruned")
+
+    @property
     def layers(self) -> list[Mapping[str, Any]]:
         """The report's entries for layers, those that have a name."""
         return [layer for layer in self.report["layers"] if layer.get("name")]
@@ -134,7 +158,8 @@ class Result:
     def size(self) -> dict[str, int] | None:
         """Bytes of the dense model, and after `topiarist pack`; None if the report does not say what it was stored in.
 
-        Packed: one bit a weight, and the weights that are not zero; a matrix that would grow stays as it is.
+        Packed: one bit a weight, two thirds of one at 2:4, and the weights that are not zero, with their scales if they are
+        integers; a matrix that would grow stays as it is.
         """
         weights = self.report["weights"]
         if not weights:
@@ -144,14 +169,27 @@ class Result:
         item = ITEM_BYTES.get(weights["dtype"], 0)
         if not item:
             return None
-        dense = packed = 0
+        dense = stored = packed = 0
         for layer in self.layers:
-            count = math.prod(layer["shape"])
-            kept = round(count * (1.0 - layer["sparsity"]))
+            (rows, columns), kept = layer["shape"], 1.0 - layer["sparsity"]
+            count, bits, scales, words = rows * columns, 8 * item, 0, 0
+            if self.bits:
+                found = self.report.get("quantized") or self.report
+                bits, scales = self.bits, item * count // (found["group"] or columns)
+                words = scales + 4 * rows * -(-columns * bits // 32) + SHAPE_BYTES
             dense += count * item
-            packed += min(count * item, kept * item + -(-count // 8))
-        total = int(weights["after"])
-        return {"dense": total, "packed": total - dense + packed, "matrices": dense, "matrices_packed": packed}
+            stored += words or count * item
+            forms = [count * bits / 8, round(count * kept) * bits / 8 + -(-count // 8)]
+            if layer.get("pattern") == "2:4" or (self.report.get("pruned") or {}).get("pattern") == "2:4":
+                forms.append(count * bits / 16 + -(-count // 12))
+            packed += math.ceil(min(forms)) + scales
+        after = int(weights["after"])
+        return {
+            "dense": int(weights["before"]),
+            "packed": after - stored + packed,
+            "matrices": dense,
+            "matrices_packed": packed,
+        }
 
     def decode_gain(self) -> Mapping[str, Any] | None:
         """The benchmark's decoding at the smallest batch, where most people run."""

@@ -14,13 +14,14 @@ from topiarist.results.pages.render import report_page
 from topiarist.results.result import BENCHMARK, CARD, EVALUATION, PAGE, Result, json_if_any
 
 
-def refresh(folder: str | Path) -> Path:
+def refresh(folder: str | Path, others: Sequence[Result] = ()) -> Path:
     """Write the page again, and the measured part of the model card; the rest of the card stays as it is.
 
+    others: results beside it, of which the page names the nearest dense model that was only quantised.
     Returns the page's path. Raises CheckpointError if the folder is no result.
     """
     folder, result = Path(folder), Result.from_folder(folder)
-    write_atomically(folder / PAGE, report_page(result))
+    write_atomically(folder / PAGE, report_page(result, others))
     card = folder / CARD
     if card.is_file():
         write_atomically(card, with_measurements(card.read_text(encoding="utf-8"), result))

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from topiarist.checkpoints.dequantised import QUANTIZATION, DequantisedCheckpoint
 from topiarist.checkpoints.reading import read_json
 from topiarist.core.compiled import NoKernels
 from topiarist.core.errors import CheckpointError, TopiaristError
@@ -19,22 +20,26 @@ from topiarist.runtime.skeleton import skeleton
 
 
 def load_model(folder: Path | str, *, device: str = "cpu") -> Any:
-    """A causal LM of transformers in its own dtype, in evaluation mode; integers of a packed folder stay packed on the CPU.
+    """A causal LM of transformers in its own dtype, in evaluation mode; integers, packed or as `quantize` writes them, are
+    multiplied as they are on the CPU.
 
     Raises CheckpointError if the folder cannot be read.
     """
     folder = Path(folder)
     try:
-        if not (folder / MANIFEST).exists():
-            model = open_model(str(folder), device=device).whole().model
-        else:
-            model = _integers_or_none(folder) if device == "cpu" else None
-            model = model if model is not None else from_packed(folder)
+        packed = (folder / MANIFEST).exists()
+        model = _integers_or_none(folder) if device == "cpu" and (packed or _is_quantised(folder)) else None
+        if model is None:
+            model = from_packed(folder) if packed else open_model(str(folder), device=device).whole().model
     except TopiaristError:
         raise
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot load a model from {folder}: {error}") from error
     return model.to(device).eval()
+
+
+def _is_quantised(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and QUANTIZATION in read_json(folder / "config.json")
 
 
 def _integers_or_none(folder: Path) -> Any | None:
@@ -46,16 +51,23 @@ def _integers_or_none(folder: Path) -> Any | None:
 
 
 def load_integers(folder: Path) -> Any | None:
-    """The model of a packed folder, its integer matrices never dense; None if its tensors go by other names than its modules.
+    """The model of a packed or quantised folder, its integer matrices never dense; None if its tensors go by other names than
+    its modules, or none is symmetric packed integers.
 
     Raises CheckpointError for damaged files, NoKernels without a compiler.
     """
     from accelerate.utils import set_module_tensor_to_device
     from transformers import GenerationConfig
 
-    model = skeleton(read_json(folder / "config.json", cure="copy the folder again"))
+    if (folder / MANIFEST).exists():
+        config, contents = read_json(folder / "config.json", cure="copy the folder again"), read_contents(folder)
+    else:
+        checkpoint = DequantisedCheckpoint(folder)
+        config = checkpoint.config
+        contents = ((name, checkpoint.quantized(name) or checkpoint.read(name)) for name in checkpoint.files)
+    model = skeleton(config)
     known = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    for name, content in read_contents(folder):
+    for name, content in contents:
         if name not in known:
             return None
         path = name.rpartition(".")[0]

@@ -12,6 +12,7 @@ from torch import nn
 from topiarist import allocate
 from topiarist.checkpoints.dequantised import QUANTIZATION
 from topiarist.checkpoints.reading import Checkpoint, locate
+from topiarist.checkpoints.references import reference, resolved
 from topiarist.checkpoints.writing import OutputFolder
 from topiarist.core.errors import CheckpointError, UnsupportedModel
 from topiarist.core.meter import Meter, reset_peak_memory
@@ -168,6 +169,9 @@ def _finish(
     sizes = output.tensor_bytes()
     report.weights = {**report.weights, "after": sum(sizes.values())}
     config = quantized_config(source, grid, sizes, head=options.head)
+    if report.pruned:  # it names its dense model as seen from its own folder
+        dense = resolved(str(report.pruned.get("base_model", "")), source.checkpoint.folder)
+        report.pruned = {**report.pruned, "base_model": reference(dense, output.folder)}
     text = _calibration(source.checkpoint.folder / CALIBRATION, windows)
     finish(output, report, source, config=config, texts={CALIBRATION: text})
 

@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from topiarist.results.formats import command_text, error_text, percent, short, size_text
+from topiarist.results.frontier import comparable, rival_of, sentences_of
 from topiarist.results.pages.figures import Panel, by_place, curve, heat_map, panel, place_of, rounds
 from topiarist.results.result import PAGE, Result
 
@@ -24,8 +25,8 @@ LISTED = 400
 """Matrices in the page's table; a mixture of experts has thousands, and the JSON has them all."""
 
 
-def report_page(result: Result) -> str:
-    """The page of one result."""
+def report_page(result: Result, others: Sequence[Result] = ()) -> str:
+    """The page of one result. others: results beside it; a dense model that was only quantised is named on the page."""
     layers = result.layers
     spread = [layer["sparsity"] for layer in layers]
     score = "error" if any("error" in layer for layer in layers) else "flips"
@@ -38,6 +39,7 @@ def report_page(result: Result) -> str:
         .render(
             result=result,
             report=result.report,
+            rival=rival_of(result, others),
             errors=heat_map(layers, "error", error_text, logarithmic=True),
             flips=heat_map(layers, "flips", percent, logarithmic=True),
             density=heat_map(layers, "sparsity", percent, logarithmic=False)
@@ -94,6 +96,7 @@ def compare_page(results: Sequence[Result], *, links_from: Path | None = None) -
             tasks=tasks,
             dense_row=_dense_row(results, texts, tasks) if len(bases) == 1 else None,
             bases=bases,
+            said=sentences_of(results),
         )
     )
 
@@ -110,17 +113,6 @@ def _dense_row(results: Sequence[Result], texts: Sequence[tuple], tasks: Sequenc
     ]
     by_task = [stated(e for r in results for e in r.tasks if e["task"] == task) for task in tasks]
     return {"texts": by_text, "tasks": by_task} if any(by_text + by_task) else None
-
-
-def comparable(results: Sequence[Result]) -> tuple[list[Mapping[str, Any] | None], str]:
-    """The perplexity of every result on that text (same tokens, same window) which most of them were measured on."""
-    counts = Counter((e["digest"], e["window"]) for result in results for e in result.perplexities)
-    if not counts:
-        return [None] * len(results), ""
-    key = min(counts, key=lambda k: (-counts[k], k))
-    chosen = [next((e for e in r.perplexities if (e["digest"], e["window"]) == key), None) for r in results]
-    text = next(e["text"] for e in chosen if e)
-    return chosen, f"perplexity on {text}, windows of {key[1]}"
 
 
 def _panels(results: Sequence[Result], quality: Sequence[float | None], dense: float | None) -> list[Panel]:

@@ -1,0 +1,114 @@
+"""Domination is by both measures at once; words and numbers agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import topiarist as tp
+from topiarist.results.frontier import Frontier, Point, points_of, rival_of, sentences_of
+from topiarist.results.pages import Result, compare_page, report_page
+
+POINTS = (
+    Point("dense bf16", 10.0, 2_000_000, 10.0, reference=True),
+    Point("dense int8", 10.0, 1_100_000, 18.0, reference=True),
+    Point("dense int4", 11.0, 600_000, 25.0, reference=True),
+    Point("2:4 bf16", 14.0, 1_200_000, 15.0),
+    Point("2:4 int8", 14.0, 640_000, 24.0),
+    Point("2:4 int4", 15.0, 400_000, 30.0),
+    Point("not timed", 9.0, 3_000_000),
+)
+
+
+def test_dominated_points_and_their_rivals():
+    frontier = Frontier(POINTS)
+    rivals = {point.name: (frontier.rival(point) or point).name for point in POINTS}
+    assert rivals == {
+        "dense bf16": "dense int8", "dense int8": "dense int8", "dense int4": "dense int4", "2:4 bf16": "dense int8",
+        "2:4 int8": "dense int4", "2:4 int4": "2:4 int4", "not timed": "not timed",
+    }  # fmt: skip
+    assert [point.name for point in frontier.best] == ["2:4 int4", "dense int4", "dense int8", "not timed"]
+
+
+def test_by_speed_only_what_was_timed_counts():
+    frontier = Frontier(POINTS, "tokens_per_second")
+    assert [point.name for point in frontier.best] == ["dense int8", "dense int4", "2:4 int4"]
+    assert "not timed" not in " ".join(frontier.sentences())
+
+
+def test_in_words():
+    said = Frontier(POINTS).sentences()
+    assert "2:4 bf16 is dominated: dense int8 has perplexity 10.00 instead of 14.00 at 1 MB instead of 1 MB." in said
+    assert said[-1] == "Not dominated in perplexity and bytes: 2:4 int4, dense int4, dense int8, not timed."
+    assert Frontier(()).sentences() == []
+
+
+def test_equal_points_do_not_dominate_each_other():
+    twins = (Point("a", 10.0, 5), Point("b", 10.0, 5))
+    assert Frontier(twins).best == list(twins)
+
+
+BENCH = {
+    "machine": "a machine", "verdict": "", "acceleration": {"layers": []},
+    "speeds": [{"phase": "decode", "batch": 1, "dense": 10.0, "sparse": 15.0}],
+}  # fmt: skip
+
+
+def result(folder: str, value: float | None, *, sparsity: float = 0.0, sparse: float | None = None, **more) -> Result:
+    """A result of one matrix of (64, 128) in bf16 beside 100 other weights, and its perplexity and speed."""
+    layer = {"name": "a.0.b", "shape": [64, 128], "pattern": "0.5", "sparsity": sparsity, "error": 0.1, "tokens": 9}
+    after = 200 + (64 * 128 + 2 * 64 + 16 if more.get("bits") == 8 else 2 * 64 * 128)
+    weights = {"before": 200 + 2 * 64 * 128, "after": after, "dtype": "bfloat16"}
+    known = tp.Report(method="alps", settings={}, pattern="0.5", model="org/dense", weights=weights).to_dict()
+    report = {**known, "layers": [layer], **more}
+    entry = {
+        "text": "t", "digest": "d", "window": 8, "tokens": 8, "dtype": "bfloat16", "value": value,
+        "dense": {"model": "dense", "value": 10.0},
+    }  # fmt: skip
+    speeds = [{**BENCH["speeds"][0], "sparse": sparse}]
+    return Result(
+        report,
+        "0",
+        {"perplexity": [entry]} if value else {},
+        {**BENCH, "speeds": speeds} if sparse else {},
+        folder=Path(folder),
+    )
+
+
+INT8 = result("int8", 10.1, pipeline="quantize", bits=8, group=None, sparse=18.0)
+SPARSE = result("sparse", 14.0, sparsity=0.5, sparse=15.0)
+BOTH = result(
+    "both",
+    14.1,
+    sparsity=0.5,
+    pipeline="quantize",
+    bits=8,
+    group=128,
+    model="sparse",
+    pruned={"base_model": "../dense"},
+)
+
+
+def test_bytes_of_results_are_what_pack_writes():
+    assert INT8.size is not None and INT8.size["packed"] == 200 + 64 * 128 + 2 * 64
+    assert SPARSE.size is not None and SPARSE.size["packed"] == 200 + 64 * 128 + 64 * 128 // 8
+    assert BOTH.size is not None and BOTH.size["matrices_packed"] == 64 * 128 // 2 + 64 * 128 // 8 + 2 * 64
+
+
+def test_results_become_points_beside_the_dense_model():
+    points = points_of([INT8, SPARSE, BOTH, result("unmeasured", None)])
+    assert [(point.name, point.reference) for point in points] == [
+        ("the dense model", True), ("int8", True), ("sparse", False), ("both", False),
+    ]  # fmt: skip
+    assert [point.tokens_per_second for point in points] == [10.0, 18.0, 15.0, None]
+    assert points_of([INT8, result("other", 9.0, model="another")]) == ()
+
+
+def test_a_result_names_the_dense_quantised_model_nearest_in_bytes():
+    smaller = result("int4", 12.0, pipeline="quantize", bits=4, group=128)
+    rival = rival_of(SPARSE, [INT8, BOTH, smaller])
+    assert rival is not None and rival.name == "int8"
+    assert rival_of(SPARSE, [BOTH]) is None and rival_of(result("unmeasured", None), [INT8]) is None
+    assert "sparse is dominated: int8 has perplexity 10.10 instead of 14.00" in " ".join(sentences_of([INT8, SPARSE]))
+    page = report_page(SPARSE, [INT8])
+    assert "The dense model, only quantised (int8), takes" in page and "(int8)" not in report_page(SPARSE)
+    assert "sparse is dominated" in compare_page([INT8, SPARSE])
