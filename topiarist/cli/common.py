@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 out = Console()
 err = Console(stderr=True)
@@ -104,6 +105,18 @@ def print_plan(plan: Any) -> None:
     """What a run will need, a line each."""
     for name, value in plan.lines():
         say(f"{name:<34} {value}")
+
+
+def print_dense(rows: Sequence[Mapping[str, Any]]) -> None:
+    """What the run left as it was, and why."""
+    if not rows:
+        return
+    table = Table(title="left as it was", title_justify="left")
+    for column in ("what", "matrices", "weights", "why"):
+        table.add_column(column, justify="right" if column in ("matrices", "weights") else "left")
+    for row in rows:
+        table.add_row(escape(row["what"]), f"{row['matrices']:,}", f"{row['weights']:,}", escape(row["why"]))
+    out.print(table)
 
 
 def print_run(run: Mapping[str, Any], output: Path, push_to: str | None = None) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from topiarist.cli.common import Model, Plan, PushTo, out, print_plan, print_run, progress_bar, say
+from topiarist.cli.common import Model, Plan, PushTo, out, print_dense, print_plan, print_run, progress_bar, say
 from topiarist.cli.from_options import flags
 from topiarist.pipelines.learning.options import LearnOptions
 
@@ -48,6 +48,7 @@ def learn(
         table.add_row(f"{entry['step']}", f"{entry['tokens']:,}", soft, hard, f"{entry['flips']:.2%}", certainty)
     out.print(table)
     say("perplexity on a slice of the training text that was not trained on")
+    print_dense(report.dense)
     print_run(report.run, output, push_to_hub)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from topiarist.cli.common import Model, Plan, PushTo, out, print_plan, print_run, progress_bar, say
+from topiarist.cli.common import Model, Plan, PushTo, out, print_dense, print_plan, print_run, progress_bar, say
 from topiarist.cli.from_options import flags
 from topiarist.pipelines.pruning.options import PruneOptions
 
@@ -44,6 +44,7 @@ def prune(
         say(f"{report.quantized['bits']} bits: {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB")
     if (kept := output.with_name(output.name + ".search")).is_dir():
         say(f"{kept} holds the solutions that the search used: another sparsity needs them, nothing else does")
+    print_dense(report.dense)
     print_run(report.run, output, push_to_hub)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from topiarist.cli.common import Model, PushTo, out, print_run, progress_bar, say
+from topiarist.cli.common import Model, PushTo, out, print_dense, print_run, progress_bar, say
 from topiarist.cli.from_options import flags
 from topiarist.pipelines.quantizing.options import QuantizeOptions
 
@@ -39,6 +39,7 @@ def quantize(
     out.print(table)
     before, after = report.weights["before"], report.weights["after"]
     say(f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({report.format})")
+    print_dense(report.dense)
     print_run(report.run, output, push_to_hub)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from topiarist.cli.common import Model, PushTo, out, print_run, progress_bar
+from topiarist.cli.common import Model, PushTo, out, print_dense, print_run, progress_bar
 from topiarist.cli.from_options import flags
 from topiarist.pipelines.shrinking.options import ShrinkOptions
 
@@ -44,6 +44,7 @@ def shrink(
         out.print(
             f"recovery, {last['step']} steps: divergence {first['loss']:.4f} -> {last['loss']:.4f}", highlight=False
         )
+    print_dense(report.dense)
     print_run(report.run, output, push_to_hub)
 
 

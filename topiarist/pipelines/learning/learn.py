@@ -22,6 +22,7 @@ from topiarist.checkpoints.writing import SavedState
 from topiarist.core.errors import TopiaristError
 from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import given_or_made, plain, takes
+from topiarist.pipelines.common.dense import LAST_BLOCK, left_dense, why_dense
 from topiarist.pipelines.common.finish import weights_of
 from topiarist.pipelines.common.reproduce import command
 from topiarist.pipelines.common.reproduce import recipe as repeats
@@ -165,6 +166,8 @@ def _learn(
     finally:
         masked.restore()
     run.note_if_useless(report)
+    masked_names = {name for layer in report.layers for name in layer.matrices}
+    report.dense = left_dense(source, masked_names, why_dense(job.patterns, options.skip, LAST_BLOCK))
     if sharded and processes.is_main:  # the dense weights again, whole
         source = open_whole(model, options, "cpu")
         wanted = [target for block in targets(source, job.patterns) for target in block]

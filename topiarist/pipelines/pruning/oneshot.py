@@ -26,6 +26,7 @@ from topiarist.models.hooks import watch_inputs
 from topiarist.models.opened import OpenedModel, eager_experts
 from topiarist.models.saving import write_model
 from topiarist.pipelines.allocating.allocation import allocated, fixed_patterns
+from topiarist.pipelines.common.dense import left_dense, why_dense
 from topiarist.pipelines.common.finish import finish, weights_of
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.packed import quantized_config
@@ -102,6 +103,8 @@ def prune(
                 report.layers = walk.in_memory()
             else:
                 report.layers = walk.streamed(checkpoint, output)
+        reasons = why_dense(pruner.patterns, options.skip)
+        report.dense = left_dense(source, {layer.name for layer in report.layers}, reasons)
         report.warnings, report.refined, report.joint = pruner.warned, pruner.refined, pruner.joined
         if pruner.companion is not None and output is not None:
             report.companion = pruner.companion.write(output, len(source.block_names))

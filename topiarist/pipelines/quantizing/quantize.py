@@ -21,9 +21,10 @@ from topiarist.core.patterns import Unstructured
 from topiarist.data import Windows
 from topiarist.models.folder import FolderModel
 from topiarist.models.opened import OpenedModel, eager_experts
+from topiarist.pipelines.common.dense import left_dense, why_dense
 from topiarist.pipelines.common.finish import CALIBRATION, finish, weights_of
 from topiarist.pipelines.common.options import Progress
-from topiarist.pipelines.common.packed import check_places, quantized_config
+from topiarist.pipelines.common.packed import check_places, head_name, quantized_config
 from topiarist.pipelines.common.reproduce import command
 from topiarist.pipelines.common.setup import open_for, windows_of
 from topiarist.pipelines.pruning.block import BlockPruner
@@ -75,6 +76,7 @@ def quantize(
         pruner.warn(f"--skip {expression!r} matches no layer", UserWarning)
     report = _report(options, model, source, grid, windows)
     walk = QuantizingWalk(source, pruner, windows.tokens, options, progress or (lambda *_: None), head=options.head)
+    reasons = why_dense(patterns, options.skip)
     with eager_experts(source.model):
         if not isinstance(source, FolderModel):
             report.layers = walk.in_memory()
@@ -83,10 +85,15 @@ def quantize(
                 if output.complete:
                     return QuantizeReport.from_folder(output.folder)
                 report.layers = walk.streamed(source.checkpoint, output)
+                changed = {layer.name for layer in report.layers} | (
+                    {f"{head_name(source)}.weight"} if options.head else set()
+                )
+                report.dense = left_dense(source, changed, reasons)
                 report.warnings, report.output = pruner.warned, str(out)
                 report.run = pruner.meter.run(source.device)
                 _finish(output, source, report, options, grid, windows)
                 return report
+    report.dense = left_dense(source, {layer.name for layer in report.layers}, reasons)
     report.warnings, report.run = pruner.warned, pruner.meter.run(source.device)
     return report
 

@@ -16,6 +16,7 @@ from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import given_or_made, plain, takes
 from topiarist.core.registry import name_of
 from topiarist.data import Windows
+from topiarist.pipelines.common.dense import NO_UNIT, left_dense
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.reproduce import command, recipe
 from topiarist.pipelines.common.setup import open_for, windows_of
@@ -138,6 +139,8 @@ def shrink(
             name, digest, report.method, report.settings, keep, scope, layout, kinds, report.parameters,
             PruneSpec.indices(groups, kept, plan.slots),
         )  # fmt: skip
+        cut = {part.parameter for group in groups for part in group.parts}
+        report.dense = left_dense(opened, cut, {}, otherwise=NO_UNIT)
         report.blocks, report.warnings = spec.by_block(), notes
         report.tensor_parallel = _tensor_parallel(groups, plan)
         dtype = str(opened.dtype).removeprefix("torch.")
