@@ -374,3 +374,11 @@ def test_the_report_is_that_of_the_pruned_model_and_repeats(tmp_path: Path):
     assert stated["layers"] == json.loads((tmp_path / "pruned" / "pruning_report.json").read_text())["layers"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())["pruning_config"]
     assert config["base_model"] == "../base" and config["recovery"]["held_out_loss"][0] == report.before
+
+
+def test_a_companion_of_the_weights_as_they_were_is_left_behind(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    tp.prune(base, tmp_path / "pruned", method="wanda", pattern="2:4", data=TOKENS[:8], low_rank=2)
+    with pytest.warns(UserWarning, match="low-rank companion"):
+        report = tp.recover(tmp_path / "pruned", tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out" / "adapter").exists() and "left behind" in report.warnings[0]

@@ -8,6 +8,7 @@ al., arXiv 2310.06927), AdamW without decay on fp32 masters.
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from topiarist.checkpoints.references import reference, resolved
-from topiarist.checkpoints.writing import REPORT, OutputFolder, SavedState, bytes_to_write
+from topiarist.checkpoints.writing import ADAPTER, REPORT, OutputFolder, SavedState, bytes_to_write
 from topiarist.core.errors import CheckpointError
 from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import given_or_made, plain, takes
@@ -128,7 +129,7 @@ def recover(
         report.evaluations = [{"step": step, "loss": loss} for step, loss in history.evaluations]
         zeros = sum(int((~mask).sum()) for mask in masks.values())
         report.weights = {**weights_of(opened), "trained": trainee.count, "held": zeros}
-        report.warnings = trainee.notes
+        report.warnings = [*trainee.notes, *_left_behind(opened)]
         report.run = {**meter.run(student.device), "processes": processes.size}
         if output is not None:
             report.output, folder = str(out), output
@@ -170,6 +171,15 @@ def _report(
         pruned=renewed({"model": base, **claims, **pruned}),
         claims=claims,
     )
+
+
+def _left_behind(opened: OpenedModel) -> list[str]:
+    """What beside the pruned model does not fit the recovered one."""
+    if opened.checkpoint is None or not (opened.checkpoint.folder / ADAPTER).is_dir():
+        return []
+    note = f"{opened.name} has a low-rank companion, which was made for its weights as they were: it is left behind"
+    warnings.warn(note, UserWarning, stacklevel=4)
+    return [note]
 
 
 def open_pruned(model: str | Path | nn.Module, options: RecoverOptions) -> OpenedModel:
