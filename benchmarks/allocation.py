@@ -18,10 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from said import method_from_text
-
 import topiarist as tp
 from benchmarks import quality
+from benchmarks.said import method_from_text
 from demo.assets import assets_dir, model_dir
 
 METHODS = ("sparsegpt", "alps")

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from said import method_from_text
 
 import topiarist as tp
 from benchmarks.originals import ORIGINALS
+from benchmarks.said import method_from_text
 from demo.assets import assets_dir, model_dir, text_dir
 from topiarist.data import Windows, evaluation_windows, load_tokenizer, read_documents
 from topiarist.evaluation.perplexity import load_model

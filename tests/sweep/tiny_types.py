@@ -60,20 +60,21 @@ _NARROW = re.compile(r"(moe_intermediate_size|(expert|moe)_(ffn_hidden_size|dim)
 _RULES = [(re.compile(rf"(?:{pattern})\Z"), rule) for pattern, rule in _SIZES.items()]
 
 
-def tiny_config(model_type: str) -> Any:
-    """A config of the type with two layers, or one of each kind of layer."""
+def tiny_config(model_type: str, **fields: Any) -> Any:
+    """A config of the type with two layers, or one of each kind of layer; `fields` as they are given."""
     kind = CONFIG_MAPPING[model_type]
-    return kind(**_merged(_shrunk(kind()), EXCEPTIONS.get(model_type, {})))
+    return kind(**_merged(_shrunk(kind()), EXCEPTIONS.get(model_type, {})) | fields)
 
 
-def tiny_folder(folder: Path, model_type: str, mapping: str = "causal") -> Path:
+def tiny_folder(folder: Path, model_type: str, mapping: str = "causal", **fields: Any) -> Path:
     """Save a random model of the type, stored buffers included, with a deterministic seed."""
+    config = tiny_config(model_type, **fields)
     with torch.device("meta"):
-        size = sum(p.numel() for p in AUTO[mapping].from_config(tiny_config(model_type)).parameters())
+        size = sum(p.numel() for p in AUTO[mapping].from_config(config).parameters())
     if size > 30_000_000:
         raise ValueError(f"the tiny model has {size / 1e6:.0f} M parameters")
     torch.manual_seed(0)
-    model = AUTO[mapping].from_config(tiny_config(model_type), dtype=torch.float32).eval()
+    model = AUTO[mapping].from_config(config, dtype=torch.float32).eval()
     stored = model.state_dict()
     with torch.no_grad():
         for parameter in model.parameters():

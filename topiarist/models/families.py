@@ -45,19 +45,6 @@ class FeedForward:
 
 
 @dataclass(frozen=True)
-class Experts:
-    """A mixture of experts whose matrices are fused 3-D parameters (expert, out, in). Names in the config: of their number,
-    of how many a token goes to, and of their channels.
-    """
-
-    module: str = "mlp.experts"
-    router: str = "mlp.gate"
-    count: str = "num_experts"
-    per_token: str = "num_experts_per_tok"
-    width: str = "moe_intermediate_size"
-
-
-@dataclass(frozen=True)
 class Family:
     """What topiarist knows about one `model_type`. What can be seen from the modules is derived (derive.py) where a row is
     silent; what a row says of it stands.
@@ -72,7 +59,6 @@ class Family:
     feed_forward: tuple[FeedForward, ...] = ()
     """Where its feed-forward network is, in every kind of block it has; experts are not meant."""
     attention: Attention = Attention()
-    mixture: Experts | None = None
     ffn: tuple[str, ...] = ("mlp",)
     """Modules of the feed-forward sublayer, experts and all, and a norm that is its alone; the output of the last is what it
     adds to the hidden states."""
@@ -96,11 +82,6 @@ _SHARED_EXPERT = FeedForward(
     "mlp.shared_expert.act_fn",
     width="shared_expert_intermediate_size",
 )
-_QWEN_MOE = Family(
-    mixture=Experts(),
-    feed_forward=(_GATED,),
-)
-_MIXTRAL = Family(mixture=Experts(count="num_local_experts", width="intermediate_size"))
 
 FAMILIES: dict[str, Family] = {
     "llama": replace(_PRE_NORM, relabel="mistral"),
@@ -134,10 +115,10 @@ FAMILIES: dict[str, Family] = {
         attention=Attention("attention", ("query_key_value",), "dense", interleaved=True),
         feed_forward=(FeedForward(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", "mlp.act", gated=False),),
     ),
-    "mixtral": _MIXTRAL,
-    "qwen2_moe": replace(_QWEN_MOE, feed_forward=(_GATED, _SHARED_EXPERT)),
-    "qwen3_moe": _QWEN_MOE,
-    "olmoe": replace(_QWEN_MOE, mixture=Experts(width="intermediate_size")),
+    "mixtral": Family(),
+    "qwen2_moe": Family(feed_forward=(_GATED, _SHARED_EXPERT)),
+    "qwen3_moe": _LLAMA_LIKE,
+    "olmoe": _LLAMA_LIKE,
 }
 
 

@@ -81,6 +81,9 @@ def reshape(model: nn.Module, pruned: dict[str, Any]) -> None:
         path, _, leaf = name.rpartition(".")
         module: Any = model.get_submodule(path)
         old = getattr(module, leaf) if getattr(module, leaf) is not None else module.weight
+        if leaf in module._buffers:
+            setattr(module, leaf, old.new_zeros(shape))
+            continue
         setattr(module, leaf, nn.Parameter(old.new_zeros(shape), requires_grad=old.requires_grad))
         if leaf == "weight" and isinstance(module, nn.Linear):
             module.out_features, module.in_features = shape

@@ -18,6 +18,7 @@ from topiarist.core.errors import UnsupportedModel
 from topiarist.models import modeling_pruned
 from topiarist.models.derive import family_of
 from topiarist.models.families import Family
+from topiarist.models.mixtures import Mixture, count_fields, mixture_of, width_field
 from topiarist.structured.block_configs import block_configs
 from topiarist.structured.shrink import cut_state
 from topiarist.structured.units import DEPTH_KINDS, Kept, UnitGroup, is_transposed
@@ -77,12 +78,12 @@ def _edited(
     for flag, module in (("attention_bias", family.attention.module), ("mlp_bias", "mlp")):
         if hasattr(config, flag) and any(f".{module}." in consumer for consumer in biased):
             setattr(config, flag, True)
-    per_group = config.num_attention_heads // (
-        getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    )
     for group in {group.place: group for group in groups if group.kind not in DEPTH_KINDS}.values():
         count, name = widest[group.place], group.place.rpartition(":")[0]
+        mixture = _mixture(model, family, group)
         if group.kind == "kv_groups":
+            query = config.num_attention_heads
+            per_group = query // (getattr(config, "num_key_value_heads", None) or query)
             config.head_dim = group.width // per_group
             config.num_attention_heads = count * per_group
             if getattr(config, "num_key_value_heads", None):
@@ -90,10 +91,12 @@ def _edited(
         elif group.kind == "heads":
             config.head_dim = group.width
             config.num_attention_heads = count * config.num_key_value_heads
-        elif family.mixture and group.kind == "experts":
-            setattr(config, family.mixture.count, count)
-        elif family.mixture and name.startswith(family.mixture.module):
-            setattr(config, family.mixture.width, count)
+        elif mixture is not None and group.kind == "experts":
+            text = config.get_text_config(decoder=True)
+            for key in count_fields(text, mixture.count):
+                setattr(text, key, count * mixture.groups)
+        elif mixture is not None and name.startswith(mixture.module):
+            setattr(config, width_field(model.config, group.count) or "moe_intermediate_size", count)
         else:
             setattr(config, next(ffn.width for ffn in family.feed_forward if ffn.down == name), count)
     plain = config.to_dict()
@@ -107,6 +110,10 @@ def _edited(
     gone = ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp", "transformers_version")
     values = {key: value for key, value in plain.items() if key not in gone}
     return AutoConfig.for_model(target, **values, **({"sliding_window": None} if "sliding_window" in known else {}))
+
+
+def _mixture(model: Any, family: Family, group: UnitGroup) -> Mixture | None:
+    return mixture_of(model.get_submodule(f"{family.blocks}.{group.block}"))
 
 
 def _with_blocks(config: Any, blocks: Sequence[int]) -> Any:
@@ -195,7 +202,7 @@ def _head_counts(
     model: Any, family: Family, groups: Sequence[UnitGroup], units: Mapping[str, int]
 ) -> tuple[dict[str, list[int]], dict[str, int]]:
     """[query heads, KV heads] of attention modules, and experts of modules, where they change."""
-    query = int(model.config.num_attention_heads)
+    query = int(getattr(model.config, "num_attention_heads", 1))
     kv = int(getattr(model.config, "num_key_value_heads", None) or query)
     heads: dict[str, list[int]] = {}
     experts: dict[str, int] = {}
@@ -205,8 +212,9 @@ def _head_counts(
             heads[f"{path}.{family.attention.module}"] = [count * (query // kv), count]
         elif group.kind == "heads" and count != group.count:
             heads[f"{path}.{family.attention.module}"] = [count * kv, kv]
-        elif group.kind == "experts" and family.mixture:
-            experts |= {f"{path}.{family.mixture.module}": count, f"{path}.{family.mixture.router}": count}
+        elif group.kind == "experts" and (mixture := _mixture(model, family, group)) is not None:
+            for name in (mixture.module, mixture.router):
+                experts[f"{path}.{name}"] = mixture.groups * count
     return heads, experts
 
 

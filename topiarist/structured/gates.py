@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from topiarist.models.derive import family_of
 from topiarist.models.hooks import hooked, products_inside
 from topiarist.models.opened import eager_experts
 from topiarist.structured.units import UnitGroup
@@ -36,8 +35,10 @@ def gates(model: Any, groups: Sequence[UnitGroup]) -> Iterator[Masks]:
         for consumer, sharing in consumers.items():
             kind, first = sharing[0].kind, sharing[0]
             if kind == "experts":
-                module = model.get_submodule(consumer)
-                stack.enter_context(products_inside(module, partial(_route, masks, first.key, module)))
+                router = model.get_submodule(consumer)
+                ordered = sorted(sharing, key=lambda g: g.start)
+                stack.enter_context(products_inside(router, partial(_route, masks, ordered)))
+                stack.enter_context(_never_chosen(model, masks, ordered))
             elif kind == "channels" and first.parts[-1].expert is not None:
                 fused = consumer.rpartition(".")[0]
                 experts.setdefault(fused, {})[first.parts[-1].expert] = partial(_multiply, masks, sharing)
@@ -53,7 +54,7 @@ def gates(model: Any, groups: Sequence[UnitGroup]) -> Iterator[Masks]:
             path, _, parameter = fused.rpartition(".")
             module = model.get_submodule(path)
             stack.enter_context(products_inside(module, partial(_gate_expert, module, parameter, multipliers)))
-        stack.enter_context(eager_experts(model) if family_of(model).mixture else ExitStack())
+        stack.enter_context(eager_experts(model))
         yield masks
 
 
@@ -87,12 +88,46 @@ def _gate_output(
     return (added, *output[1:]) if isinstance(output, tuple) else added
 
 
-def _route(masks: Masks, key: str, router: Any, x: Tensor, weight: Tensor, multiply: Multiply) -> Tensor:
-    """The router's logits plus log mask: probabilities times the mask, normalised again; 0 is never chosen."""
+def _route(masks: Masks, groups: Sequence[UnitGroup], x: Tensor, weight: Tensor, multiply: Multiply) -> Tensor:
+    """The router's logits plus log mask: probabilities times the mask, normalised again."""
     logits = multiply(x)
-    if weight is not router.weight:
+    mask = torch.cat([masks[g.key] for g in groups], -1)
+    if logits.shape[-1] != mask.shape[-1]:  # another product of the router than the one that makes its logits
         return logits
-    return logits + masks[key].to(logits.device).log().to(logits.dtype)
+    added = mask.to(logits.device).log().to(logits.dtype)
+    if mask.ndim == 1:
+        return logits + added
+    return logits + added.repeat_interleave(logits.shape[:-1].numel() // len(added), 0).reshape(logits.shape)
+
+
+@contextmanager
+def _never_chosen(model: Any, masks: Masks, groups: Sequence[UnitGroup]) -> Iterator[None]:
+    """What is added to the scores of experts is -inf where their mask is 0: a sigmoid of -inf alone is a score as well."""
+    parts = {part.parameter: part for group in groups for part in (*group.parts, *group.buffers)}
+    tensors = {name: model.get_buffer(name) if _is_buffer(model, name) else model.get_parameter(name) for name in parts}
+    vectors = {name: tensor for name, tensor in tensors.items() if tensor.numel() == tensor.shape[parts[name].axis]}
+    mixer = model.get_submodule(groups[0].parts[0].parameter.rsplit(".", 2)[0])
+
+    def enter(*_: Any) -> None:
+        off = torch.cat([masks[g.key].detach() for g in groups], -1) == 0
+        for tensor in vectors.values():
+            if off.ndim == 1 and bool(off.any()):
+                before.append((tensor, tensor.data))
+                tensor.data = tensor.data.masked_fill(off.to(tensor.device).reshape(tensor.shape), float("-inf"))
+
+    def leave(*_: Any) -> None:
+        while before:
+            tensor, data = before.pop()
+            tensor.data = data
+
+    before: list[tuple[Tensor, Tensor]] = []
+    with hooked(mixer.register_forward_pre_hook(enter), mixer.register_forward_hook(leave, always_call=True)):
+        yield
+
+
+def _is_buffer(model: Any, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return leaf in model.get_submodule(path)._buffers
 
 
 def _gate_expert(

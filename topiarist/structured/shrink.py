@@ -30,7 +30,7 @@ def cut_state(
     stretches: dict[str, dict[int | None, list[tuple[Part, Tensor, int]]]] = {}
     for group in groups:
         if group.kind not in DEPTH_KINDS:
-            for part in group.parts:
+            for part in (*group.parts, *group.buffers):
                 entry = (part, kept[group.key], slots[group.key])
                 stretches.setdefault(part.parameter, {}).setdefault(part.expert, []).append(entry)
     for name, by_expert in stretches.items():

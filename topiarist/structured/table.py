@@ -4,6 +4,7 @@ from topiarist.structured.methods import Magnitude, Method, Random
 from topiarist.structured.metrics import BlockInfluence, Flap, WandaSP
 from topiarist.structured.occlusion import Occlusion
 from topiarist.structured.policy_search import PolicyGradient
+from topiarist.structured.reap import Reap
 from topiarist.structured.taylor import Taylor
 
 METHODS: dict[str, type[Method]] = {
@@ -13,6 +14,7 @@ METHODS: dict[str, type[Method]] = {
     "flap": Flap,
     "wanda-sp": WandaSP,
     "block-influence": BlockInfluence,
+    "reap": Reap,
     "magnitude": Magnitude,
     "random": Random,
 }

@@ -20,7 +20,7 @@ A mask of shape (count,) holds for the whole batch; (batch, count) gives every s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from topiarist.core import former
 from topiarist.core.errors import TopiaristError, UnsupportedModel
 from topiarist.models.derive import family_of, structure_of
 from topiarist.models.families import Family, FeedForward
+from topiarist.models.mixtures import mixture_of
 
 HEAD_KINDS = ("kv_groups", "heads")
 COLUMN_KINDS = (*HEAD_KINDS, "channels")
@@ -73,9 +74,12 @@ class UnitGroup:
     output it multiplies."""
     start: int
     width: int
-    """Unit u is columns [start + u width, start + (u + 1) width) of the consumer's input; 0 for experts and sublayers."""
+    """Unit u is columns [start + u width, start + (u + 1) width) of the consumer's input; 0 for experts, which count from
+    `start` among those of the router, and for sublayers."""
     parts: tuple[Part, ...]
-    """All that is cut. The consumer's own columns come last."""
+    """All parameters that are cut. The consumer's own columns come last."""
+    buffers: tuple[Part, ...] = field(default=(), kw_only=True)
+    """Stored buffers that are cut with them, at no cost: what a router adds to the scores of experts."""
     place: str
     """The key without block, expert and KV group: a uniform layout keeps the same count in every group of one place.
     Every sublayer and block is a place of its own."""
@@ -120,7 +124,7 @@ def units_of(model: Any, kinds: Sequence[str]) -> list[UnitGroup]:
     Works on a model without memory (meta tensors) too.
     """
     kinds = check_kinds(kinds)
-    family = structure_of(model)
+    family = family_of(model) if set(kinds) == {"experts"} else structure_of(model)
     groups: list[UnitGroup] = []
     for index, block in enumerate(model.get_submodule(family.blocks)):
         finder = _Finder(model, family, index, block)
@@ -247,7 +251,8 @@ class _Finder:
 
     def channels(self) -> list[UnitGroup]:
         groups = [self._channel_group(ffn) for ffn in self._feed_forward()]
-        if (mixture := self.family.mixture) and f"{mixture.module}.down_proj" in self.parameters:
+        mixture = mixture_of(self.module)
+        if mixture is not None and f"{mixture.module}.down_proj" in self.parameters:
             down = f"{mixture.module}.down_proj"
             experts, _, width = self.parameters[down].shape
             for e in range(experts):
@@ -273,14 +278,31 @@ class _Finder:
         return self._group("channels", ffn.down, [*parts, *down], count=width, width=1)
 
     def experts(self) -> list[UnitGroup]:
-        mixture = self.family.mixture
-        if mixture is None or f"{mixture.module}.down_proj" not in self.parameters:
+        mixture = mixture_of(self.module)
+        if mixture is None:
             return []
-        names = [f"{mixture.module}.gate_up_proj", f"{mixture.module}.down_proj", f"{mixture.router}.weight"]
-        parts = [Part(f"{self.path}.{name}", 0, 0, 1) for name in names]
-        floor = int(getattr(self.model.config, mixture.per_token))
-        count = self.parameters[names[0]].shape[0]
-        return [self._group("experts", mixture.router, parts, count=count, floor=floor)]
+        if mixture.why:
+            raise UnsupportedModel(f"experts of {self.path} cannot be cut: {mixture.why}; choose other units")
+        entries = [*((name, 0) for name in mixture.stacked), *mixture.routed]
+        count, groups = mixture.count // mixture.groups, []
+        for group in range(mixture.groups):
+            parts = {name: Part(f"{self.path}.{name}", axis, group * count, 1) for name, axis in entries}
+            more = (
+                {} if mixture.groups == 1 else {"suffix": f".{group}", "tie": f"{self.path}.{mixture.router}:experts"}
+            )
+            groups.append(
+                self._group(
+                    "experts",
+                    mixture.router,
+                    [part for name, part in parts.items() if name in self.parameters],
+                    buffers=tuple(part for name, part in parts.items() if name not in self.parameters),
+                    count=count,
+                    floor=mixture.floor,
+                    start=group * count,
+                    **more,
+                )
+            )
+        return groups
 
     def _sublayer(self, kind: str, modules: Sequence[str]) -> list[UnitGroup]:
         names = [n for n in self.parameters if not modules[-1] or n.startswith(tuple(f"{m}." for m in modules))]
@@ -305,6 +327,7 @@ def output_parameters(model: Any, group: UnitGroup) -> list[str]:
     ffn = [layer.down for layer in family.feed_forward]
     modules = {"attention": [attention], "ffn": ffn, "block": [attention, *ffn]}[group.kind]
     names = [f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")]
-    if family.mixture and group.kind != "attention":
-        names.append(f"{family.mixture.module}.down_proj")
+    mixture = mixture_of(model.get_submodule(path))
+    if mixture is not None and group.kind != "attention":
+        names += mixture.down
     return [f"{path}.{name}" for name in names if name in parameters]

@@ -14,6 +14,7 @@ from topiarist.pipelines.common.options import TextOptions
 from topiarist.pipelines.shrinking.distill import Distill
 from topiarist.structured import METHODS, Method
 from topiarist.structured.layout import MAX_WASTE
+from topiarist.structured.reap import Reap
 from topiarist.structured.taylor import Taylor
 
 
@@ -27,8 +28,9 @@ def _kinds(given: Any) -> Any:
 class ShrinkOptions(TextOptions):
     """Everything that `shrink` takes beside the model, the output folder and the progress bar."""
 
-    method: Annotated[Method, Registered(METHODS, base=(Method,))] = Taylor()
-    """What scores the units; `topiarist methods` lists all; policy-gradient:steps=500 sets a field."""
+    method: Annotated[Method | None, Registered(METHODS, base=(Method,), other=lambda given: given is None)] = None
+    """What scores the units; default reap for experts, taylor for all else; `topiarist methods` lists all;
+    policy-gradient:steps=500 sets a field."""
     keep: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Share of the units' parameters that stays, never exceeded."""
     layout: Literal["uniform", "padded", "hetero", "masked"] = "uniform"
@@ -48,14 +50,19 @@ class ShrinkOptions(TextOptions):
     max_waste: NonNegativeFloat = MAX_WASTE
     """Of layout padded: zeros that only fill up, per kept parameter."""
 
+    @property
+    def chosen_method(self) -> Method:
+        """The method that was given, or the one for these units."""
+        return self.method or (Reap() if list(self.units or ()) == ["experts"] else Taylor())
+
     def check_text(self, *, refits: bool) -> None:
         """Raise CalibrationError if there is no text and something needs it. refits: whether a refit has anything to do."""
         if self.data is not None:
             return
         if self.recover is not None:
             what, cure = "recovery", ""
-        elif self.method.needs_data:
-            what, cure = f"method {name_of(METHODS, self.method)}", ""
+        elif self.chosen_method.needs_data:
+            what, cure = f"method {name_of(METHODS, self.chosen_method)}", ""
         elif refits:
             what, cure = "the refit", ", or --no-refit"
         else:

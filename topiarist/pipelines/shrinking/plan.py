@@ -71,7 +71,8 @@ def plan_choice(
 
 
 class Legal:
-    """Whether a config can hold so many units of a place; asked of transformers for heads and experts only.
+    """Whether a config can hold so many units of a place; asked of transformers for heads only: a config holds any number
+    of experts or none but its own, which the plan of the whole cut shows.
 
     keep: share of parameters that stays; below 1, raises UnsupportedModel for a place where no fewer units can be held.
     """
@@ -80,7 +81,7 @@ class Legal:
         self.model, self.known = model, {}
         self.places: dict[str, list[UnitGroup]] = {}
         for group in groups:
-            if group.kind in (*HEAD_KINDS, "experts"):
+            if group.kind in HEAD_KINDS:
                 self.places.setdefault(group.place, []).append(group)
         for place, same in self.places.items():
             if keep < 1 and not any(self(place, count) for count in range(same[0].floor, same[0].count)):

@@ -17,9 +17,11 @@ from topiarist.core.meter import Meter
 from topiarist.data import Windows
 from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.shrinking.distill import Distill, distill
+from topiarist.pipelines.shrinking.merge import Merged, merge_experts
 from topiarist.pipelines.shrinking.plan import remember
 from topiarist.pipelines.shrinking.refit import Saved, refit_consumers
 from topiarist.structured import Kept, Method, Plan, Task, UnitGroup, choose, mask_in_place, plan_layout, shrunk
+from topiarist.structured.reap import Reap
 
 Progress = Callable[[str, int, int], None]
 LOGGED = 20
@@ -92,14 +94,35 @@ class ShrinkRun:
 
     @contextmanager
     def consumers_restored(self, wanted: bool) -> Iterator[None]:
-        """At the end, the weights that a refit changes are put back into the caller's model, if wanted."""
+        """At the end, the weights that a refit or a merge changes are put back into the caller's model, if wanted."""
         names = {group.parts[-1].parameter for group in self.groups if group.width and wanted}
+        if merges(self.method) and wanted:
+            names |= {part.parameter for group in self.groups if group.kind == "experts" for part in group.parts}
         before = {name: self.source.model.get_parameter(name).data.clone() for name in names}
         try:
             yield
         finally:
             for name, weight in before.items():
                 self.source.model.get_parameter(name).data = weight
+
+    def merge(self, kept: Kept) -> dict[str, dict[int, list[int]]]:
+        """Merge experts that go into those that stay, if the method says so; {layer: {expert: those it took in}}."""
+        if not merges(self.method):
+            return {}
+
+        def load(index: int) -> Merged | None:
+            found = self.state(f"merge-{index:05d}").load()
+            return None if found is None else (found[0], {int(k): v for k, v in json.loads(found[1]["taken"]).items()})
+
+        def save(index: int, done: Merged) -> None:
+            tensors = {name: tensor.cpu() for name, tensor in done[0].items()}
+            self.state(f"merge-{index:05d}").save(tensors, {"taken": json.dumps(done[1])})
+
+        with self.meter.timed("merge"):
+            return merge_experts(
+                self.source, self.groups, kept, self.method, self.tokens,
+                batch_size=self.batch_size, load=load, save=save, progress=self.progress,
+            )  # fmt: skip
 
     def refit(self, kept: Kept) -> list[Any]:
         """Refit what reads the kept units on the calibration text, layer by layer; one report a layer."""
@@ -140,6 +163,11 @@ class ShrinkRun:
         every = max(1, len(losses) // LOGGED)
         shown = [step for step in range(1, len(losses) + 1) if step % every == 0 or step == len(losses)]
         return [{"step": step, "loss": losses[step - 1]} for step in shown]
+
+
+def merges(method: Method) -> bool:
+    """Whether a method changes the weights of experts that stay."""
+    return isinstance(method, Reap) and method.merge
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def shrink(
     meter = Meter()
     reset_peak_memory()
     scorer, keep, layout, recovery, round_to = (
-        options.method, options.keep, options.layout, options.recover, options.round_to,
+        options.chosen_method, options.keep, options.layout, options.recover, options.round_to,
     )  # fmt: skip
     opened = open_for(options, model)
     opened.check_output(out)
@@ -81,7 +81,7 @@ def shrink(
     calibration = _calibration(windows, options.seed, options.batch_size)
     kinds = tuple(dict.fromkeys(group.kind for group in groups))
     resolved = replace(
-        options, units=kinds, scope=None if layout == "uniform" else scope, refit=refit,
+        options, method=scorer, units=kinds, scope=None if layout == "uniform" else scope, refit=refit,
         num_windows=calibration.get("num_windows", options.num_windows), window_tokens=calibration.get("window_tokens"),
     )  # fmt: skip
     words, unsaid = command("shrink", model, resolved, always=SAID)
@@ -123,6 +123,7 @@ def shrink(
             kept, biases = run.choice(keep, scope, counts, round_to, with_biases=not refit)
             plan = run.plan(kept, layout, options.max_waste, biases)
             with run.consumers_restored(checkpoint is None and layout != "masked"):
+                report.merged = run.merge(kept)
                 if refit:
                     report.layers = run.refit(kept)
                 small = run.cut(kept, plan, biases)
