@@ -63,7 +63,7 @@ def test_padded(family: str, tmp_path: Path):
     check(model, groups, choose(groups, random_scores(groups), 0.6), "padded", tmp_path)
 
 
-@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.mixture])
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
 @pytest.mark.parametrize("layout", ["uniform", "hetero"])
 def test_experts(family: str, layout: str, tmp_path: Path):
     model = tiny.tiny_model(family)

@@ -15,7 +15,7 @@ from topiarist.models.opened import eager_experts
 from topiarist.structured import choose, gates, kept_cost, layer_counts, total_cost, units_of
 from topiarist.structured.units import UnitGroup, default_kinds
 
-MIXTURES = [name for name, family in FAMILIES.items() if family.mixture]
+MIXTURES = ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"]
 
 
 def indices(part, units) -> list[int]:
