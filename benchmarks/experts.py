@@ -1,11 +1,11 @@
 """Methods that cut experts, on a small mixture of experts that is trained first: perplexity after the cut.
 
-    python -m benchmarks.experts --folder /tmp/toy-moe [--train FILE... --heldout FILE...] [--steps 400]
+    python -m benchmarks.experts --folder /tmp/toy-moe [--train FILE... --heldout FILE...] [--steps 300]
 
 A random mixture has no experts worth more than others, so a toy of 2.8 million parameters (qwen3_moe: 4 layers of 16
 experts, 2 a token) learns English on one core first: minutes. What is measured says how the scores compare on that toy,
 not on a model that people use. Texts are any that `tp.text_files` reads; without any, the demo's.
-The trained model stays in the folder; finished cells stay in its cells.jsonl and are not run again.
+The training goes on where it was killed; the trained model and finished cells stay in the folder and are not made again.
 """
 
 from __future__ import annotations
@@ -84,9 +84,10 @@ def train(folder: Path, tokens: torch.Tensor, steps: int) -> None:
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"), max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=3e-3,
         lr_scheduler_type="cosine", warmup_steps=steps // 20, weight_decay=0.01, use_cpu=True, seed=0,
-        save_strategy="no", report_to=[], logging_steps=50,
+        save_steps=20, save_total_limit=1, report_to=[], logging_steps=50, disable_tqdm=True,
     )  # fmt: skip
-    Trainer(model=model, args=arguments, train_dataset=rows).train()  # pyright: ignore[reportArgumentType]
+    resumes = any((folder / "trainer").glob("checkpoint-*"))
+    Trainer(model=model, args=arguments, train_dataset=rows).train(resume_from_checkpoint=resumes)  # pyright: ignore
     model.config.output_router_logits = False
     model.save_pretrained(folder / "model")
 
@@ -112,19 +113,19 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where the trained model and the cells are kept")
     parser.add_argument("--train", type=Path, nargs="+", default=[text_dir() / "calibration.jsonl"])
     parser.add_argument("--heldout", type=Path, nargs="+", default=[text_dir() / "heldout_wikipedia.jsonl"])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--characters", type=int, default=3_000_000, help="of the training text")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     texts, folder = documents(options.train, options.characters), options.folder
+    if not (folder / "model" / "tokenizer.json").exists():
+        tokenizer_of(texts).save_pretrained(folder / "model")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
     if not (folder / "model" / "config.json").exists():
-        tokenizer = tokenizer_of(texts)
-        tokenizer.save_pretrained(folder / "model")
         started = time.process_time()
         train(folder, windows(tokenizer, texts)[:-CALIBRATION], options.steps)
         print(f"trained on {options.steps * BATCH * WINDOW:,} tokens in {time.process_time() - started:.0f} CPU s")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
     calibration = windows(tokenizer, texts)[-CALIBRATION:]
     heldout = windows(tokenizer, documents(options.heldout, 2_000_000))[:HELD_OUT]
     dense = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)

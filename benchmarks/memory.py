@@ -163,7 +163,7 @@ def main() -> None:
             print(f"{time.time() - started:6.0f} s  {line.strip()[:200]}  peak {peak:.2f} GB", flush=True)
             if line.split("/")[0].isdigit() and int(line.split("/")[0]) >= options.stop_after:
                 process.kill()
-    print(f"peak {peak:.2f} GB with {options.method}")
+    print(f"peak {peak:.2f} GB with {options.method}, {options.blocks} blocks")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def test_layers_whose_experts_saw_few_tokens_are_named():
     task = task_of(model)
     task.tokens = TOKENS[:8]
     with pytest.warns(
-        tp.errors.CalibrationWarning, match=r"64 calibration.* layers\.1\.mlp\.experts \(2 of 4, the fewest \d"
+        tp.errors.CalibrationWarning, match=r"64 calibration.*layers\.1\.mlp\.experts \(2 of 4, the fewest \d"
     ):
         Reap().scores(task)
 
