@@ -29,7 +29,7 @@ def parameters(model) -> int:
 def masked_logits(model, groups, kept, tokens) -> torch.Tensor:
     with gates(model, groups) as masks:
         masks.update({key: mask.float() for key, mask in kept.items()})
-        return model(tokens).logits
+        return model(tokens, use_cache=False).logits
 
 
 @torch.no_grad()

@@ -76,13 +76,10 @@ def test_reap_is_the_mean_of_weight_times_norm(batch_size: int):
 
 
 def test_layers_whose_experts_saw_few_tokens_are_named():
-    model = tiny.tiny_model("mixtral")
-    with torch.no_grad():  # the router of the second block sends most tokens to two experts
-        model.model.layers[1].mlp.gate.weight[2:] = 0
-    task = task_of(model)
-    task.tokens = TOKENS[:8]
+    task = task_of(tiny.tiny_model("mixtral"))
+    task.tokens = TOKENS[:1]
     with pytest.warns(
-        tp.errors.CalibrationWarning, match=r"64 calibration.*layers\.1\.mlp\.experts \(2 of 4, the fewest \d"
+        tp.errors.CalibrationWarning, match=r"64 calibration.*layers\.1\.mlp\.experts \(4 of 4, the fewest \d"
     ):
         Reap().scores(task)
 
@@ -141,7 +138,7 @@ def test_mixtures_of_every_type_lose_experts(kind: str, tmp_path: Path):
     report = tp.shrink(tmp_path / "base", tmp_path / "out", units=["experts"], keep=0.75, data=TOKENS, device="cpu")
     assert {row["kept"] for row in report.blocks} == {3}
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    torch.testing.assert_close(small(TOKENS[:2]).logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(small(TOKENS[:2], use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", REFUSED)

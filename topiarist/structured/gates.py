@@ -91,9 +91,9 @@ def _gate_output(
 def _route(masks: Masks, groups: Sequence[UnitGroup], x: Tensor, weight: Tensor, multiply: Multiply) -> Tensor:
     """The router's logits plus log mask: probabilities times the mask, normalised again."""
     logits = multiply(x)
-    mask = torch.cat([masks[g.key] for g in groups], -1)
-    if logits.shape[-1] != mask.shape[-1]:  # another product of the router than the one that makes its logits
+    if logits.shape[-1] != sum(g.count for g in groups):  # another product of the router than the one of its logits
         return logits
+    mask = torch.cat([masks[g.key] for g in groups], -1)
     added = mask.to(logits.device).log().to(logits.dtype)
     if mask.ndim == 1:
         return logits + added
