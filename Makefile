@@ -12,7 +12,7 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup assets demo test test-fast test-isa sweep lint docs clean
+.PHONY: help setup assets demo test test-fast test-isa test-kills sweep lint docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -48,6 +48,9 @@ test-fast: $(STAMP) ## the tests of a few seconds that need nothing fetched
 
 sweep: $(STAMP) ## try every model type of transformers; writes docs/reference/architectures.md
 	cd tests && $(ONE_THREAD) HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore PYTHONPATH=.. ../$(BIN)/python -m sweep --out ../docs/reference/architectures.md
+
+test-kills: $(STAMP) ## kill processes of divided runs twenty times
+	KILLS=20 $(ONE_THREAD) $(BIN)/python -m pytest tests/test_prune_processes.py -k killed
 
 # Held to AVX2, to AVX-512 without AMX, free, and emulated (tests/rounding.py).
 test-isa: $(STAMP) ## the fast tests under several instruction sets

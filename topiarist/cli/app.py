@@ -25,8 +25,9 @@ from topiarist.cli import (
     shrink,
 )
 from topiarist.cli import run as recipes
-from topiarist.cli.common import WarningLines, err, out, quiet
+from topiarist.cli.common import WarningLines, err, is_main, out, quiet
 from topiarist.cli.from_options import understood
+from topiarist.cli.together import Together, check_divided, several
 
 app = typer.Typer(
     help="Prune Hugging Face causal language models, and measure what it cost.",
@@ -52,15 +53,24 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 
 
 def main() -> None:
-    """Run the command line. User errors end in one line and exit code 2."""
-    from topiarist.core.errors import TopiaristError
+    """Run the command line. User errors end in one line and exit code 2, of whichever process they are."""
+    from topiarist.core.errors import LostProcess, TopiaristError
 
     lines = WarningLines()
     warnings.showwarning = lines.show
     quiet()
+    out.quiet = err.quiet = not is_main()
+    together = None
     try:
+        if several():
+            together = Together()
+            check_divided(sys.argv[1:])
         code = app(understood(sys.argv[1:], OPTIONS), standalone_mode=False) or 0
     except TopiaristError as error:
+        if together is not None:
+            if isinstance(error, LostProcess):
+                together.wait_for_cause()
+            together.fail(str(error))
         err.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         code = USAGE
     except (KeyboardInterrupt, typer.Abort):
@@ -69,11 +79,14 @@ def main() -> None:
         show = getattr(error, "show", None)  # usage errors of the parser know how to print themselves
         if show is None:
             raise
-        show()
+        if is_main():
+            show()
         code = getattr(error, "exit_code", USAGE)
     lines.close()
     if code == INTERRUPTED:
         err.print("interrupted: finished blocks are kept, the same command resumes", highlight=False)
+    if together is not None:
+        together.leave()
     sys.exit(code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections import Counter
@@ -24,6 +25,11 @@ Plan = Annotated[bool, typer.Option("--plan", help="say what the run will need, 
 PushTo = Annotated[
     str | None, typer.Option("--push-to-hub", metavar="NAME", help="then upload the result to the hub as NAME")
 ]
+
+
+def is_main() -> bool:
+    """Whether this process talks: the only one, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def set_threads(threads: int | None) -> None:
@@ -65,7 +71,7 @@ class ProgressLines:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Show progress on the standard error: a bar on a terminal, lines elsewhere."""
+    """Show progress on the standard error: a bar on a terminal, lines elsewhere. Of several processes one shows it."""
     if not err.is_terminal:
         yield ProgressLines()
         return
@@ -122,7 +128,7 @@ def print_dense(rows: Sequence[Mapping[str, Any]]) -> None:
 def print_run(run: Mapping[str, Any], output: Path, push_to: str | None = None) -> None:
     """Say how long it took, what memory, where the result is; upload it if a name on the hub was given."""
     say(f"{run['seconds']:.0f} s, peak memory {run['peak_memory_bytes'] / 1e9:.2f} GB; written to {output}")
-    if push_to is not None:
+    if push_to is not None and is_main():
         from topiarist.results.hub import push
 
         say(f"uploaded to {push(output, push_to)}")

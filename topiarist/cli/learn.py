@@ -27,7 +27,6 @@ def learn(
     """Learn MODEL's masks on text, from a one-shot prior, and write OUT. The same command resumes a stopped run."""
     import topiarist as tp
     from topiarist.pipelines.learning.plan import plan_learn
-    from topiarist.pipelines.training.processes import Processes
 
     if plan:
         print_plan(plan_learn(model, options))
@@ -35,7 +34,6 @@ def learn(
     first = os.environ.get("RANK", "0") == "0"  # under torchrun one process talks
     with progress_bar() if first else nullcontext() as progress:
         report = tp.learn(model, output, options=options, progress=progress)
-    Processes.destroy()
     if not first:
         return
     table = Table(title=f"learned {report.pattern}: {len(report.layers)} masks, {report.sparsity:.2%} zeros")

@@ -28,7 +28,6 @@ def recover(
     """Train PRUNED as a whole towards the dense model, its zeros held, and write OUT. The same command resumes."""
     import topiarist as tp
     from topiarist.pipelines.recovering.plan import plan_recover
-    from topiarist.pipelines.training.processes import Processes
 
     if plan:
         print_plan(plan_recover(model, teacher=teacher, options=options))
@@ -36,7 +35,6 @@ def recover(
     main = os.environ.get("RANK", "0") == "0"  # under torchrun one process talks
     with progress_bar() if main else nullcontext() as progress:
         report = tp.recover(model, output, teacher=teacher, options=options, progress=progress)
-    Processes.destroy()
     if not main:
         return
     what = "loss" if options.loss == "lm" else "divergence"

@@ -33,6 +33,14 @@ class DeviceError(TopiaristError, RuntimeError):
     """A device that is not here."""
 
 
+class ProcessError(TopiaristError, RuntimeError):
+    """Processes of one run that cannot share it, do not agree on it, or have lost one another."""
+
+
+class LostProcess(ProcessError):
+    """A process of a run that cannot be reached any more, because it ended or the network did."""
+
+
 class NumericalWarning(UserWarning):
     """Numerical trouble that was repaired; the message names the value used."""
 

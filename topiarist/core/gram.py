@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,51 @@ class Gram:
         self.tokens += other.tokens
         return self
 
+    def take(self) -> Float[Tensor, " sums"]:
+        """The sums so far as one vector, the upper triangle alone; those here start again from zero. `tokens` stays."""
+        sums = torch.empty(self.num_sums, dtype=torch.float32, device=self._upper.device)
+        for strip, part in self._strips(sums):
+            part.copy_(strip)
+        self._upper.zero_()
+        return sums
+
+    def put(self, sums: Float[Tensor, " sums"]) -> None:
+        """Set the sums to those that a `take` gave."""
+        if not self.is_here:
+            self._upper = torch.zeros(self.in_features, self.in_features, dtype=torch.float32, device=sums.device)
+        for strip, part in self._strips(sums):
+            strip.copy_(part)
+
+    def drop(self) -> None:
+        """Free the sums, which another process has; `tokens` stays."""
+        self._upper = self._upper.new_empty(0, 0)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the sums are in this process."""
+        return len(self._upper) == self.in_features
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums are."""
+        return self._upper.device
+
+    @property
+    def num_sums(self) -> int:
+        """Elements of what `take` returns."""
+        return sum(
+            min(BLOCK, self.in_features - start) * (self.in_features - start)
+            for start in range(0, self.in_features, BLOCK)
+        )
+
+    def _strips(self, sums: Float[Tensor, " sums"]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(rows of the upper triangle from their diagonal tile on, their part of `sums`), from the top down."""
+        place = 0
+        for start in range(0, self.in_features, BLOCK):
+            strip = self._upper[start : start + BLOCK, start:]
+            yield strip, sums[place : place + strip.numel()].view(strip.shape)
+            place += strip.numel()
+
     def __add__(self, other: Gram) -> Gram:
         total = Gram(self.in_features, device=self._upper.device)
         return total.merge(self).merge(other)
@@ -79,6 +125,8 @@ class Gram:
     @property
     def matrix(self) -> Float[Tensor, "in in"]:
         """H, symmetric, fp32; a new tensor."""
+        if not self.is_here:
+            raise ValueError("the sums of this Gram are in another process")
         # A finite sum proves every term finite, several times faster than testing each.
         if not torch.isfinite(self._upper.sum()) and not torch.isfinite(self._upper).all():
             raise NumericalError("NaN or Inf in the Gram: the model's activations overflow; check weights and dtype")

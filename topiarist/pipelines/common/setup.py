@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from topiarist import allocate
 from topiarist.allocate.fixed import check_budget, read_file
+from topiarist.checkpoints.locking import LOCK
+from topiarist.checkpoints.writing import REPORT, OutputFolder
 from topiarist.core.errors import CalibrationError, PatternError
 from topiarist.core.patterns import Pattern
 from topiarist.data import Windows, calibration_windows, check_vocabulary
 from topiarist.models.opened import OpenedModel, open_model
 from topiarist.pipelines.common.options import DataOptions, TextOptions
+from topiarist.pipelines.training.processes import Processes, computing
 
 
 def resolve_patterns(
@@ -54,6 +59,21 @@ def open_for(options: DataOptions, model: str | Path | nn.Module | OpenedModel) 
     return open_model(
         model, device=options.device, trust_remote_code=options.trust_remote_code, tokenizer=options.tokenizer
     )
+
+
+def open_output(
+    out: str | Path | None, fingerprint: Mapping[str, Any], device: torch.device, processes: Processes, held: ExitStack
+) -> OutputFolder | None:
+    """The folder that the main process writes, locked there until `held` ends, once all processes agree on the run.
+
+    out: None, where nothing is written. Raises ProcessError for processes that do not agree, or see another folder.
+    """
+    processes.check_agreement({"out": str(out), **computing(device), **fingerprint})
+    if out is None:
+        return None
+    output = processes.on_main(lambda: held.enter_context(OutputFolder(out, fingerprint)))
+    processes.check_shared((output.folder / (REPORT if output.complete else LOCK)).read_text, str(out))
+    return output
 
 
 def windows_of(options: TextOptions, source: OpenedModel) -> Windows:

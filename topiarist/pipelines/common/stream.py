@@ -9,7 +9,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,51 +18,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from topiarist.core.errors import UnsupportedModel
-from topiarist.core.gram import Gram
+from topiarist.core.slots import slot_batches
 from topiarist.models.calls import BlockCall, capture_calls, equal, first_of
 from topiarist.models.families import Matrix
 from topiarist.models.hooks import EndForward, watch_inputs
 from topiarist.models.opened import OpenedModel
 from topiarist.models.paused import PausedForward
 from topiarist.models.probe import flow_of
-
-
-@dataclass
-class GramGroup:
-    """Matrices that read one input, and its Gram."""
-
-    matrices: list[Matrix]
-    gram: Gram
-    asked: list[Tensor] | None = None
-    """Weights for the solver to approximate on this Gram, if not the matrices' own."""
-
-
-@dataclass
-class GramCollector:
-    """Accumulates one Gram for every distinct input of `matrices` while a block runs."""
-
-    matrices: Sequence[Matrix]
-    groups: list[GramGroup] = field(default_factory=list)
-    _group_of: dict[Matrix, GramGroup] = field(default_factory=dict)
-    _inputs: list[tuple[Tensor, GramGroup]] = field(default_factory=list)
-
-    def on_input(self, matrix: Matrix, x: Float[Tensor, "*batch in"]) -> None:
-        """Note that `matrix` reads x; the first matrix of a group brings its tokens."""
-        group = self._group_of.get(matrix)
-        if group is None:
-            group = next((g for seen, g in self._inputs if seen is x), None)
-            if group is None:
-                group = GramGroup([], Gram(matrix.shape[1], device=x.device))
-                self.groups.append(group)
-            group.matrices.append(matrix)
-            self._group_of[matrix] = group
-            self._inputs.append((x, group))
-        if group.matrices[0] is matrix:
-            group.gram.add(x)
-
-    def end_of_forward(self) -> None:
-        """Inputs of one forward are compared by identity, so they are held until it ends and dropped here."""
-        self._inputs.clear()
+from topiarist.pipelines.common.grams import GramCollector, GramGroup
+from topiarist.pipelines.training.processes import Processes
 
 
 class HiddenStates:
@@ -88,13 +52,29 @@ class BlockStream:
     Blocks are replayed one by one on stored hidden states. Where that cannot be (`Flow`), PausedStream takes its place.
 
     tokens (num, window), int64. batch_size: windows a forward. spill: folder for hidden states that do not fit in
-    memory.
+    memory. processes: each has the hidden states of its own windows only, whole batches in whole slots; Grams are those of
+    all windows.
     """
 
     def __init__(
-        self, source: OpenedModel, tokens: Tensor, *, batch_size: int, device: torch.device, spill: Path | None = None
+        self,
+        source: OpenedModel,
+        tokens: Tensor,
+        *,
+        batch_size: int,
+        device: torch.device,
+        spill: Path | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.source, self.device, self._spill = source, device, spill
+        self.processes = processes or Processes()
+        self.num_all_batches = -(-len(tokens) // batch_size)
+        """Of all processes."""
+        slots = slot_batches(self.num_all_batches, self.processes.rank, self.processes.size)
+        self._first = first = slots[0].start
+        # Batches of this process, slot by slot.
+        self.slots = [range(slot.start - first, slot.stop - first) for slot in slots]
+        tokens = tokens[first * batch_size : slots[-1].stop * batch_size]
         self._batches = [slice(s, min(s + batch_size, len(tokens))) for s in range(0, len(tokens), batch_size)]
         self.dense: HiddenStates | None = None
         """The dense model's own hidden states after the block that `follow_dense` saw last."""
@@ -111,6 +91,7 @@ class BlockStream:
         batch_size: int,
         spill: Path | None = None,
         needs_states: str = "",
+        processes: Processes | None = None,
     ) -> BlockStream:
         """The stream that fits the model.
 
@@ -118,10 +99,10 @@ class BlockStream:
         UnsupportedModel if it is asked of a model that has none, and for a block that is called twice a forward.
         """
         if flow_of(source, tokens[:1]).replays:
-            return cls(source, tokens, batch_size=batch_size, device=source.device, spill=spill)
+            return cls(source, tokens, batch_size=batch_size, device=source.device, spill=spill, processes=processes)
         if needs_states or spill is not None:
             check_flow(source, tokens, needs_states or "spilling hidden states to a file")
-        return PausedStream(source, tokens, batch_size=batch_size, device=source.device)
+        return PausedStream(source, tokens, batch_size=batch_size, device=source.device, processes=processes)
 
     def _begin(self, tokens: Tensor) -> None:
         """Take the tokens to where the first block would run."""
@@ -155,8 +136,18 @@ class BlockStream:
 
     @property
     def num_batches(self) -> int:
-        """Number of batches that the windows are divided into."""
+        """Number of batches that this process' windows are divided into."""
         return len(self._batches)
+
+    def owner_of(self, batch: int) -> int:
+        """The process that has a batch, counted among those of all processes."""
+        size = self.processes.size
+        shares = (slot_batches(self.num_all_batches, rank, size) for rank in range(size))
+        return next(rank for rank, slots in enumerate(shares) if slots[0].start <= batch < slots[-1].stop)
+
+    def own(self, batch: int) -> int:
+        """The number among this process' batches of one counted among those of all."""
+        return batch - self._first
 
     def run_batch(
         self, index: int, block: Callable[..., Any], batch: int, states: Float[Tensor, "num window width"] | None = None
@@ -261,18 +252,27 @@ class BlockStream:
                 raise EndForward
 
         with watch_inputs(matrices, on_input):
-            for batch in range(1 if one_batch else self.num_batches):
-                remaining.update(matrices)
-                with suppress(EndForward):
-                    self.run_batch(index, block, batch)
-                collector.end_of_forward()
-        return collector.groups
+            for slot in [range(1)] if one_batch else self.slots:
+                for batch in slot:
+                    remaining.update(matrices)
+                    with suppress(EndForward):
+                        self.run_batch(index, block, batch)
+                    collector.end_of_forward()
+                if not one_batch:
+                    collector.end_of_slot()
+        return collector.groups if one_batch else collector.of_all(self.processes)
 
     def stages(self, index: int, block: nn.Module, matrices: Sequence[Matrix]) -> list[list[Matrix]]:
         """The matrices in the order in which a forward reaches them; those that read one input stay together."""
         stages: dict[str, list[Matrix]] = {}
-        for group in self.grams(index, block, matrices, one_batch=True):
-            stages.setdefault(group.matrices[0].stage, []).extend(group.matrices)
+        by_name = {matrix.name: matrix for matrix in matrices}
+
+        def reached() -> list[list[str]]:
+            groups = self.grams(index, block, matrices, one_batch=True)
+            return [[matrix.name for matrix in group.matrices] for group in groups]
+
+        for group in self.processes.on_main(reached):  # which has the first batch
+            stages.setdefault(by_name[group[0]].stage, []).extend(by_name[name] for name in group)
         # One batch may miss some experts; they belong to the stage of their siblings.
         seen = {matrix for stage in stages.values() for matrix in stage}
         for matrix in matrices:

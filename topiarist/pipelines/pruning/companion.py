@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from topiarist.checkpoints.atomic import save_tensors
@@ -16,7 +17,7 @@ from topiarist.checkpoints.writing import ADAPTER, OutputFolder
 from topiarist.core.gram import Gram
 from topiarist.models.families import Matrix
 from topiarist.solvers import Solution
-from topiarist.solvers.low_rank import low_rank_companion
+from topiarist.solvers.low_rank import LowRank, low_rank_companion
 
 PREFIX = "base_model.model."
 """Of every name in a PEFT adapter."""
@@ -36,9 +37,12 @@ class Companion:
     transposed: bool = False
     """Whether the matrices are stored (in, out), as PEFT has to be told."""
 
-    def add(self, name: str, matrix: Matrix, weight: Tensor, solution: Solution, gram: Gram) -> None:
-        """Compute the companion of one matrix. weight: (out, in), what the solver was asked for. name: the module's, whole."""
-        found = low_rank_companion(weight, solution.weight, gram, self.rank)
+    def of(self, weight: Float[Tensor, "out in"], solution: Solution, gram: Gram) -> LowRank:
+        """Compute the companion of one matrix. weight: what the solver was asked for."""
+        return low_rank_companion(weight, solution.weight, gram, self.rank)
+
+    def add(self, name: str, matrix: Matrix, found: LowRank) -> None:
+        """Take in the companion of a matrix. name: the module's, whole."""
         for part, value in (("lora_A", found.A), ("lora_B", found.B)):
             self.tensors[f"{PREFIX}{name}.{part}.weight"] = value.to(self.dtype).cpu().contiguous()
         self.errors[name] = found.error

@@ -25,9 +25,11 @@ from torch import Tensor, nn
 
 from topiarist.core import linalg
 from topiarist.core.options import Share, options
+from topiarist.core.slots import PairwiseSum
 from topiarist.models.families import Matrix, matrices_of
 from topiarist.models.hooks import EndForward, hooked, watch_inputs
-from topiarist.pipelines.common.stream import BlockStream, GramCollector, GramGroup
+from topiarist.pipelines.common.grams import GramCollector, GramGroup
+from topiarist.pipelines.common.stream import BlockStream
 
 ROUNDING = 0.1
 """Relative error of the median token up to which two sums in the model's dtype count as equal. With a norm or a factor in
@@ -47,14 +49,6 @@ class Correct:
 
 
 @dataclass
-class _Lack:
-    """Sums over tokens for one group: of (x_d - x) x^T, or of (what the states lack after the matrix) x^T."""
-
-    of_inputs: Float[Tensor, "in in"] | None = None
-    of_states: Float[Tensor, "out in"] | None = None
-
-
-@dataclass
 class Corrector:
     """One block beside a copy of itself that stays dense. Make it before anything of the block is pruned."""
 
@@ -70,7 +64,9 @@ class Corrector:
         self._dense = copy.deepcopy(self.block)
         self._twins = {m.name: m for m in matrices_of(self._dense, self._family)}
         self._attention = f"{self._family.attention.module}.{self._family.attention.out}"
-        self.writers = self._find_writers() if self.settings.residual else set()
+        # Asked of the first batch, which the main process has.
+        find = self._find_writers if self.settings.residual else set
+        self.writers = self.stream.processes.on_main(find)
 
     @torch.no_grad()
     def groups(self, matrices: Sequence[Matrix]) -> list[GramGroup]:
@@ -78,35 +74,54 @@ class Corrector:
 
         Experts keep their own weights: in the dense model other tokens reach them.
         """
-        collector, lacks = GramCollector(matrices), dict[int, _Lack]()
+        collector, lacks = GramCollector(matrices), dict[str, PairwiseSum]()
         twins = [self._twins[m.name] for m in matrices if m.expert is None]
-        for batch in range(self.stream.num_batches):
-            wanted, read = dict[str, Tensor](), dict[str, Tensor]()
-            states_wanted = self._run(self._dense, twins, batch, partial(_note_input, wanted)) if twins else None
-            states = self._run(self.block, matrices, batch, partial(_note_input, read), collector.on_input)
-            for number, group in enumerate(collector.groups):
-                lead = group.matrices[0]
-                if lead.expert is not None:
-                    continue
-                lack, x = lacks.setdefault(number, _Lack()), _tokens(read[lead.name])
-                if lead.name in self.writers and states is not None and states_wanted is not None:
-                    lack.of_states = _add(lack.of_states, _tokens(states_wanted) - _tokens(states), x)
-                else:
-                    lack.of_inputs = _add(lack.of_inputs, _tokens(wanted[lead.name]) - x, x)
-            collector.end_of_forward()
-        for number, lack in lacks.items():
-            collector.groups[number].asked = self._corrected(collector.groups[number], lack)
-        return collector.groups
+        for number, slot in enumerate(self.stream.slots):
+            of_slot: dict[str, Tensor] = {}
+            for batch in slot:
+                wanted, read = dict[str, Tensor](), dict[str, Tensor]()
+                states_wanted = self._run(self._dense, twins, batch, partial(_note_input, wanted)) if twins else None
+                states = self._run(self.block, matrices, batch, partial(_note_input, read), collector.on_input)
+                for lead in (group.matrices[0] for group in collector.groups):
+                    if lead.expert is not None:
+                        continue
+                    x = _tokens(read[lead.name])
+                    if lead.name in self.writers:
+                        assert states is not None and states_wanted is not None
+                        missing = _tokens(states_wanted) - _tokens(states)
+                    else:
+                        missing = _tokens(wanted[lead.name]) - x
+                    of_slot[lead.name] = _add(of_slot.get(lead.name), missing, x)
+                collector.end_of_forward()
+            for name in {**lacks, **of_slot}:
+                lacks.setdefault(name, PairwiseSum(empty=number)).push(of_slot.get(name))
+            collector.end_of_slot()
+        groups = collector.of_all(self.stream.processes)
+        for group in groups:
+            if (lack := lacks.pop(group.matrices[0].name, None)) is not None:
+                self._correct(group, lack.total)
+        return groups
 
-    def _corrected(self, group: GramGroup, lack: _Lack) -> list[Tensor]:
+    def _correct(self, group: GramGroup, lack: Float[Tensor, "missing in"] | None) -> None:
+        """Set the weights to prune in the process that owns the group, from this process' sum over tokens.
+
+        lack: of (x_d - x) x^T, or for a writer of (what the states lack after it) x^T.
+        """
+        assert lack is not None  # every process has windows, and none leaves a linear layer out
+        processes = self.stream.processes
+        everyone = [True] * processes.size
+        total = processes.add_pairwise(lack.flatten(), group.owner, lack.numel(), lack.device, everyone)
+        if total is not None:
+            group.asked = self._corrected(group, total.view(lack.shape))
+
+    def _corrected(self, group: GramGroup, lack: Float[Tensor, "missing in"]) -> list[Tensor]:
         gram, H = group.gram, group.gram.matrix
         H.diagonal().mul_(1 + self.settings.ridge * gram.in_features / max(gram.tokens, 1)).masked_fill_(gram.dead, 1.0)
         factor = linalg.cholesky(H)
         asked = []
         for matrix in group.matrices:
             W = matrix.weight.float()
-            E = lack.of_states if lack.of_inputs is None else W @ lack.of_inputs
-            assert E is not None
+            E = lack if group.matrices[0].name in self.writers else W @ lack
             asked.append((W + self.settings.share * torch.cholesky_solve(E.T, factor).T).to(matrix.weight.dtype))
         return asked
 

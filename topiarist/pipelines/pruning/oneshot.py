@@ -28,18 +28,20 @@ from topiarist.models.saving import write_model
 from topiarist.pipelines.allocating.allocation import allocated, fixed_patterns
 from topiarist.pipelines.common.dense import left_dense, why_dense
 from topiarist.pipelines.common.finish import finish, weights_of
+from topiarist.pipelines.common.grams import GramCollector
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.packed import quantized_config
 from topiarist.pipelines.common.reproduce import command, recipe
-from topiarist.pipelines.common.setup import open_for, windows_of
-from topiarist.pipelines.common.stream import GramCollector
-from topiarist.pipelines.pruning.block import BlockPruner, check_finite
+from topiarist.pipelines.common.setup import open_for, open_output, windows_of
+from topiarist.pipelines.pruning.block import BlockPruner
 from topiarist.pipelines.pruning.companion import Companion
+from topiarist.pipelines.pruning.groups import check_finite
 from topiarist.pipelines.pruning.onto_grid import grid_of, solver_of
 from topiarist.pipelines.pruning.options import PruneOptions
 from topiarist.pipelines.pruning.packing import PackingWalk
 from topiarist.pipelines.pruning.sparsellm import METHODS, Method, SparseLLM
 from topiarist.pipelines.pruning.walk import Walk
+from topiarist.pipelines.training.processes import Processes
 from topiarist.quantization import METHODS as QUANTIZERS
 from topiarist.quantization import Grid
 from topiarist.results.report import Report
@@ -61,12 +63,14 @@ def prune(
     written to `out` if given). options: all settings as one value, instead of single ones. progress: is told what goes on.
 
     The error reported of a corrected matrix is that of the corrected weight. The same call on the same `out` resumes a run that
-    was killed, and returns the report of one that is finished. Raises a TopiaristError for everything a user can mend.
+    was killed, and returns the report of one that is finished. Under `torchrun` the windows and the solving are divided among
+    the processes, to the same bytes. Raises a TopiaristError for everything a user can mend.
     """
     options = given_or_made(PruneOptions, options, settings)
     meter = Meter()
     reset_peak_memory()
     options.check_text()
+    processes = Processes.join()
     source = open_for(options, model)
     source.check_output(out)
     checkpoint = source.checkpoint
@@ -78,24 +82,28 @@ def prune(
     report = _report(options, model, source, windows, grid)
     report.base_digest = source.digest() if out is None else source.digest_before(Path(out))
     pruner = BlockPruner.of(
-        solver_of(options, grid), patterns, options.refine, options.correct, sequential=options.true_sequential
+        solver_of(options, grid),
+        patterns,
+        options.refine,
+        options.correct,
+        sequential=options.true_sequential,
+        processes=processes,
     )
     pruner.meter = meter
     pruner.companion = _companion(options, source, patterns, out)
     for expression in unmatched:
         pruner.warn(f"--skip {expression!r} matches no layer", UserWarning)
-    output = None
+    fingerprint = _fingerprint(options, report, patterns)
     with ExitStack() as held:
-        if out is not None:
-            fingerprint = _fingerprint(options, report, patterns)
-            output = held.enter_context(OutputFolder(Path(out), fingerprint))
+        output = open_output(out, fingerprint, source.device, processes, held)
+        if output is not None:
             if output.complete:
                 source.become(output.folder)
                 return Report.from_folder(output.folder)
-            if checkpoint is None:
+            if checkpoint is None and processes.is_main:
                 output.begin(source.nbytes)
-        if options.rule is not None:
-            found = allocated(options, options.rule, source, windows, output, tell)
+        if (rule := options.rule) is not None:
+            found = processes.on_main(lambda: allocated(options, rule, source, windows, output, tell))
             pruner.patterns, report.allocation = found
         walk = (Walk if grid is None else PackingWalk)(source, pruner, windows.tokens, options, tell)
         with eager_experts(source.model):
@@ -106,22 +114,28 @@ def prune(
         reasons = why_dense(pruner.patterns, options.skip)
         report.dense = left_dense(source, {layer.name for layer in report.layers}, reasons)
         report.warnings, report.refined, report.joint = pruner.warned, pruner.refined, pruner.joined
-        if pruner.companion is not None and output is not None:
-            report.companion = pruner.companion.write(output, len(source.block_names))
+        if (companion := pruner.companion) is not None and (folder := output) is not None:
+            report.companion = processes.on_main(lambda: companion.write(folder, len(source.block_names)))
         report.output = None if out is None else str(out)
-        report.run = pruner.meter.run(source.device)
-        if isinstance(source, FolderModel) and output is not None:
-            config = None
-            if grid is not None:
-                sizes = output.tensor_bytes()
-                report.weights = {**report.weights, "after": sum(sizes.values())}
-                config = quantized_config(source, grid, sizes)
-            finish(output, report, source, text=windows, config=config)
-        elif output is not None:
-            report.result_digest = source.result_digest()
-            written = write_model(output, source.model, source.loaded_tokenizer)
-            finish(output, report, source, text=windows, written=written)
+        report.run = {**pruner.meter.run(source.device), "processes": processes.size}
+        if output is not None:
+            processes.on_main(lambda: _finish(output, report, source, windows, grid))
         return report
+
+
+def _finish(output: OutputFolder, report: Report, source: OpenedModel, windows: Windows, grid: Grid | None) -> None:
+    """Make a model of what was written; write an object's weights first."""
+    if isinstance(source, FolderModel):
+        config = None
+        if grid is not None:
+            sizes = output.tensor_bytes()
+            report.weights = {**report.weights, "after": sum(sizes.values())}
+            config = quantized_config(source, grid, sizes)
+        finish(output, report, source, text=windows, config=config)
+        return
+    report.result_digest = source.result_digest()
+    written = write_model(output, source.model, source.loaded_tokenizer)
+    finish(output, report, source, text=windows, written=written)
 
 
 def _companion(

@@ -11,19 +11,23 @@ from typing import Any
 
 from topiarist.checkpoints.writing import bytes_to_write
 from topiarist.core.meter import peak_memory_bytes, resident_bytes
-from topiarist.models.families import Matrix
+from topiarist.core.slots import SLOTS, check_slots
 from topiarist.models.opened import eager_experts
 from topiarist.pipelines.allocating.allocation import fixed_patterns
+from topiarist.pipelines.common.grams import GramGroup, owners
 from topiarist.pipelines.common.setup import open_for, windows_of
-from topiarist.pipelines.common.stream import BlockStream, GramGroup
+from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.pruning.block import BlockPruner
 from topiarist.pipelines.pruning.onto_grid import grid_of, solver_of
 from topiarist.pipelines.pruning.options import PruneOptions
 from topiarist.pipelines.pruning.sparsellm import Method, SparseLLM
+from topiarist.pipelines.training.processes import Processes
 
 PROBE_WINDOWS = 2
 SOLVER_COPIES = 10
 """fp32 copies of its weight and of its Gram that a solver may hold at once; an upper bound over the table."""
+GRAM_COPIES = 1 + SLOTS.bit_length() // 2
+"""Squares a Gram: the sum of a slot, and sums of slots that wait for their neighbours, half a square each."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,15 @@ class Plan:
     disk_bytes: int
     forward_seconds: float
     solver_seconds: float
+    processes: int = 1
+    """That divide the run; memory is that of one of them."""
 
     def lines(self) -> list[tuple[str, str]]:
         """(what, how much) of every need, in words."""
         return [
             ("blocks x matrices", f"{self.blocks} x {self.matrices}"),
-            ("peak memory, about", f"{self.peak_memory_bytes / 1e9:.2f} GB"),
+            *[("processes", f"{self.processes}")] * (self.processes > 1),
+            ("peak memory, about", f"{self.peak_memory_bytes / 1e9:.2f} GB" + " each" * (self.processes > 1)),
             ("disk", f"{self.disk_bytes / 1e9:.2f} GB"),
             ("forward passes and Grams, about", duration(self.forward_seconds)),
             ("solver, about", duration(self.solver_seconds)),
@@ -50,13 +57,20 @@ class Plan:
 
 
 def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
-    """Probe the first block with two windows and extrapolate. Writes nothing."""
+    """Probe the first block with two windows and extrapolate. Writes nothing. Under `torchrun`, for so many processes.
+
+    Raises ProcessError for a run that so many cannot divide.
+    """
+    processes = Processes.join()
     joint = options.method if isinstance(options.method, SparseLLM) else None
     options.check_text()
     source = open_for(options, model)
     patterns, _ = fixed_patterns(options, source)
     solver = solver_of(options, grid_of(options, source, patterns, None))
     windows = windows_of(options, source)
+    if processes.size > 1:
+        check_slots(-(-len(windows.tokens) // options.windows_a_forward), processes.size)
+        BlockPruner.of(options.method, patterns, options.refine, options.correct, processes=processes)
     if options.data is None:
         return _plan_without_data(source, solver, patterns)
     with eager_experts(source.model), warnings.catch_warnings():
@@ -72,12 +86,12 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
         start = time.perf_counter()
         stream.advance(0, block)
         advance_seconds = time.perf_counter() - start
-        smallest = min(groups, key=lambda g: _work(g.matrices))
+        smallest = min(groups, key=lambda g: g.work)
         start = time.perf_counter()
         BlockPruner.of(solver, patterns).solve([smallest], smallest.matrices, path)
-        rate = (time.perf_counter() - start) / _work(smallest.matrices)
+        rate = (time.perf_counter() - start) / smallest.work
     blocks = len(source.block_names)
-    solves = sum(_work(g.matrices) for g in groups)
+    solves = sum(g.work for g in groups)
     if joint is not None:  # as if all of a block were its feed-forward network, which is most of it
         solves *= 1 + joint.down_refit + joint.epochs
     passes = (2.0 if options.true_sequential else 1.0) * gram_seconds + advance_seconds
@@ -87,13 +101,18 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
         passes += advance_seconds * (1 + 4 * refinement.epochs)
     if joint is not None:  # a round in fp32 does the work of about three forwards, a refit that of one
         passes += advance_seconds * (2 + joint.down_refit + 3 * joint.epochs)
+    own = -(-len(windows.tokens) // processes.size)
+    load = [0.0] * processes.size
+    for group, owner in zip(groups, owners([g.work for g in groups], processes.size), strict=True):
+        load[owner] += group.work
     return Plan(
         blocks=blocks,
         matrices=len(matrices),
-        peak_memory_bytes=resident_bytes() + _working_set(source, stream, groups, len(windows.tokens), options, joint),
+        peak_memory_bytes=resident_bytes() + _working_set(source, stream, groups, own, options, joint),
         disk_bytes=bytes_to_write(source.nbytes),
-        forward_seconds=blocks * passes * len(windows.tokens) / len(probe),
-        solver_seconds=blocks * rate * solves,
+        forward_seconds=blocks * passes * own / len(probe),
+        solver_seconds=blocks * rate * solves * max(load) / sum(load),
+        processes=processes.size,
     )
 
 
@@ -113,12 +132,6 @@ def _plan_without_data(source: Any, solver: Method, patterns: Any) -> Plan:
     )
 
 
-def _work(matrices: Sequence[Matrix]) -> float:
-    """Flops of a Gram solver up to a constant: a factorisation, and products with every weight."""
-    width = matrices[0].shape[1]
-    return width**3 + 30.0 * width**2 * sum(m.shape[0] for m in matrices)
-
-
 def _working_set(
     source: Any,
     stream: BlockStream,
@@ -134,7 +147,7 @@ def _working_set(
         tokens = 0 if spilled else samples * stream.hidden.shape[1]
         rows = max(sum(m.shape[0] for m in g.matrices) for g in groups) if joint.epochs > 1 else 0
         hidden += (1 + joint.needs_dense_inputs) * states + 4 * tokens * (stream.hidden.shape[2] + rows)
-    refinement, grams = options.refine, sum(4 * g.gram.in_features**2 for g in groups)
+    refinement, grams = options.refine, sum(GRAM_COPIES * 4 * g.gram.in_features**2 for g in groups)
     if options.correct is not None or (refinement is not None and refinement.target == "dense"):
         hidden += 2 * states  # the dense model's, on both sides of a block
     if refinement is not None and refinement.target == "current":  # targets

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from topiarist.core.options import options
@@ -40,6 +40,8 @@ class Refine:
     """Also train the block's one-dimensional parameters (norms and biases)."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the calibration windows that only chooses the best epoch."""
+    accumulate: PositiveInt = 1
+    """Forwards whose mean gradient makes one step; so many processes can work on it at once."""
 
 
 def refine_block(
@@ -54,7 +56,8 @@ def refine_block(
     """Train the kept weights of `matrices` (already pruned, in place) towards `targets`, the block's outputs as wanted.
 
     Weights are held in fp32 while they learn and run in the block's own dtype. The epoch with the smallest error on
-    the held-out windows wins, the unrefined block included, both measured with weights as they will be stored.
+    the held-out windows wins, the unrefined block included, both measured with weights as they will be stored. Every process
+    runs the forwards of its own windows and takes the same steps, whatever their number.
     Raises NumericalError if the loss is not finite.
     """
     trained = _trained_parameters(block, matrices, settings.norms)
@@ -62,8 +65,8 @@ def refine_block(
     weights = TrainedWeights(trained, masks)
 
     def squared_error(batch: int) -> tuple[Tensor, Tensor]:
-        """(sum of squared differences, sum of squared changes that the dense block makes) over one batch."""
-        rows, hidden, out = stream.run_batch(index, block, batch)
+        """(sum of squared differences, sum of squared changes that the dense block makes) over one batch of this process."""
+        rows, hidden, out = stream.run_batch(index, block, stream.own(batch))
         target = targets[rows].to(out.device).float()
         return (out.float() - target).square().sum(), (target - hidden.float()).square().sum()
 
@@ -73,25 +76,31 @@ def refine_block(
 
     @torch.no_grad()
     def held_out_error() -> float:
-        sums = [squared_error(batch) for batch in checking]
+        own = {batch: squared_error(batch) for batch in checking if stream.owner_of(batch) == processes.rank}
+        of_all = {batch: sums for its in processes.gather(own) for batch, sums in its.items()}
+        sums = [of_all[batch] for batch in checking]
         return float(sum(s for s, _ in sums)) / max(float(sum(t for _, t in sums)), 1e-30)
 
-    num_batches = stream.num_batches
+    num_batches, processes = stream.num_all_batches, stream.processes
     held = max(1, round(settings.held_out * num_batches)) if num_batches > 1 else 0
     training, checking = list(range(num_batches - held)), list(range(num_batches - held, num_batches)) or [0]
+    steps = -(-len(training) // settings.accumulate)
     tuning = FineTuning(
         name=f"{name} refinement",
-        steps=settings.epochs * len(training),
+        steps=settings.epochs * steps,
         learning_rate=settings.learning_rate,
         scales=[_rms_of_kept(master) for master in weights.masters.values()],
         final_learning_rate=settings.final_learning_rate,
         betas=(0.9, 0.999),
         max_norm=None,
-        evaluate_every=len(training),
+        evaluate_every=steps,
+        processes=processes,
+        owner_of=stream.owner_of,
     )
-    history = tuning.run(block, weights, lambda step: [training[step % len(training)]], loss, held_out_error)
+    # The forwards of a step lie far apart, so that they are different processes'.
+    history = tuning.run(block, weights, lambda step: training[step % steps :: steps], loss, held_out_error)
     best_step, after = history.best
-    return BlockRefinement(name, history.evaluations[0][1], after, best_step // max(1, len(training)))
+    return BlockRefinement(name, history.evaluations[0][1], after, best_step // max(1, steps))
 
 
 def _rms_of_kept(weight: Tensor) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.writing import OutputFolder, bytes_to_write
 from topiarist.core.meter import return_freed_memory
+from topiarist.core.slots import check_slots
 from topiarist.models.folder import FolderModel
 from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.common.options import Progress
@@ -60,6 +61,9 @@ class Walk:
         pruner.uncalled = "dense"
         for note in source.unpruned():
             pruner.warn(note, UserWarning)
+        self.processes = pruner.processes
+        if self.processes.size > 1:
+            check_slots(-(-len(tokens) // options.windows_a_forward), self.processes.size)
         if len(tokens) and pruner.needs_states:  # refused, if at all, before anything is written
             check_flow(source, tokens, pruner.needs_states)
 
@@ -76,6 +80,7 @@ class Walk:
                 batch_size=self.options.windows_a_forward,
                 spill=spill,
                 needs_states=self.pruner.needs_states,
+                processes=self.processes,
             )
 
     def _prune_block(self, stream: BlockStream | None, index: int) -> list[LayerReport]:
@@ -116,10 +121,16 @@ class Walk:
         return layers
 
     def streamed(self, checkpoint: Checkpoint, output: OutputFolder) -> list[LayerReport]:
-        """Prune into `output`. Blocks that an earlier try finished are read back and only run forward."""
+        """Prune into `output`, which the main process writes. Blocks that an earlier try finished are read back and only run
+        forward.
+        """
         assert isinstance(self.source, FolderModel)
-        output.begin(bytes_to_write(checkpoint.weight_bytes()))
-        done = output.done()
+
+        def begin() -> list[dict[str, Any]]:
+            output.begin(bytes_to_write(checkpoint.weight_bytes()))
+            return output.done()
+
+        done = self.processes.on_main(begin)
         every = len(done) == len(self.names)  # killed while it gathered the blocks: nothing has to flow
         stream = None if every else self._start()
         layers: list[LayerReport] = []
@@ -142,7 +153,7 @@ class Walk:
             stream.close()
         self.progress("writing the model", len(self.names), len(self.names))
         with self.pruner.meter.timed("write"):
-            output.gather(checkpoint, self._outside(checkpoint))
+            self.processes.on_main(lambda: output.gather(checkpoint, self._outside(checkpoint)))
         self.progress("done", len(self.names), len(self.names))
         return layers
 
@@ -178,7 +189,11 @@ class Walk:
             "joint": [asdict(done) for done in self.pruner.joined[joined:]],
         }
         with self.pruner.meter.timed("write"):
-            if self.pruner.companion is not None:
-                self.pruner.companion.save(output, index)
-            output.write_block(self._tensors(index), info)
+
+            def write() -> None:
+                if self.pruner.companion is not None:
+                    self.pruner.companion.save(output, index)
+                output.write_block(self._tensors(index), info)
+
+            self.processes.on_main(write)
         return layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from topiarist.pipelines.common.finish import CALIBRATION, finish, weights_of
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.packed import check_places, head_name, quantized_config
 from topiarist.pipelines.common.reproduce import command
-from topiarist.pipelines.common.setup import open_for, windows_of
+from topiarist.pipelines.common.setup import open_for, open_output, windows_of
 from topiarist.pipelines.pruning.block import BlockPruner
 from topiarist.pipelines.quantizing.options import QuantizeOptions
 from topiarist.pipelines.quantizing.report import QuantizeReport
 from topiarist.pipelines.quantizing.walk import QuantizingWalk
+from topiarist.pipelines.training.processes import Processes
 from topiarist.quantization import METHODS, Grid
 from topiarist.solvers.quantized import Quantized
 
@@ -59,6 +61,7 @@ def quantize(
     meter = Meter()
     reset_peak_memory()
     options.check_text()
+    processes = Processes.join()
     _refuse_quantised(model)
     source = open_for(options, model)
     _check_output(source, out, options)
@@ -70,31 +73,30 @@ def quantize(
         check_places(source, wanted)
     windows = windows_of(options, source)
     solver = Quantized(method=options.chosen_method, grid=grid)
-    pruner = BlockPruner.of(solver, patterns, None, options.correct, sequential=options.true_sequential)
+    pruner = BlockPruner.of(
+        solver, patterns, None, options.correct, sequential=options.true_sequential, processes=processes
+    )
     pruner.meter = meter
     for expression in unmatched:
         pruner.warn(f"--skip {expression!r} matches no layer", UserWarning)
     report = _report(options, model, source, grid, windows)
     walk = QuantizingWalk(source, pruner, windows.tokens, options, progress or (lambda *_: None), head=options.head)
     reasons = why_dense(patterns, options.skip)
-    with eager_experts(source.model):
-        if not isinstance(source, FolderModel):
+    with eager_experts(source.model), ExitStack() as held:
+        output = open_output(out, _fingerprint(options, report), source.device, processes, held)
+        if output is not None and output.complete:
+            return QuantizeReport.from_folder(output.folder)
+        changed: set[str] = set()
+        if output is None or not isinstance(source, FolderModel):
             report.layers = walk.in_memory()
         else:
-            with OutputFolder(Path(str(out)), _fingerprint(options, report)) as output:
-                if output.complete:
-                    return QuantizeReport.from_folder(output.folder)
-                report.layers = walk.streamed(source.checkpoint, output)
-                changed = {layer.name for layer in report.layers} | (
-                    {f"{head_name(source)}.weight"} if options.head else set()
-                )
-                report.dense = left_dense(source, changed, reasons)
-                report.warnings, report.output = pruner.warned, str(out)
-                report.run = pruner.meter.run(source.device)
-                _finish(output, source, report, options, grid, windows)
-                return report
-    report.dense = left_dense(source, {layer.name for layer in report.layers}, reasons)
-    report.warnings, report.run = pruner.warned, pruner.meter.run(source.device)
+            report.layers = walk.streamed(source.checkpoint, output)
+            changed |= {f"{head_name(source)}.weight"} if options.head else set()
+        report.dense = left_dense(source, changed | {layer.name for layer in report.layers}, reasons)
+        report.warnings, report.output = pruner.warned, None if out is None else str(out)
+        report.run = {**pruner.meter.run(source.device), "processes": processes.size}
+        if isinstance(source, FolderModel) and output is not None:
+            processes.on_main(lambda: _finish(output, source, report, options, grid, windows))
     return report
 
 

@@ -62,6 +62,9 @@ class FineTuning:
     """What progress lines and errors call this training."""
     progress: Progress = lambda *_: None
     processes: Processes = field(default_factory=Processes)
+    owner_of: Callable[[Any], int] | None = None
+    """The process that has the inputs of a micro-batch; gradients are then added in the order of micro-batches. None: all have
+    all inputs and take turns, and the order of a sum depends on how many they are."""
     state: SavedState = field(default_factory=SavedState)
 
     def rate(self, step: int) -> float:
@@ -125,8 +128,12 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * self.scales[group["params"][0]] * settings.rate(step)
         device = self.masters[0].device
-        total = float(accumulate_gradients(micro_batches, loss, self.processes, device))
-        self.weights.finish_gradients(self.processes)
+        if settings.owner_of is None:
+            total = float(accumulate_gradients(micro_batches, loss, self.processes, device))
+            self.weights.finish_gradients(self.processes)
+        else:
+            total = float(self._in_order(micro_batches, loss, settings.owner_of))
+            self.weights.finish_gradients(Processes())
         norm = 0.0
         if settings.max_norm is not None:
             norm = float(nn.utils.clip_grad_norm_(self.masters, settings.max_norm))
@@ -138,6 +145,24 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.weights.write_back()
+        return total
+
+    def _in_order(
+        self, micro_batches: Sequence[Any], loss: Callable[[Any], Tensor], owner_of: Callable[[Any], int]
+    ) -> Float[Tensor, ""]:
+        """Mean loss; the gradients of every micro-batch come from the process that has it, in the same order everywhere."""
+        own: list[tuple[Tensor, list[Tensor | None]]] = []
+        for micro_batch in micro_batches:
+            if owner_of(micro_batch) == self.processes.rank:
+                part = loss(micro_batch) / len(micro_batches)
+                part.backward()
+                own.append((part.detach(), self.weights.take_gradients()))
+        total, handed = torch.zeros((), device=self.masters[0].device), iter(own)
+        for micro_batch in micro_batches:
+            owner = owner_of(micro_batch)
+            value, grads = self.processes.share(next(handed) if owner == self.processes.rank else (total, []), owner)
+            total = total + value
+            self.weights.add_gradients(grads)
         return total
 
     def evaluate(self, steps: int, held_out: Callable[[], float] | None) -> None:

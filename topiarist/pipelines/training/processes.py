@@ -6,17 +6,34 @@ every method is the identity.
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Callable
+import pickle
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from importlib.metadata import version
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from topiarist.core.errors import TopiaristError
+from topiarist.__about__ import __version__
+from topiarist.checkpoints.journal import differences
+from topiarist.core.errors import LostProcess, ProcessError, TopiaristError
+from topiarist.core.slots import added
+
+T = TypeVar("T")
+JOINING = timedelta(minutes=5)
+"""How long a process waits for the others to start."""
+PATIENCE = timedelta(hours=12)
+"""How long a process waits for another that is alive: one may solve, or measure, while the others have nothing to do."""
+SHOWN = 3
+"""Differences between two processes that a refusal names."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +49,11 @@ class Processes:
         if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            # Shards lie on GPUs, the prior and the model's first copy on the host.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            # Shards and Grams lie on GPUs, the prior and the model's first copy on the host.
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            with _connected():
+                store, rank, size = next(dist.rendezvous("env://", timeout=JOINING))
+                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
@@ -52,29 +72,178 @@ class Processes:
     def all_reduce(self, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """Sum a tensor over all processes, in place, and return it."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            with _connected():
+                dist.all_reduce(tensor)
         return tensor
 
     def broadcast(self, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """Overwrite a tensor with the main process' values, in place, and return it."""
         if self.size > 1:
-            dist.broadcast(tensor, src=0)
+            with _connected():
+                dist.broadcast(tensor, src=0)
         return tensor
 
-    def on_main(self, work: Callable[[], Any]) -> Any:
-        """Do `work` in the main process; every process returns its result, or raises the TopiaristError it raised.
-
-        Small results only: they travel as pickles between processes of one run.
-        """
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do `work` in the main process; every process returns its result, or raises the TopiaristError it raised."""
         if self.size == 1:
             return work()
-        result: list[Any] = [None, None]
+        result: Any = None
         if self.is_main:
             try:
-                result[0] = work()
+                result = work()
             except TopiaristError as error:
-                result[1] = error
-        dist.broadcast_object_list(result, src=0)
-        if result[1] is not None:
-            raise result[1]
-        return result[0]
+                result = error
+        return self.share(result, 0)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes by rank, small ones: they travel as pickles between processes of one run."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with _connected():
+            dist.all_gather_object(values, value)
+        return values
+
+    def share(self, value: T | TopiaristError, owner: int) -> T:
+        """The value that process `owner` has, whatever it is, in all processes; the others' own is ignored.
+
+        Tensors in it travel as they are, the rest as a pickle between processes of one run. Raises the value in all
+        processes if it is a TopiaristError.
+        """
+        if self.size > 1:
+            with _connected():
+                value = self._sent(value, owner)
+        if isinstance(value, TopiaristError):
+            raise value
+        return value
+
+    def _sent(self, value: Any, owner: int) -> Any:
+        tensors: list[Tensor] = []
+        about: list[Any] = [None, None]
+        if self.rank == owner:
+            pickled = io.BytesIO()
+            _TensorPickler(pickled, tensors).dump(value)
+            about = [pickled.getvalue(), [(t.shape, t.dtype, t.device.type) for t in tensors]]
+        dist.broadcast_object_list(about, src=owner)
+        if self.rank != owner:
+            tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in about[1]]
+        for tensor in tensors:
+            if not tensor.numel():
+                continue
+            # Bytes: backends do not know every dtype.
+            dist.broadcast(tensor.reshape(-1).view(torch.uint8), src=owner)
+        return value if self.rank == owner else _TensorUnpickler(io.BytesIO(about[0]), tensors).load()
+
+    def add_pairwise(
+        self, value: Float[Tensor, " n"] | None, owner: int, num: int, device: torch.device, having: Sequence[bool]
+    ) -> Float[Tensor, " n"] | None:
+        """The sum of all processes' values in process `owner`, added as `PairwiseSum` adds; None in the others.
+
+        value: n fp32 numbers, used up; None in processes that have none. num: n. having: which processes have one.
+        """
+        if self.size == 1:
+            return value
+        with _connected():
+            if self.rank != owner:
+                if value is not None:
+                    dist.send(value, dst=owner)
+                return None
+
+            def total(first: int, last: int) -> Tensor | None:
+                if last - first > 1:
+                    middle = (first + last) // 2
+                    return added(total(first, middle), total(middle, last))
+                if first == self.rank or not having[first]:
+                    return value if first == self.rank else None
+                received = torch.empty(num, dtype=torch.float32, device=device)
+                dist.recv(received, src=first)
+                return received
+
+            return total(0, self.size)
+
+    def check_agreement(self, about: Mapping[str, Any]) -> None:
+        """Raise ProcessError, naming the first process whose `about` is not the main one's, and what differs."""
+        everyone = self.gather((socket.gethostname(), dict(about)))
+        for rank, (host, its) in enumerate(everyone):
+            if named := list(differences(everyone[0][1], its)):
+                more = f" (and {len(named) - SHOWN} more)" if len(named) > SHOWN else ""
+                raise ProcessError(
+                    f"process {rank} on {host} works on something else than process 0: {'; '.join(named[:SHOWN])}{more}. "
+                    "Give all processes the same files, settings and versions"
+                )
+
+    def check_shared(self, text: Callable[[], str], what: str) -> None:
+        """Raise ProcessError for the first process where `text()`, the content of a file, is not what the main one reads.
+
+        what: the file's folder, for the message.
+        """
+
+        def read() -> str:
+            try:
+                return text()
+            except OSError:
+                return ""
+
+        if self.size == 1:
+            return
+        everyone = self.gather((socket.gethostname(), read()))
+        for rank, (host, its) in enumerate(everyone):
+            if its != everyone[0][1]:
+                raise ProcessError(
+                    f"{what} is not the same folder for process {rank} on {host} and process 0 on {everyone[0][0]}: give one "
+                    "on a disk that all share"
+                )
+
+
+def computing(device: torch.device) -> dict[str, Any]:
+    """What the bits of a sum depend on beside the numbers: alike in all processes of a run, or their results are not."""
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return {
+        "topiarist version": __version__,
+        "torch version": torch.__version__,
+        "transformers version": version("transformers"),
+        "device": device.type,
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+    }
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Turn what backends raise when a process is gone into one line."""
+    try:
+        yield
+    except TopiaristError:
+        raise
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise LostProcess(
+            f"lost a process of this run ({reason}): what is finished is kept, and the same command resumes"
+        ) from error
+
+
+class _TensorPickler(pickle.Pickler):
+    """Puts the tensors of a value into a list, and their numbers into the pickle."""
+
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self.tensors = tensors
+
+    def persistent_id(self, obj: Any) -> int | None:
+        """The number of a tensor; None for all else, which is pickled."""
+        if not isinstance(obj, Tensor):
+            return None
+        self.tensors.append(obj.detach().contiguous())
+        return len(self.tensors) - 1
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Puts the tensors back."""
+
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self.tensors = tensors
+
+    def persistent_load(self, pid: int) -> Tensor:
+        """The tensor of a number."""
+        return self.tensors[pid]

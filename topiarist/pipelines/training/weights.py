@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -74,6 +74,19 @@ class TrainedWeights:
             parameter.grad = None
 
         return hook
+
+    def take_gradients(self) -> list[Tensor | None]:
+        """The masters' gradients, which go from there; None where no token reached one."""
+        grads = [master.grad for master in self.masters.values()]
+        for master in self.masters.values():
+            master.grad = None
+        return grads
+
+    def add_gradients(self, grads: Sequence[Tensor | None]) -> None:
+        """Add gradients that a `take_gradients` gave."""
+        for master, grad in zip(self.masters.values(), grads, strict=True):
+            if grad is not None:
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
 
     def finish_gradients(self, processes: Processes) -> None:
         """Sum the masters' gradients over processes, and cut them where weights are pruned."""

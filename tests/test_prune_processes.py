@@ -1,0 +1,162 @@
+"""Pruning divided among processes writes the bytes that one process writes, also where some of them are killed."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from killing import contents
+from several import run_in, start_command
+
+import topiarist as tp
+
+pytestmark = pytest.mark.distributed
+
+
+def prune(base: Path, out: Path, **options: Any) -> tp.Report:
+    defaults: dict[str, Any] = {"pattern": "2:4", "data": tiny.tiny_tokens(20, 32), "batch_size": 2}
+    return tp.prune(base, out, **(defaults | options))
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sparsegpt": ("llama", {"method": "sparsegpt", "true_sequential": True}),
+    "alps": ("llama", {"method": "alps", "pattern": "0.6", "allocation": "owl"}),
+    "correct": ("llama", {"method": "sparsegpt", "correct": tp.Correct(), "batch_size": 1}),
+    "refine": ("llama", {"method": "wanda", "refine": tp.Refine(epochs=2)}),
+    "steps of four": (
+        "llama",
+        {"method": "wanda", "refine": tp.Refine(target="current", accumulate=4), "batch_size": 1},
+    ),
+    "gpt2": ("gpt2", {"method": "wanda"}),
+    "experts": ("mixtral", {"method": "alps"}),  # some processes do not reach them all
+    "few tokens": ("mixtral", {"method": "wanda", "batch_size": 1, "data": tiny.tiny_tokens(4, 4)}),  # or none does
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_any_number_of_processes_writes_the_same_bytes(case: str, tmp_path: Path):
+    family, options = CASES[case]
+    base = tiny.tiny_checkpoint(tmp_path / "base", family)
+    prune(base, tmp_path / "1", **options)
+    expected = contents(tmp_path / "1")
+    for size in (2, 4):
+        assert run_in(size, lambda _: prune(base, tmp_path / str(size), **options)) == {}  # noqa: B023
+        assert contents(tmp_path / str(size)) == expected, size
+
+
+def test_quantising_divides_as_well(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    options = {"bits": 8, "group": 32, "data": tiny.tiny_tokens(20, 32), "batch_size": 2}
+    tp.quantize(base, tmp_path / "1", **options)
+    assert run_in(2, lambda _: tp.quantize(base, tmp_path / "2", **options)) == {}
+    assert contents(tmp_path / "2") == contents(tmp_path / "1")
+
+
+def test_an_object_becomes_the_same_in_all(tmp_path: Path):
+    model = tiny.tiny_model()
+    options: dict[str, Any] = {"method": "sparsegpt", "data": tiny.tiny_tokens(20, 32), "batch_size": 2}
+    pruned = copy.deepcopy(model)
+    tp.prune(pruned, tmp_path / "1", **options)
+
+    def work(_: int) -> None:
+        tp.prune(model, tmp_path / "2", **options)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), pruned.parameters(), strict=True))
+
+    assert run_in(2, work) == {}
+    assert contents(tmp_path / "2") == contents(tmp_path / "1")
+
+
+def wait_for_watch(workers: list[Any]) -> None:
+    """Until every process has a second thread: one that dies before is torchrun's to notice."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until and any(len(list(Path(f"/proc/{w.pid}/task").iterdir())) < 2 for w in workers):
+        time.sleep(0.01)
+
+
+KILLS = int(os.environ.get("KILLS", "3"))
+
+
+def test_any_process_may_be_killed_at_any_moment(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base", num_hidden_layers=6)
+    tiny.tiny_text(tmp_path)
+
+    def start(out: Path, size: int) -> list[Any]:
+        words = ("prune", base, out, "--method", "sparsegpt", "--data", tmp_path / "text.txt")
+        return start_command(
+            size, [*words, "--samples", "16", "--window", "32", "--batch-size", "1"], tmp_path / "printed"
+        )
+
+    def finish(out: Path, size: int) -> float:
+        started = time.perf_counter()
+        workers = start(out, size)
+        for worker in workers:
+            worker.join(120)
+        printed = "".join(path.read_text() for path in sorted((tmp_path / "printed").iterdir()))
+        assert [worker.exitcode for worker in workers] == [0] * size, printed
+        return time.perf_counter() - started
+
+    finish(tmp_path / "warm-up", 1)
+    finish(tmp_path / "whole", 1)
+    expected = contents(tmp_path / "whole")
+    duration = finish(tmp_path / "two", 2)
+    generator, killed, rounds = random.Random(0), 0, 0
+    while killed < KILLS:
+        out, size = tmp_path / f"killed-{rounds}", (2, 4)[rounds % 2]
+        rounds += 1
+        workers = start(out, size)
+        wait_for_watch(workers)
+        time.sleep(generator.uniform(0.0, 1.0) * duration)
+        victim = generator.randrange(size)
+        alive = workers[victim].is_alive()
+        if alive:
+            os.kill(workers[victim].pid, signal.SIGKILL)
+        until = time.monotonic() + 30
+        for worker in workers:
+            worker.join(max(0.1, until - time.monotonic()))
+        assert not any(worker.is_alive() for worker in workers), "the others go on"
+        killed += alive
+        if alive:
+            said = "".join((tmp_path / "printed" / f"{rank}.txt").read_text() for rank in range(size) if rank != victim)
+            assert said.count("error") == 1 + (victim == 0) * (size - 2), said
+            assert f"process {victim} of {size}" in said and "the same command resumes" in said
+        finish(out, generator.choice([1, 2, 4]))
+        assert contents(out) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "everywhere", "differently", "message"),
+    [
+        (3, True, {}, "3 processes cannot divide 8 slots of windows evenly: start 1, 2, 4 or 8"),
+        (4, True, {"batch_size": 8}, "3 batches of windows are too few for 4 processes"),
+        (
+            2,
+            False,
+            {"pattern": "4:8"},
+            "process 1 on .* works on something else than process 0: patterns .* was '2:4' and is '4:8'",
+        ),
+        (2, False, {"data": tiny.tiny_tokens(20, 32, seed=1)}, "process 1 on .*: calibration digest was"),
+        (2, True, {"method": "sparsellm"}, "sparsellm cannot be divided among processes"),
+        (2, True, {"method": "magnitude", "data": None}, "without text there is nothing that 2 processes could divide"),
+    ],
+    ids=["size", "batches", "settings", "text", "sparsellm", "no text"],
+)
+def test_what_processes_cannot_share_is_refused(
+    size: int, everywhere: bool, differently: dict[str, Any], message: str, tmp_path: Path
+):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+
+    def work(rank: int) -> None:
+        options = {"method": "wanda", **(differently if everywhere or rank == 1 else {})}
+        with pytest.raises(tp.TopiaristError, match=message):
+            prune(base, tmp_path / "out", **options)
+
+    assert run_in(size, work) == {}
+    assert not (tmp_path / "out").exists()
