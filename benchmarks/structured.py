@@ -2,6 +2,7 @@
 
     python -m benchmarks.structured --keeps 0.8 0.7 --variants cut refit
     python -m benchmarks.structured --methods policy-gradient:steps=200 taylor flap --layout hetero
+    python -m benchmarks.structured --methods activation --units hidden kv_groups channels --variants refit
     python -m benchmarks.structured --tasks piqa arc_easy --task-files DIR --limit 200
 
 A method is a name of the table of structured methods with fields after it. Variants: `cut` (nothing after the cut but
@@ -94,22 +95,25 @@ def run_cell(
     options: argparse.Namespace, method: str, keep: float, variant: str, calibration: Sequence[str], texts: Any
 ) -> dict[str, Any]:
     """Shrink, measure, throw the checkpoint away; its PruneSpec stays for the later variants."""
+    model = options.model or model_dir()
     if method == "dense":
-        return measure(model_dir(), options, texts)
+        return measure(model, options, texts)
     folder = assets_dir() / "structured"
     stem = f"{method}-{keep}-{options.layout}-{options.protocol}-{options.samples}x{options.window}"
+    stem += "".join(f"-{unit}" for unit in options.units or ())
     stem = stem.replace(":", "_").replace("=", "_").replace(",", "_")
     out, spec = folder / f"{stem}-{variant}", folder / f"{stem}.json"
     folder.mkdir(parents=True, exist_ok=True)
     scorer = method_of(method)
-    if variant != "cut":
+    if variant != "cut" and "cut" in options.variants:
         if not spec.exists():
             raise SystemExit(f"{method} {keep}: run the variant cut before {variant}")
         units = PruneSpec.load(spec).units
         scorer = Given(path=str(spec), kinds=units, scope=scorer.scope)
     report = tp.shrink(
-        model_dir(),
+        model,
         out,
+        units=options.units,
         method=scorer,
         keep=keep,
         layout=options.layout,
@@ -138,7 +142,7 @@ def in_order(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """All that is known, the dense model first: by what is kept, then the variant, then the first perplexity."""
 
     def place(row: tuple[str, dict[str, Any]]) -> tuple[float, int, float]:
-        _, keep, variant = row[0].split(" ")
+        _, keep, variant = row[0].split("@")[0].split(" ")
         order = VARIANTS.index(variant) if variant in VARIANTS else -1
         return -float(keep), order, next(iter(row[1]["perplexity"].values()))
 
@@ -173,6 +177,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--keeps", nargs="+", type=float, default=[0.8, 0.7, 0.9, 0.5])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--units", nargs="+", help="kinds of units; the method's own if none are named")
+    parser.add_argument("--model", type=Path, help="folder of the dense model, if not the demo's")
     parser.add_argument("--layout", default="uniform", help="uniform, padded, hetero or masked")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--window", type=int, default=512)
@@ -205,6 +211,7 @@ def main() -> None:
     wanted += [(m, keep, variant) for keep in options.keeps for m in options.methods for variant in options.variants]
     for method, keep, variant in wanted:
         key = f"{method} {keep} {variant}"
+        key += f"@{','.join(options.units)}" if options.units and method != "dense" else ""
         if key not in rows:
             rows[key] = run_cell(options, method, keep, variant, calibration, texts)
             keep_cell(options.results, key, settings, rows[key])

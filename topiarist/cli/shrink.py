@@ -32,6 +32,13 @@ def shrink(
         each = [row["kept"] for row in report.blocks if row["kind"] == kind]
         table.add_row(kind, f"{kept:,}", f"{of:,}", f"{groups} groups", str(min(each)), str(max(each)))
     out.print(table)
+    if report.splits:
+        tried = Table(title=f"{len(report.splits)} splits, by their loss on held-out windows")
+        for column in report.splits[0]:
+            tried.add_column(column, justify="right")
+        for row in sorted(report.splits, key=lambda row: row["loss"]):
+            tried.add_row(*(f"{value:.4f}" if column == "loss" else f"{value:,}" for column, value in row.items()))
+        out.print(tried)
     numbers = report.parameters
     padding = f", of them {numbers['stored'] - numbers['kept']:,} zeros" if numbers["stored"] != numbers["kept"] else ""
     out.print(f"{numbers['dense']:,} parameters -> {numbers['stored']:,}{padding}", highlight=False)

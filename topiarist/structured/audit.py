@@ -10,7 +10,7 @@ import torch
 from topiarist.checkpoints.reading import Checkpoint, locate
 from topiarist.models.folder import FolderModel
 from topiarist.structured.spec import SPEC, PruneSpec
-from topiarist.structured.units import COLUMN_KINDS
+from topiarist.structured.units import COLUMN_KINDS, HIDDEN
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,14 @@ def audit_shrunk(folder: str | Path) -> ShrunkAudit | None:
         kept = sum(row["kept"] for row in whole)
         holds = len(blocks) == (len(whole) if spec.layout == "masked" else kept)
         units.append(UnitAudit(source.family.blocks, "block", kept, len(whole), holds))
-    for index, block in enumerate(blocks):
+    for row in (row for row in rows if row["kind"] == HIDDEN):
+        width = int(source.text_config.hidden_size)
+        units.append(UnitAudit(row["name"], HIDDEN, row["kept"], row["of"], width == row["kept"]))
+    numbers = [row["block"] for row in whole if row["kept"] or spec.layout == "masked"] or list(range(len(blocks)))
+    for index, (number, block) in enumerate(zip(numbers, blocks, strict=False)):
         own = {}
         for row in rows:
-            if row["block"] == index and row["kind"] in COLUMN_KINDS:
+            if row["block"] == number and row["kind"] in COLUMN_KINDS:
                 name = row["name"] if row["kind"] != "heads" else row["name"].rpartition(".")[0]
                 own.setdefault((name, row["kind"]), []).append(row)
         if not own:
@@ -65,7 +69,7 @@ def audit_shrunk(folder: str | Path) -> ShrunkAudit | None:
         source.load(index)
         for matrix in source.matrices(index):
             for kind in COLUMN_KINDS:
-                same = own.get((f"{block}.{matrix.name}", kind))
+                same = own.get((f"{source.family.blocks}.{number}.{matrix.name}", kind))
                 if same:
                     kept, slots = (sum(row[key] for row in same) for key in ("kept", "slots"))
                     live, columns = int((matrix.weight != 0).any(0).sum()), matrix.shape[1]

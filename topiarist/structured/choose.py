@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from topiarist.core.errors import NumericalError, PatternError
-from topiarist.structured.units import DEPTH_KINDS, Kept, UnitGroup
+from topiarist.structured.units import DEPTH_KINDS, HIDDEN, Kept, UnitGroup
 
 SCOPES = ("global", "per_layer", "parameters")
 ROUND_TO = 64
@@ -135,8 +135,8 @@ def verify_budget(groups: Sequence[UnitGroup], kept: Mapping[str, Tensor], keep:
 
 
 def step_of(group: UnitGroup, round_to: int | None) -> int:
-    """Units of a step: 1 for all but channels."""
-    if group.kind != "channels":
+    """Units of a step: 1 for all but channels, of a feed-forward layer and of the hidden states."""
+    if group.kind not in ("channels", HIDDEN):
         return 1
     if round_to is None:
         narrow = max(min(LEAST, group.count), group.count // 16)

@@ -23,7 +23,7 @@ from topiarist.structured.block_configs import block_configs
 from topiarist.structured.shrink import cut_state
 from topiarist.structured.units import DEPTH_KINDS, Kept, UnitGroup, is_transposed
 
-_REFUSALS = (StrictDataclassError, ValueError, TypeError, ArithmeticError)
+REFUSALS = (StrictDataclassError, ValueError, TypeError, ArithmeticError)
 """What configs and modelling code raise for numbers that they cannot hold."""
 
 
@@ -48,7 +48,7 @@ def stock_config(
             names = {name for name in found if not (biased and name.endswith(".bias"))} | set(expected)
             if wrong := sorted(name for name in names if found.get(name) != expected.get(name)):
                 raise ValueError(f"{wrong[0]} would be {found.get(wrong[0])}, not {expected.get(wrong[0])}")
-        except _REFUSALS as error:
+        except REFUSALS as error:
             reasons.append(f"{target}: {' '.join(str(error).split())}")
             continue
         if target == model.config.model_type:
@@ -99,6 +99,18 @@ def _edited(
             setattr(config, width_field(model.config, group.count) or "moe_intermediate_size", count)
         else:
             setattr(config, next(ffn.width for ffn in family.feed_forward if ffn.down == name), count)
+    return with_type(config, target)
+
+
+def head_dim(model: Any) -> int:
+    """Channels of one attention head, from the shape of the matrix that reads all heads."""
+    family = family_of(model)
+    out = model.get_submodule(f"{family.blocks}.0.{family.attention.module}.{family.attention.out}")
+    return out.weight.shape[0 if is_transposed(out) else 1] // int(model.config.num_attention_heads)
+
+
+def with_type(config: Any, target: str) -> Any:
+    """The config through its own constructor and its checks, or through those of another type that computes the same."""
     plain = config.to_dict()
     if target == config.model_type:
         return type(config).from_dict(plain)

@@ -24,7 +24,8 @@ from topiarist.models.derive import family_of
 from topiarist.models.families import Family
 from topiarist.structured.configs import absent_modules, hetero_config, stock_config
 from topiarist.structured.shrink import cut_state
-from topiarist.structured.units import DEPTH_KINDS, Kept, UnitGroup
+from topiarist.structured.units import DEPTH_KINDS, HIDDEN, Kept, UnitGroup
+from topiarist.structured.width import accepts, rescale, width_config
 
 LAYOUTS = ("uniform", "padded", "hetero", "masked")
 MAX_WASTE = 0.1
@@ -52,6 +53,8 @@ def check_layout(layout: str, kinds: Iterable[str]) -> None:
         raise TopiaristError(
             f"no stock model leaves out single sublayers ({min(sublayers)}): choose --layout hetero or masked, or --units block"
         )
+    if layout != "uniform" and HIDDEN in kinds:
+        raise TopiaristError("the hidden states are as wide in every layer: --units hidden needs --layout uniform")
     if layout in ("masked", "padded") and "experts" in kinds:
         raise TopiaristError(
             f"zeros do not keep a router from choosing an expert: --layout {layout} cannot hold this cut"
@@ -100,12 +103,29 @@ def plan_layout(
     slots = {group.key: widest.get(group.place, units[group.key]) for group in groups}
     if layout == "padded":
         _check_waste(groups, units, slots, max_waste)
-    config, warnings = stock_config(model, groups, widest, blocks, biased)
+    config, warnings = _config(model, groups, widest, blocks, biased)
     return Plan(layout, config, slots, blocks, warnings)
+
+
+def _config(
+    model: Any,
+    groups: Sequence[UnitGroup],
+    widest: Mapping[str, int],
+    blocks: Sequence[int],
+    biased: Collection[str] = (),
+) -> tuple[Any, list[str]]:
+    if not any(group.kind == HIDDEN for group in groups):
+        return stock_config(model, groups, widest, blocks, biased)
+    if len(groups) > 1:
+        raise TopiaristError("the hidden states are cut by themselves, and the units of the narrower model afterwards")
+    found = width_config(model, widest[groups[0].place])
+    return found.config, found.warnings
 
 
 def holds(model: Any, same: Sequence[UnitGroup], count: int) -> bool:
     """Whether the family's config can state `count` units in every group of one place."""
+    if same[0].kind == HIDDEN:
+        return accepts(model, count)
     try:
         one_layer = [group for group in same if group.block == same[0].block]
         stock_config(model, one_layer, {same[0].place: count}, [same[0].block])
@@ -141,6 +161,8 @@ def shrunk(
     state = _renumbered(cut_state(model.state_dict(), groups, kept, plan.slots, absent), family, plan.blocks)
     with init_empty_weights(include_buffers=False):
         new: Any = AutoModelForCausalLM.from_config(plan.config, dtype=next(model.parameters()).dtype)
+    if groups and groups[0].kind == HIDDEN:
+        state = rescale(state, model, new, groups[0].parts, groups[0].count, plan.slots[groups[0].key])
     for name, parameter in new.named_parameters():
         if biases and name.endswith(".bias") and name not in state:
             state[name] = torch.zeros(parameter.shape, dtype=parameter.dtype)

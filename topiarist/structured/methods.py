@@ -15,7 +15,7 @@ from torch import Tensor
 from topiarist.checkpoints.writing import SavedState
 from topiarist.core.options import options
 from topiarist.structured.choose import layer_counts
-from topiarist.structured.units import HEAD_KINDS, KINDS, Kept, UnitGroup
+from topiarist.structured.units import HEAD_KINDS, KINDS, LAYER_KINDS, Kept, UnitGroup
 
 Scores = dict[str, Tensor]
 """Group key -> (count,), higher = keep."""
@@ -60,7 +60,7 @@ class Task:
 class Method:
     """Base of all methods."""
 
-    kinds: ClassVar[tuple[str, ...]] = KINDS
+    kinds: ClassVar[tuple[str, ...]] = LAYER_KINDS
     """Kinds of units that it can score."""
     needs_data: ClassVar[bool] = True
     scope: ClassVar[str] = "global"
@@ -81,6 +81,7 @@ class Method:
 class Magnitude(Method):
     """Root mean square of all weights of a unit. When: never, except to compare. No data, seconds."""
 
+    kinds: ClassVar[tuple[str, ...]] = KINDS
     needs_data: ClassVar[bool] = False
 
     @torch.no_grad()
@@ -102,6 +103,7 @@ class Magnitude(Method):
 class Random(Method):
     """Uniform noise from the seed: what any method must beat."""
 
+    kinds: ClassVar[tuple[str, ...]] = KINDS
     needs_data: ClassVar[bool] = False
 
     def scores(self, task: Task) -> Scores:

@@ -15,7 +15,7 @@ from topiarist.core import former
 from topiarist.core.errors import CheckpointError
 from topiarist.structured.choose import kept_cost, total_cost
 from topiarist.structured.shrink import mask_in_place
-from topiarist.structured.units import Kept, UnitGroup, units_of
+from topiarist.structured.units import Kept, UnitGroup, cut_order, units_of
 
 SPEC = "pruning_spec.json"
 FORMAT = 2
@@ -38,6 +38,8 @@ class PruneSpec:
     """Of the whole model: `dense`, `kept` (without the units that go) and `stored` (with padding)."""
     kept: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Group key -> {"of": count, "units": indices that stay, "slots": units that the stored tensors have room for}."""
+    rotated: bool = False
+    """Whether the hidden states were rotated before they were cut."""
     format: int = FORMAT
 
     @staticmethod
@@ -88,16 +90,18 @@ class PruneSpec:
         """Write zeros into everything of the base (a model object, in place) that goes, and return it. Refit weights and
         biases are not in a PruneSpec: without them the function is that of the cut alone.
         """
-        groups = units_of(model, self.units)
+        if self.rotated:
+            raise CheckpointError("the hidden states were rotated before the cut: no mask of the base is that cut")
+        groups = [group for kinds in cut_order(self.units) for group in units_of(model, kinds)]
         mask_in_place(model, groups, self.masks(groups))
         return model
 
     def by_block(self) -> list[dict[str, Any]]:
-        """One row a group: block, name, kind, kept, of, slots."""
+        """One row a group: block (-1 for all of them), name, kind, kept, of, slots."""
         rows = []
         for key, known in self.kept.items():
             name, _, kind = key.rpartition(":")
-            block = next(int(part) for part in name.split(".") if part.isdigit())
+            block = next((int(part) for part in name.split(".") if part.isdigit()), -1)
             counts = {"kept": len(known["units"]), "of": known["of"], "slots": known["slots"]}
             rows.append({"block": block, "name": name, "kind": kind, **counts})
         return rows

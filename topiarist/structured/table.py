@@ -1,5 +1,6 @@
 """The methods of structural pruning by name."""
 
+from topiarist.structured.activation import Activation
 from topiarist.structured.methods import Magnitude, Method, Random
 from topiarist.structured.metrics import BlockInfluence, Flap, WandaSP
 from topiarist.structured.occlusion import Occlusion
@@ -11,6 +12,7 @@ METHODS: dict[str, type[Method]] = {
     "policy-gradient": PolicyGradient,
     "taylor": Taylor,
     "occlusion": Occlusion,
+    "activation": Activation,
     "flap": Flap,
     "wanda-sp": WandaSP,
     "block-influence": BlockInfluence,

@@ -16,6 +16,7 @@ from topiarist.structured.estimates import Estimates, taylor_estimates
 from topiarist.structured.fusion import FUSIONS, fixed_shares, learned_shares
 from topiarist.structured.methods import HEAD_WEIGHT, Method, Scores, Task, weigh_heads
 from topiarist.structured.trial import short_windows
+from topiarist.structured.units import KINDS
 
 LEVELS = ("model", "layer")
 
@@ -33,6 +34,7 @@ class Taylor(Method):
     kept; `pooled=True` is theirs. 2. All layers may be cut, under one budget. 3. Scores of heads count twice.
     """
 
+    kinds: ClassVar[tuple[str, ...]] = KINDS
     scope: ClassVar[str] = "parameters"
     num_windows: PositiveInt = 128
     window_tokens: Annotated[int, Field(ge=2)] = 512

@@ -15,6 +15,7 @@ A mask of shape (count,) holds for the whole batch; (batch, count) gives every s
 | experts | one routed expert; those without a mask share its tokens as the router ranks them | the router's probabilities |
 | attention, ffn | a sublayer | what it adds to the hidden states |
 | block | a whole block | what it adds to the hidden states |
+| hidden | a channel of the hidden states, in all layers (width.py) | (no mask) |
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ COLUMN_KINDS = (*HEAD_KINDS, "channels")
 """Units that are columns of the matrix that consumes them."""
 WIDTH_KINDS = (*COLUMN_KINDS, "experts")
 DEPTH_KINDS = ("attention", "ffn", "block")
-KINDS = (*WIDTH_KINDS, *DEPTH_KINDS)
+LAYER_KINDS = (*WIDTH_KINDS, *DEPTH_KINDS)
+"""Units of one layer, which `gates` can switch off."""
+HIDDEN = "hidden"
+KINDS = (*LAYER_KINDS, HIDDEN)
 NESTED = ({"kv_groups", "heads"}, {"channels", "experts"}, {"attention", "block"}, {"ffn", "block"})
 """Kinds that no run can cut together, for one holds the other."""
 
@@ -111,11 +115,21 @@ def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
             f"unknown units {(list(kinds) and unknown[0]) or 'none'!r}; choose from {', '.join(KINDS)}"
         )
     held = next((sorted(pair) for pair in NESTED if pair <= set(kinds)), None)
-    if held is None and set(kinds) & set(WIDTH_KINDS) and set(kinds) & set(DEPTH_KINDS):
-        held = [next(k for k in kinds if k in WIDTH_KINDS), next(k for k in kinds if k in DEPTH_KINDS)]
+    width = (*WIDTH_KINDS, HIDDEN)
+    if held is None and set(kinds) & set(width) and set(kinds) & set(DEPTH_KINDS):
+        held = [next(k for k in kinds if k in width), next(k for k in kinds if k in DEPTH_KINDS)]
     if held is not None:
-        raise TopiaristError(f"{held[0]} and {held[1]} cannot be cut in one run, one holds the other: shrink twice")
+        raise TopiaristError(
+            f"{held[0]} and {held[1]} cannot be cut in one run, one holds the other: shrink twice, or name --target-params"
+        )
     return tuple(dict.fromkeys(kinds))
+
+
+def cut_order(kinds: Sequence[str]) -> list[tuple[str, ...]]:
+    """The kinds that are cut together, in the order in which they go: the hidden states, units of layers, layers."""
+    order = ((HIDDEN,), WIDTH_KINDS, DEPTH_KINDS)
+    found = [tuple(kind for kind in kinds if kind in together) for together in order]
+    return [together for together in found if together]
 
 
 def units_of(model: Any, kinds: Sequence[str]) -> list[UnitGroup]:
@@ -126,10 +140,14 @@ def units_of(model: Any, kinds: Sequence[str]) -> list[UnitGroup]:
     kinds = check_kinds(kinds)
     family = family_of(model) if set(kinds) == {"experts"} else structure_of(model)
     groups: list[UnitGroup] = []
+    if HIDDEN in kinds:
+        from topiarist.structured.width import hidden_group  # which is made of what stands here
+
+        groups.append(hidden_group(model))
     for index, block in enumerate(model.get_submodule(family.blocks)):
         finder = _Finder(model, family, index, block)
         for kind in kinds:
-            groups += getattr(finder, kind)()
+            groups += getattr(finder, kind)() if kind != HIDDEN else []
     if missing := [kind for kind in kinds if not any(group.kind == kind for group in groups)]:
         raise UnsupportedModel(f"{model.config.model_type} has no {missing[0]} to cut; choose other units")
     return groups

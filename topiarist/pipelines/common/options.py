@@ -41,6 +41,15 @@ def _number(given: Any) -> Any:
     return int(given) if isinstance(given, str) and given.isdigit() else given
 
 
+def count(given: Any) -> Any:
+    """A number from text such as 300k, 1.5M or 2B."""
+    factor = {"k": 10**3, "m": 10**6, "b": 10**9}.get(str(given)[-1:].lower(), 1)
+    try:
+        return int(float(given[:-1]) * factor) if isinstance(given, str) and factor > 1 else given
+    except (ValueError, OverflowError):
+        return given
+
+
 Texts = Annotated[TextFiles | Tensor | Sequence[str] | None, SkipValidation, BeforeValidator(_texts)]
 OnePattern = Annotated[Pattern | None, SkipValidation, BeforeValidator(_pattern)]
 Bits = Annotated[Literal[8, 4], BeforeValidator(_number), About(metavar="8|4")]

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
 from topiarist.core.errors import TopiaristError
 from topiarist.core.options import About, options
-from topiarist.pipelines.common.options import HOW, DataOptions
+from topiarist.pipelines.common.options import HOW, DataOptions, count
 
 LOOKS, SHARE = 10, 0.1
 """At the held-out loss, if nothing is said: so many, but no more than this share of the training's cost."""
-
-
-def _count(given: Any) -> Any:
-    """A number from text such as 300k, 1.5M or 2B."""
-    factor = {"k": 10**3, "m": 10**6, "b": 10**9}.get(str(given)[-1:].lower(), 1)
-    try:
-        return int(float(given[:-1]) * factor) if isinstance(given, str) and factor > 1 else given
-    except (ValueError, OverflowError):
-        return given
 
 
 @options
 class RecoverOptions(DataOptions):
     """What is trained, towards what, on what text, for how long."""
 
-    tokens: Annotated[int, BeforeValidator(_count), Field(gt=0)] = 1_000_000
+    tokens: Annotated[int, BeforeValidator(count), Field(gt=0)] = 1_000_000
     """Budget: tokens trained on, such as 300k or 1M. Text that is shorter is repeated, each time in another order."""
     kind: Literal["full", "lora"] = "full"
     """`full`: every weight, 18 bytes each in bf16; `lora`: low-rank updates of the blocks' matrices, merged at the end."""

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from topiarist.core.errors import CalibrationError
-from topiarist.core.options import Registered, Settings, options
+from topiarist.core.errors import CalibrationError, TopiaristError
+from topiarist.core.options import About, Registered, Settings, options
 from topiarist.core.registry import name_of
-from topiarist.pipelines.common.options import TextOptions
+from topiarist.pipelines.common.options import TextOptions, count
 from topiarist.pipelines.shrinking.distill import Distill
 from topiarist.structured import METHODS, Method
 from topiarist.structured.layout import MAX_WASTE
 from topiarist.structured.reap import Reap
 from topiarist.structured.taylor import Taylor
+
+KEEP = 0.8
 
 
 def _kinds(given: Any) -> Any:
@@ -25,22 +27,42 @@ def _kinds(given: Any) -> Any:
 
 
 @options
+class Search:
+    """How the splits are compared."""
+
+    values: Annotated[int, Field(ge=2)] = 5
+    """Counts tried on each axis, from the whole one down."""
+    held_out: Annotated[int, Field(gt=0)] = 4
+    """Calibration windows that measure the loss and score nothing; at most a quarter."""
+    recover_steps: NonNegativeInt = 0
+    """Steps of low-rank training towards the dense model before a split is measured."""
+
+
+@options
 class ShrinkOptions(TextOptions):
     """Everything that `shrink` takes beside the model, the output folder and the progress bar."""
 
     method: Annotated[Method | None, Registered(METHODS, base=(Method,), other=lambda given: given is None)] = None
     """What scores the units; default reap for experts, taylor for all else; `topiarist methods` lists all;
     policy-gradient:steps=500 sets a field."""
-    keep: Annotated[float, Field(gt=0, le=1)] = 0.8
+    keep: Annotated[float, Field(gt=0, le=1)] = KEEP
     """Share of the units' parameters that stays, never exceeded."""
+    target_params: Annotated[PositiveInt | None, BeforeValidator(count), About(metavar="N")] = None
+    """Instead of keep: parameters of the whole smaller model, such as 100M. Splits over hidden, kv_groups, channels (and
+    block, where units name it) are tried, and the one of the lowest loss on held-out windows is taken."""
+    search: Annotated[Search | None, Settings(Search)] = None
+    """How splits are tried: values=4,recover_steps=20 sets fields."""
     layout: Literal["uniform", "padded", "hetero", "masked"] = "uniform"
     """uniform (opens everywhere), padded (filled up with zeros), hetero (layers differ in size) or masked (zeros)."""
     units: Annotated[Sequence[str] | None, BeforeValidator(_kinds)] = None
-    """kv_groups, heads, channels, experts, attention, ffn, block; default kv_groups,channels as the method scores."""
+    """kv_groups, heads, channels, hidden (the width of the residual stream), experts, attention, ffn, block; default
+    kv_groups,channels as the method scores."""
     scope: Literal["global", "parameters", "per_layer"] | None = None
     """Over what units compete; default: what layout and method want. uniform knows per_layer alone."""
     round_to: PositiveInt | None = None
     """Channels go in multiples of it; default 64, less if narrow."""
+    rotate: bool = False
+    """Of hidden: rotate the hidden states to their principal axes first, where norms and an untied head allow it."""
     refit: bool = True
     """Least squares for the matrices that consumed the units."""
     recover: Annotated[Distill | None, Settings(Distill)] = None
@@ -55,12 +77,28 @@ class ShrinkOptions(TextOptions):
         """The method that was given, or the one for these units."""
         return self.method or (Reap() if list(self.units or ()) == ["experts"] else Taylor())
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_params is not None and self.keep != KEEP:
+            raise TopiaristError("keep and target_params both say how much stays: name one of them")
+        if self.search is not None and self.target_params is None:
+            raise TopiaristError(
+                "search says how splits are tried, and there is no target_params: name it, or leave search out"
+            )
+
+        if self.rotate and self.target_params is not None:
+            raise TopiaristError("splits are tried on the model as it is: leave rotate out, or name keep")
+
     def check_text(self, *, refits: bool) -> None:
         """Raise CalibrationError if there is no text and something needs it. refits: whether a refit has anything to do."""
         if self.data is not None:
             return
         if self.recover is not None:
             what, cure = "recovery", ""
+        elif self.target_params is not None:
+            what, cure = "the search for a split", ""
+        elif self.rotate:
+            what, cure = "rotate", ""
         elif self.chosen_method.needs_data:
             what, cure = f"method {name_of(METHODS, self.chosen_method)}", ""
         elif refits:

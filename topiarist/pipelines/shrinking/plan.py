@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,10 +24,37 @@ from topiarist.structured import (
     plan_layout,
     units_of,
 )
-from topiarist.structured.units import HEAD_KINDS, WIDTH_KINDS, check_kinds
+from topiarist.structured.choose import total_cost
+from topiarist.structured.metrics import BlockInfluence
+from topiarist.structured.rotation import check_rotation
+from topiarist.structured.units import DEPTH_KINDS, HEAD_KINDS, HIDDEN, check_kinds
+from topiarist.structured.width import empty_model, width_config
 
 
-def plan_choice(
+@dataclass(frozen=True)
+class Cut:
+    """Units that go together. The hidden states go by themselves and first: all other units are then smaller."""
+
+    groups: list[UnitGroup]
+    counts: dict[str, int] | None
+    """Of a uniform layout: place -> units that every group of it keeps."""
+    scope: str
+    keep: float
+    """Share of these units' parameters that stays."""
+
+
+def scorer_of(method: Method, kind: str) -> Method:
+    """The method, or block influence for blocks that it cannot score."""
+    return method if kind in method.kinds else BlockInfluence()
+
+
+def check_scored(method: Method, kinds: Sequence[str]) -> None:
+    """Raise TopiaristError for a kind of units that the method has no score for."""
+    if unfit := [kind for kind in kinds if kind not in method.kinds]:
+        raise TopiaristError(f"{name_of(METHODS, method)} cannot score {unfit[0]}; it scores {', '.join(method.kinds)}")
+
+
+def plan_cuts(
     model: Any,
     method: Method,
     keep: float,
@@ -35,25 +63,64 @@ def plan_choice(
     scope: str | None,
     round_to: int | None,
     notes: list[str],
-) -> tuple[list[UnitGroup], dict[str, int] | None, str]:
-    """(groups, counts of a uniform layout, scope): all that can be refused is refused here, on a model without memory."""
+) -> list[Cut]:
+    """What will be cut, in order: all that can be refused is refused here, on a model without memory.
+
+    The hidden states beside other units lose as large a share of their channels as these then do of theirs: the parameters
+    of a matrix are a product of both.
+    """
     kinds = tuple(units) if units else tuple(k for k in default_kinds(model) if k in method.kinds) or method.kinds[:1]
     kinds = check_kinds(kinds)
-    if unfit := [kind for kind in kinds if kind not in method.kinds]:
-        raise TopiaristError(f"{name_of(METHODS, method)} cannot score {unfit[0]}; it scores {', '.join(method.kinds)}")
+    check_scored(method, kinds)
     check_layout(layout, kinds)
+    others = tuple(kind for kind in kinds if kind != HIDDEN)
+    if HIDDEN not in kinds or not others:
+        return [_plan_cut(model, keep, layout, kinds, scope or method.scope, scope, round_to, notes)]
+    width = _plan_cut(model, keep**0.5, layout, (HIDDEN,), method.scope, scope, round_to, notes)
+    narrow = empty_model(width_config(model, next(iter((width.counts or {}).values()))).config)
+    before, after = (units_of(one, (HIDDEN,)) for one in (model, narrow))
+    rest = units_of(narrow, others)
+    alone = _outside(narrow, rest, before)
+    left = keep * (total_cost(before) + alone) - (total_cost(after) + alone - total_cost(rest))
+    if left <= 0:
+        raise PatternError(f"keep {keep} leaves nothing of {', '.join(others)}: raise it, or cut fewer kinds of units")
+    share = min(1.0, left / total_cost(rest))
+    return [width, _plan_cut(narrow, share, layout, others, method.scope, scope, round_to, notes)]
+
+
+def _outside(model: Any, groups: Sequence[UnitGroup], hidden: Sequence[UnitGroup]) -> int:
+    """Parameters of units that are no part of the hidden states: biases of heads and channels."""
+    within, total = {part.parameter for group in hidden for part in group.parts}, 0
+    for group in groups:
+        for part in (part for part in group.parts if part.parameter not in within):
+            shape = model.get_parameter(part.parameter).shape
+            total += group.count * part.size * (shape.numel() // shape[part.axis])
+    return total
+
+
+def _plan_cut(
+    model: Any,
+    keep: float,
+    layout: str,
+    kinds: Sequence[str],
+    default_scope: str,
+    scope: str | None,
+    round_to: int | None,
+    notes: list[str],
+) -> Cut:
     groups = units_of(model, kinds)
-    if inexact := [group.key for group in groups if not group.exact]:
-        remember(
-            notes,
-            f"a norm of {inexact[0].rpartition('.')[0]} spans all heads: without some of them it sees other statistics, "
-            "and the result is not exactly the masked model",
+    if inexact := [group for group in groups if not group.exact]:
+        what = (
+            "the layer norms take the mean of the hidden channels: of fewer it is another"
+            if inexact[0].kind == HIDDEN
+            else f"a norm of {inexact[0].key.rpartition('.')[0]} spans all heads: without some of them it sees other statistics"
         )
+        remember(notes, f"{what}, and the result is not exactly the masked model")
     if layout == "uniform" and scope not in (None, "per_layer"):
         raise PatternError(f"a uniform layout keeps the same count in every layer: scope {scope} needs --layout hetero")
-    scope = "per_layer" if layout == "uniform" else scope or method.scope
+    scope = "per_layer" if layout == "uniform" else scope or default_scope
     counts = None
-    if scope == "per_layer" and any(group.kind in WIDTH_KINDS for group in groups):
+    if scope == "per_layer" and any(group.kind not in DEPTH_KINDS for group in groups):
         counts = layer_counts(groups, keep, round_to)
         if layout == "uniform":
             legal = Legal(model, groups, keep)
@@ -67,12 +134,12 @@ def plan_choice(
     zeros = {group.key: torch.zeros(group.count) for group in groups}
     trial = choose(groups, zeros, keep, scope=scope, round_to=round_to, counts=counts)
     plan_layout(model, groups, trial, layout, max_waste=float("inf"))
-    return groups, counts, scope
+    return Cut(groups, counts, scope, keep)
 
 
 class Legal:
-    """Whether a config can hold so many units of a place; asked of transformers for heads only: a config holds any number
-    of experts or none but its own, which the plan of the whole cut shows.
+    """Whether a config can hold so many units of a place; asked of transformers for heads and hidden states only: a config
+    holds any number of experts or none but its own, which the plan of the whole cut shows.
 
     keep: share of parameters that stays; below 1, raises UnsupportedModel for a place where no fewer units can be held.
     """
@@ -81,7 +148,7 @@ class Legal:
         self.model, self.known = model, {}
         self.places: dict[str, list[UnitGroup]] = {}
         for group in groups:
-            if group.kind in HEAD_KINDS:
+            if group.kind in (*HEAD_KINDS, HIDDEN):
                 self.places.setdefault(group.place, []).append(group)
         for place, same in self.places.items():
             if keep < 1 and not any(self(place, count) for count in range(same[0].floor, same[0].count)):
@@ -96,6 +163,13 @@ class Legal:
         if (place, count) not in self.known:
             self.known[place, count] = holds(self.model, self.places[place], count)
         return self.known[place, count]
+
+
+def check_rotate(model: Any, kinds: Sequence[str]) -> None:
+    """Raise TopiaristError if the hidden states cannot be rotated, or are not cut at all."""
+    if HIDDEN not in kinds:
+        raise TopiaristError("rotate turns the hidden states: add hidden to the units, or leave it out")
+    check_rotation(model, units_of(model, (HIDDEN,))[0])
 
 
 def remember(notes: list[str], message: str, category: type[Warning] = UserWarning) -> None:

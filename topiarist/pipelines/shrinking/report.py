@@ -52,6 +52,8 @@ class ShrinkReport(RunReport):
     """Of a run that merges experts: layer -> expert that stays -> those averaged into it, by their old numbers."""
     layers: list[Refitted] = field(default_factory=list)
     """Of a run with refit: what it did."""
+    splits: list[dict[str, Any]] = field(default_factory=list)
+    """Of a run with a target of parameters: every split that was tried, its parameters, and its loss in nats."""
     recovered: list[dict[str, float]] = field(default_factory=list)
     """Of a run with recovery: step and loss, first and last and some between."""
     result: Any = None

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,27 +19,66 @@ from topiarist.data import Windows
 from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.shrinking.distill import Distill, distill
 from topiarist.pipelines.shrinking.merge import Merged, merge_experts
-from topiarist.pipelines.shrinking.plan import remember
+from topiarist.pipelines.shrinking.options import ShrinkOptions
+from topiarist.pipelines.shrinking.plan import Cut, remember, scorer_of
 from topiarist.pipelines.shrinking.refit import Saved, refit_consumers
-from topiarist.structured import Kept, Method, Plan, Task, UnitGroup, choose, mask_in_place, plan_layout, shrunk
+from topiarist.pipelines.shrinking.refit_width import refit_readers
+from topiarist.pipelines.shrinking.report import Refitted
+from topiarist.structured import (
+    Kept,
+    Method,
+    Plan,
+    PruneSpec,
+    Scores,
+    Task,
+    UnitGroup,
+    choose,
+    mask_in_place,
+    plan_layout,
+    predicted_parameters,
+    shrunk,
+)
 from topiarist.structured.reap import Reap
+from topiarist.structured.rotation import principal_axes, readers_of, rotated
+from topiarist.structured.units import HIDDEN
 
 Progress = Callable[[str, int, int], None]
 LOGGED = 20
 """Losses of a recovery in the report, about."""
 
 
-class ShrinkRun:
-    """The stages, for a model in memory.
+@dataclass(frozen=True)
+class Done:
+    """A cut that was made."""
 
-    output: where states are saved, None for nowhere. windows: the calibration text, None without. notes: the report's,
-    to which warnings are added.
+    groups: Sequence[UnitGroup]
+    kept: Kept
+    slots: Mapping[str, int]
+    layers: list[Refitted]
+    merged: dict[str, dict[int, list[int]]]
+
+    def indices(self) -> dict[str, dict[str, Any]]:
+        """The units that stay, as a PruneSpec has them."""
+        return PruneSpec.indices(self.groups, self.kept, self.slots)
+
+
+def parameter_counts(dense: int, done: Sequence[Done], stored: int) -> dict[str, int]:
+    """Parameters of the whole model: dense, kept (without padding), stored."""
+    if len(done) > 1:  # what the first cut leaves is the dense model of the next; such cuts are not padded
+        return {"dense": dense, "kept": stored, "stored": stored}
+    return {**predicted_parameters(dense, done[0].groups, done[0].kept, done[0].slots), "stored": stored}
+
+
+class ShrinkRun:
+    """Cuts, one after the other, of a model in memory: `source` is the model as the last one left it.
+
+    output: where states are saved, None for nowhere. windows: the calibration text, None without. notes: the report's, to
+    which warnings are added.
     """
 
     def __init__(
         self,
         source: ObjectModel,
-        groups: Sequence[UnitGroup],
         method: Method,
         output: OutputFolder | None,
         windows: Windows | None,
@@ -48,32 +88,70 @@ class ShrinkRun:
         notes: list[str],
         meter: Meter,
     ) -> None:
-        self.source, self.groups, self.method, self.output = source, groups, method, output
+        self.source, self.method, self.output = source, method, output
+        self.groups: Sequence[UnitGroup] = ()
         self.tokens = torch.zeros(0, 0, dtype=torch.int64) if windows is None else windows.tokens
         self.batch_size, self.seed, self.progress, self.notes = batch_size, seed, progress, notes
         self.meter = meter
 
     def state(self, name: str) -> SavedState:
         """A state of that name in the output folder; one that keeps nothing where there is no folder."""
-        return SavedState() if self.output is None else self.output.state(name)
+        kind = self.groups[0].kind if self.groups else ""
+        prefix = f"{kind}-" if kind in (HIDDEN, "block") else ""
+        return SavedState() if self.output is None else self.output.state(f"{prefix}{name}")
+
+    def cut(self, cut: Cut, options: ShrinkOptions, refit: bool, *, restore: bool) -> Done:
+        """Choose units, refit what read them, and go on with the smaller model. restore: the caller's model stays as it is."""
+        self.groups = cut.groups
+        scored = self.rotate() if options.rotate and cut.groups[0].kind == HIDDEN else None
+        kept, biases = self.choice(cut, options.round_to, scored, with_biases=not refit)
+        plan = self.plan(kept, options.layout, options.max_waste, biases)
+        if cut.groups[0].kind == HIDDEN:
+            small, merged = self.smaller(kept, plan, biases), {}
+            layers = self.refit_width(small, kept) if refit else []
+        else:
+            with self.consumers_restored(restore):
+                merged = self.merge(kept)
+                layers = self.refit(kept) if refit else []
+                small = self.smaller(kept, plan, biases)
+        self.source = ObjectModel(small)
+        return Done(cut.groups, kept, plan.slots, layers, merged)
+
+    def rotate(self) -> Scores:
+        """Turn the hidden states to their principal axes; returns the energy of each."""
+        (group,) = self.groups
+        model, saved = self.source.model, self.state("axes")
+        readers = readers_of(model, group, self.tokens)
+        with self.meter.timed("rotation"):
+            if (found := saved.load()) is None:
+                Q, energies = principal_axes(model, group, self.tokens, self.batch_size, self.progress)
+                saved.save({"Q": Q.contiguous(), "energies": energies.contiguous()}, {})
+            else:
+                Q, energies = found[0]["Q"], found[0]["energies"]
+            self.source = ObjectModel(rotated(model, group, readers, Q.to(self.source.device)))
+        return {group.key: energies.cpu()}
 
     def choice(
-        self, keep: float, scope: str, counts: Mapping[str, int] | None, round_to: int | None, *, with_biases: bool
+        self, cut: Cut, round_to: int | None, scored: Scores | None = None, *, with_biases: bool
     ) -> tuple[Kept, dict[str, Tensor]]:
-        """What stays, and the method's biases, from its scores; those of an earlier try if it got so far."""
+        """What stays, and the method's biases, from its scores; those of an earlier try if it got so far.
+
+        scored: scores to take instead of the method's.
+        """
         saved = self.state("kept")
         if (found := saved.load()) is not None:
             self.notes += [note for note in json.loads(found[1]["notes"]) if note not in self.notes]
             kept = {group.key: found[0][group.key] for group in self.groups}
             return kept, {name: bias for name, bias in found[0].items() if name not in kept}
         task = Task(
-            self.source.model, self.groups, self.tokens, keep, scope, counts, round_to, self.batch_size, self.seed,
-            self.progress, self.state("method"),
+            self.source.model, self.groups, self.tokens, cut.keep, cut.scope, cut.counts, round_to, self.batch_size,
+            self.seed, self.progress, self.state("method"),
         )  # fmt: skip
         with self.meter.timed("scores"), _caught(self.notes):
-            scores = self.method.scores(task)
-            kept = choose(self.groups, scores, keep, scope=scope, round_to=round_to, counts=counts)
-            biases = self.method.biases(task, kept) if with_biases else {}
+            method = scorer_of(self.method, self.groups[0].kind)
+            scores = scored or method.scores(task)
+            kept = choose(self.groups, scores, cut.keep, scope=cut.scope, round_to=round_to, counts=cut.counts)
+            biases = method.biases(task, kept) if with_biases else {}
         saved.save({**kept, **biases}, {"notes": json.dumps(self.notes)})
         return kept, biases
 
@@ -126,24 +204,34 @@ class ShrinkRun:
 
     def refit(self, kept: Kept) -> list[Any]:
         """Refit what reads the kept units on the calibration text, layer by layer; one report a layer."""
-
-        def load(index: int) -> Saved | None:
-            found = self.state(f"refit-{index:05d}").load()
-            return None if found is None else (found[0], json.loads(found[1]["rows"]))
-
-        def save(index: int, done: Saved) -> None:
-            weights = {name: weight.cpu().contiguous() for name, weight in done[0].items()}
-            self.state(f"refit-{index:05d}").save(weights, {"rows": json.dumps(done[1])})
-
         with self.meter.timed("refit"):
             layers, notes = refit_consumers(
                 self.source, self.groups, kept, self.tokens,
-                batch_size=self.batch_size, load=load, save=save, progress=self.progress,
+                batch_size=self.batch_size, load=self._load_refit, save=self._save_refit, progress=self.progress,
             )  # fmt: skip
         self.notes += notes
         return layers
 
-    def cut(self, kept: Kept, plan: Plan, biases: Mapping[str, Tensor]) -> Any:
+    def refit_width(self, narrow: Any, kept: Kept) -> list[Any]:
+        """Refit what reads the hidden states of the narrower model, block by block; one report a matrix."""
+        (group,) = self.groups
+        with self.meter.timed("refit"):
+            layers, notes = refit_readers(
+                self.source, ObjectModel(narrow), group, kept[group.key], self.tokens,
+                batch_size=self.batch_size, load=self._load_refit, save=self._save_refit, progress=self.progress,
+            )  # fmt: skip
+        self.notes += notes
+        return layers
+
+    def _load_refit(self, index: int) -> Saved | None:
+        found = self.state(f"refit-{index:05d}").load()
+        return None if found is None else (found[0], json.loads(found[1]["rows"]))
+
+    def _save_refit(self, index: int, done: Saved) -> None:
+        weights = {name: weight.cpu().contiguous() for name, weight in done[0].items()}
+        self.state(f"refit-{index:05d}").save(weights, {"rows": json.dumps(done[1])})
+
+    def smaller(self, kept: Kept, plan: Plan, biases: Mapping[str, Tensor]) -> Any:
         """The model without the units that go; under the layout `masked` with zeros in their place."""
         model = self.source.model
         with self.meter.timed("cut"):

@@ -22,18 +22,15 @@ from topiarist.pipelines.common.reproduce import command, recipe
 from topiarist.pipelines.common.setup import open_for, windows_of
 from topiarist.pipelines.shrinking.distill import disk_bytes
 from topiarist.pipelines.shrinking.files import write_shrunk
-from topiarist.pipelines.shrinking.options import ShrinkOptions
-from topiarist.pipelines.shrinking.plan import plan_choice, refuse_pruned
+from topiarist.pipelines.shrinking.options import Search, ShrinkOptions
+from topiarist.pipelines.shrinking.plan import check_rotate, plan_cuts, refuse_pruned
 from topiarist.pipelines.shrinking.report import ShrinkReport
-from topiarist.pipelines.shrinking.run import ShrinkRun, frozen
-from topiarist.structured import (
-    METHODS,
-    Plan,
-    PruneSpec,
-    UnitGroup,
-    predicted_parameters,
-)
-from topiarist.structured.units import COLUMN_KINDS, DEPTH_KINDS
+from topiarist.pipelines.shrinking.run import ShrinkRun, frozen, parameter_counts
+from topiarist.pipelines.shrinking.search import SplitSearch
+from topiarist.pipelines.shrinking.splits import plan_splits
+from topiarist.structured import METHODS, PruneSpec
+from topiarist.structured.trial import split
+from topiarist.structured.units import COLUMN_KINDS, DEPTH_KINDS, HIDDEN
 
 SAID = ("method", "keep", "layout", "units", "seed")
 """Settings that the command says even at their defaults."""
@@ -48,7 +45,7 @@ def shrink(
     progress: Progress | None = None,
     **settings: Any,
 ) -> ShrinkReport:
-    """Cut heads, channels, experts, sublayers or blocks out of a causal language model: a smaller dense model.
+    """Cut heads, channels, hidden channels, experts, sublayers or blocks out of a causal language model: a smaller dense model.
 
     model: a folder or hub id (`out` is needed), or a model object (which stays as it is, but for layout "masked"; the
     smaller one is the report's `result`). The whole model is in memory. options: all settings as one value, instead of
@@ -68,18 +65,26 @@ def shrink(
     checkpoint, name = opened.checkpoint, opened.name
     refuse_pruned(opened.config, name)
     notes: list[str] = []
-    groups, counts, scope = plan_choice(
-        opened.model, scorer, keep, layout, options.units, options.scope, round_to, notes
-    )
+    if options.target_params is not None:
+        splits = plan_splits(opened.model, options)
+        kinds, scope, cuts = splits.kinds, "per_layer", []
+        keep = options.target_params / splits.dense
+    else:
+        splits = None
+        cuts = plan_cuts(opened.model, scorer, keep, layout, options.units, options.scope, round_to, notes)
+        kinds, scope = tuple(dict.fromkeys(group.kind for cut in cuts for group in cut.groups)), cuts[-1].scope
+    if options.rotate:
+        check_rotate(opened.model, kinds)
     if recovery is not None and layout == "masked" and checkpoint is None:
         raise TopiaristError(
             "a model object that is masked in place cannot teach itself: give its folder, or another layout"
         )
-    refit = options.refit and any(group.kind in COLUMN_KINDS for group in groups)
+    refit = options.refit and bool({*COLUMN_KINDS, HIDDEN} & {*kinds})
     options.check_text(refits=refit)
     windows = windows_of(options, opened) if options.data is not None else None
+    if splits is not None and windows is not None:
+        split(windows.tokens, 1)  # refuses too few
     calibration = _calibration(windows, options.seed, options.batch_size)
-    kinds = tuple(dict.fromkeys(group.kind for group in groups))
     resolved = replace(
         options, method=scorer, units=kinds, scope=None if layout == "uniform" else scope, refit=refit,
         num_windows=calibration.get("num_windows", options.num_windows), window_tokens=calibration.get("window_tokens"),
@@ -107,9 +112,9 @@ def shrink(
             states = 0 if recovery is None else disk_bytes(opened.model, recovery)
             output.begin(int(1.1 * opened.nbytes) + states)
         source = opened.whole()
+        dense, dense_bytes, where = _numel(source.model), _nbytes(source.model), source.device
         run = ShrinkRun(
             source,
-            groups,
             scorer,
             output,
             windows,
@@ -120,30 +125,29 @@ def shrink(
             meter,
         )
         with frozen(source.model):
-            kept, biases = run.choice(keep, scope, counts, round_to, with_biases=not refit)
-            plan = run.plan(kept, layout, options.max_waste, biases)
-            with run.consumers_restored(checkpoint is None and layout != "masked"):
-                report.merged = run.merge(kept)
-                if refit:
-                    report.layers = run.refit(kept)
-                small = run.cut(kept, plan, biases)
-        dense, dense_bytes, where = _numel(source.model), _nbytes(source.model), source.device
+            if splits is not None:
+                cuts, report.splits = SplitSearch(run, splits, options.search or Search(), round_to).best()
+            done = [run.cut(cut, options, refit, restore=checkpoint is None and layout != "masked") for cut in cuts]
+        small = run.source.model
         if recovery is not None:
             if checkpoint is not None:
-                del source, run.source  # the dense model again, before anything was refit
+                del source  # the dense model again, before anything was refit
                 teacher = opened.whole().model
             else:
                 teacher = model
             report.recovered = run.recover(small, teacher, recovery)
-        report.parameters = {**predicted_parameters(dense, groups, kept, plan.slots), "stored": _numel(small)}
+        report.layers = [layer for one in done for layer in one.layers]
+        report.merged = {name: taken for one in done for name, taken in one.merged.items()}
+        report.parameters = parameter_counts(dense, done, _numel(small))
+        kept = {key: known for one in done for key, known in one.indices().items()}
         spec = PruneSpec(
-            name, digest, report.method, report.settings, keep, scope, layout, kinds, report.parameters,
-            PruneSpec.indices(groups, kept, plan.slots),
+            name, digest, report.method, report.settings, keep, scope, layout, kinds, report.parameters, kept,
+            options.rotate,
         )  # fmt: skip
-        cut = {part.parameter for group in groups for part in group.parts}
+        cut = {part.parameter for one in done for group in one.groups for part in group.parts}
         report.dense = left_dense(opened, cut, {}, otherwise=NO_UNIT)
         report.blocks, report.warnings = spec.by_block(), notes
-        report.tensor_parallel = _tensor_parallel(groups, plan)
+        report.tensor_parallel = _tensor_parallel(report.blocks)
         dtype = str(opened.dtype).removeprefix("torch.")
         report.weights = {"before": dense_bytes, "after": _nbytes(small), "dtype": dtype}
         report.output, report.result = None if out is None else str(out), None if checkpoint else small
@@ -165,9 +169,9 @@ def _calibration(windows: Windows | None, seed: int, batch_size: int) -> dict[st
     }
 
 
-def _tensor_parallel(groups: Sequence[UnitGroup], plan: Plan) -> list[int]:
+def _tensor_parallel(rows: Sequence[dict[str, Any]]) -> list[int]:
     """Degrees up to 8 that divide every count of the stored model."""
-    counts = {plan.slots[g.key] for g in groups if g.kind not in DEPTH_KINDS}
+    counts = {row["slots"] for row in rows if row["kind"] not in DEPTH_KINDS}
     return [degree for degree in range(1, 9) if counts and all(count % degree == 0 for count in counts)]
 
 
