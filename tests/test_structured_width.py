@@ -246,11 +246,11 @@ def test_a_killed_run_ends_in_the_same_bytes(target: int | None, tmp_path: Path)
 def test_a_target_is_reached_by_the_split_of_lowest_loss():
     model = tiny.tiny_model(num_hidden_layers=4, intermediate_size=128)
     dense = sum(p.numel() for p in model.parameters())
-    target = int(0.75 * dense)
+    target = int(0.6 * dense)
     report = run(model, None, units=[*ALL, "block"], target_params=target, keep=0.8, search={"values": 3})
     stored = sum(p.numel() for p in report.result.parameters())
     assert 0.9 * target < stored <= target and stored == report.parameters["stored"]
-    assert len(report.splits) > 3 and all(row["parameters"] <= target for row in report.splits)
+    assert len(report.splits) >= 3 and all(row["parameters"] <= target for row in report.splits)
     best = min(report.splits, key=lambda row: row["loss"])
     assert stored == best["parameters"]
     assert report.result.config.hidden_size == best["hidden"]
