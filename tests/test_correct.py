@@ -12,7 +12,7 @@ import torch
 import topiarist as tp
 from topiarist.core.errors import TopiaristError
 from topiarist.models.families import FAMILIES, matrices_of
-from topiarist.models.opened import ObjectModel, eager_experts
+from topiarist.models.opened import ObjectModel, at_rest
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.pruning.correct import Correct, Corrector
 from topiarist.pipelines.pruning.refine import Refine
@@ -26,7 +26,7 @@ class Spoiled:
     def __init__(self, family: str = "llama", *, settings: Correct = EXACT) -> None:
         self.dense, source = tiny.tiny_model(family), ObjectModel(tiny.tiny_model(family))
         self.tokens, self.block = tiny.tiny_tokens(32, 32), source.load(1)
-        with eager_experts(source.model):
+        with at_rest(source.model):
             self.stream = BlockStream(source, self.tokens, batch_size=4, device=torch.device("cpu"))
             self.stream.follow_dense(0, source.load(0))
             for matrix in matrices_of(source.load(0), source.family):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import topiarist as tp
 from topiarist.models.derive import family_of
 from topiarist.models.families import FAMILIES
-from topiarist.models.opened import eager_experts
+from topiarist.models.opened import at_rest
 from topiarist.structured import choose, gates, kept_cost, layer_counts, total_cost, units_of
 from topiarist.structured.units import UnitGroup, default_kinds
 
@@ -76,7 +76,7 @@ def test_gates_equal_zeros_in_the_consumers(family: str):
         torch.testing.assert_close(model(tokens).logits, dense, rtol=0, atol=0)
         zeroed(model, groups, off)
         assert not torch.allclose(gated, dense, atol=1e-3)
-        with eager_experts(model):
+        with at_rest(model):
             torch.testing.assert_close(gated, model(tokens).logits, rtol=1e-4, atol=1e-5)
 
 
@@ -144,7 +144,7 @@ def test_an_expert_that_is_off_gets_no_token(family: str):
         for block in model.model.layers:
             for name in ("gate_up_proj", "down_proj"):
                 getattr(block.mlp.experts, name)[1].fill_(float("nan"))
-        with eager_experts(model):
+        with at_rest(model):
             torch.testing.assert_close(model(tokens).logits, gated)
 
 

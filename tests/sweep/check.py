@@ -15,7 +15,7 @@ import topiarist as tp
 from sweep.tiny_types import VOCAB
 from topiarist.models.calls import first_of
 from topiarist.models.derive import base_model
-from topiarist.models.opened import OpenedModel, eager_experts, open_model
+from topiarist.models.opened import OpenedModel, at_rest, open_model
 from topiarist.pipelines.common.stream import BlockStream, PausedStream
 
 NEAR = 1e-3
@@ -87,7 +87,7 @@ def hidden_error(opened: OpenedModel) -> str:
         )
         for index, name in enumerate(opened.block_names)
     ]
-    with eager_experts(whole), eager_experts(opened.model):
+    with at_rest(whole), at_rest(opened.model):
         for rows in batch.split(4):
             base_model(whole)(input_ids=rows, use_cache=False)
         for hook in hooks:

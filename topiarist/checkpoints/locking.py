@@ -32,6 +32,11 @@ class FolderLock:
         """Whether this object holds the lock now."""
         return self._lock is not None
 
+    @property
+    def made(self) -> bool:
+        """Whether `acquire` created the folder."""
+        return self.folder in self._made
+
     def acquire(self) -> None:
         """Create the folder if need be, and lock it. Raises CheckpointError that names the process which holds it."""
         path = self.folder / LOCK

@@ -25,7 +25,7 @@ from topiarist.checkpoints.reading import INDEX, Checkpoint, StoredTensor, file_
 from topiarist.checkpoints.side_files import copy_side_files
 from topiarist.checkpoints.states import KEPT, FileState, SavedState
 from topiarist.checkpoints.streaming import SHARD_BYTES, Chunks, split, write_tensors
-from topiarist.core.errors import CheckpointError
+from topiarist.core.errors import CheckpointError, DamagedWeights
 
 FORMAT = 2
 """Of journal and report. Format 1, of topiarist 0.1, is read but not resumed."""
@@ -65,6 +65,18 @@ def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
         )
 
 
+def check_place(folder: Path) -> None:
+    """Raise CheckpointError for an output folder that is no folder, or that holds something else than a run."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} exists and is not a folder; choose another output")
+    ours = (f"{JOURNAL}{TEMPORARY}", LOCK, STAGES)
+    run = any((folder / name).is_file() for name in (JOURNAL, REPORT))
+    if not run and any(path.name not in ours for path in folder.iterdir()):
+        raise CheckpointError(f"{folder} exists and is not a topiarist run; choose another output or empty it")
+
+
 class OutputFolder:
     """Where a run writes.
 
@@ -100,7 +112,9 @@ class OutputFolder:
             shutil.rmtree(self.states, ignore_errors=True)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, DamagedWeights) and self._lock.made:
+            shutil.rmtree(self.folder, ignore_errors=True)  # no run can go on from it
         self._lock.release()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -126,10 +140,7 @@ class OutputFolder:
         """Journal lines of finished blocks, in order."""
         self.files: dict[str, dict[str, Any]] = {}
         """Journal lines of finished files of the model, by name."""
-        if not self.folder.exists():
-            return
-        if not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder} exists and is not a folder; choose another output")
+        check_place(self.folder)
         if self._journal.is_file():
             if lines := complete_lines(self._journal):
                 self._compare(lines[0])
@@ -140,8 +151,6 @@ class OutputFolder:
             self._compare(report.get("fingerprint", {}))
             check_files(self.folder, report.get("files", {}))
             self.complete = True
-        elif any(path.name not in (f"{JOURNAL}{TEMPORARY}", LOCK, STAGES) for path in self.folder.iterdir()):
-            raise CheckpointError(f"{self.folder} exists and is not a topiarist run; choose another output or empty it")
 
     def _compare(self, found: Mapping[str, Any]) -> None:
         if found.get("format") != FORMAT:

@@ -36,6 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 USAGE, INTERRUPTED = 2, 130
+RESUMING = frozenset({"prune", "learn", "shrink", "recover", "quantize", "run"})
+"""Commands whose OUT keeps what is finished; `allocate` keeps it in the folder of --work."""
 
 
 GROUPS = (prune, learn, apply, shrink, recover, quantize, export, recipes, allocate, report, runtime, generate, push)
@@ -84,7 +86,9 @@ def main() -> None:
         code = getattr(error, "exit_code", USAGE)
     lines.close()
     if code == INTERRUPTED:
-        err.print("interrupted: finished blocks are kept, the same command resumes", highlight=False)
+        resumes = RESUMING.intersection(sys.argv[1:2]) or "--work" in sys.argv
+        kept = "what is finished is kept, the same command resumes" if resumes else "nothing is kept"
+        err.print(f"interrupted: {kept}", highlight=False)
     if together is not None:
         together.leave()
     sys.exit(code)

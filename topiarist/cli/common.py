@@ -33,11 +33,11 @@ def is_main() -> bool:
 
 
 def set_threads(threads: int | None) -> None:
-    """Set torch's number of threads; None leaves it, and does not import torch."""
+    """Set torch's number of threads; None leaves it, and does not import torch. Raises OptionError out of range."""
     if threads is not None:
-        import torch
+        from topiarist.pipelines.common.options import RunOptions
 
-        torch.set_num_threads(threads)
+        RunOptions(threads=threads).use_threads()
 
 
 def quiet() -> None:

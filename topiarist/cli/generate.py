@@ -26,11 +26,11 @@ def generate(
     from topiarist.runtime import Generator, accelerate, load_model
 
     set_threads(threads)
+    model = load_model(folder)
     tokenizer = load_tokenizer(folder)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     if not ids.numel():
         raise TopiaristError("the prompt is empty; give at least one word")
-    model = load_model(folder)
     accelerate(model)
     generator = Generator(model)
     if generator.reason:

@@ -17,6 +17,10 @@ class NumericalError(TopiaristError, ArithmeticError):
     """NaN or Inf in weights, activations or Grams, or a factorisation that no damping repairs."""
 
 
+class DamagedWeights(NumericalError):
+    """NaN or Inf in the weights of a model: nothing that was made of it is of use."""
+
+
 class CheckpointError(TopiaristError, OSError):
     """A model folder that cannot be read safely, or an output folder that cannot be written."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from topiarist.core.errors import CalibrationError, NumericalError
 from topiarist.core.losses import next_token_losses
 from topiarist.data import Windows, check_vocabulary
-from topiarist.models.opened import open_model
+from topiarist.models.opened import evaluated, open_model
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,15 @@ def perplexity(
         check_vocabulary(tokens, embeddings.num_embeddings, "text")
     device = next(model.parameters()).device
     total, predicted = 0.0, 0
-    for begin in range(0, len(tokens), batch_size):
-        batch = tokens[begin : begin + batch_size].to(device)
-        logits = model(input_ids=batch, use_cache=False).logits
-        losses = next_token_losses(logits, batch)[:, max(start - 1, 0) :]
-        total += float(losses.double().sum())
-        predicted += losses.numel()
-        if progress is not None:
-            progress(min(begin + batch_size, len(tokens)), len(tokens))
+    with evaluated(model):
+        for begin in range(0, len(tokens), batch_size):
+            batch = tokens[begin : begin + batch_size].to(device)
+            logits = model(input_ids=batch, use_cache=False).logits
+            losses = next_token_losses(logits, batch)[:, max(start - 1, 0) :]
+            total += float(losses.double().sum())
+            predicted += losses.numel()
+            if progress is not None:
+                progress(min(begin + batch_size, len(tokens)), len(tokens))
     mean = total / predicted
     if not math.isfinite(mean):
         raise NumericalError("the model's loss is not finite on this text")

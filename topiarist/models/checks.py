@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from topiarist.checkpoints.reading import Checkpoint
-from topiarist.core.errors import CheckpointError, DeviceError, UnsupportedModel
+from topiarist.core.errors import CheckpointError, DamagedWeights, DeviceError, UnsupportedModel
 
 ADAPTER = "adapter_config.json"
 _WRAPPERS = {
@@ -44,7 +44,7 @@ def device_or_default(device: str | torch.device | None) -> torch.device:
 
 
 def check_object(model: nn.Module) -> None:
-    """Refuse an object whose parameters are not plain tensors in one memory."""
+    """Refuse an object whose parameters are not plain, finite tensors in one memory."""
     layers = (type(module).__module__ for module in model.modules())
     if hasattr(model, "peft_config") or any(name.partition(".")[0] == "peft" for name in layers):
         raise UnsupportedModel("the model carries an adapter: merge the adapter first (model.merge_and_unload())")
@@ -62,6 +62,15 @@ def check_object(model: nn.Module) -> None:
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise UnsupportedModel(f"the model is spread over {names}: give its folder instead, it is read block by block")
+    check_finite(model)
+
+
+def check_finite(module: nn.Module, path: str = "") -> None:
+    """Raise DamagedWeights, naming the first parameter below `path` that holds NaN or Inf."""
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            where = f"{path}.{name}" if path else name
+            raise DamagedWeights(f"NaN or Inf in {where}: the checkpoint is damaged; download it again")
 
 
 def check_folder(folder: Path) -> None:

@@ -96,15 +96,19 @@ class FolderModel(OpenedModel):
         return self.checkpoint.dtype()
 
     def check_output(self, out: str | Path | None) -> None:
-        """Raise CheckpointError if there is no output folder, or if it is the model's own."""
+        """Raise CheckpointError if there is no output folder, or if it is the model's own or something else's."""
         if out is None:
             raise CheckpointError("a checkpoint needs an output folder")
         if Path(out).resolve() == self.checkpoint.folder.resolve():
             raise CheckpointError(f"{out} is the model itself; choose another output folder")
+        super().check_output(out)
         list(side_files(self.checkpoint.folder))  # refused before any work, not at the end
 
     def whole(self) -> ObjectModel:
-        """What transformers loads, on the device. Raises CheckpointError if weights are missing or it cannot load them."""
+        """What transformers loads, on the device.
+
+        Raises CheckpointError if weights are missing or it cannot load them, DamagedWeights for NaN or Inf in them.
+        """
         from transformers import GenerationConfig
 
         folder = self.checkpoint.folder
@@ -117,6 +121,7 @@ class FolderModel(OpenedModel):
         except (ValueError, KeyError, OSError, RuntimeError) as error:
             raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
         checks.check_complete(folder, about["missing_keys"], self.checkpoint.files)
+        checks.check_finite(model)
         with suppress(OSError):  # few folders have none
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return ObjectModel(model.to(self.device).eval(), origin=self)
@@ -218,9 +223,14 @@ class FolderModel(OpenedModel):
         self._empty(self._embedding_names())
 
     def load(self, index: int, pruned: Checkpoint | None = None) -> nn.Module:
-        """Fill one block from the checkpoint, or from the shard of an earlier try that pruned it."""
+        """Fill one block from the checkpoint, or from the shard of an earlier try that pruned it.
+
+        Raises DamagedWeights for NaN or Inf in it.
+        """
         self._fill(self._names_below(self.block_names[index]), pruned or self.checkpoint)
-        return self.block(index)
+        block = self.block(index)
+        checks.check_finite(block, self.block_names[index])
+        return block
 
     def release(self, index: int) -> None:
         """Put the block back on the meta device, but for parameters that later blocks share."""

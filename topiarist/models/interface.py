@@ -13,7 +13,7 @@ from torch import nn
 
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.references import resolved
-from topiarist.checkpoints.writing import OutputFolder
+from topiarist.checkpoints.writing import OutputFolder, check_place
 from topiarist.data import load_tokenizer
 from topiarist.models.calls import Flow
 from topiarist.models.derive import block_lists, family_of
@@ -232,5 +232,6 @@ class OpenedModel(ABC):
         """All of the model in memory, apart from this one: it may be changed."""
 
     def check_output(self, out: str | Path | None) -> None:
-        """Raises CheckpointError if a result cannot go there."""
-        return
+        """Raise CheckpointError if a result cannot go there."""
+        if out is not None:
+            check_place(Path(out))

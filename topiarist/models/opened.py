@@ -96,9 +96,8 @@ class ObjectModel(OpenedModel):
         return self.block(index)
 
     def check_output(self, out: str | Path | None) -> None:
-        """Raise what the folder that the model was loaded from raises; an object alone refuses nothing."""
-        if self._origin is not None:
-            self._origin.check_output(out)
+        """Raise what the folder that the model was loaded from raises, if there is one."""
+        (self._origin or super()).check_output(out)
 
     def whole(self) -> ObjectModel:
         """The model itself."""
@@ -144,14 +143,27 @@ def open_model(
 
 
 @contextmanager
-def eager_experts(model: nn.Module) -> Iterator[None]:
-    """Experts run one by one while inside, so that each expert's input can be seen."""
-    config: Any = getattr(model, "config", None)
-    before = getattr(config, "_experts_implementation", None)
-    if before is not None:
-        config._experts_implementation = "eager"
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Nothing is dropped out while inside; afterwards every module is in its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
         yield
     finally:
-        if before is not None:
-            config._experts_implementation = before
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """The model as its inputs are measured: nothing is dropped out, and experts run one by one, so that each is seen."""
+    config: Any = getattr(model, "config", None)
+    experts = getattr(config, "_experts_implementation", None)
+    with evaluated(model):
+        if experts is not None:
+            config._experts_implementation = "eager"
+        try:
+            yield
+        finally:
+            if experts is not None:
+                config._experts_implementation = experts

@@ -12,6 +12,7 @@ from topiarist.checkpoints.dequantised import QUANTIZATION, DequantisedCheckpoin
 from topiarist.checkpoints.reading import read_json
 from topiarist.core.compiled import NoKernels
 from topiarist.core.errors import CheckpointError, TopiaristError
+from topiarist.models.checks import device_or_default
 from topiarist.models.opened import open_model
 from topiarist.quantization.grid import QuantizedWeight
 from topiarist.runtime.linear import QuantisedEmbedding, QuantisedLinear
@@ -23,9 +24,9 @@ def load_model(folder: Path | str, *, device: str = "cpu") -> Any:
     """A causal LM of transformers in its own dtype, in evaluation mode; integers, packed or as `quantize` writes them, are
     multiplied as they are on the CPU.
 
-    Raises CheckpointError if the folder cannot be read.
+    Raises CheckpointError if the folder cannot be read, DeviceError for a device that is not here.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), str(device_or_default(device))
     try:
         packed = (folder / MANIFEST).exists()
         model = _integers_or_none(folder) if device == "cpu" and (packed or _is_quantised(folder)) else None

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from topiarist.checkpoints.atomic import disk_errors
+from topiarist.checkpoints.atomic import disk_errors, fsync
 from topiarist.checkpoints.reading import read_json
 from topiarist.core.errors import CheckpointError
 
@@ -80,7 +80,10 @@ def new_folder(out: Path | str) -> Iterator[Path]:
         try:
             partial.mkdir(parents=True)
             yield partial
+            for path in (*partial.rglob("*"), partial):
+                fsync(path)
             partial.rename(out)
+            fsync(out.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from topiarist.core.errors import NumericalError, TopiaristError
 from topiarist.core.losses import next_token_loss
-from topiarist.models.opened import eager_experts
+from topiarist.models.opened import at_rest
 from topiarist.structured.methods import Task
 from topiarist.structured.units import Part, UnitGroup
 
@@ -99,7 +99,7 @@ def taylor_estimates(
         for found in rows.values():
             found.append(torch.zeros(sum(counts), dtype=torch.float64))
 
-    with _watched(task.model, owners, use), eager_experts(task.model):
+    with _watched(task.model, owners, use), at_rest(task.model):
         for number, window in enumerate(tokens):
             task.progress("gradients", number, len(tokens))
             if not pooled:

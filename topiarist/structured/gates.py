@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from topiarist.models.hooks import hooked, products_inside
-from topiarist.models.opened import eager_experts
+from topiarist.models.opened import at_rest
 from topiarist.structured.units import UnitGroup
 
 Masks = dict[str, Tensor]
@@ -54,7 +54,7 @@ def gates(model: Any, groups: Sequence[UnitGroup]) -> Iterator[Masks]:
             path, _, parameter = fused.rpartition(".")
             module = model.get_submodule(path)
             stack.enter_context(products_inside(module, partial(_gate_expert, module, parameter, multipliers)))
-        stack.enter_context(eager_experts(model))
+        stack.enter_context(at_rest(model))
         yield masks
 
 

@@ -17,7 +17,7 @@ from topiarist.core.options import options
 from topiarist.models.derive import family_of
 from topiarist.models.families import Matrix, matrices_of
 from topiarist.models.hooks import hooked, watch_inputs
-from topiarist.models.opened import eager_experts
+from topiarist.models.opened import at_rest
 from topiarist.structured.methods import Method, Scores, Task
 from topiarist.structured.units import COLUMN_KINDS, Kept, UnitGroup
 
@@ -86,7 +86,7 @@ def input_moments(task: Task, matrices: Mapping[str, Matrix]) -> dict[str, Momen
     batches = task.tokens.split(task.batch_size)
     with (
         watch_inputs(list(names), lambda matrix, x: moments[names[matrix]].add(x)),
-        eager_experts(task.model),
+        at_rest(task.model),
     ):
         for number, batch in enumerate(batches):
             task.progress("looking at activations", number, len(batches))

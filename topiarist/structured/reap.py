@@ -16,7 +16,7 @@ from topiarist.core.errors import CalibrationWarning, NumericalError
 from topiarist.core.options import options
 from topiarist.models.hooks import hooked
 from topiarist.models.mixtures import Choices, expert_output
-from topiarist.models.opened import eager_experts
+from topiarist.models.opened import at_rest
 from topiarist.structured.methods import Method, Scores, Task
 from topiarist.structured.units import UnitGroup
 
@@ -100,7 +100,7 @@ class Reap(Method):
         modules = {name: task.model.get_submodule(name) for name in layers}
         counts = {name: sum(group.count for group in groups) for name, groups in layers.items()}
         batches = task.tokens.split(task.batch_size)
-        with contributions(modules, counts) as found, eager_experts(task.model):
+        with contributions(modules, counts) as found, at_rest(task.model):
             for number, batch in enumerate(batches):
                 task.progress("looking at experts", number, len(batches))
                 task.model(input_ids=batch.to(task.model.device), use_cache=False)

@@ -21,7 +21,7 @@ from topiarist.core.errors import NumericalWarning
 from topiarist.core.options import given_or_made, takes
 from topiarist.core.patterns import Pattern
 from topiarist.data import Windows
-from topiarist.models.opened import OpenedModel, eager_experts
+from topiarist.models.opened import OpenedModel, at_rest
 from topiarist.pipelines.allocating.measure import measure
 from topiarist.pipelines.allocating.options import AllocateOptions
 from topiarist.pipelines.allocating.search import search
@@ -163,7 +163,7 @@ def apply_rule(
     if rule.measured_by and counted:
         # Before the slow part: a budget that cannot be met, or a pattern that does not fit, is said at once.
         rule.patterns(counted, depths, pattern, dict.fromkeys(counted, 0.5))
-        with eager_experts(source.model):
+        with at_rest(source.model):
             scores = _scores(options, source, windows, counted, depths, progress)
     if len(scores.unsure) > MOST_UNSURE * len(counted):
         warnings.warn(

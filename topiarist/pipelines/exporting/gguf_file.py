@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from topiarist.checkpoints.atomic import replacing
 from topiarist.checkpoints.dequantised import DequantisedCheckpoint, readable
 from topiarist.checkpoints.reading import Checkpoint, locate
 from topiarist.core.errors import CheckpointError, TopiaristError
 from topiarist.core.grammar import OptionError
+from topiarist.models.opened import open_model
 from topiarist.pipelines.exporting import architecture as arch
 from topiarist.pipelines.exporting import vocabulary
 from topiarist.quantization.gguf_blocks import BLOCK, block_scales, q4_0, q8_0
@@ -78,36 +80,32 @@ def export_gguf(
     path, target = locate(folder), Path(out)
     if target.exists():
         raise CheckpointError(f"{target} exists; choose another name")
+    open_model(str(path))  # every tensor is there, with its shape
     checkpoint = readable(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config(decoder=True)
     architecture = arch.architecture_of(config)
     vocabulary.kind_of(vocabulary.read(path))
     kind: Any = type or _type_of(checkpoint)
     rows = list(_rows(checkpoint, config, architecture, kind))
-    temporary = target.with_name(target.name + ".partial")
     _check_room(target, sum(row.nbytes for row in rows))
-    writer = gguf.GGUFWriter(temporary, architecture.name)
-    try:
-        writer.add_name(path.resolve().name)
-        writer.add_file_type(_file_type(kind))
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        arch.write_settings(writer, config, architecture)
-        vocabulary.write_vocabulary(writer, path, config.vocab_size)
-        for row in rows:
-            writer.add_tensor_info(row.name, row.shape, np.dtype(row.dtype), row.nbytes, raw_dtype=row.raw)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for number, row in enumerate(rows):
-            progress("writing", number, len(rows))
-            writer.write_tensor_data(row.read())
-        writer.close()
-        temporary.replace(target)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {target}: {error}; make room and run the same command again") from error
-    finally:
-        writer.close()
-        temporary.unlink(missing_ok=True)
+    with replacing(target, cure="; make room and run the same command again") as temporary:
+        writer = gguf.GGUFWriter(temporary, architecture.name)
+        try:
+            writer.add_name(path.resolve().name)
+            writer.add_file_type(_file_type(kind))
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            arch.write_settings(writer, config, architecture)
+            vocabulary.write_vocabulary(writer, path, config.vocab_size)
+            for row in rows:
+                writer.add_tensor_info(row.name, row.shape, np.dtype(row.dtype), row.nbytes, raw_dtype=row.raw)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for number, row in enumerate(rows):
+                progress("writing", number, len(rows))
+                writer.write_tensor_data(row.read())
+        finally:
+            writer.close()
     exact = [row.exact for row in rows if row.exact is not None]
     return Export(target, kind, len(rows), sum(exact), len(exact) - sum(exact), target.stat().st_size)
 

@@ -22,6 +22,7 @@ from topiarist.checkpoints.writing import SavedState
 from topiarist.core.errors import TopiaristError
 from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import given_or_made, plain, takes
+from topiarist.models.opened import evaluated
 from topiarist.pipelines.common.dense import LAST_BLOCK, left_dense, why_dense
 from topiarist.pipelines.common.finish import weights_of
 from topiarist.pipelines.common.reproduce import command
@@ -94,6 +95,7 @@ def _learn(
     else:
         source = open_whole(model, options, "cpu" if sharded else options.device)
     source.check_output(out)
+    held.enter_context(evaluated(source.model))
     name = source.name
     job = prepare(source, options, processes, held, out=out, progress=progress)
     recipe, wanted, notes = job.recipe, job.targets, job.notes

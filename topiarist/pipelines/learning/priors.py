@@ -17,7 +17,7 @@ from topiarist.core.patterns import NM, Pattern
 from topiarist.masklearn.candidates import MAX_CLASSES, num_classes
 from topiarist.masklearn.descent import descend
 from topiarist.masks import MaskFile, read_npz, weight_digest
-from topiarist.models.opened import ObjectModel, eager_experts
+from topiarist.models.opened import ObjectModel, at_rest
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.learning.masking import Target
 from topiarist.pipelines.pruning.block import BlockPruner
@@ -81,7 +81,7 @@ def one_shot_masks(
         on_solution=lambda name, solution: by_matrix.__setitem__(name, solution.mask),
     )
     names = source.block_names
-    with eager_experts(source.model):
+    with at_rest(source.model):
         stream = BlockStream.of(source, tokens, batch_size=batch_size)
         for index, path in enumerate(names):
             progress("prior", index, len(names))

@@ -17,7 +17,7 @@ from topiarist.pipelines.common.grams import GramGroup
 from topiarist.pipelines.common.stream import BlockStream, HiddenStates
 from topiarist.pipelines.pruning.correct import Correct, Corrector
 from topiarist.pipelines.pruning.ffn_joint import JointSolver, Network
-from topiarist.pipelines.pruning.groups import GroupSolver, check_finite
+from topiarist.pipelines.pruning.groups import GroupSolver
 from topiarist.pipelines.pruning.refine import Refine, refine_block
 from topiarist.pipelines.pruning.sparsellm import Method, SparseLLM
 from topiarist.pipelines.training.processes import Processes
@@ -89,7 +89,6 @@ class BlockPruner(GroupSolver):
         sequential: bool,
     ) -> list[LayerReport]:
         """Prune the matrices of block `index` in place. `path` is the block's full name."""
-        check_finite(block, path)
         wanted = [m for m in matrices if self.patterns[f"{path}.{m.name}"] is not None]
         if not wanted:
             return []

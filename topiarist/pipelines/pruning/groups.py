@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from topiarist.core.errors import CalibrationWarning, NumericalError, NumericalWarning, TopiaristError
+from topiarist.core.errors import CalibrationWarning, NumericalWarning, TopiaristError
 from topiarist.core.gram import Gram
 from topiarist.core.meter import Meter, return_freed_memory
 from topiarist.core.patterns import Pattern
@@ -55,7 +55,6 @@ class GroupSolver:
 
     def prune_without_data(self, block: nn.Module, matrices: Sequence[Matrix], path: str) -> list[LayerReport]:
         """Prune the matrices of a block in place by their weights alone."""
-        check_finite(block, path)
         layers = []
         with self.meter.timed("solver"):
             for matrix in matrices:
@@ -179,13 +178,6 @@ class GroupSolver:
             f"{unseen}add calibration samples",
             CalibrationWarning,
         )
-
-
-def check_finite(module: nn.Module, path: str) -> None:
-    """Raise NumericalError, naming the first parameter that holds NaN or Inf."""
-    for name, parameter in module.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise NumericalError(f"NaN or Inf in {_join(path, name)}: the checkpoint is damaged; download it again")
 
 
 def _join(path: str, name: str) -> str:

@@ -20,10 +20,11 @@ from topiarist.core.options import Registered, given_or_made, plain, takes
 from topiarist.core.patterns import Pattern, parse_pattern
 from topiarist.core.registry import name_of
 from topiarist.data import Windows
+from topiarist.models.checks import check_finite
 from topiarist.models.families import matrices_of
 from topiarist.models.folder import FolderModel
 from topiarist.models.hooks import watch_inputs
-from topiarist.models.opened import OpenedModel, eager_experts
+from topiarist.models.opened import OpenedModel, at_rest
 from topiarist.models.saving import write_model
 from topiarist.pipelines.allocating.allocation import allocated, fixed_patterns
 from topiarist.pipelines.common.dense import left_dense, why_dense
@@ -35,7 +36,6 @@ from topiarist.pipelines.common.reproduce import command, recipe
 from topiarist.pipelines.common.setup import open_for, open_output, windows_of
 from topiarist.pipelines.pruning.block import BlockPruner
 from topiarist.pipelines.pruning.companion import Companion
-from topiarist.pipelines.pruning.groups import check_finite
 from topiarist.pipelines.pruning.onto_grid import grid_of, solver_of
 from topiarist.pipelines.pruning.options import PruneOptions
 from topiarist.pipelines.pruning.packing import PackingWalk
@@ -106,7 +106,7 @@ def prune(
             found = processes.on_main(lambda: allocated(options, rule, source, windows, output, tell))
             pruner.patterns, report.allocation = found
         walk = (Walk if grid is None else PackingWalk)(source, pruner, windows.tokens, options, tell)
-        with eager_experts(source.model):
+        with at_rest(source.model):
             if checkpoint is None or output is None:
                 report.layers = walk.in_memory()
             else:
@@ -237,7 +237,7 @@ def prune_module(
         raise UnsupportedModel(
             "sparsellm has to know where feed-forward networks are; give any module its local solver"
         )
-    check_finite(model, "")
+    check_finite(model)
     matrices = matrices_of(model)
     patterns, _ = allocate.without(allocate.uniform({m.name: m.shape for m in matrices}, base_pattern), skip)
     wanted = [m for m in matrices if patterns[m.name] is not None]

@@ -12,7 +12,7 @@ from typing import Any
 from topiarist.checkpoints.writing import bytes_to_write
 from topiarist.core.meter import peak_memory_bytes, resident_bytes
 from topiarist.core.slots import SLOTS, check_slots
-from topiarist.models.opened import eager_experts
+from topiarist.models.opened import at_rest
 from topiarist.pipelines.allocating.allocation import fixed_patterns
 from topiarist.pipelines.common.grams import GramGroup, owners
 from topiarist.pipelines.common.setup import open_for, windows_of
@@ -73,7 +73,7 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
         BlockPruner.of(options.method, patterns, options.refine, options.correct, processes=processes)
     if options.data is None:
         return _plan_without_data(source, solver, patterns)
-    with eager_experts(source.model), warnings.catch_warnings():
+    with at_rest(source.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a probe of two windows is thin by design
         probe = windows.tokens[:PROBE_WINDOWS]
         stream = BlockStream.of(source, probe, batch_size=len(probe))

@@ -21,7 +21,7 @@ from topiarist.core.options import given_or_made, plain, takes
 from topiarist.core.patterns import Unstructured
 from topiarist.data import Windows
 from topiarist.models.folder import FolderModel
-from topiarist.models.opened import OpenedModel, eager_experts
+from topiarist.models.opened import OpenedModel, at_rest
 from topiarist.pipelines.common.dense import left_dense, why_dense
 from topiarist.pipelines.common.finish import CALIBRATION, finish, weights_of
 from topiarist.pipelines.common.options import Progress
@@ -82,7 +82,7 @@ def quantize(
     report = _report(options, model, source, grid, windows)
     walk = QuantizingWalk(source, pruner, windows.tokens, options, progress or (lambda *_: None), head=options.head)
     reasons = why_dense(patterns, options.skip)
-    with eager_experts(source.model), ExitStack() as held:
+    with at_rest(source.model), ExitStack() as held:
         output = open_output(out, _fingerprint(options, report), source.device, processes, held)
         if output is not None and output.complete:
             return QuantizeReport.from_folder(output.folder)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -21,11 +22,11 @@ from typing import Any
 
 import yaml
 
-from topiarist.checkpoints.atomic import write_atomically
-from topiarist.checkpoints.reading import locate, read_json
-from topiarist.checkpoints.writing import REPORT, OutputFolder
+from topiarist.checkpoints.atomic import disk_errors, write_atomically
+from topiarist.checkpoints.reading import Checkpoint, locate, read_json
+from topiarist.checkpoints.writing import REPORT, OutputFolder, check_place
 from topiarist.checkpoints.writing import STAGES as STAGES_FOLDER
-from topiarist.core.errors import TopiaristError
+from topiarist.core.errors import DamagedWeights, TopiaristError
 from topiarist.core.grammar import OptionError
 from topiarist.core.options import ALIASES
 from topiarist.pipelines.common.options import Progress
@@ -195,7 +196,8 @@ def run_recipe(recipe: Recipe, *, keep_stages: bool = False, progress: Progress 
         missing = "model" if not recipe.model else "out"
         raise OptionError(f"{recipe.source} names no {missing}: write it there, or give --{missing}")
     out, model = Path(recipe.out), recipe.model
-    recipe.check(state_of(read_json(locate(model) / "config.json")))
+    check_place(out)
+    recipe.check(state_of(Checkpoint(locate(model)).config))
     writing = [number for number, step in enumerate(recipe.steps) if not step.stage.to_file]
     if not writing or writing[-1] != len(recipe.steps) - 1:
         raise OptionError(f"{recipe.source} line {recipe.steps[-1].line}: the last stage must write a model")
@@ -207,8 +209,34 @@ def run_recipe(recipe: Recipe, *, keep_stages: bool = False, progress: Progress 
             out, {k: v for k, v in read_json(out / REPORT)["fingerprint"].items() if k != "format"}
         )  # files as written
         return recipe.steps[-1].stage.report.from_folder(out)
-    places, allocation, report = out / STAGES_FOLDER, None, None
-    places.mkdir(parents=True, exist_ok=True)
+    with _stages_folder(out) as places:
+        report = _run_stages(recipe, out, places, model, keep_stages, progress or (lambda *_: None))
+        write_atomically(out / RECIPE, as_yaml(said))
+        if not keep_stages:
+            shutil.rmtree(places, ignore_errors=True)
+    return report
+
+
+@contextmanager
+def _stages_folder(out: Path) -> Iterator[Path]:
+    """OUT's folder for what stages but the last write; both go again after an error, unless something is kept in them."""
+    places, made = out / STAGES_FOLDER, not out.exists()
+    with disk_errors(f"cannot create {places}"):
+        places.mkdir(parents=True, exist_ok=True)
+    try:
+        yield places
+    except BaseException as error:
+        if made and isinstance(error, DamagedWeights):
+            shutil.rmtree(out, ignore_errors=True)
+        with suppress(OSError):
+            places.rmdir()
+            out.rmdir()
+        raise
+
+
+def _run_stages(recipe: Recipe, out: Path, places: Path, model: str, keep_stages: bool, progress: Progress) -> Any:
+    """The stages that are not finished yet; the report of the last."""
+    allocation, report = None, None
     for number, step in enumerate(recipe.steps):
         last = number == len(recipe.steps) - 1
         place = out if last else places / f"{number + 1:02d}-{step.name}{'.json' if step.stage.to_file else ''}"
@@ -216,16 +244,13 @@ def run_recipe(recipe: Recipe, *, keep_stages: bool = False, progress: Progress 
         if step.name == "prune" and allocation is not None and options.allocation is None:
             options = replace(options, allocation=allocation)
         if not (step.stage.to_file and place.is_file()):
-            report = step.stage.run(model, place, options, step.more, progress or (lambda *_: None))
+            report = step.stage.run(model, place, options, step.more, progress)
         if step.stage.to_file:
             allocation = place
             continue
         if not keep_stages:
             _forget(places, place)
         model = str(place)
-    write_atomically(out / RECIPE, as_yaml(said))
-    if not keep_stages:
-        shutil.rmtree(places, ignore_errors=True)
     return report
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from topiarist.models.hooks import EndForward, hooked, products_inside, watch_inputs
 from topiarist.models.mixtures import Choices, Mixture, expert_output, mixture_of
-from topiarist.models.opened import ObjectModel, eager_experts
+from topiarist.models.opened import ObjectModel, at_rest
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.structured import Kept, UnitGroup, gates
 from topiarist.structured.merging import (
@@ -59,7 +59,7 @@ def merge_experts(
     layers = layers_of(list(groups))
     found: dict[str, dict[int, list[int]]] = {}
     count = len(source.block_names)
-    with torch.no_grad(), eager_experts(source.model), gates(source.model, groups) as masks:
+    with torch.no_grad(), at_rest(source.model), gates(source.model, groups) as masks:
         stream = BlockStream.of(source, tokens, batch_size=batch_size)
         for index in range(count):
             progress("merging experts", index, count)

@@ -15,7 +15,7 @@ from topiarist.core.errors import CalibrationWarning, NumericalError
 from topiarist.core.gram import Gram
 from topiarist.core.linalg import reconstruction_error
 from topiarist.models.families import Matrix
-from topiarist.models.opened import ObjectModel, eager_experts
+from topiarist.models.opened import ObjectModel, at_rest
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.shrinking.report import Refitted
 from topiarist.structured import Kept, UnitGroup
@@ -45,7 +45,7 @@ def refit_consumers(
     wanted = [group for group in groups if group.kind in COLUMN_KINDS and not bool(kept[group.key].all())]
     if not wanted:
         return [], []
-    with eager_experts(source.model):
+    with at_rest(source.model):
         stream = BlockStream.of(source, tokens, batch_size=batch_size, needs_states="the refit")
         for index in range(len(source.block_names)):
             progress("refitting", index, len(source.block_names))

@@ -16,7 +16,7 @@ from topiarist.checkpoints.writing import OutputFolder, SavedState
 from topiarist.core.errors import UnsupportedModel
 from topiarist.core.meter import Meter
 from topiarist.data import Windows
-from topiarist.models.opened import ObjectModel
+from topiarist.models.opened import ObjectModel, evaluated
 from topiarist.pipelines.shrinking.distill import Distill, distill
 from topiarist.pipelines.shrinking.merge import Merged, merge_experts
 from topiarist.pipelines.shrinking.options import ShrinkOptions
@@ -261,12 +261,12 @@ def merges(method: Method) -> bool:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards as it was."""
-    training, wanted = model.training, [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
     try:
-        yield
+        with evaluated(model):
+            yield
     finally:
-        model.train(training)
         for parameter in wanted:
             parameter.requires_grad_(True)
 
