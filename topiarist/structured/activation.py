@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from topiarist.core.errors import NumericalError
 from topiarist.core.options import options
 from topiarist.models.hooks import hooked, watch_inputs
-from topiarist.models.opened import eager_experts
+from topiarist.models.opened import at_rest
 from topiarist.structured.methods import Method, Scores, Task
 from topiarist.structured.metrics import by_unit, consumers
 from topiarist.structured.units import COLUMN_KINDS, HIDDEN, UnitGroup
@@ -88,7 +88,7 @@ class Activation(Method):
 
         handles = (module.register_forward_hook(partial(normed, name)) for name, module in norms.items())
         batches = task.tokens.split(task.batch_size)
-        with watch_inputs(list(names), read), hooked(*handles), eager_experts(model):
+        with watch_inputs(list(names), read), hooked(*handles), at_rest(model):
             for number, batch in enumerate(batches):
                 task.progress("looking at activations", number, len(batches))
                 model(input_ids=batch.to(model.device), use_cache=False)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from topiarist.core.errors import UnsupportedModel
 from topiarist.models.hooks import hooked
-from topiarist.models.opened import eager_experts
+from topiarist.models.opened import at_rest
 from topiarist.structured.units import UnitGroup
 from topiarist.structured.width import norm_of, residual_norms, tied_names
 
@@ -77,7 +77,7 @@ def readers_of(model: Any, group: UnitGroup, tokens: Int[Tensor, "num window"]) 
     handles += [
         model.get_submodule(name).register_forward_pre_hook(partial(enter, name), with_kwargs=True) for name in reading
     ]
-    with hooked(*handles), eager_experts(model):
+    with hooked(*handles), at_rest(model):
         model(input_ids=tokens[:1].to(model.device), use_cache=False)
     if unread or not all(found.values()):
         odd = unread[0] if unread else next(name for name, names in found.items() if not names)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from topiarist.core.errors import CalibrationWarning
 from topiarist.core.linalg import cholesky
 from topiarist.models.hooks import EndForward, hooked
-from topiarist.models.opened import ObjectModel, eager_experts
+from topiarist.models.opened import ObjectModel, at_rest
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.shrinking.refit import Saved
 from topiarist.pipelines.shrinking.report import Refitted
@@ -100,7 +100,7 @@ def refit_readers(
             narrow.model.get_parameter(name).data = weight.to(narrow.device)
         reports.extend(Refitted(**{**row, "shape": tuple(row["shape"])}) for row in done[1])
 
-    with eager_experts(dense.model), eager_experts(narrow.model), torch.no_grad():
+    with at_rest(dense.model), at_rest(narrow.model), torch.no_grad():
         streams = [BlockStream.of(m, tokens, batch_size=batch_size, needs_states="the refit") for m in (dense, narrow)]
         for index, path in enumerate(names):
             progress("refitting what reads the hidden states", index, len(names) + 1)
