@@ -124,8 +124,7 @@ def rotated(model: Any, group: UnitGroup, readers: Readers, Q: Float[Tensor, "d 
     norms = residual_norms(model, group.parts)
     gains = {name: norm_of(module).offset + module.weight.double() for name, module in norms.items()}
     by_reader = {parameter: gains[norm] for norm, names in readers.of.items() for parameter in names}
-    memo = {id(p): p for p in model.parameters()}
-    turned = copy.deepcopy(model, memo)  # modules anew, parameters the same
+    turned = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # modules anew, parameters the same
     for part in group.parts:
         path, _, leaf = part.parameter.rpartition(".")
         old = model.get_parameter(part.parameter)

@@ -136,7 +136,7 @@ class Norm:
     """Its gain is this plus its weight: 1 in Gemma's, 0 elsewhere."""
 
 
-def residual_norms(model: Any, parts: tuple[Part, ...]) -> dict[str, nn.Module]:
+def residual_norms(model: Any, parts: tuple[Part, ...]) -> dict[str, Any]:
     """The modules by name that hold one gain a channel and no matrix."""
     names = {part.parameter.rpartition(".")[0] for part in parts if part.parameter.endswith(".weight")}
     return {name: m for name, m in model.named_modules() if name in names and m.weight.ndim == 1}
