@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import topiarist as tp
+from topiarist.checkpoints import reading
 from topiarist.checkpoints.reading import Checkpoint, StoredTensor, file_digest, locate
 from topiarist.checkpoints.streaming import tensor_bytes, write_tensors
 
@@ -80,3 +81,16 @@ def test_two_sets_of_weights_in_one_folder_are_refused(tmp_path: Path):
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(tp.CheckpointError, match="two sets of weights"):
         Checkpoint(tmp_path / "model")
+
+
+def test_a_file_is_opened_once_for_all_of_its_tensors(tmp_path: Path, monkeypatch):
+    """To open a file is to parse the names of all its tensors: a mixture with thousands would take quadratic time."""
+    tiny.tiny_checkpoint(tmp_path / "base", "mixtral")
+    checkpoint, opens = Checkpoint(tmp_path / "base"), []
+    plain = reading.safe_open
+    monkeypatch.setattr(reading, "safe_open", lambda *args, **options: opens.append(args) or plain(*args, **options))
+    first = {name: checkpoint.read(name) for name in checkpoint.files}
+    assert len(opens) == 1
+    monkeypatch.setattr(reading, "KEPT_OPEN", -1)
+    assert all(torch.equal(checkpoint.read(name, mapped=True), tensor) for name, tensor in first.items())
+    assert len(opens) == 1 + len(first)

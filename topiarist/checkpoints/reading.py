@@ -20,6 +20,9 @@ from topiarist.core.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+KEPT_OPEN = 1 << 28
+"""Bytes read through one open file before it is opened anew: until then what was read stays mapped."""
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -38,6 +41,9 @@ class StoredTensor:
 
 class Checkpoint:
     """A model folder with safetensors weights, read lazily. Raises CheckpointError for everything unsafe or broken."""
+
+    _reader: tuple[Path, Any, int] | None = None
+    """The file that was read last, open, and the bytes read through it."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -103,8 +109,14 @@ class Checkpoint:
 
     def read(self, name: str, *, mapped: bool = False) -> Tensor:
         """One tensor: its own memory, or (`mapped`) a read-only view of the file that costs only the pages touched."""
-        with opened(self.files[name]) as reader:
+        path = self.files[name]
+        with whole(path):
+            # To open a file is to parse its header, and a mixture's names thousands of tensors.
+            if self._reader is None or self._reader[0] != path or self._reader[2] > KEPT_OPEN:
+                self._reader = path, safe_open(path, framework="pt"), 0
+            _, reader, touched = self._reader
             tensor = reader.get_tensor(name)
+            self._reader = path, reader, touched + tensor.nbytes
             return tensor if mapped else tensor.clone()
 
     def stored(self, name: str) -> StoredTensor:
@@ -192,9 +204,15 @@ def read_json(path: Path, *, cure: str = "delete it, or make it again") -> dict[
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """Open a safetensors file. Raises CheckpointError that names the file if it is truncated or damaged."""
+    with whole(path), safe_open(path, framework="pt") as reader:
+        yield reader
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """What is read inside comes from a whole file. Raises CheckpointError that names it if it is truncated or damaged."""
     try:
-        with safe_open(path, framework="pt") as reader:
-            yield reader
+        yield
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); download or copy it again") from error
 
