@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 import topiarist as tp
 from topiarist.models.derive import family_of
 from topiarist.models.mixtures import expert_output, mixture_of
-from topiarist.structured import choose, gates, units_of
+from topiarist.models.opened import ObjectModel
+from topiarist.pipelines.shrinking.merge import merge_experts
+from topiarist.structured import choose, gates, reap, units_of
 from topiarist.structured.merging import (
     INTERLEAVED,
     JOINED,
@@ -108,6 +110,13 @@ def test_experts_are_scored_by_reap_unless_told_otherwise(tmp_path: Path):
     assert report.method == "reap" and report.settings["merge"] is False
     with pytest.raises(tp.errors.TopiaristError, match="reap cannot score channels"):
         tp.shrink(model, method="reap", units=["channels"], keep=0.5, data=TOKENS)
+    assert tp.shrink(model, method="reap", keep=0.5, data=TOKENS).units == ["experts"]
+
+
+def test_a_merge_without_scipy_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(reap, "find_spec", lambda _: None)
+    with pytest.raises(tp.errors.TopiaristError, match=r"needs scipy: pip install 'topiarist\[merge\]'"):
+        Reap(merge=True)
 
 
 @pytest.mark.parametrize("groups", [2, 4])
@@ -223,32 +232,31 @@ def test_a_merge_is_the_weighted_mean():
     assert torch.equal(merged(experts, torch.zeros(2))["a"], torch.ones(2, 2))
 
 
-@pytest.mark.filterwarnings("ignore::topiarist.core.errors.CalibrationWarning")
 @torch.no_grad()
-def test_copies_of_experts_merge_without_loss():
-    """Expert 3 is expert 0 with its channels in another order, chosen by a router row that is a bit smaller."""
-    model = tiny.tiny_model("mixtral", num_experts_per_tok=1)
+def test_an_expert_merges_with_its_copy_without_loss():
+    """Expert 3 is expert 0, the one that adds most, with its channels in another order."""
+    model = tiny.tiny_model("mixtral")
+    groups = units_of(model, ("experts",))
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
     for block in model.model.layers:
-        experts, router = block.mlp.experts, block.mlp.gate
-        order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
-        copy = channels_of(experts, False).permuted(read_expert(experts, 0), order)
-        write_expert(experts, 3, copy)
-        router.weight[3] = 0.5 * router.weight[0]
+        experts = block.mlp.experts
+        experts.down_proj[0] *= 10
+        write_expert(experts, 3, channels_of(experts, False).permuted(read_expert(experts, 0), order))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    dropped, kept = (
-        tp.shrink(model, method=f"reap:merge={merge}", units=["experts"], keep=0.75, data=TOKENS)
-        for merge in ("false", "true")
+    taken = merge_experts(
+        ObjectModel(model),
+        groups,
+        {group.key: torch.tensor([True, True, True, False]) for group in groups},
+        Reap(merge=True),
+        TOKENS,
+        batch_size=8,
+        load=lambda _: None,
+        save=lambda *_: None,
+        progress=lambda *_: None,
     )
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    for name, taken in kept.merged.items():
-        experts = kept.result.get_submodule(name)
-        plain = dropped.result.get_submodule(name)
-        if {*taken, *next(iter(taken.values()))} == {0, 3}:
-            x = torch.randn(5, 32)
-            for e in range(3):
-                torch.testing.assert_close(
-                    expert_output(experts, e, x), expert_output(plain, e, x), rtol=1e-4, atol=1e-5
-                )
+    assert taken == {f"model.layers.{i}.mlp.experts": {"0": [3]} for i in range(2)}
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore::topiarist.core.errors.CalibrationWarning")

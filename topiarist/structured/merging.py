@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from topiarist.core.errors import TopiaristError, UnsupportedModel
+from topiarist.core.errors import UnsupportedModel
 from topiarist.models.mixtures import expert_output
 
 JOINED, INTERLEAVED = "joined", "interleaved"
@@ -99,12 +99,8 @@ def matching(
 
     activations: inputs of the down projection of both, for the same tokens.
     """
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise TopiaristError(
-            "merging experts needs scipy: pip install 'topiarist[merge]', or leave merge out"
-        ) from error
+    from scipy.optimize import linear_sum_assignment
+
     mine, theirs = (x.double().T for x in activations)
     width = len(mine)
     alike = _cosines(mine, theirs) + _cosines(channels.of(kept, width), channels.of(other, width))

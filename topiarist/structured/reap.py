@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from jaxtyping import Float, Int
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from topiarist.core.errors import CalibrationWarning, NumericalError
+from topiarist.core.errors import CalibrationWarning, NumericalError, TopiaristError
 from topiarist.core.options import options
 from topiarist.models.hooks import hooked
 from topiarist.models.mixtures import Choices, expert_output
@@ -92,6 +93,10 @@ class Reap(Method):
     """Of merge: the experts that one kept expert takes in, at most; the best one takes first."""
     merge_tokens: PositiveInt = 512
     """Of merge: tokens a layer on which outputs and channels of experts are compared."""
+
+    def __post_init__(self) -> None:
+        if self.merge and find_spec("scipy") is None:
+            raise TopiaristError("merging experts needs scipy: pip install 'topiarist[merge]', or leave merge out")
 
     @torch.inference_mode()
     def scores(self, task: Task) -> Scores:

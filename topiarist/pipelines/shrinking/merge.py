@@ -51,13 +51,13 @@ def merge_experts(
     load: Callable[[int], Merged | None],
     save: Callable[[int, Merged], None],
     progress: Callable[[str, int, int], None],
-) -> dict[str, dict[int, list[int]]]:
+) -> dict[str, dict[str, list[int]]]:
     """Overwrite the experts that stay by the means of their groups (REAM, see merging.py); who took in whom, by layer.
 
     load, save: what an earlier try finished, block by block.
     """
     layers = layers_of(list(groups))
-    found: dict[str, dict[int, list[int]]] = {}
+    found: dict[str, dict[str, list[int]]] = {}
     count = len(source.block_names)
     with torch.no_grad(), at_rest(source.model), gates(source.model, groups) as masks:
         stream = BlockStream.of(source, tokens, batch_size=batch_size)
@@ -71,7 +71,7 @@ def merge_experts(
                     done = _merge_layer(stream, index, name, torch.cat([kept[group.key] for group in own]), settings)
                     save(index, done)
                 _write(source.model.get_submodule(name), done[0])
-                found[name] = done[1]
+                found[name] = {str(keeper): others for keeper, others in done[1].items()}
                 masks.update({group.key: kept[group.key].to(masks[group.key]) for group in own})
             stream.advance(index, source.load(index))
         stream.close()

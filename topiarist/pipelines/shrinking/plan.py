@@ -69,7 +69,10 @@ def plan_cuts(
     The hidden states beside other units lose as large a share of their channels as these then do of theirs: the parameters
     of a matrix are a product of both.
     """
-    kinds = tuple(units) if units else tuple(k for k in default_kinds(model) if k in method.kinds) or method.kinds[:1]
+    kinds = tuple(units or ())
+    if not kinds:
+        usual = method.kinds if len(method.kinds) == 1 else default_kinds(model)
+        kinds = tuple(k for k in usual if k in method.kinds) or method.kinds[:1]
     kinds = check_kinds(kinds)
     check_scored(method, kinds)
     check_layout(layout, kinds)

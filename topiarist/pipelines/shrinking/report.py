@@ -48,7 +48,7 @@ class ShrinkReport(RunReport):
     """One entry a group of units: block, name, kind, kept, of, slots."""
     tensor_parallel: list[int] = field(default_factory=list)
     """Degrees of tensor parallelism that divide all head and channel counts evenly, up to 8."""
-    merged: dict[str, dict[int, list[int]]] = field(default_factory=dict)
+    merged: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     """Of a run that merges experts: layer -> expert that stays -> those averaged into it, by their old numbers."""
     layers: list[Refitted] = field(default_factory=list)
     """Of a run with refit: what it did."""

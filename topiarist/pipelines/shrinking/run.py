@@ -183,7 +183,7 @@ class ShrinkRun:
             for name, weight in before.items():
                 self.source.model.get_parameter(name).data = weight
 
-    def merge(self, kept: Kept) -> dict[str, dict[int, list[int]]]:
+    def merge(self, kept: Kept) -> dict[str, dict[str, list[int]]]:
         """Merge experts that go into those that stay, if the method says so; {layer: {expert: those it took in}}."""
         if not merges(self.method):
             return {}
