@@ -55,7 +55,7 @@ class Done:
     kept: Kept
     slots: Mapping[str, int]
     layers: list[Refitted]
-    merged: dict[str, dict[int, list[int]]]
+    merged: dict[str, dict[str, list[int]]]
 
     def indices(self) -> dict[str, dict[str, Any]]:
         """The units that stay, as a PruneSpec has them."""
