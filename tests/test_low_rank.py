@@ -68,6 +68,7 @@ def test_peft_opens_what_is_beside_the_checkpoint(family: str, tmp_path: Path):
         map(torch.numel, adapter.values())
     )
     assert report.companion["mean_error"] < report.mean_error
+    assert "low-rank companion" in (tmp_path / "out" / "README.md").read_text()
     pruned, by_hand = tp.load_pruned(tmp_path / "out").float(), tp.load_pruned(tmp_path / "out").float()
     with torch.no_grad():
         for layer in report.layers:

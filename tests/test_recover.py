@@ -25,7 +25,9 @@ from topiarist.pipelines.training.loop import FineTuning
 from topiarist.pipelines.training.weights import TrainedWeights
 
 TOKENS = tiny.tiny_tokens(40, 32)
-SETTINGS: dict[str, Any] = {"data": TOKENS, "tokens": 6 * 8 * 32, "learning_rate": 3e-3, "held_out": 2, "warmup": 0.0}
+SETTINGS: dict[str, Any] = {
+    "data": TOKENS, "tokens": 6 * 8 * 32, "sequences": 8, "learning_rate": 3e-3, "held_out": 2, "warmup": 0.0,
+}  # fmt: skip
 LEARN = Preset(
     steps=2, sequences=4, length=32, lr=Schedule(2e-2, 0.0, "cosine"), tau=Schedule(1.0, 0.05, "exponential"),
     lam=Schedule(1e-5, 0.0), max_norm=1.0, gap=0.02, prior_samples=8,
@@ -356,11 +358,20 @@ def test_products_in_fp32_leave_the_stored_dtype(tmp_path: Path):
 
 
 def test_looking_takes_a_tenth_of_the_training():
-    options = RecoverOptions(sequences=8)
-    assert options.steps_between_looks(1000, 16) == 100
-    assert options.steps_between_looks(20, 16) == 10  # two looks at 16 cost as much as 16 of 160 trained sequences
-    assert options.steps_between_looks(2, 16) == 2
-    assert RecoverOptions(evaluate_every=3).steps_between_looks(1000, 16) == 3
+    options = RecoverOptions()
+    assert options.steps_between_looks(1000, 8, 16) == 100
+    assert options.steps_between_looks(20, 8, 16) == 10  # two looks at 16 cost as much as 16 of 160 trained sequences
+    assert options.steps_between_looks(2, 8, 16) == 2
+    assert RecoverOptions(evaluate_every=3).steps_between_looks(1000, 8, 16) == 3
+
+
+def test_few_tokens_make_small_steps():
+    def sequences(tokens: str, processes: int = 1) -> int:
+        return RecoverOptions(tokens=tokens).sequences_a_step(512, processes)
+
+    assert [sequences(tokens) for tokens in ("10k", "300k", "500k", "1M", "1B")] == [1, 2, 4, 8, 8]
+    assert sequences("300k", 4) == 4 and sequences("1M", 3) == 6
+    assert RecoverOptions(tokens="10k", sequences=5).sequences_a_step(512, 1) == 5
 
 
 def test_the_report_is_that_of_the_pruned_model_and_repeats(tmp_path: Path):
@@ -373,6 +384,9 @@ def test_the_report_is_that_of_the_pruned_model_and_repeats(tmp_path: Path):
     assert stated["pipeline"] == "prune" and stated["recovery"]["pipeline"] == "recover"
     assert stated["layers"] == json.loads((tmp_path / "pruned" / "pruning_report.json").read_text())["layers"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())["pruning_config"]
+    assert "How recovery went" in (tmp_path / "out" / "pruning_report.html").read_text()
+    with pytest.raises(tp.CheckpointError, match="no report of a recovery"):
+        tp.RecoverReport.from_folder(tmp_path / "pruned")
     assert config["base_model"] == "../base" and config["recovery"]["held_out_loss"][0] == report.before
 
 

@@ -44,7 +44,7 @@ def recover(
     for column in ("step", "tokens", f"held-out {what}", "exp"):
         table.add_column(column, justify="right")
     for entry in report.evaluations:
-        seen = int(entry["step"]) * options.sequences * report.calibration["window_tokens"]
+        seen = int(entry["step"]) * report.tokens // report.steps
         mark = " *" if entry == report.best else ""
         table.add_row(
             f"{entry['step']:.0f}{mark}", f"{seen:,}", f"{entry['loss']:.4f}", f"{math.exp(entry['loss']):.3f}"

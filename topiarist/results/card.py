@@ -78,6 +78,9 @@ def _facts(result: Result) -> Iterator[tuple[str, str]]:
         yield "recovery", f"{report['recovered'][-1]['step']:.0f} steps" if report["recovered"] else "no"
     elif report.get("mean_error") is not None:
         yield "mean relative reconstruction error", error_text(report["mean_error"])
+    if companion := report.get("companion"):
+        about = f"rank {companion['rank']}, {companion['weights']:,} weights"
+        yield "low-rank companion, in `adapter`", f"{about}; error with it {error_text(companion['mean_error'])}"
     if "flips" in report:
         yield "changed against the prior", f"{percent(report['flips'])} of the weights"
 

@@ -130,23 +130,26 @@ def text_of(
 
 
 def cut_text(
-    text: TrainingText, options: RecoverOptions, processes: int
+    text: TrainingText, options: RecoverOptions, sequences: int, processes: int
 ) -> tuple[Sequences, Int[Tensor, "held window"], int]:
-    """Return (training sequences, held-out sequences, steps). Raises CalibrationError for too little text or budget."""
+    """Return (training sequences, held-out sequences, steps).
+
+    sequences: a step. Raises CalibrationError for too little text or budget.
+    """
     trained, held_out = text.split(options.held_out)
-    step = options.sequences * text.window
-    if len(trained) < options.sequences:
+    step = sequences * text.window
+    if len(trained) < sequences:
         raise CalibrationError(
             f"training text holds {len(trained)} sequences of {text.window} tokens beside {len(held_out)} held-out ones, "
-            f"a step takes {options.sequences}: add text, or shorten the window"
+            f"a step takes {sequences}: add text, or shorten the window"
         )
     if options.tokens < step:
         raise CalibrationError(
-            f"a budget of {options.tokens:,} tokens is below one step of {options.sequences} x {text.window} = "
+            f"a budget of {options.tokens:,} tokens is below one step of {sequences} x {text.window} = "
             f"{step:,}: raise --tokens, or lower --sequences"
         )
-    if options.sequences % processes:
-        raise CalibrationError(f"{options.sequences} sequences a step cannot be divided among {processes} processes")
+    if sequences % processes:
+        raise CalibrationError(f"{sequences} sequences a step cannot be divided among {processes} processes")
     return trained, held_out, options.tokens // step
 
 

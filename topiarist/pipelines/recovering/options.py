@@ -10,6 +10,8 @@ from topiarist.core.errors import TopiaristError
 from topiarist.core.options import About, options
 from topiarist.pipelines.common.options import HOW, DataOptions, count
 
+MOST_SEQUENCES, FEWEST_STEPS = 8, 200
+"""Of a step and of a run, if nothing is said."""
 LOOKS, SHARE = 10, 0.1
 """At the held-out loss, if nothing is said: so many, but no more than this share of the training's cost."""
 
@@ -35,8 +37,8 @@ class RecoverOptions(DataOptions):
     """Embeddings and head are trained too; by default they are in `full`, where alone they can be."""
     window_tokens: Annotated[int, About(flag="window"), Field(gt=1)] = 512
     """Tokens a sequence, at most the model's limit."""
-    sequences: Annotated[int, Field(gt=0)] = 8
-    """Sequences a step."""
+    sequences: Annotated[int | None, Field(gt=0)] = None
+    """Sequences a step; default: 8, or fewer so that the budget makes 200 steps."""
     batch_size: Annotated[int, Field(gt=0)] = 4
     """Sequences a forward, at most."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
@@ -66,14 +68,24 @@ class RecoverOptions(DataOptions):
         """Whether embeddings and head are trained."""
         return self.kind == "full" if self.embeddings is None else self.embeddings
 
-    def steps_between_looks(self, steps: int, held_out: int) -> int:
-        """Steps between two looks at `held_out` sequences.
+    def sequences_a_step(self, window: int, processes: int) -> int:
+        """Sequences of `window` tokens that a step takes, at least one a process if nothing was said.
+
+        Where tokens are few, many small steps lower the loss several times as fast as few large ones.
+        """
+        if self.sequences is not None:
+            return self.sequences
+        fitting = min(MOST_SEQUENCES, self.tokens // (FEWEST_STEPS * window))
+        return max(1, fitting // processes) * processes
+
+    def steps_between_looks(self, steps: int, sequences: int, held_out: int) -> int:
+        """Steps of `sequences` between two looks at `held_out` sequences.
 
         A look is forwards alone, about half of what training on as many tokens costs.
         """
         if self.evaluate_every is not None:
             return self.evaluate_every
-        affordable = 2 * SHARE * steps * self.sequences / held_out
+        affordable = 2 * SHARE * steps * sequences / held_out
         return max(1, steps // max(1, min(LOOKS, int(affordable))))
 
     @property

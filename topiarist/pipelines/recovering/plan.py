@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -56,25 +57,27 @@ def plan_recover(
         text = held.enter_context(text_of(opened, options, alone))
         held.enter_context(computing_in(options.dtype, student, teacher_model))
         trainee = Trainee(student, masks, options)
-        tokens, held_out, steps = cut_text(text, options, 1)
+        sequences = options.sequences_a_step(text.window, 1)
+        tokens, held_out, steps = cut_text(text, options, sequences, 1)
+        micro_batch = math.gcd(sequences, options.batch_size)
         objective = make_objective(student, teacher_model, tokens, held_out[:1], options, alone)
         times: list[float] = []
         trainee.train(
             objective,
             2,
+            micro_batch,
             alone,
             lambda *_: times.append(time.perf_counter()),
             SavedState(),
-            sequences=options.batch_size,
         )
-    step_tokens = options.sequences * text.window
+    step_tokens = sequences * text.window
     return RecoverPlan(
         weights=trainee.count,
         step_tokens=step_tokens,
         steps=steps,
-        epochs=steps * options.sequences / len(tokens),
+        epochs=steps * sequences / len(tokens),
         bytes_per_weight=trainee.weights.resident_bytes,
         peak_memory_bytes=peak_memory_bytes(),
         disk_bytes=opened.nbytes + 2 * (STATE_BYTES + 2) * trainee.count,
-        step_seconds=(times[1] - times[0]) * options.sequences / options.batch_size,
+        step_seconds=(times[1] - times[0]) * sequences / micro_batch,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,11 @@ def recover(
     tell, place = progress or (lambda *_: None), None if out is None else Path(out)
     with ExitStack() as held:
         text = held.enter_context(text_of(opened, options, processes, place, progress=tell))
-        tokens, held_out, steps = cut_text(text, options, processes.size)
+        sequences = options.sequences_a_step(text.window, processes.size)
+        options = replace(options, sequences=sequences)
+        tokens, held_out, steps = cut_text(text, options, sequences, processes.size)
         report = _report(opened, dense, model, teacher, options, place)
-        report.steps, report.tokens = steps, steps * options.sequences * text.window
+        report.steps, report.tokens = steps, steps * sequences * text.window
         report.calibration = {
             "num_windows": len(tokens),
             "window_tokens": text.window,
@@ -123,7 +126,7 @@ def recover(
             if processes.on_main(begin):
                 return RecoverReport.from_folder(folder.folder)
         with meter.timed("training"):
-            history = trainee.train(objective, steps, processes, tell, state)
+            history = trainee.train(objective, steps, sequences, processes, tell, state)
         computing.close()  # the weights are in their own dtypes again when they are written
         report.log(history.losses)
         report.evaluations = [{"step": step, "loss": loss} for step, loss in history.evaluations]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from topiarist.core.errors import CheckpointError
 from topiarist.results.report import RunReport
 from topiarist.results.result import RECOVERY
 
@@ -41,7 +42,9 @@ class RecoverReport(RunReport):
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> RecoverReport:
-        """Read a report back from the file of a recovered model."""
+        """Read a report back from the file of a recovered model. Raises CheckpointError for another model's."""
+        if RECOVERY not in plain:
+            raise CheckpointError("this is no report of a recovery: name a folder that `recover` wrote")
         pruned = {key: value for key, value in plain.items() if key != RECOVERY}
         return super().from_dict({**plain[RECOVERY], "pruned": pruned})
 

@@ -74,22 +74,20 @@ class Trainee:
         self,
         objective: Objective,
         steps: int,
+        sequences: int,
         processes: Processes,
         progress: Progress,
         state: SavedState,
-        *,
-        sequences: int | None = None,
     ) -> History:
-        """Train the model in place; low-rank updates are merged at the end. sequences: a step, if not the options'."""
+        """Train the model in place, so many sequences a step; low-rank updates are merged at the end."""
         options, module = self.options, self.model.model
-        sequences = sequences or options.sequences
         size = math.gcd(sequences // processes.size, options.batch_size)
         batches = Batches(len(objective.tokens), sequences, options.seed)
         tuning = FineTuning(
             steps=steps,
             learning_rate=options.learning_rate,
             warmup=round(options.warmup * steps),
-            evaluate_every=options.steps_between_looks(steps, len(objective.held_out)),
+            evaluate_every=options.steps_between_looks(steps, sequences, len(objective.held_out)),
             progress=progress,
             processes=processes,
             state=state,

@@ -57,6 +57,7 @@ def report_page(result: Result, others: Sequence[Result] = ()) -> str:
             kept_steps=Counter(block["best"] for block in result.report.get("joint", [])).most_common(),
             learning=curve(history),
             learned=[perplexity for _, perplexity in history[:1] + history[-1:]],
+            recovering=curve([(float(e["step"]), e["loss"]) for e in result.recovery.get("evaluations", [])]),
             command=command_text(result.report["command"]),
             settings={k: v for k, v in result.report["settings"].items() if not isinstance(v, dict | list)},
             linears=Counter(layer["reason"] for layer in _bench_layers(result)).most_common(),
