@@ -45,7 +45,7 @@ class RecoverReport(RunReport):
         """Read a report back from the file of a recovered model. Raises CheckpointError for another model's."""
         if RECOVERY not in plain:
             raise CheckpointError("this is no report of a recovery: name a folder that `recover` wrote")
-        pruned = {key: value for key, value in plain.items() if key != RECOVERY}
+        pruned = {key: value for key, value in plain.items() if key not in (RECOVERY, "files", "fingerprint")}
         return super().from_dict({**plain[RECOVERY], "pruned": pruned})
 
     @property
