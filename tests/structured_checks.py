@@ -37,7 +37,7 @@ def check(
     model, groups, kept, layout: str, folder: Path, *, opened=AutoModelForCausalLM.from_pretrained, tokens=None
 ) -> None:
     """Logits before and after a reload, cached generation, the number of parameters, the model left as it was."""
-    tokens = tiny.tiny_tokens(2, 12) if tokens is None else tokens
+    tokens = tiny.tiny_tokens(2, 12) % model.get_input_embeddings().num_embeddings if tokens is None else tokens
     before = {name: value.clone() for name, value in model.state_dict().items()}
     expected = masked_logits(model, groups, kept, tokens)
     plan = plan_layout(model, groups, kept, layout, max_waste=9.0)

@@ -1,4 +1,4 @@
-"""python -m sweep [--types LIST] [--out FILE.md] [--jobs N] [--work DIR]: the table of all types, from tests/.
+"""python -m sweep [--types LIST] [--out FILE.md] [--jobs N] [--work DIR]: the tables of all types, from tests/.
 
 Each type runs in a process of its own with a time limit, so that one that hangs or dies is one row. Results are kept in
 the work folder as they come: the same command goes on where it stopped.
@@ -10,8 +10,10 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +25,9 @@ from transformers.utils import logging
 import sweep.check  # noqa: F401  (before any process is forked)
 
 LIMIT = 180
+PARTS = ("prune", "cuts", "uses")
+USES = ("sparsegpt", "alps", "learn", "int8")
+UNITS = ("kv_groups", "heads", "channels", "experts", "block")
 COLUMNS = "| type | class | 2:4 | way | covered | stays dense, or why not |\n|---|---|---|---|---|---|"
 HEAD = """# Architectures
 
@@ -31,6 +36,9 @@ random. *Works* means: pruned to 2:4 by `wanda` from its files and opened again 
 nothing else changed; every matrix holds 2:4 in the files; every block, run alone, puts out what it does in the model's own
 forward (relative error below 1e-3). *Covered*: share of the weights of the blocks that are prunable matrices; the rest is
 named. *Way*: blocks are replayed one by one, or the model's own forward is paused at each (`models/calls.py`).
+
+*Cuts*: without some of its units (KV groups, heads, channels, experts, whole blocks) the model, written and opened again
+by plain transformers, has the logits of the whole model with those units switched off (`structured/proof.py`).
 
 This page is written by `make sweep`.
 
@@ -49,14 +57,16 @@ def types_of(mapping: str) -> list[str]:
     return sorted(names)
 
 
-def one(mapping: str, model_type: str) -> dict[str, Any]:
-    """What happened to one type, in this process."""
+def one(mapping: str, model_type: str, part: str) -> dict[str, Any]:
+    """What happened to one type, in this process. part: of `PARTS`."""
     import torch
     from transformers.utils import logging
 
     import topiarist as tp
     from sweep.check import check_type
-    from sweep.tiny_types import tiny_folder
+    from sweep.cuts import cuts
+    from sweep.tiny_types import tiny_folder, tiny_model
+    from sweep.uses import uses
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -66,6 +76,10 @@ def one(mapping: str, model_type: str) -> dict[str, Any]:
             base = tiny_folder(Path(folder, "base"), model_type, mapping)
         except Exception as error:
             return {"built": False, "why": _line(error)}
+        if part == "cuts":
+            return {"built": True, "cuts": cuts(tiny_model(model_type, mapping))}
+        if part == "uses":
+            return {"built": True, "uses": uses(base, Path(folder))}
         try:
             return {"built": True, **asdict(check_type(base, Path(folder, "out")))}
         except tp.TopiaristError as error:
@@ -79,12 +93,21 @@ def _line(error: Exception) -> str:
     return text[:200] or type(error).__name__
 
 
-def run(mapping: str, model_type: str, work: Path) -> dict[str, Any]:
-    """What happened to one type, in a process of its own; read from the work folder if it was run already."""
-    stored = work / f"{mapping}-{model_type}.json"
+def run(mapping: str, model_type: str, work: Path, parts: Sequence[str]) -> dict[str, Any]:
+    """What happened to one type, each part in a process of its own; read from the work folder if it was run already."""
+    found: dict[str, Any] = {}
+    for part in parts:
+        found = run_part(mapping, model_type, work, part) | found
+    return found
+
+
+def run_part(mapping: str, model_type: str, work: Path, part: str) -> dict[str, Any]:
+    """What one part says of one type."""
+    stored = work / f"{mapping}-{model_type}{'' if part == 'prune' else '-' + part}.json"
     if not stored.is_file():
         context = multiprocessing.get_context("fork")  # libraries are imported once
-        process = context.Process(target=lambda: stored.write_text(json.dumps(one(mapping, model_type))), daemon=True)
+        target = lambda: stored.write_text(json.dumps(one(mapping, model_type, part)))  # noqa: E731
+        process = context.Process(target=target, daemon=True)
         process.start()
         process.join(LIMIT)
         if process.is_alive():
@@ -100,12 +123,45 @@ def row(model_type: str, found: dict[str, Any]) -> str:
         return f"| {model_type} | | not built | | | {found['why']} |"
     if "refused" in found:
         return f"| {model_type} | | refused | | | {found['refused']} |"
-    verdict = "works" if not found["why"] else "**fails**"
-    note = found["why"] or "; ".join(found.get("dense", ()))
+    verdict = "works" if not found.get("why") else "**fails**"
+    note = found.get("why") or "; ".join(found.get("dense", ()))
     covered = f"{found.get('covered', 0):.1%}"
     return (
         f"| {model_type} | {found.get('architecture', '')} | {verdict} | {found.get('way', '')} | {covered} | {note} |"
     )
+
+
+def marks(found: dict[str, str], columns: Sequence[str], notes: list[str]) -> str:
+    """One cell a column: yes, or the number of a reason in `notes`, which grows."""
+    cells = []
+    for column in columns:
+        text = re.sub(r"'[\w-]+'", "this", found.get(column, ""))
+        if text in ("", "yes"):
+            cells.append(text)
+            continue
+        reason = re.sub(r"\d+", "N", text)
+        if reason not in notes:
+            notes.append(reason)
+        cells.append(f"{'**fails**' if text.startswith('fails') else '–'} [{notes.index(reason) + 1}](#reasons)")
+    return " | ".join(cells)
+
+
+def cut_table(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """The second table, if that part was run: type by what can be cut or done, and the reasons of empty cells."""
+    cells = {
+        name: {**result.get("uses", {}), **result.get("cuts", {})}
+        for found in results.values()
+        for name, result in found.items()
+        if "cuts" in result or "uses" in result
+    }
+    columns = [column for column in (*USES, *UNITS) if any(column in found for found in cells.values())]
+    if not columns:
+        return []
+    notes: list[str] = []
+    rows = [f"| {name} | {marks(found, columns, notes)} |" for name, found in cells.items()]
+    head = f"| type | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|"
+    reasons = "\n".join(f"{number}. {note}" for number, note in enumerate(notes, 1))
+    return ["## What else\n", head, *rows, "", "### Reasons\n", reasons, ""]
 
 
 def page(results: dict[str, dict[str, dict[str, Any]]]) -> str:
@@ -115,7 +171,7 @@ def page(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     summary, tables = [], []
     for mapping, found in results.items():
         built = {t: r for t, r in found.items() if r.get("built", True)}
-        good = sum("refused" not in r and not r["why"] for r in built.values())
+        good = sum("refused" not in r and not r.get("why") for r in built.values())
         refused = sum("refused" in r for r in built.values())
         summary.append(
             f"{mapping}: {good} of {len(built)} types that could be built work, {refused} are refused with the reason, "
@@ -125,7 +181,7 @@ def page(results: dict[str, dict[str, dict[str, Any]]]) -> str:
         title = "Causal language models" if mapping == "causal" else "Image and text: the text decoder"
         tables.append(f"## {title}\n\n{COLUMNS}\n{rows}\n")
     head = HEAD.format(version=transformers.__version__, summary="\n".join(f"* {line}" for line in summary))
-    return "\n".join([head, *tables])
+    return "\n".join([head, *tables, *cut_table(results)])
 
 
 def main() -> None:
@@ -135,6 +191,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -145,7 +202,7 @@ def main() -> None:
     for mapping in [args.mapping] if args.mapping else ["causal", "image-text"]:
         names = [name for name in types_of(mapping) if not args.types or name in args.types]
         with ThreadPoolExecutor(args.jobs) as pool:
-            found = list(pool.map(lambda name, mapping=mapping: run(mapping, name, work), names))
+            found = list(pool.map(lambda name, mapping=mapping: run(mapping, name, work, args.parts), names))
         results[mapping] = dict(zip(names, found, strict=True))
     text = page(results)
     print(text)

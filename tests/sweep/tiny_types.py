@@ -67,7 +67,13 @@ def tiny_config(model_type: str, **fields: Any) -> Any:
 
 
 def tiny_folder(folder: Path, model_type: str, mapping: str = "causal", **fields: Any) -> Path:
-    """Save a random model of the type, stored buffers included, with a deterministic seed."""
+    """Save `tiny_model`."""
+    tiny_model(model_type, mapping, **fields).save_pretrained(folder)
+    return folder
+
+
+def tiny_model(model_type: str, mapping: str = "causal", **fields: Any) -> Any:
+    """A random model of the type, stored buffers included, with a deterministic seed."""
     config = tiny_config(model_type, **fields)
     with torch.device("meta"):
         size = sum(p.numel() for p in AUTO[mapping].from_config(config).parameters())
@@ -85,8 +91,7 @@ def tiny_folder(folder: Path, model_type: str, mapping: str = "causal", **fields
         for name, buffer in model.named_buffers():
             if name in stored and buffer.is_floating_point() and any(part.isdigit() for part in name.split(".")):
                 buffer.add_(0.2 * torch.rand_like(buffer) * (1 if buffer.numel() > 1 else 0.5))
-    model.save_pretrained(folder)
-    return folder
+    return model
 
 
 def _shrunk(config: PretrainedConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from topiarist.checkpoints.reading import Checkpoint
@@ -44,6 +45,26 @@ def without_memory(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         ) from error
     _keep_in_fp32(model, checkpoint.dtype())
     return model.eval().requires_grad_(False)
+
+
+REFUSALS = (
+    StrictDataclassError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError, AssertionError,
+)  # fmt: skip
+"""What configs and modelling code raise for numbers that they cannot hold."""
+
+
+def rebuilt(model: Any, config: Any, *, dtype: torch.dtype | None = None, buffers: bool = True) -> Any:
+    """A model of another config without memory, of the same class, or of the type that the config names.
+
+    buffers: whether those that are computed are without memory too. Raises one of `REFUSALS`.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    same = config.model_type == model.config.model_type
+    build = type(model)._from_config if same else AutoModelForCausalLM.from_config
+    with init_empty_weights(include_buffers=buffers):
+        return build(config, dtype=dtype)
 
 
 def _build(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Any:

@@ -1,7 +1,8 @@
 """What can be seen from the modules of any model: its decoder blocks, its experts, and what of a block stays dense.
 
 Only what cannot be seen stands in a row of `FAMILIES`. `make sweep` tries
-the rules on every type that transformers knows.
+the rules on every type that transformers knows, and writes
+docs/reference/architectures.md.
 """
 
 from __future__ import annotations
@@ -54,17 +55,21 @@ def family_of(model: Any) -> Family:
 
 
 def structure_of(model: Any) -> Family:
-    """The family of a model whose heads and channels are known by a row, as cutting them out needs.
+    """The family of a model whose parts are known by a row, as cutting its width needs.
 
-    Raises UnsupportedModel without one: where a head lies in fused or latent projections cannot be seen from shapes.
+    Raises UnsupportedModel without one.
     """
-    model_type = str(model.config.model_type).removeprefix("pruned_")
-    if model_type not in FAMILIES:
+    if not has_row(model):
         raise UnsupportedModel(
-            f"where heads and channels of model type {model_type!r} lie is not known: say so in a row of "
-            "topiarist.models.FAMILIES (Family(attention=..., feed_forward=...)), or prune its matrices"
+            f"where the parts of model type {model.config.model_type!r} lie is not known: say so in a row of "
+            "topiarist.models.FAMILIES, or choose other --units"
         )
     return family_of(model)
+
+
+def has_row(model: Any) -> bool:
+    """Whether a row of `FAMILIES` says where heads and channels of the model's type lie."""
+    return str(model.config.model_type).removeprefix("pruned_") in FAMILIES
 
 
 def decoder_blocks(model: Any) -> str:

@@ -77,5 +77,7 @@ def audit_shrunk(folder: str | Path) -> ShrunkAudit | None:
                     holds = columns % slots == 0 and live <= kept * (columns // slots)
                     units.append(UnitAudit(f"{block}.{matrix.name}", kind, kept, sum(r["of"] for r in same), holds))
         source.release(index)
-    parameters = sum(checkpoint.numel(name) for name in checkpoint.files)
+    named = dict(source.model.named_parameters(remove_duplicate=False))
+    buffers = sum(tensor.numel() for name, tensor in source.model.state_dict().items() if name not in named)
+    parameters = sum(checkpoint.numel(name) for name in checkpoint.files) - buffers
     return ShrunkAudit(spec, parameters, units)

@@ -6,25 +6,23 @@ its shapes are compared with those of the cut. Families thus need no table of wh
 
 from __future__ import annotations
 
-import copy
 import inspect
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 
 from topiarist.core.errors import UnsupportedModel
 from topiarist.models import modeling_pruned
+from topiarist.models.building import REFUSALS, rebuilt
 from topiarist.models.derive import family_of
 from topiarist.models.families import Family
 from topiarist.models.mixtures import Mixture, count_fields, mixture_of, width_field
 from topiarist.structured.block_configs import block_configs
+from topiarist.structured.edits import state_numbers, with_blocks
 from topiarist.structured.shrink import cut_state
-from topiarist.structured.units import DEPTH_KINDS, Kept, UnitGroup, is_transposed
-
-REFUSALS = (StrictDataclassError, ValueError, TypeError, ArithmeticError)
-"""What configs and modelling code raise for numbers that they cannot hold."""
+from topiarist.structured.units import DEPTH_KINDS, HEAD_KINDS, Kept, UnitGroup, is_transposed
 
 
 def stock_config(
@@ -44,10 +42,13 @@ def stock_config(
     for target in filter(None, (model.config.model_type, family.relabel)):
         try:
             config = _edited(model, family, groups, widest, blocks, target, biased)
-            found = _shapes(config, family, [str(i) for i in range(len(blocks))])
+            built = rebuilt(model, config)
+            found = _shapes(built, family, len(blocks))
             names = {name for name in found if not (biased and name.endswith(".bias"))} | set(expected)
             if wrong := sorted(name for name in names if found.get(name) != expected.get(name)):
                 raise ValueError(f"{wrong[0]} would be {found.get(wrong[0])}, not {expected.get(wrong[0])}")
+            if target == model.config.model_type:
+                _check_alike(model, built, family, blocks)
         except REFUSALS as error:
             reasons.append(f"{target}: {' '.join(str(error).split())}")
             continue
@@ -74,11 +75,14 @@ def _edited(
     biased: Collection[str],
 ) -> Any:
     """The config with new numbers, through its own constructor and its checks."""
-    config = _with_blocks(copy.deepcopy(model.config), blocks)
+    config = with_blocks(model.config, blocks, len(model.get_submodule(family.blocks)))
     for flag, module in (("attention_bias", family.attention.module), ("mlp_bias", "mlp")):
         if hasattr(config, flag) and any(f".{module}." in consumer for consumer in biased):
             setattr(config, flag, True)
-    for group in {group.place: group for group in groups if group.kind not in DEPTH_KINDS}.values():
+    for group in _places(groups):
+        if group.stated:
+            state_numbers(config, group.stated, group.count, widest[group.place])
+            continue
         count, name = widest[group.place], group.place.rpartition(":")[0]
         mixture = _mixture(model, family, group)
         if group.kind == "kv_groups":
@@ -128,18 +132,9 @@ def _mixture(model: Any, family: Family, group: UnitGroup) -> Mixture | None:
     return mixture_of(model.get_submodule(f"{family.blocks}.{group.block}"))
 
 
-def _with_blocks(config: Any, blocks: Sequence[int]) -> Any:
-    """The config of these blocks alone: their number, and every list that has an entry a layer."""
-    before = config.num_hidden_layers
-    if list(blocks) == list(range(before)):
-        return config
-    for name, value in config.to_dict().items():
-        if name == "mlp_only_layers" and value:
-            setattr(config, name, [new for new, old in enumerate(blocks) if old in value])
-        elif "layer" in name and isinstance(value, list | tuple) and len(value) == before:
-            setattr(config, name, [value[i] for i in blocks])
-    config.num_hidden_layers = len(blocks)
-    return config
+def _places(groups: Sequence[UnitGroup]) -> list[UnitGroup]:
+    """One group of every place."""
+    return list({group.place: group for group in groups if group.kind not in DEPTH_KINDS}.values())
 
 
 def _expected_shapes(
@@ -164,22 +159,42 @@ def _expected_shapes(
     return {name: tuple(shape) for name, shape in shapes.items()}
 
 
-def _shapes(config: Any, family: Family, blocks: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights():
-        built = AutoModelForCausalLM.from_config(config)
+def _shapes(built: nn.Module, family: Family, blocks: int) -> dict[str, tuple[int, ...]]:
     return {
         f"{i}.{name}": tuple(parameter.shape)
-        for i in blocks
+        for i in range(blocks)
         for name, parameter in built.get_submodule(f"{family.blocks}.{i}").named_parameters()
     }
+
+
+def _check_alike(model: Any, built: nn.Module, family: Family, blocks: Sequence[int]) -> None:
+    """Raise ValueError if a block that stays would be built otherwise: with another window, another kind of attention."""
+    if len(blocks) == len(model.get_submodule(family.blocks)):
+        return
+    whole = rebuilt(model, model.config)  # a forward may have changed settings of the model itself
+    for new, old in enumerate(blocks):
+        after = dict(built.get_submodule(f"{family.blocks}.{new}").named_modules())
+        for name, module in whole.get_submodule(f"{family.blocks}.{old}").named_modules():
+            before, other = _settings(module), _settings(after[name])
+            if wrong := [key for key, value in before.items() if other.get(key, value) != value]:
+                raise ValueError(f"{wrong[0]} of block {old} would be {other[wrong[0]]}, not {before[wrong[0]]}")
+
+
+_OWN_NUMBER = re.compile(r"layer_?(idx|id|number|index)|_idx|^training$")
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """What a module keeps as plain values, but for its own number and its mode."""
+    values = vars(module).items()
+    return {k: v for k, v in values if isinstance(v, bool | int | float | str) and not _OWN_NUMBER.search(k)}
 
 
 def hetero_config(
     model: Any, groups: Sequence[UnitGroup], kept: Kept, units: Mapping[str, int], biased: Collection[str]
 ) -> Any:
     """A config of the class in modeling_pruned.py: the family's own, and what differs from it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
     family, base = family_of(model), model.config.model_type
     before = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
     absent = absent_modules(groups, kept, family)
@@ -198,6 +213,12 @@ def hetero_config(
         "experts": experts,
         "absent": [list(entry) for entry in absent],
     }
+    if any(group.stated and group.kind in HEAD_KINDS for group in groups):
+        raise UnsupportedModel(
+            f"layers of {base} with heads of their own number need a row of topiarist.models.FAMILIES: choose --layout uniform"
+        )
+    if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModel(f"{base} is no causal language model alone: choose --layout uniform")
     modeling_pruned.register({"model_type": modeling_pruned.PREFIX + base})
     config, built = modeling_pruned.pruned_classes(base)
     plain["architectures"] = [built.__name__]

@@ -138,11 +138,14 @@ def _gate_expert(
     weight: Tensor,
     multiply: Multiply,
 ) -> Tensor:
-    """The product, of the gated input if `weight` is an expert's slice of the fused parameter."""
+    """The product, of the gated input if `weight` is an expert's slice of the fused parameter, or all of it (x is then
+    (expert, tokens, in)).
+    """
     fused = getattr(module, parameter)
-    if weight.shape != fused.shape[1:]:
-        return multiply(x)
     offset = weight.data_ptr() - fused.data_ptr()
     number, rest = divmod(offset, fused.stride(0) * fused.element_size())
-    known = not rest and 0 <= number < len(fused)
-    return multiply(multipliers[number](x) if known else x)
+    if rest or not 0 <= number < len(fused):
+        return multiply(x)
+    if weight.ndim == x.ndim == 3:
+        return multiply(torch.stack([multipliers[e](rows) for e, rows in enumerate(x)]))
+    return multiply(multipliers[number](x))

@@ -16,10 +16,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor
 
 from topiarist.core.errors import TopiaristError, UnsupportedModel
+from topiarist.models.building import rebuilt
 from topiarist.models.derive import family_of
 from topiarist.models.families import Family
 from topiarist.structured.configs import absent_modules, hetero_config, stock_config
@@ -126,9 +126,12 @@ def holds(model: Any, same: Sequence[UnitGroup], count: int) -> bool:
     """Whether the family's config can state `count` units in every group of one place."""
     if same[0].kind == HIDDEN:
         return accepts(model, count)
+    if same[0].stated:
+        blocks, groups = range(len(model.get_submodule(family_of(model).blocks))), same
+    else:
+        blocks, groups = [same[0].block], [group for group in same if group.block == same[0].block]
     try:
-        one_layer = [group for group in same if group.block == same[0].block]
-        stock_config(model, one_layer, {same[0].place: count}, [same[0].block])
+        stock_config(model, groups, {same[0].place: count}, list(blocks))
     except UnsupportedModel:
         return False
     return True
@@ -154,13 +157,10 @@ def shrunk(
     biases: {consumer: what is added to its bias}, of those that the plan was made for. Tensors that are not cut are
     shared with `model`, which stays as it is.
     """
-    from transformers import AutoModelForCausalLM
-
     family = family_of(model)
     absent = [path for path, _ in absent_modules(groups, kept, family)] if plan.layout == "hetero" else []
     state = _renumbered(cut_state(model.state_dict(), groups, kept, plan.slots, absent), family, plan.blocks)
-    with init_empty_weights(include_buffers=False):
-        new: Any = AutoModelForCausalLM.from_config(plan.config, dtype=next(model.parameters()).dtype)
+    new = rebuilt(model, plan.config, dtype=next(model.parameters()).dtype, buffers=False)
     if groups and groups[0].kind == HIDDEN:
         state = rescale(state, model, new, groups[0].parts, groups[0].count, plan.slots[groups[0].key])
     for name, parameter in new.named_parameters():

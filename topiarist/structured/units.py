@@ -20,7 +20,7 @@ A mask of shape (count,) holds for the whole batch; (batch, count) gives every s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from topiarist.core import former
 from topiarist.core.errors import TopiaristError, UnsupportedModel
-from topiarist.models.derive import family_of, structure_of
+from topiarist.models.derive import family_of, has_row
 from topiarist.models.families import Family, FeedForward
 from topiarist.models.mixtures import mixture_of
 
@@ -60,6 +60,15 @@ class Part:
     size: int
     expert: int | None = None
     """Of a fused 3-D parameter, the one expert that is meant; `axis` then counts without the expert's."""
+
+
+@dataclass(frozen=True)
+class Stated:
+    """A number of the config that says how many units there are: `per_unit` times as many, and `constant`."""
+
+    field: str
+    per_unit: int
+    constant: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,8 @@ class UnitGroup:
     """Units that must stay."""
     exact: bool = True
     """False where removing units changes the statistics of a norm that spans them all (OLMo 2's query and key norms)."""
+    stated: tuple[Stated, ...] = ()
+    """Of a type without a row: the numbers of the config that count them."""
 
     @property
     def producers(self) -> tuple[Part, ...]:
@@ -101,7 +112,13 @@ class UnitGroup:
 
 
 def default_kinds(model: nn.Module) -> tuple[str, ...]:
-    """Heads and channels; query heads where there is one KV head (multi-query attention)."""
+    """Heads and channels; query heads where there is one KV head (multi-query attention). Of a type without a row, those
+    of them that its config can state fewer of.
+    """
+    from topiarist.structured import derived  # it is made of what is here
+
+    if not has_row(model):
+        return derived.default_kinds(model)
     attention = _heads(model)
     return ("heads" if attention.kv == 1 < attention.query else "kv_groups", "channels")
 
@@ -138,7 +155,17 @@ def units_of(model: Any, kinds: Sequence[str]) -> list[UnitGroup]:
     Works on a model without memory (meta tensors) too.
     """
     kinds = check_kinds(kinds)
-    family = family_of(model) if set(kinds) == {"experts"} else structure_of(model)
+    from topiarist.structured import derived  # it is made of what is here
+
+    groups = seen_units(model, kinds) if has_row(model) else derived.units_of(model, kinds)
+    if missing := [kind for kind in kinds if not any(group.kind == kind for group in groups)]:
+        raise UnsupportedModel(f"{model.config.model_type} has no {missing[0]} to cut; choose other units")
+    return groups
+
+
+def seen_units(model: Any, kinds: Sequence[str]) -> list[UnitGroup]:
+    """Units where the family's row says that they lie; experts where modules show them, without a row too."""
+    family = family_of(model)
     groups: list[UnitGroup] = []
     if HIDDEN in kinds:
         from topiarist.structured.width import hidden_group  # which is made of what stands here
@@ -148,8 +175,6 @@ def units_of(model: Any, kinds: Sequence[str]) -> list[UnitGroup]:
         finder = _Finder(model, family, index, block)
         for kind in kinds:
             groups += getattr(finder, kind)() if kind != HIDDEN else []
-    if missing := [kind for kind in kinds if not any(group.kind == kind for group in groups)]:
-        raise UnsupportedModel(f"{model.config.model_type} has no {missing[0]} to cut; choose other units")
     return groups
 
 
@@ -168,11 +193,22 @@ class Heads:
 
 
 def _heads(model: Any) -> Heads:
-    config, family = model.config, structure_of(model)
+    config, family = model.config, family_of(model)
     query = int(config.num_attention_heads)
     kv = int(getattr(config, "num_key_value_heads", None) or query)
     out = model.get_submodule(f"{family.blocks}.0.{family.attention.module}.{family.attention.out}")
     return Heads(query, kv, out.weight.shape[0 if is_transposed(out) else 1] // query)
+
+
+def parameters_of(parameters: Mapping[str, Tensor], path: str, parts: Sequence[Part]) -> int:
+    """How many numbers one unit of these parts holds. parameters: of the block at `path`, by their names in it."""
+    total = 0
+    for part in parts:
+        shape = list(parameters[part.parameter.removeprefix(path + ".")].shape)
+        shape = shape[1:] if part.expert is not None else shape
+        shape[part.axis] = part.size
+        total += int(torch.Size(shape).numel())
+    return total
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -196,21 +232,19 @@ class _Finder:
             parts.append(Part(f"{self.path}.{name}.bias", 0, start, size))
         return parts
 
-    def _cost(self, parts: Sequence[Part]) -> int:
-        total = 0
-        for part in parts:
-            shape = list(self.parameters[part.parameter.removeprefix(self.path + ".")].shape)
-            shape = shape[1:] if part.expert is not None else shape
-            shape[part.axis] = part.size
-            total += int(torch.Size(shape).numel())
-        return total
-
     def _group(self, kind: str, acts_on: str, parts: Sequence[Part], **fields: Any) -> UnitGroup:
         full = f"{self.path}.{acts_on}".rstrip(".")
         key = f"{full}{fields.pop('suffix', '')}:{kind}"
         place = f"{acts_on}:{kind}" if kind in WIDTH_KINDS else key
         defaults = {"start": 0, "width": 0, "place": place, "tie": key, "consumer": full}
-        return UnitGroup(key, kind, self.index, cost=self._cost(parts), parts=tuple(parts), **(defaults | fields))
+        return UnitGroup(
+            key,
+            kind,
+            self.index,
+            cost=parameters_of(self.parameters, self.path, parts),
+            parts=tuple(parts),
+            **(defaults | fields),
+        )
 
     def _attention_rows(self, heads: Heads, kv: int | None) -> list[Part]:
         """Rows of q, k and v for every KV group, or of q alone for the query heads of group `kv`."""
@@ -338,7 +372,14 @@ class _Finder:
 
 
 def output_parameters(model: Any, group: UnitGroup) -> list[str]:
-    """Weights and biases of the last matrices of a sublayer (of both, for a block): zeros in them switch it off."""
+    """Weights and biases of the last matrices of a sublayer (of both, for a block): zeros in them switch it off.
+
+    Raises UnsupportedModel for a type without a row: which matrices those are is not known.
+    """
+    if not has_row(model):
+        raise UnsupportedModel(
+            f"zeros cannot stand for a whole {group.kind} of model type {model.config.model_type!r}: choose --layout uniform"
+        )
     family, path = family_of(model), f"{family_of(model).blocks}.{group.block}"
     parameters = dict(model.get_submodule(path).named_parameters())
     attention = f"{family.attention.module}.{family.attention.out}"

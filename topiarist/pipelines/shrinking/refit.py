@@ -46,11 +46,11 @@ def refit_consumers(
     if not wanted:
         return [], []
     with at_rest(source.model):
-        stream = BlockStream.of(source, tokens, batch_size=batch_size, needs_states="the refit")
+        stream = BlockStream.of(source, tokens, batch_size=batch_size)
         for index in range(len(source.block_names)):
             progress("refitting", index, len(source.block_names))
             matrices = {f"{source.family.blocks}.{index}.{m.name}": m for m in source.matrices(index)}
-            own = [group for group in wanted if group.block == index]
+            own = [group for group in wanted if group.block == index and stream.reaches(index)]
             done = load(index)
             if done is None:
                 done = _block(stream, index, own, matrices, kept)
@@ -60,6 +60,7 @@ def refit_consumers(
                 matrices[name].assign(weight)
             reports += [Refitted(**{**row, "shape": tuple(row["shape"])}) for row in rows]
             stream.advance(index, source.load(index))
+        stream.close()
     progress("refitting", len(source.block_names), len(source.block_names))
     thin = [f"{r.name} ({r.tokens} tokens, {r.shape[1]} inputs)" for r in reports if r.tokens < r.shape[1]]
     if not thin:

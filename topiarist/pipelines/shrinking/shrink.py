@@ -16,6 +16,7 @@ from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import given_or_made, plain, takes
 from topiarist.core.registry import name_of
 from topiarist.data import Windows
+from topiarist.models.derive import has_row
 from topiarist.pipelines.common.dense import NO_UNIT, left_dense
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.reproduce import command, recipe
@@ -29,6 +30,7 @@ from topiarist.pipelines.shrinking.run import ShrinkRun, frozen, parameter_count
 from topiarist.pipelines.shrinking.search import SplitSearch
 from topiarist.pipelines.shrinking.splits import plan_splits
 from topiarist.structured import METHODS, PruneSpec
+from topiarist.structured.derived import tried
 from topiarist.structured.trial import split
 from topiarist.structured.units import COLUMN_KINDS, DEPTH_KINDS, HIDDEN
 
@@ -95,23 +97,28 @@ def shrink(
         model=name, base_digest=opened.digest(), calibration=calibration, command=words, not_in_command=unsaid,
         recipe=recipe("shrink", model, resolved, always=SAID),
     )  # fmt: skip
-    output = None
+    output, source, digest = None, None, report.base_digest
+    if out is not None:
+        asked = {field: entry for field, entry in plain(resolved).items() if field != "data"}
+        fingerprint = {
+            **asked,
+            "model": digest,
+            "method": {"name": report.method, **report.settings},
+            "calibration": calibration,
+        }
+        output = OutputFolder(Path(out), fingerprint)
+    if not has_row(opened.model) and not (output and output.complete):  # refused, if at all, before anything is written
+        source = opened.whole()
+        with frozen(source.model):
+            cuts = [replace(cut, groups=tried(source.model, kinds, layout)) for cut in cuts]
     with ExitStack() as held:
-        digest = report.base_digest
-        if out is not None:
-            asked = {field: entry for field, entry in plain(resolved).items() if field != "data"}
-            fingerprint = {
-                **asked,
-                "model": digest,
-                "method": {"name": report.method, **report.settings},
-                "calibration": calibration,
-            }
-            output = held.enter_context(OutputFolder(Path(out), fingerprint))
+        if output is not None:
+            held.enter_context(output)
             if output.complete:
                 return ShrinkReport.from_folder(output.folder)
             states = 0 if recovery is None else disk_bytes(opened.model, recovery)
             output.begin(int(1.1 * opened.nbytes) + states)
-        source = opened.whole()
+        source = source or opened.whole()
         dense, dense_bytes, where = _numel(source.model), _nbytes(source.model), source.device
         run = ShrinkRun(
             source,

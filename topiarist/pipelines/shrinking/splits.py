@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from topiarist.core.errors import PatternError, TopiaristError, UnsupportedModel
+from topiarist.models.derive import has_row
 from topiarist.pipelines.shrinking.options import ShrinkOptions
 from topiarist.pipelines.shrinking.plan import Cut, check_scored
 from topiarist.structured import UnitGroup, default_kinds, holds, layer_counts, plan_layout, units_of
@@ -134,6 +135,11 @@ class Splits:
 def plan_splits(model: Any, options: ShrinkOptions) -> Splits:
     """The splits that reach `target_params`, on a model without memory. Raises TopiaristError for all that can be refused."""
     assert options.target_params is not None
+    if not has_row(model):
+        raise TopiaristError(
+            f"a split over the axes of model type {model.config.model_type!r} needs a row of topiarist.models.FAMILIES: say "
+            "--keep instead of --target-params"
+        )
     if options.layout != "uniform":
         raise TopiaristError("a split over the axes is one for all layers: --target-params needs --layout uniform")
     kinds = tuple(options.units or (*_wide(model), *default_kinds(model)))
