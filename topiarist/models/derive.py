@@ -27,6 +27,7 @@ OUTSIDE = "a parameter of no linear layer"
 _TOWER = re.compile(
     r"(^|[._])(vision|visual|image|audio|speech|encoder|qformer|abstractor|patcher|vqmodel|protein|video|mtp)"
 )
+_OTHER_INPUT = re.compile(r"vision|visual|image|audio|speech|video")
 _BLOCK_CLASS = re.compile(r"(Layer|Block)$")
 _ROUTER_CLASS = re.compile(r"Router|TopK|M[oO]EGate$|MoeGate$")
 _ROUTER_NAME = re.compile(r"(^|\.)(gate|wg|classifier|\w*router|\w*experts?_gate)$")
@@ -78,7 +79,8 @@ def decoder_blocks(model: Any) -> str:
     root = _decoder_path(model)
     inside = [name for name in lists if not root or name == root or name.startswith(root + ".")]
     plain = [name for name in inside if not _TOWER.search(name[len(root) :])]
-    chosen = plain or inside or lists
+    text = [name for name in inside if not _OTHER_INPUT.search(name[len(root) :])]  # a decoder may be called an encoder
+    chosen = plain or text or inside or lists
     if not chosen:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise UnsupportedModel(
