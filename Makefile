@@ -47,7 +47,7 @@ test-fast: $(STAMP) ## the tests of a few seconds that need nothing fetched
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not real"
 
 sweep: $(STAMP) ## try every model type of transformers; writes docs/reference/architectures.md
-	cd tests && $(ONE_THREAD) HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore PYTHONPATH=.. ../$(BIN)/python -m sweep --out ../docs/reference/architectures.md
+	cd tests && $(ONE_THREAD) HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore PYTHONPATH=.. ../$(BIN)/python -m sweep --commit $$(git rev-parse --short HEAD) --out ../docs/reference/architectures.md
 
 test-kills: $(STAMP) ## kill processes of divided runs twenty times
 	KILLS=20 $(ONE_THREAD) $(BIN)/python -m pytest tests/test_prune_processes.py -k killed

@@ -37,12 +37,14 @@ nothing else changed; every matrix holds 2:4 in the files; every block, run alon
 forward (relative error below 1e-3). *Covered*: share of the weights of the blocks that are prunable matrices; the rest is
 named. *Way*: blocks are replayed one by one, or the model's own forward is paused at each (`models/calls.py`).
 
-*Cuts*: without some of its units (KV groups, heads, channels, experts, whole blocks) the model, written and opened again
-by plain transformers, has the logits of the whole model with those units switched off (`structured/proof.py`).
-
-This page is written by `make sweep`.
+This page is written by `make sweep`{commit}.
 
 {summary}
+"""
+
+
+ELSE = """`yes` under a kind of units: without some of them the model, written and opened again by plain transformers, has the
+logits of the whole model with those units switched off (`structured/proof.py`).
 """
 
 
@@ -161,11 +163,11 @@ def cut_table(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     rows = [f"| {name} | {marks(found, columns, notes)} |" for name, found in cells.items()]
     head = f"| type | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|"
     reasons = "\n".join(f"{number}. {note}" for number, note in enumerate(notes, 1))
-    return ["## What else\n", head, *rows, "", "### Reasons\n", reasons, ""]
+    return ["## What else\n", ELSE, head, *rows, "", "### Reasons\n", reasons, ""]
 
 
-def page(results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """The document of architectures."""
+def page(results: dict[str, dict[str, dict[str, Any]]], commit: str | None) -> str:
+    """The document of architectures. commit: that the results were measured at."""
     import transformers
 
     summary, tables = [], []
@@ -180,7 +182,10 @@ def page(results: dict[str, dict[str, dict[str, Any]]]) -> str:
         rows = "\n".join(row(t, r) for t, r in found.items())
         title = "Causal language models" if mapping == "causal" else "Image and text: the text decoder"
         tables.append(f"## {title}\n\n{COLUMNS}\n{rows}\n")
-    head = HEAD.format(version=transformers.__version__, summary="\n".join(f"* {line}" for line in summary))
+    said = f"; measured at commit `{commit}`" if commit else ""
+    head = HEAD.format(
+        version=transformers.__version__, commit=said, summary="\n".join(f"* {line}" for line in summary)
+    )
     return "\n".join([head, *tables, *cut_table(results)])
 
 
@@ -191,6 +196,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--commit")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -204,7 +210,7 @@ def main() -> None:
         with ThreadPoolExecutor(args.jobs) as pool:
             found = list(pool.map(lambda name, mapping=mapping: run(mapping, name, work, args.parts), names))
         results[mapping] = dict(zip(names, found, strict=True))
-    text = page(results)
+    text = page(results, args.commit)
     print(text)
     if args.out:
         args.out.write_text(text)
