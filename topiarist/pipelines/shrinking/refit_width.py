@@ -45,7 +45,8 @@ class Pairs:
     @classmethod
     def of(cls, width: int, channels: int, device: torch.device) -> Pairs:
         """Nothing summed yet."""
-        return cls(*(torch.zeros(shape, device=device) for shape in ((width, channels), (channels,) * 2, (width,) * 2)))
+        C, H, D = (torch.zeros(shape, device=device) for shape in ((width, channels), (channels,) * 2, (width,) * 2))
+        return cls(C, H, D)
 
     def add(self, x: Float[Tensor, "tokens d"], y: Float[Tensor, "tokens k"]) -> None:
         """Count the same tokens of both models."""
