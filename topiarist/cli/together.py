@@ -153,8 +153,20 @@ class Together:
                 err.quiet = False
                 err.print(f"[red]error[/red] {escape(fault)}", highlight=False, soft_wrap=True)
             with suppress(RuntimeError):
-                self._store.set("said", "1")
+                self._go()
             os._exit(ENDED)
+
+    def _go(self) -> None:
+        """Note that this process ends for good; the main one, whose end would look like a fault, waits for the others."""
+        self._store.set(f"left {self.rank}", "1")
+        if self.rank:
+            return
+        self._store.set("said", "1")
+        until = time.monotonic() + COURTESY
+        others = set(range(1, self.size))
+        while others and time.monotonic() < until:
+            others -= {rank for rank in others if self._is_gone(rank) or self._has(f"left {rank}")}
+            time.sleep(0.05)
 
     def _said(self) -> bool:
         """Wait for the main process to have said what there is to say. False if it could not."""
@@ -187,16 +199,9 @@ class Together:
         with self._one:
             self._leaving = True
         with suppress(RuntimeError):
-            if self.rank:
-                if self._has(f"error {self.rank}"):
-                    self._said()
-                self._store.set(f"left {self.rank}", "1")
-            else:
-                self._store.set("left 0", "1")
-                self._store.set("said", "1")
-                until = time.monotonic() + COURTESY
-                while time.monotonic() < until and not all(self._has(f"left {rank}") for rank in range(1, self.size)):
-                    time.sleep(0.05)
+            if self.rank and self._has(f"error {self.rank}"):
+                self._said()
+            self._go()
         self._ended.set()
         self._waker.send(b"\0")
         self._thread.join(COURTESY)
