@@ -12,9 +12,9 @@ from pathlib import Path
 from benchmarks.figures import COLOURS, FIGURES, GREY, ROOT, plt, same_bytes, save
 
 FLOORS = (
-    ("core",), ("models", "checkpoints", "data"),
-    ("solvers", "allocate", "structured", "masklearn", "masks", "quantize", "runtime"),
-    ("evaluation", "results"), ("pipelines",), ("cli",),
+    ("core",), ("quantization", "checkpoints", "data", "models"),
+    ("solvers", "allocate", "structured", "masklearn", "results"), ("masks", "runtime", "evaluation"),
+    ("pipelines",), ("cli",),
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.reference import alps, baselines
 from topiarist.core.patterns import NM, Pattern, Unstructured
-from topiarist.solvers.base import Problem, Solver
+from topiarist.solvers.base import GramSolver, Solver
 
 
 def as_published(pattern: Pattern) -> dict[str, Any]:
@@ -21,17 +21,17 @@ def as_published(pattern: Pattern) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OriginalALPS(Solver):
+class OriginalALPS(GramSolver):
     """fp64 eigendecomposition, up to 300 iterations, diagnostics that nobody reads: what the released code spends."""
 
-    def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        return alps.alps(problem.W, problem.H, **as_published(problem.pattern), with_diagnostics=True)[:2]
+    def solve(self, state: Tensor, W: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        return alps.alps(W, state, **as_published(pattern), with_diagnostics=True)[:2]
 
 
 @dataclass(frozen=True, kw_only=True)
-class OriginalSparseGPT(Solver):
-    def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        return baselines.sparsegpt(problem.W, problem.H, **as_published(problem.pattern))
+class OriginalSparseGPT(GramSolver):
+    def solve(self, state: Tensor, W: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        return baselines.sparsegpt(W, state, **as_published(pattern))
 
 
 ORIGINALS: dict[str, type[Solver]] = {"alps-original": OriginalALPS, "sparsegpt-original": OriginalSparseGPT}

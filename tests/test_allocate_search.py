@@ -18,7 +18,7 @@ from topiarist.allocate import Search
 from topiarist.allocate.evolve import mutate, spent, starts
 from topiarist.pipelines.allocating import search as search_pipeline
 from topiarist.pipelines.allocating.database import Database
-from topiarist.pipelines.allocating.search import Judge, levels_of
+from topiarist.pipelines.allocating.search import CandidateModel, levels_of
 
 QUICK = {"seconds": 1e6, "generations": 5, "children": 3, "finalists": 1, "sequences": 2}
 
@@ -69,7 +69,7 @@ def test_search_is_exact_and_never_worse_than_uniform(base: Path, tmp_path: Path
 def test_the_judge_sees_what_is_stored(base: Path, tmp_path: Path, monkeypatch):
     """The divergence of a candidate is that of the dense model with the solutions of the solver in it."""
     seen = {}
-    real = Judge.divergence
+    real = CandidateModel.divergence
 
     def noted(self, genome, row):
         value = real(self, genome, row)
@@ -81,7 +81,7 @@ def test_the_judge_sees_what_is_stored(base: Path, tmp_path: Path, monkeypatch):
             seen["zeros"] = float((self.model.model.layers[2].mlp.up_proj.weight == 0).float().mean())
         return value
 
-    monkeypatch.setattr(Judge, "divergence", noted)
+    monkeypatch.setattr(CandidateModel, "divergence", noted)
     find(base, tmp_path / "work", generations=0)
     assert seen["value"] == pytest.approx(seen["expected"], rel=1e-4) and seen["value"] > 0.01
     assert seen["zeros"] == pytest.approx(0.6, abs=1e-3)
@@ -92,8 +92,8 @@ def test_stopped_and_resumed_to_the_same_result(base: Path, tmp_path: Path, monk
     expected = find(base, tmp_path / "whole")
     cls, method, after = {
         "database": (Database, "write", 7),
-        "start": (Judge, "divergence", 3),
-        "generation": (Judge, "divergence", 19),
+        "start": (CandidateModel, "divergence", 3),
+        "generation": (CandidateModel, "divergence", 19),
     }[when]
     real, calls = getattr(cls, method), []
 

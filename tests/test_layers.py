@@ -13,8 +13,18 @@ FLOORS = [
     ["pipelines"],
     ["cli", "__main__", "__init__"],
 ]
-MAY_USE = {"evaluation": {"masks"}, "masks": {"masklearn"}}
+MAY_USE = {"evaluation": {"masks"}, "masks": {"masklearn", "results"}}
 NEEDS_NO_MODEL = {"solvers", "masklearn"}
+
+
+ROOMS_OF_PIPELINES = [
+    {"common", "training"},
+    {"pruning", "allocating"},
+    {"learning", "quantizing", "exporting"},
+    {"recovering", "shrinking"},
+    {"recipes"},
+]
+"""Inside `pipelines/`: a room imports from its own floor and from those below. A search prunes, and a run by rule searches."""
 
 
 def imports_of(path: Path) -> set[str]:
@@ -53,6 +63,16 @@ def test_imports_only_go_down():
             earlier = floor_of(other) == floor_of(room) == 1 and FLOORS[1].index(other) < FLOORS[1].index(room)
             allowed = floor_of(other) < floor_of(room) or earlier or other in MAY_USE.get(room, set())
             assert allowed, f"{path.relative_to(PACKAGE)} imports {name}"
+
+
+def test_imports_inside_the_pipelines_only_go_down():
+    floors = {room: floor for floor, rooms in enumerate(ROOMS_OF_PIPELINES) for room in rooms}
+    for path in (PACKAGE / "pipelines").rglob("*/*.py"):
+        for name in imports_of(path):
+            if name.startswith("topiarist.pipelines."):
+                assert floors[name.split(".")[2]] <= floors[path.parent.name], (
+                    f"{path.relative_to(PACKAGE)} imports {name}"
+                )
 
 
 def test_methods_know_no_models():

@@ -10,7 +10,7 @@ from topiarist.core.errors import PatternError
 from topiarist.core.patterns import NM, parse_pattern
 from topiarist.evaluation.perplexity import load_model
 from topiarist.masklearn.candidates import candidates
-from topiarist.masklearn.descent import descend
+from topiarist.masklearn.descent import improve_mask
 from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.common.setup import resolve_patterns
 from topiarist.pipelines.learning.masking import targets
@@ -37,11 +37,11 @@ def test_every_row_gets_better_until_no_group_can(pattern: NM):
     W, H = problem(16, width)
     mask = pattern.mask(W.abs() * H.diagonal().sqrt())
     before = error(W, H, mask)
-    found = descend(W, H, mask, pattern, sweeps=1)
+    found = improve_mask(W, H, mask, pattern, sweeps=1)
     assert pattern.holds(found) and int(found.sum()) == int(mask.sum())
     assert (error(W, H, found) <= before * (1 + 1e-6)).all() and error(W, H, found).sum() < 0.9 * before.sum()
-    last = descend(W, H, mask, pattern, sweeps=100)
-    assert torch.equal(descend(W, H, last, pattern, sweeps=1), last)
+    last = improve_mask(W, H, mask, pattern, sweeps=100)
+    assert torch.equal(improve_mask(W, H, last, pattern, sweeps=1), last)
     S, least = candidates(pattern), error(W, H, last)
     for group, kept in itertools.product((0, 7, 17), S):
         other = last.clone()
@@ -53,7 +53,7 @@ def test_two_groups_end_in_a_mask_that_is_best_given_either():
     pattern, S = NM(2, 4), candidates(NM(2, 4))
     W, H = problem(32, 8, seed=3)
     every = torch.stack([error(W, H, torch.cat([a, b]).expand(32, 8)) for a, b in itertools.product(S, S)])
-    found = error(W, H, descend(W, H, pattern.mask(W.abs()), pattern, sweeps=20))
+    found = error(W, H, improve_mask(W, H, pattern.mask(W.abs()), pattern, sweeps=20))
     assert (found <= every.min(0).values * (1 + 1e-6)).float().mean() > 0.7  # a few rows stop in another optimum
 
 
@@ -61,13 +61,13 @@ def test_uncorrelated_inputs_leave_wandas_mask():
     W, _ = problem(8, 64)
     H = torch.diag(torch.rand(64, generator=torch.Generator().manual_seed(1)) + 0.1)
     mask = NM(2, 4).mask(W.abs() * H.diagonal().sqrt())
-    assert torch.equal(descend(W, H, mask, NM(2, 4), sweeps=3), mask)
+    assert torch.equal(improve_mask(W, H, mask, NM(2, 4), sweeps=3), mask)
 
 
 def test_too_many_masks_a_group_are_refused():
     W, H = problem(2, 32)
     with pytest.raises(PatternError, match="12870 masks a group"):
-        descend(W, H, NM(8, 16).mask(W.abs()), NM(8, 16), sweeps=1)
+        improve_mask(W, H, NM(8, 16).mask(W.abs()), NM(8, 16), sweeps=1)
 
 
 @pytest.mark.parametrize("solver", [Wanda(), SparseGPT()], ids=["wanda", "sparsegpt"])

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from topiarist.core.patterns import NM, Unstructured, parse_pattern
 from topiarist.masklearn import kernels, native, noise
 from topiarist.masklearn.candidates import candidates
-from topiarist.masklearn.relax import Bernoulli, Categorical, Draw, Prior, TopN
+from topiarist.masklearn.relax import Bernoulli, Categorical, TopN
+from topiarist.masklearn.relaxation import Draw, Prior
 
 needs_compiler = pytest.mark.skipif(native.load() is None, reason="no C++ compiler")
 RECORDED = [0.9921393, 0.9534005, 0.0481385, 0.0063218, 0.5083727, 0.7201622, 0.5805369, 0.1909281]
@@ -176,7 +177,8 @@ def test_recorded_numbers_of_the_plain_path():
 TRITON_SCRIPT = """
 import torch
 from topiarist.masklearn import noise, triton_kernel
-from topiarist.masklearn.relax import Draw, Prior, relaxation_for
+from topiarist.masklearn.relax import relaxation_for
+from topiarist.masklearn.relaxation import Draw, Prior
 CASES = [("2:4", "categorical", (3, 600)), ("1:4", "categorical", (2, 64)), ("4:8", "categorical", (2, 96)),
          ("2:4", "topn", (3, 600)), ("1:4", "topn", (2, 64)), ("4:8", "topn", (2, 96)), ("3:5", "topn", (2, 85)),
          ("0.5", "bernoulli", (3, 1100)), ("0.8", "bernoulli", (5, 48))]

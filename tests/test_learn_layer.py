@@ -9,7 +9,8 @@ from topiarist.core.errors import PatternError
 from topiarist.core.patterns import NM, Unstructured
 from topiarist.masklearn.layer import Annealing, LearnedMask, MaskedLinear, learned_masks, mask_parameter, set_draws
 from topiarist.masklearn.optim import MaskAdamW
-from topiarist.masklearn.relax import Bernoulli, Categorical, Prior, TopN
+from topiarist.masklearn.relax import Bernoulli, Categorical, TopN
+from topiarist.masklearn.relaxation import Prior
 from topiarist.masklearn.schedule import PRESETS, Schedule
 
 PATTERN = NM(2, 4)

@@ -8,9 +8,11 @@ from torch import nn
 
 from topiarist.core.patterns import NM
 from topiarist.masklearn import eight_bit, native, noise
+from topiarist.masklearn.adamw import Step, _write, adamw_
 from topiarist.masklearn.layer import Annealing, MaskedLinear, set_draws
-from topiarist.masklearn.optim import MaskAdamW, Step, _write, adamw_, resident_bytes
-from topiarist.masklearn.relax import Categorical, Prior, TopN
+from topiarist.masklearn.optim import MaskAdamW, resident_bytes
+from topiarist.masklearn.relax import Categorical, TopN
+from topiarist.masklearn.relaxation import Prior
 from topiarist.masklearn.schedule import Schedule
 
 PATTERN = NM(2, 4)

@@ -8,7 +8,8 @@ from topiarist.core.errors import PatternError
 from topiarist.core.patterns import NM, Columns, Unstructured
 from topiarist.masklearn import noise
 from topiarist.masklearn.candidates import candidates, index_of, mask_of, num_classes, similarity
-from topiarist.masklearn.relax import Bernoulli, Categorical, Draw, Prior, TopN, relaxation_for
+from topiarist.masklearn.relax import Bernoulli, Categorical, TopN, relaxation_for
+from topiarist.masklearn.relaxation import Draw, Prior
 
 KINDS = [
     Categorical(NM(2, 4)),

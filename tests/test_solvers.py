@@ -13,8 +13,8 @@ from torch import Tensor
 
 from topiarist import Gram, parse_pattern
 from topiarist.core import linalg
-from topiarist.core.errors import CalibrationWarning, NumericalError, NumericalWarning, PatternError, TopiaristError
-from topiarist.solvers import ALPS, SOLVERS, Magnitude, SparseGPT, Wanda, admm
+from topiarist.core.errors import CalibrationWarning, NumericalError, NumericalWarning, PatternError
+from topiarist.solvers import ALPS, ISC, SOLVERS, Magnitude, SparseGPT, Wanda, admm
 
 METHODS = {name: solver() for name, solver in SOLVERS.items()} | {
     "alps-best": ALPS(preset="best"),
@@ -223,14 +223,12 @@ def test_isc_counts_exactly_and_knows_its_units(text):
     """Twice the units of an input and half its weights: no mask changes (the published form, 1 / U_jj, would)."""
     problem = problems.make(64, 128, seed=13, tokens=4096)
     pattern, W, H = parse_pattern(text), problem.weight, problem.gram.matrix
-    solver = SparseGPT(saliency="isc", damping=1e-9)
+    solver = ISC(damping=1e-9)
     ours = solver(W, problem.gram, pattern)
     assert int(ours.mask.sum()) == pattern.num_kept((64, 128))
     scale = torch.where(torch.arange(128) % 3 == 0, 2.0, 1.0)
     other = solver(W / scale, Gram.from_matrix(H * scale * scale[:, None], tokens=4096), pattern)
     assert (other.mask == ours.mask).float().mean() > 0.999
-    with pytest.raises(TopiaristError, match="'obs' or 'isc'"):
-        SparseGPT(saliency="wanda")
 
 
 def test_isc_equals_its_formula_in_the_first_block():
@@ -239,7 +237,7 @@ def test_isc_equals_its_formula_in_the_first_block():
     W, H = problem.weight, problem.gram.matrix
     U = torch.linalg.cholesky(torch.linalg.inv(H.double() + 0.01 * H.diagonal().mean() * torch.eye(48)), upper=True)
     score = W.double().square() * (H.double().diagonal() + 1 / U.diagonal().square())
-    found = SparseGPT(saliency="isc", block_size=48)(W, problem.gram, parse_pattern("0.5"))
+    found = ISC(block_size=48)(W, problem.gram, parse_pattern("0.5"))
     assert torch.equal(found.mask, parse_pattern("0.5").mask(score.sqrt()))
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from topiarist.checkpoints.atomic import TEMPORARY, disk_errors, fsync, save_tensors, write_atomically
+from topiarist.checkpoints.finished import check_files
 from topiarist.checkpoints.journal import complete_lines, differences
 from topiarist.checkpoints.locking import LOCK, FolderLock
 from topiarist.checkpoints.reading import INDEX, Checkpoint, StoredTensor, file_digest, read_json
@@ -48,21 +49,6 @@ _CHECKED = (INDEX, MASKS, "pruning_spec.json", "modeling_pruned.py", f"{ADAPTER}
 def bytes_to_write(weights: int) -> int:
     """Bytes of disk that a run needs which writes blocks and gathers them at the end: all, and one file twice."""
     return int(1.01 * weights) + min(weights, SHARD_BYTES)
-
-
-def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Compare a finished run's files with its report. Raises CheckpointError for the first that differs."""
-    for name, known in files.items():
-        path = folder / name
-        if not path.is_file():
-            fault = "is missing"
-        elif path.stat().st_size != known["bytes"] or file_digest(path) != known["sha256"]:
-            fault = "is not what the run wrote"
-        else:
-            continue
-        raise CheckpointError(
-            f"{folder} is finished, but {name} {fault}: delete the folder and run the same command again"
-        )
 
 
 def check_place(folder: Path) -> None:

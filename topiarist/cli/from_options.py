@@ -20,10 +20,11 @@ BARE = "true"
 METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 
 
-def flags(options_type: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def flags(options_type: type[Any], stage: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate a command with a parameter `options`: the command line has a flag for every field in its place.
 
-    Only flags that were given are passed on, so defaults are written once, in the options' class.
+    Only flags that were given are passed on, so defaults are written once, in the options' class. stage: name of the
+    command in recipes, whose settings `--recipe FILE` then gives; flags stand above them.
     """
     known = {name: info for name, info in in_order(options_type) if about(info).cli}
 
@@ -37,12 +38,18 @@ def flags(options_type: type[Any]) -> Callable[[Callable[..., Any]], Callable[..
             settings = {name: value for name in known if (value := given.pop(name)) not in (None, [])}
             if "data" in settings:
                 settings["data"] = [Path(path) for path in settings["data"]]
+            if stage and (source := given.pop("recipe")) is not None:
+                from topiarist.pipelines.recipes.recipe import settings_from
+
+                settings = settings_from(source, stage) | settings
             options = options_type(**settings)
             if hasattr(options, "use_threads"):
                 options.use_threads()
             return function(**given, options=options)
 
         made = [_parameter(options_type, name, info) for name, info in known.items()]
+        if stage:
+            words.append(_RECIPE)
         run.__signature__ = signature.replace(parameters=[*words, *made])  # pyright: ignore[reportAttributeAccessIssue]
         run.__annotations__ = {p.name: p.annotation for p in (*words, *made)}
         return run
@@ -69,6 +76,19 @@ def _parameter(options_type: type[Any], name: str, info: Any) -> inspect.Paramet
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
+
+
+_RECIPE = inspect.Parameter(
+    "recipe",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", metavar="FILE", help="take the settings from a recipe of this one stage; flags stand above"
+        ),
+    ],
+)
 
 
 def _parts(annotation: Any) -> list[Any]:

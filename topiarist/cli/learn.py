@@ -16,7 +16,7 @@ from topiarist.cli.from_options import flags
 from topiarist.pipelines.learning.options import LearnOptions
 
 
-@flags(LearnOptions)
+@flags(LearnOptions, stage="learn")
 def learn(
     model: Model,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the pruned checkpoint and its masks")],

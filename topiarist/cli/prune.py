@@ -13,7 +13,7 @@ from topiarist.cli.from_options import flags
 from topiarist.pipelines.pruning.options import PruneOptions
 
 
-@flags(PruneOptions)
+@flags(PruneOptions, stage="prune")
 def prune(
     model: Model,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the pruned checkpoint")],

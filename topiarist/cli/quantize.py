@@ -13,7 +13,7 @@ from topiarist.cli.from_options import flags
 from topiarist.pipelines.quantizing.options import QuantizeOptions
 
 
-@flags(QuantizeOptions)
+@flags(QuantizeOptions, stage="quantize")
 def quantize(
     model: Model,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the quantised checkpoint")],

@@ -13,7 +13,7 @@ from topiarist.cli.from_options import flags
 from topiarist.pipelines.shrinking.options import ShrinkOptions
 
 
-@flags(ShrinkOptions)
+@flags(ShrinkOptions, stage="shrink")
 def shrink(
     model: Model,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the smaller model")],

@@ -45,44 +45,44 @@ def divergence(
     return _Divergence.apply(logits.flatten(0, -2), reference.flatten(0, -2))  # pyright: ignore
 
 
-class _WithSlope(torch.autograd.Function):
-    """A loss of logits whose forward leaves its slope in ctx.slope: it is made of what the loss has just computed."""
+class _WithGrad(torch.autograd.Function):
+    """A loss of logits whose forward leaves its gradient in ctx.gradient: it is made of what the loss has just computed."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
-        return (None if ctx.slope is None else ctx.slope * grad), None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None]:
+        return (None if ctx.gradient is None else ctx.gradient * upstream), None
 
 
-class _NextToken(_WithSlope):
-    """Slope: (softmax(logits) - what came) / tokens, and 0 at the last position of a window."""
+class _NextToken(_WithGrad):
+    """Gradient: (softmax(logits) - one_hot(target)) / tokens, and 0 at the last position of a window."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
-        wanted = F.pad(tokens[:, 1:], (0, 1)).flatten()[:, None]
+        targets = F.pad(tokens[:, 1:], (0, 1)).flatten()[:, None]
         counts = F.pad(torch.ones_like(tokens[:, 1:]), (0, 1)).flatten()[:, None] / tokens[:, 1:].numel()
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
-        ctx.slope = slope = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        ctx.gradient = grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         for rows, (own,) in _log_softmax(logits.flatten(0, 1)):
-            came = own.gather(1, wanted[rows])
-            total -= (came * counts[rows]).double().sum()
-            if slope is not None:
-                own.exp_().scatter_add_(1, wanted[rows], torch.full_like(came, -1.0))
-                slope.view(-1, slope.shape[-1])[rows] = own.mul_(counts[rows])
+            found = own.gather(1, targets[rows])
+            total -= (found * counts[rows]).double().sum()
+            if grad is not None:
+                own.exp_().scatter_add_(1, targets[rows], torch.full_like(found, -1.0))
+                grad.view(-1, grad.shape[-1])[rows] = own.mul_(counts[rows])
         return total.float()
 
 
-class _Divergence(_WithSlope):
-    """Slope: (softmax(logits) - softmax(reference)) / positions."""
+class _Divergence(_WithGrad):
+    """Gradient: (softmax(logits) - softmax(reference)) / positions."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, reference: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
-        ctx.slope = slope = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        ctx.gradient = grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         for rows, (own, wanted) in _log_softmax(logits, reference):
             probabilities = wanted.exp()
             total += wanted.sub_(own).mul_(probabilities).sum(-1).double().sum()
-            if slope is not None:
-                slope[rows] = own.exp_().sub_(probabilities).div_(len(logits))
+            if grad is not None:
+                grad[rows] = own.exp_().sub_(probabilities).div_(len(logits))
         return (total / len(logits)).float()
 
 

@@ -85,3 +85,10 @@ def resident_bytes() -> int:
     if not pages.exists():
         return peak_memory_bytes()
     return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def duration(seconds: float) -> str:
+    """A time as text in seconds, minutes or hours, whichever is readable."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

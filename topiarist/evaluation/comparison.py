@@ -97,7 +97,7 @@ def held_out_windows(
     """
     opened = model if isinstance(model, OpenedModel) else open_model(model, device="cpu")
     _check_positions(opened, window)
-    known = _calibration_passages(opened.checkpoint.folder) if opened.checkpoint is not None else frozenset()
+    known = _calibration_passages(opened.beside("pruning_calibration.json"))
     windows = evaluation_windows(
         text, opened.tokenizer(), window=window, max_windows=max_windows, calibration=known, bos=bos
     )
@@ -127,10 +127,9 @@ def _check_positions(opened: OpenedModel, window: int) -> None:
     )
 
 
-def _calibration_passages(folder: Path) -> frozenset[int]:
+def _calibration_passages(record: Path | None) -> frozenset[int]:
     """What the checkpoint was pruned on, as `Windows.record` kept it; nothing if there is no record that can be compared."""
-    record = folder / "pruning_calibration.json"
-    if not record.is_file():
+    if record is None:
         return frozenset()
     try:
         passages = json.loads(record.read_text(encoding="utf-8")).get("passages")
@@ -221,9 +220,11 @@ def _is_the_base(pruned: str, base: str) -> bool:
     """
     try:
         report = json.loads((locate(pruned) / "pruning_report.json").read_text(encoding="utf-8"))
-        provenance = Checkpoint(locate(pruned)).config["pruning_config"]  # a later stage began with the pruned model
-        known = provenance.get("base_digest") or report.get("base_digest") or report["fingerprint"]["model"]
+        # A later run began with the pruned model; what a later stage of a recipe began with is gone: "" is any digest.
+        provenance = Checkpoint(locate(pruned)).config["pruning_config"]
+        stated = (provenance.get("base_digest"), report.get("base_digest"), report["fingerprint"].get("model"))
+        known = next((found for found in stated if found is not None), None)
         digest = None if report.get("result_digest") else known
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return True
-    return digest in (None, Checkpoint(Path(base)).digest())
+    return digest in (None, "", Checkpoint(Path(base)).digest())

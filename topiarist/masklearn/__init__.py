@@ -19,7 +19,8 @@ from topiarist.masklearn.layer import (
     set_draws,
 )
 from topiarist.masklearn.optim import MaskAdamW, resident_bytes
-from topiarist.masklearn.relax import RELAXATIONS, Bernoulli, Categorical, Draw, Prior, Relaxation, TopN, relaxation_for
+from topiarist.masklearn.relax import RELAXATIONS, Bernoulli, Categorical, TopN, relaxation_for
+from topiarist.masklearn.relaxation import Draw, Prior, Relaxation
 from topiarist.masklearn.schedule import PRESETS, Preset, Schedule
 
 __all__ = [

@@ -18,7 +18,7 @@ from topiarist.masklearn.candidates import candidates, index_of
 BLOCK = 64  # inputs whose changes reach the other inputs in one product
 
 
-def descend(
+def improve_mask(
     W: Float[Tensor, "out in"],
     H: Float[Tensor, "in in"],
     mask: Bool[Tensor, "out in"],

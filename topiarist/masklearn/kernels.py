@@ -22,7 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from topiarist.masklearn import native
 from topiarist.masklearn.candidates import candidates
-from topiarist.masklearn.relax import Bernoulli, Categorical, Draw, Relaxation, TopN
+from topiarist.masklearn.relax import Bernoulli, Categorical, TopN
+from topiarist.masklearn.relaxation import Draw, Relaxation
 
 CHUNK = 1 << 18  # logits a plain-torch pass works on at once on a CPU: temporaries stay in the second-level cache
 

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from topiarist.core.errors import PatternError
 from topiarist.masklearn import kernels, noise
-from topiarist.masklearn.relax import Draw, Prior, Relaxation
+from topiarist.masklearn.relaxation import Draw, Prior, Relaxation
 from topiarist.masklearn.schedule import KAPPA, LAMBDA, TAU, Schedule
 
 

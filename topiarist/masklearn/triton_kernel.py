@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from topiarist.masklearn.candidates import candidates
-from topiarist.masklearn.relax import Bernoulli, Categorical, Draw, Relaxation, TopN
+from topiarist.masklearn.relax import Bernoulli, Categorical, TopN
+from topiarist.masklearn.relaxation import Draw, Relaxation
 
 TILE = 1024  # classes (padded) x groups of one program
 VARYING = ["key0", "key1", "first_row", "first_group"]  # change at every step: no compiled variants of their own

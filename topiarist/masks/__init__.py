@@ -9,7 +9,8 @@ read_npz / write_npz                                          # the published pa
 """
 
 from topiarist.checkpoints.reading import weight_digest
-from topiarist.masks.files import MaskFile, apply, save_masks, swap
+from topiarist.masks.applying import apply
+from topiarist.masks.files import MaskFile, save_masks, swap
 from topiarist.masks.holding import Hold, hold, zeros_of
 from topiarist.masks.npz import read_npz, write_npz
 

@@ -6,11 +6,9 @@ weight it belongs to; and for the whole file the row order, the base model's nam
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +20,11 @@ from torch import Tensor, nn
 from topiarist.__about__ import __version__
 from topiarist.checkpoints.atomic import save_tensors
 from topiarist.checkpoints.reading import Checkpoint, locate, weight_digest
-from topiarist.checkpoints.references import reference
-from topiarist.checkpoints.side_files import side_files
-from topiarist.checkpoints.streaming import tensor_bytes
-from topiarist.checkpoints.writing import OutputFolder
-from topiarist.core.errors import CheckpointError, PatternError, TopiaristError
+from topiarist.core.errors import CheckpointError, PatternError
 from topiarist.core.patterns import Pattern, parse_pattern
 from topiarist.masklearn.candidates import ORDER
 from topiarist.masks.bitpack import pack, unpack
 from topiarist.masks.entries import Entry, metadata_digest, read_entry
-from topiarist.models.folder import FolderModel
 
 FORMAT = "topiarist_masks"
 
@@ -163,107 +156,6 @@ class MaskFile(Mapping[str, Tensor]):
 def masked(weight: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """The weight with +0.0 where the mask is False."""
     return weight.masked_fill(~mask.to(weight.device), 0.0)
-
-
-def apply(base: str | Path, masks: str | Path | MaskFile, out: str | Path) -> Path:
-    """Write the base folder with its masks applied to `out`: ordinary dense tensors with zeros, any loader opens them.
-
-    Every weight is checked against the file before anything is written. Raises CheckpointError for another base, naming
-    the first tensor that differs, and for an output that holds something else. A stopped run resumes.
-    """
-    file = masks if isinstance(masks, MaskFile) else MaskFile(masks)
-    checkpoint = Checkpoint(locate(base))
-    list(side_files(checkpoint.folder))  # refused before any work, not at the end
-    source = _converted(checkpoint, file)
-    for name in file:
-        file.check(name, checkpoint.read(name) if source is None else source.parameter(name))
-    fingerprint = {
-        "apply": hashlib.sha256(json.dumps(file.metadata, sort_keys=True).encode()).hexdigest(),
-        "base": checkpoint.digest(),
-    }
-    with OutputFolder(out, fingerprint) as output:
-        if not output.complete:
-            output.begin(checkpoint.weight_bytes())
-            _apply(base, checkpoint, file, output)
-    return output.folder
-
-
-def _apply(base: str | Path, checkpoint: Checkpoint, file: MaskFile, output: OutputFolder) -> None:
-    write_masked(output, checkpoint, file)
-    patterns = sorted({entry.pattern for entry in file.entries.values()})
-    provenance = {
-        "version": __version__,
-        "pipeline": "apply",
-        "method": "masks",
-        "settings": {},
-        "pattern": patterns[0] if len(patterns) == 1 else "mixed",
-        "base_model": reference(base, output.folder),
-        "base_digest": output.fingerprint["base"],
-        "calibration": {},
-        "masks": file.path.name,
-        "modules": {name.removesuffix(".weight"): {"pattern": entry.pattern} for name, entry in file.entries.items()},
-    }
-    config = {**checkpoint.config, "pruning_config": provenance}
-    size = checkpoint.weight_bytes()
-    report = {
-        **provenance,
-        "model": str(base),
-        "layers": [],
-        "weights": {"before": size, "after": size, "dtype": str(checkpoint.dtype()).removeprefix("torch.")},
-        "warnings": [],
-        "command": ["topiarist", "apply", str(base), str(file.path), "OUT"],
-        "not_in_command": [],
-    }
-    output.finish(config, report, side_files=checkpoint.folder)
-
-
-def write_masked(
-    output: OutputFolder, checkpoint: Checkpoint, file: MaskFile, *, replaced: Mapping[str, Tensor] | None = None
-) -> None:
-    """Write the checkpoint's tensors, masked, as files of `output`; files that an earlier try finished stay.
-
-    replaced: weights (by parameter name) that are written in place of the checkpoint's, masked as well.
-    """
-    source = _converted(checkpoint, file)
-    owner = {} if source is None else {key: name for name in file for key in source.names.keys([name])}
-
-    def weight_of(name: str, read: Callable[[str], Tensor]) -> Tensor:
-        weight = replaced[name].cpu() if replaced is not None and name in replaced else read(name)
-        return masked(weight, file[name]) if name in file else weight
-
-    @lru_cache(maxsize=4)  # the tensors of one group of experts stand together
-    def pieces(name: str) -> dict[str, Tensor]:
-        assert source is not None
-        return source.stored({n: weight_of(n, source.parameter) for n in source.names.group(name).targets})
-
-    def final(part: str) -> Iterable[bytes | memoryview]:
-        if part in owner:
-            return [tensor_bytes(pieces(owner[part])[part])]
-        if part not in file:
-            return checkpoint.chunks(part)
-        stored = checkpoint.read(part)
-        return [tensor_bytes(weight_of(part, lambda _: stored).to(stored.dtype))]
-
-    output.done()
-    output.write_files({part: checkpoint.stored(part) for part in checkpoint.files}, final)
-
-
-def _converted(checkpoint: Checkpoint, file: MaskFile) -> FolderModel | None:
-    """What reads masked parameters that are stored under other names or in pieces; None if all are stored as they are.
-
-    Raises CheckpointError if the checkpoint lacks one: it is another model.
-    """
-    if all(name in checkpoint for name in file):
-        return None
-    try:
-        source = FolderModel(checkpoint, device=torch.device("cpu"))
-    except TopiaristError:  # then only plain names can be found
-        source = None
-    if lacking := next((n for n in file if (n not in source.names if source else n not in checkpoint)), None):
-        raise CheckpointError(
-            f"{file.path} was made for another base model ({file.base_model}): {checkpoint.folder} has no {lacking}"
-        )
-    return source
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.side_files import side_files
-from topiarist.checkpoints.writing import OutputFolder
-from topiarist.core.errors import CheckpointError
+from topiarist.checkpoints.streaming import tensor_bytes
+from topiarist.checkpoints.writing import OutputFolder, bytes_to_write
+from topiarist.core.errors import CheckpointError, UnsupportedModel
 from topiarist.models import building, checks
 from topiarist.models.derive import base_model, is_tower
+from topiarist.models.families import Matrix
 from topiarist.models.names import DiskNames, summary
 from topiarist.models.opened import ObjectModel, OpenedModel
 
@@ -80,6 +82,68 @@ class FolderModel(OpenedModel):
     def digest(self) -> str:
         """sha256 over config and weight files."""
         return self.checkpoint.digest()
+
+    def begin(self, output: OutputFolder) -> list[dict[str, Any]]:
+        """Begin the output; blocks that an earlier try finished are taken over."""
+        output.begin(bytes_to_write(self.nbytes))
+        return output.done()
+
+    def write_block(
+        self, output: OutputFolder, tensors: Callable[[], Mapping[str, Tensor]], info: Mapping[str, Any]
+    ) -> None:
+        """Write the block and its journal line."""
+        output.write_block(tensors(), info)
+
+    def write_rest(self, output: OutputFolder, left_out: Container[str] = ()) -> None:
+        """Gather the blocks and copy all other tensors of the files."""
+        done = self.names_in_blocks()
+        output.gather(self.checkpoint, [n for n in self.checkpoint.files if n not in done and n not in left_out])
+
+    def write_changed(self, output: OutputFolder, model: Any, changed: Mapping[str, Tensor]) -> None:
+        """Write the files' tensors, changed parameters under their names, dtypes and ties.
+
+        Raises CheckpointError for a parameter that the files lack.
+        """
+        wanted = {id(parameter) for parameter in changed.values()}
+        values = dict(model.named_parameters(remove_duplicate=False))
+        names = {name for name, parameter in values.items() if id(parameter) in wanted and name in self.names}
+        if lacking := sorted(set(changed) - names):
+            raise CheckpointError(
+                f"{self.checkpoint.folder} has no {lacking[0]}: it is not the folder that was trained"
+            )
+        whole = {target for name in names for target in self.names.group(name).targets}
+        stored = self.stored({name: values[name].detach() for name in sorted(whole)})
+        output.done()
+        output.write_files(
+            {name: self.checkpoint.stored(name) for name in self.checkpoint.files},
+            lambda name: [tensor_bytes(stored[name])] if name in stored else self.checkpoint.chunks(name),
+        )
+
+    def check_packed(self, wanted: Container[str], out: str | Path | None) -> None:
+        """Raise UnsupportedModel for matrices that are not stored as `NAME.weight` of (out, in)."""
+        named = [
+            (f"{path}.{matrix.name}", self._has_a_place(path, matrix))
+            for index, path in enumerate(self.block_names)
+            for matrix in self.matrices(index)
+        ]
+        placed = [place for name, place in named if name in wanted]
+        if lost := [name for name, place in named if name in wanted and not place]:
+            raise UnsupportedModel(
+                f"{self.config.model_type} stores {len(lost)} of {len(placed)} matrices transposed or stacked ({lost[0]}, "
+                "...), which compressed-tensors has no place for: skip them by --skip, or load the model and quantise the "
+                "object, which gives it the values alone"
+            )
+
+    def _has_a_place(self, path: str, matrix: Matrix) -> bool:
+        """Whether the files have a matrix of the block `path` as `P.weight` of (out, in), alone or above others."""
+        shapes = {name: self.checkpoint.shape(name) for name in self.names.keys([f"{path}.{matrix.path}"])}
+        if matrix.transposed and matrix.expert is None:
+            return False
+        return all(n.endswith(".weight") and len(s) == 2 and s[1] == matrix.shape[1] for n, s in shapes.items())
+
+    def as_folder(self) -> Any:
+        """The folder itself."""
+        return self
 
     def as_checkpoint(self, output: OutputFolder) -> Checkpoint:
         """The files as they are."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.references import resolved
@@ -41,6 +41,8 @@ class OpenedModel(ABC):
     """The files it came from; None for an object."""
     trust_remote_code: bool = False
     """Whether code in the folder may run."""
+    intermediate: bool = False
+    """Whether it is what an earlier stage of a recipe gave, and bears the name of the model that the recipe starts from."""
     flow: Flow | None = None
     """How hidden states go through its blocks, once that was asked (probe.py)."""
     _tokenizer: Any = None
@@ -194,6 +196,46 @@ class OpenedModel(ABC):
         return
 
     @abstractmethod
+    def begin(self, output: OutputFolder) -> list[dict[str, Any]]:
+        """Begin an output whose blocks are changed one by one. Returns the journal lines of those that need no work."""
+
+    @abstractmethod
+    def write_block(
+        self, output: OutputFolder, tensors: Callable[[], Mapping[str, Tensor]], info: Mapping[str, Any]
+    ) -> None:
+        """Write a changed block, as `tensors` gives it, with what is known of it; an object keeps it, and writes at the end."""
+
+    @abstractmethod
+    def write_rest(self, output: OutputFolder, left_out: Container[str] = ()) -> Path | None:
+        """Complete the weights of an output. Returns where transformers put config and tokenizer, for an object.
+
+        left_out: tensors of the files that were written with a block.
+        """
+
+    @abstractmethod
+    def write_changed(self, output: OutputFolder, model: Any, changed: Mapping[str, Tensor]) -> Path | None:
+        """Write all weights, with changed ones in place of the old. Returns what `write_rest` returns.
+
+        model: this model whole, with the changes. changed: its changed parameters by name.
+        """
+
+    @abstractmethod
+    def check_packed(self, wanted: Container[str], out: str | Path | None) -> None:
+        """Raise UnsupportedModel or CheckpointError if matrices cannot be written as compressed-tensors packs them.
+
+        wanted: their full names.
+        """
+
+    @abstractmethod
+    def as_folder(self) -> Any:
+        """Give the `FolderModel`. Raises CheckpointError for an object."""
+
+    def beside(self, name: str) -> Path | None:
+        """A file beside the weights; None for an object, and where there is no such file."""
+        path = None if self.folder is None else self.folder / name
+        return path if path is not None and path.is_file() else None
+
+    @abstractmethod
     def as_checkpoint(self, output: OutputFolder) -> Checkpoint:
         """Its own files; those of an object are written among the states of `output` first."""
 
@@ -208,8 +250,8 @@ class OpenedModel(ABC):
         """Of the weights, as the config states it or the first of them has it."""
 
     @abstractmethod
-    def load(self, index: int) -> nn.Module:
-        """The block, its weights in memory."""
+    def load(self, index: int, pruned: Checkpoint | None = None) -> nn.Module:
+        """The block, its weights in memory. pruned: those of an earlier try, instead of the model's own."""
 
     def release(self, index: int) -> None:
         """Give back what `load` took."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from topiarist.checkpoints.dequantised import readable
 from topiarist.checkpoints.reading import Checkpoint, locate, weight_digest
@@ -19,7 +19,7 @@ from topiarist.checkpoints.writing import REPORT, OutputFolder
 from topiarist.core.errors import CheckpointError
 from topiarist.models.checks import check_folder, check_object, device_or_default
 from topiarist.models.interface import OpenedModel
-from topiarist.models.saving import save_model
+from topiarist.models.saving import save_model, write_model
 
 
 class ObjectModel(OpenedModel):
@@ -75,6 +75,37 @@ class ObjectModel(OpenedModel):
         if self._origin is None:
             self.model.load_state_dict(open_model(folder, device="cpu").whole().model.state_dict())
 
+    def begin(self, output: OutputFolder) -> list[dict[str, Any]]:
+        """Begin the output; an object that was changed in part is gone, so that nothing is finished."""
+        output.begin(self.nbytes)
+        return []
+
+    def write_block(
+        self, output: OutputFolder, tensors: Callable[[], Mapping[str, Tensor]], info: Mapping[str, Any]
+    ) -> None:
+        """Nothing: the object holds its blocks."""
+
+    def write_rest(self, output: OutputFolder, left_out: Container[str] = ()) -> Path | None:
+        """Let transformers write the whole object."""
+        return write_model(output, self.model, self.loaded_tokenizer)
+
+    def write_changed(self, output: OutputFolder, model: Any, changed: Mapping[str, Tensor]) -> Path | None:
+        """Let transformers, which knows the names, write the changed object whole."""
+        return write_model(output, model, self.loaded_tokenizer)
+
+    def check_packed(self, wanted: Container[str], out: str | Path | None) -> None:
+        """Refuse an output: the object has its values in its own dtype."""
+        if out is not None:
+            raise CheckpointError(
+                "a model object is quantised in place: save it, and give its folder to write packed files"
+            )
+
+    def as_folder(self) -> Any:
+        """That of a folder's model; an object raises CheckpointError."""
+        if self._origin is None:
+            raise CheckpointError("this needs the files of a model: save the object, and give its folder")
+        return self._origin.as_folder()
+
     def as_checkpoint(self, output: OutputFolder) -> Checkpoint:
         """The folder's files, or those that transformers writes."""
         if self._origin is not None:
@@ -91,7 +122,7 @@ class ObjectModel(OpenedModel):
         """The dtype of the first floating parameter."""
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
-    def load(self, index: int) -> nn.Module:
+    def load(self, index: int, pruned: Checkpoint | None = None) -> nn.Module:
         """The block, which is in memory already."""
         return self.block(index)
 
@@ -114,12 +145,13 @@ def open_model(
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
     tokenizer: Any = None,
+    stands_for: str | None = None,
 ) -> OpenedModel:
     """Open a folder, a hub id or a model object. Nothing of a folder but its headers is read yet.
 
     device: where forwards run; a GPU if there is one. An object stays where it is.
     trust_remote_code: whether code in the folder may run; it is refused, never asked about, otherwise.
-    tokenizer: taken instead of the model's own.
+    tokenizer: taken instead of the model's own. stands_for: what it is called instead, being made of that.
     Raises CheckpointError, UnsupportedModel or DeviceError for everything that cannot be opened rightly: no such folder,
     tensors that are missing or of another shape, adapters, offloaded weights, a device that is not here. Quantised weights
     are read as what they stand for, one at a time, where their format is known, and refused otherwise.
@@ -137,8 +169,10 @@ def open_model(
         if not folder.is_dir():
             raise CheckpointError(f"{model} is a file: name the folder of a model")
         check_folder(folder)
-        opened = FolderModel(readable(folder), device=where, trust_remote_code=trust_remote_code, name=str(model))
-    opened._tokenizer = tokenizer
+        opened = FolderModel(
+            readable(folder), device=where, trust_remote_code=trust_remote_code, name=stands_for or str(model)
+        )
+    opened._tokenizer, opened.intermediate = tokenizer, stands_for is not None
     return opened
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from topiarist.checkpoints.atomic import TEMPORARY
+from topiarist.checkpoints.finished import check_files
 from topiarist.checkpoints.locking import LOCK
 from topiarist.checkpoints.reading import read_json
-from topiarist.checkpoints.writing import JOURNAL, REPORT, STATES, check_files
+from topiarist.checkpoints.writing import JOURNAL, REPORT, STATES
 from topiarist.core.errors import CheckpointError, TopiaristError
 
 NEVER = [JOURNAL, LOCK, f"{STATES}/*", f"*{TEMPORARY}", ".*"]

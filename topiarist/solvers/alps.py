@@ -10,11 +10,11 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from topiarist.core.errors import NumericalWarning
 from topiarist.core.options import options
 from topiarist.core.patterns import Pattern
 from topiarist.solvers.admm import State
-from topiarist.solvers.base import Problem, Solver
+from topiarist.solvers.base import GramSolver
 
 PRESETS: dict[str, dict[str, float]] = {
     "fast": {"ridge": 0.03, "rho_start": 0.06, "rho_end": 0.6, "iterations": 24, "relaxation": 1.12, "refit_steps": 4},
@@ -38,7 +38,7 @@ UNSETTLED = 0.2
 
 
 @options
-class ALPS(Solver):
+class ALPS(GramSolver):
     """Minimises tr((W - W') (H + ridge * diag H) (W - W')^T) over support and weights together (eq. 3): ADMM finds the support
     (eq. 4-6, over-relaxed), conjugate gradients the weights on it (section 3.3). The best one-shot solver here: choose
     `fast` by default, `best` when minutes do not matter.
@@ -81,13 +81,8 @@ class ALPS(Solver):
         """Defaults that the preset sets."""
         return PRESETS[self.preset]
 
-    def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        """`solve_all` of one problem."""
-        return self.solve_all([problem])[0]
-
-    def solve_all(self, problems: Sequence[Problem]) -> list[tuple[Tensor, Tensor]]:
-        """Solve all problems with one resolvent. Warns (NumericalWarning) if a support still moved at the last step."""
-        H = problems[0].H
+    def prepare(self, H: Float[Tensor, "in in"]) -> Scaled:
+        """The scaled Gram and its resolvent."""
         search = linalg.search_dtype(H.device)
         scale = H.diagonal().sqrt()
         Hs = H / (scale * (1 + self.ridge))
@@ -98,25 +93,27 @@ class ALPS(Solver):
         lift = max(1.0, LIFT * K.typical_eigenvalue / self.rho_end)
         if lift > 1.0:
             K = Resolvent(Hs, self.rho_end * lift, search)
-        Hs = Hs.to(search)
-        pruned = []
-        for problem in problems:
-            W = problem.W * scale
-            B, R, mask = self._search(W, K, problem.pattern)
-            X = B * mask
-            # (W - X) Hs = (W - B) Hs + (B - X) Hs: the first is known, the second is small enough for low precision.
-            R += ((B - X).to(search) @ Hs).float()
-            keep = mask.float()
-            X = linalg.conjugate_gradients(
-                lambda P: (P.to(search) @ Hs).float(),
-                X,
-                R.mul_(keep),
-                keep,
-                steps=self.refit_steps,
-                tolerance=REFIT_TOLERANCE,
-            )
-            pruned.append((X.div_(scale), mask))
-        return pruned
+        return Scaled(Hs.to(search), scale, K)
+
+    def solve(
+        self, state: Scaled, W: Float[Tensor, "out in"], pattern: Pattern
+    ) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
+        """Search the support, then fit the weights. Warns (NumericalWarning) if the support still moved at the last step."""
+        Hs, search = state.Hs, state.Hs.dtype
+        B, R, mask = self._search(W * state.scale, state.K, pattern)
+        X = B * mask
+        # (W - X) Hs = (W - B) Hs + (B - X) Hs: the first is known, the second is small enough for low precision.
+        R += ((B - X).to(search) @ Hs).float()
+        keep = mask.float()
+        X = linalg.conjugate_gradients(
+            lambda P: (P.to(search) @ Hs).float(),
+            X,
+            R.mul_(keep),
+            keep,
+            steps=self.refit_steps,
+            tolerance=REFIT_TOLERANCE,
+        )
+        return X.div_(state.scale), mask
 
     def _search(self, W: Tensor, K: Resolvent, pattern: Pattern) -> tuple[Tensor, Tensor, Tensor]:
         """(B, (W - B) Hs, mask of B) after the ADMM iterations."""
@@ -146,6 +143,17 @@ class ALPS(Solver):
                 stacklevel=2,
             )
         return B, state.Y.sub_(Z).mul_(rhos[-1]), mask
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """What the weights of one input share."""
+
+    Hs: Float[Tensor, "in in"]
+    """In the dtype of products."""
+    scale: Float[Tensor, " in"]
+    """Roots of the Gram's diagonal: W times it is the weight in scaled variables."""
+    K: Resolvent
 
 
 class Resolvent:

@@ -104,9 +104,9 @@ def update_gate(
         return alpha * (s - m).square() + gamma * (p - activation(s) * z).square()
 
     for _ in range(steps):
-        value, slope = _with_slope(activation, s)
+        value, grad = _with_grad(activation, s)
         # d/ds of act(s) z, and half of the gradient of the cost
-        inner = slope * z
+        inner = grad * z
         half = alpha * (s - m) - gamma * inner * (p - value * z)
         if rate is not None:
             s = s - 2 * rate * half
@@ -116,10 +116,10 @@ def update_gate(
     return s
 
 
-def _with_slope(activation: Activation, s: Tensor) -> tuple[Tensor, Tensor]:
+def _with_grad(activation: Activation, s: Tensor) -> tuple[Tensor, Tensor]:
     """An elementwise activation and its derivative."""
     with torch.enable_grad():
         s = s.detach().requires_grad_()
         value = activation(s)
-        (slope,) = torch.autograd.grad(value.sum(), s)
-    return value.detach(), slope
+        (grad,) = torch.autograd.grad(value.sum(), s)
+    return value.detach(), grad

@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,27 +29,12 @@ class Solution:
     error: float
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One weight in fp32 with its undamped Gram. Dead inputs have weight 0 and a mean H_jj."""
-
-    W: Float[Tensor, "out in"]
-    H: Float[Tensor, "in in"]
-    pattern: Pattern
-
-
 @options
 class Solver(ABC):
-    """Hyper-parameters are the fields; tensors are the arguments. A method overrides `solve`, or `solve_all` if
-    matrices that share one input (q/k/v, gate/up) can share its work.
-    """
+    """Maps weights and the Gram of their common input to solutions. Hyper-parameters are the fields."""
 
     needs_data: ClassVar[bool] = True
-    """Whether `solve` looks at the Gram."""
-    refit: bool = False
-    """End with a least-squares refit of the kept weights on the chosen support."""
-    refit_damping: NonNegativeFloat = 1e-3
-    """Ridge of that refit, as a fraction of every input's own energy."""
+    """Whether it looks at the Gram."""
 
     def __call__(self, weight: Float[Tensor, "out in"], gram: Gram, pattern: Pattern) -> Solution:
         """Prune one weight (out, in), any float dtype and device.
@@ -59,15 +44,51 @@ class Solver(ABC):
         """
         return self.together([weight], gram, [pattern])[0]
 
-    def without_data(self, weight: Float[Tensor, "out in"], pattern: Pattern) -> Solution:
-        """Prune one weight by itself; its error is the share of its squares that went.
+    @abstractmethod
+    def together(self, weights: Sequence[Tensor], gram: Gram, patterns: Sequence[Pattern]) -> list[Solution]:
+        """Prune several weights that share one input, so that work on the Gram is done once."""
 
-        Only for solvers whose `needs_data` is False, without `refit`. Raises what a call with a Gram raises.
+    @abstractmethod
+    def without_data(self, weight: Float[Tensor, "out in"], pattern: Pattern) -> Solution:
+        """Prune one weight by itself, for solvers whose `needs_data` is False; its error is the share of its squares that went.
+
+        Raises what a call with a Gram raises.
         """
+
+
+@options
+class GramSolver(Solver):
+    """A solver in two steps: `prepare` once for a Gram, `solve` for every weight that reads that input (q, k and v; gate
+    and up). It checks what it is given, takes dead inputs out, refits on request, casts once and measures the error.
+    """
+
+    refit: bool = False
+    """End with a least-squares refit of the kept weights on the chosen support."""
+    refit_damping: NonNegativeFloat = 1e-3
+    """Ridge of that refit, as a fraction of every input's own energy."""
+
+    def prepare(self, H: Float[Tensor, "in in"]) -> Any:
+        """Give the state that `solve` takes: what all weights of one input share. Here the Gram itself.
+
+        H: undamped, fp32; dead inputs have the mean of the others' H_jj.
+        """
+        return H
+
+    @abstractmethod
+    def solve(
+        self, state: Any, W: Float[Tensor, "out in"], pattern: Pattern
+    ) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
+        """Give the new weight in fp32, which may be anything where the mask is False, and the mask.
+
+        state: of `prepare`. W: the weight in fp32, zero at dead inputs; it never changes.
+        """
+
+    def without_data(self, weight: Float[Tensor, "out in"], pattern: Pattern) -> Solution:
+        """Prune one weight by itself, without `refit`; its error is the share of its squares that went."""
         _check(weight, pattern)
         W = weight.detach().float()
         nothing = W.new_zeros(()).expand(W.shape[1], W.shape[1])  # of a Gram's shape, in no memory
-        new, mask = self.solve(Problem(W, nothing, pattern))
+        new, mask = self.solve(self.prepare(nothing), W, pattern)
         new = new.to(weight.dtype).masked_fill(~mask, 0.0)
         dense, lost = (float(D.square().sum(dtype=torch.float64)) for D in (W, W - new.float()))
         return Solution(new, mask, lost / dense if dense > 0 else 0.0)
@@ -91,32 +112,21 @@ class Solver(ABC):
             H = true_H.clone()
             live = H.diagonal()[~dead]
             H.diagonal()[dead] = live.mean() if len(live) else 1.0
-        problems = [
-            Problem(weight.detach().float().masked_fill(dead, 0.0), H, pattern)
-            for weight, pattern in zip(weights, patterns, strict=True)
-        ]
-        pruned = self.solve_all(problems)
-        return [
-            self._finish(weight, problem, new, mask, true_H)
-            for weight, problem, (new, mask) in zip(weights, problems, pruned, strict=True)
-        ]
+        state, found = self.prepare(H), []
+        for weight, pattern in zip(weights, patterns, strict=True):
+            W = weight.detach().float().masked_fill(dead, 0.0)
+            new, mask = self.solve(state, W, pattern)
+            if self.refit:
+                new = linalg.masked_least_squares(W, H, mask, start=new, damping=self.refit_damping)
+            found.append(self._finish(weight, new, mask, true_H))
+        return found
 
-    def _finish(self, weight: Tensor, problem: Problem, new: Tensor, mask: Tensor, true_H: Tensor) -> Solution:
-        if self.refit:
-            new = linalg.masked_least_squares(problem.W, problem.H, mask, start=new, damping=self.refit_damping)
+    def _finish(self, weight: Tensor, new: Tensor, mask: Tensor, true_H: Tensor) -> Solution:
         if not torch.isfinite(new).all():
             raise NumericalError(f"{type(self).__name__} produced NaN or Inf")
         # masked_fill writes +0.0: a -0.0 has broken readers of sparse formats before.
         new = new.to(weight.dtype).masked_fill(~mask, 0.0)
         return Solution(new, mask, linalg.reconstruction_error(weight, new, true_H))
-
-    def solve_all(self, problems: Sequence[Problem]) -> list[tuple[Tensor, Tensor]]:
-        """(new weight fp32, mask) of each problem; all share one H."""
-        return [self.solve(problem) for problem in problems]
-
-    @abstractmethod
-    def solve(self, problem: Problem) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
-        """(new weight fp32, mask). The new weight may be anything where the mask is False."""
 
 
 def _check(weight: Tensor, pattern: Pattern) -> None:

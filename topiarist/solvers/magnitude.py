@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from topiarist.core.options import options
-from topiarist.solvers.base import Problem, Solver
+from topiarist.core.patterns import Pattern
+from topiarist.solvers.base import GramSolver
 
 
 @options
-class Magnitude(Solver):
+class Magnitude(GramSolver):
     """Keeps the weights of largest |w| and does not look at the data. The baseline to beat; cost: one selection.
 
     Differs from the scripts in use in: 1. exact counts (they prune `<=` a threshold: one weight too many, and all ties).
@@ -19,6 +21,8 @@ class Magnitude(Solver):
 
     needs_data: ClassVar[bool] = False
 
-    def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
+    def solve(
+        self, state: Any, W: Float[Tensor, "out in"], pattern: Pattern
+    ) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
         """The weights as they are, and the mask of |w|."""
-        return problem.W, problem.pattern.mask(problem.W.abs())
+        return W, pattern.mask(W.abs())

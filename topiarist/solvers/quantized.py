@@ -15,7 +15,7 @@ from topiarist.core.linalg import reconstruction_error
 from topiarist.core.options import Registered, options
 from topiarist.core.patterns import Pattern
 from topiarist.quantization import GPTQ, METHODS, Grid, Method, QuantizedWeight, round_to_nearest
-from topiarist.solvers.base import Problem, Solution, Solver
+from topiarist.solvers.base import Solution, Solver
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,6 @@ class Unchanged(Solver):
     def without_data(self, weight: Float[Tensor, "out in"], pattern: Pattern) -> Solution:
         """The weight with its magnitude mask, and an error of 0."""
         return Solution(weight, pattern.mask(weight.abs()), 0.0)
-
-    def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        """The weight as it is, and the mask of |w|."""
-        return problem.W, problem.pattern.mask(problem.W.abs())
 
 
 @options
@@ -118,11 +114,6 @@ class Quantized(Solver):
         pruned = solution.weight.masked_fill(~solution.mask, 0.0)
         rounded = round_to_nearest(pruned, self.grid, search=False).dequantized()
         return QuantizedSolution(best.dequantized(), solution.mask, min(errors), best, error_of(weight, rounded))
-
-    def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        """`together` of one problem: the dequantised weight and its mask."""
-        solution = self.together([problem.W], Gram.from_matrix(problem.H), [problem.pattern])[0]
-        return solution.weight, solution.mask
 
 
 def _share(weight: Tensor, new: Tensor) -> float:

@@ -5,10 +5,10 @@ W  weight (out, in)     U  upper Cholesky factor of (H + damping)^-1, U[j, j]^2 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
@@ -16,11 +16,20 @@ from topiarist.core import linalg
 from topiarist.core.options import options
 from topiarist.core.patterns import NM, Pattern, Unstructured
 from topiarist.core.selection import keep_largest, keep_largest_per_row
-from topiarist.solvers.base import Problem, Solver
+from topiarist.solvers.base import GramSolver
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What the weights of one input share."""
+
+    U: Float[Tensor, "in in"]
+    divisor: Float[Tensor, " in"]
+    """|w| over its column's entry is the root of the saliency."""
 
 
 @options
-class SparseGPT(Solver):
+class SparseGPT(GramSolver):
     """Minimises ||X W^T - X W'^T||^2 greedily: columns in order; each block of columns gets its mask by `saliency`,
     each pruned weight's error is spread over the columns to its right (algorithm 1). Choose it when ALPS takes too
     long. Cost: one inverse and two Cholesky factors of (in, in), then out * in^2 flops.
@@ -33,28 +42,19 @@ class SparseGPT(Solver):
     """Added to the diagonal of H, as a fraction of its mean."""
     block_size: PositiveInt = 128
     """Columns whose mask is chosen together (rounded up to whole N:M groups)."""
-    saliency: Literal["obs", "isc"] = "obs"
-    """Which weight goes: `obs` the one with the least w^2 / U_jj^2, `isc` the one with the least
-    w^2 (H_jj + 1 / U_jj^2) (improved saliency criterion of Shao et al., arXiv 2310.09499, with both terms in the same
-    units: theirs adds 1 / U_jj, and a damped H)."""
 
-    def solve_all(self, problems: Sequence[Problem]) -> list[tuple[Tensor, Tensor]]:
-        """Sweep every weight with the one factor U that all share."""
-        H = problems[0].H
+    def prepare(self, H: Float[Tensor, "in in"]) -> Factor:
+        """The factor U of the damped inverse; the weight of least w^2 / U_jj^2 goes first."""
         U = torch.linalg.cholesky(linalg.inverse(linalg.damped(H, self.damping)), upper=True)
-        divisor = U.diagonal()
-        if self.saliency == "isc":
-            divisor = (H.diagonal() + divisor.square().reciprocal()).rsqrt()
-        return [self._sweep(problem.W.clone(), U, divisor, problem.pattern) for problem in problems]
+        return Factor(U, U.diagonal())
 
-    def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        """`solve_all` of one problem."""
-        return self.solve_all([problem])[0]
-
-    def _sweep(self, W: Tensor, U: Tensor, divisor: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-        # divisor: |w| over its column's is the root of the saliency.
+    def solve(
+        self, state: Factor, W: Float[Tensor, "out in"], pattern: Pattern
+    ) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
+        """Sweep over the columns of one weight."""
+        U, divisor = state.U, state.divisor
         # Transposed, so that the columns the sweep walks along are contiguous.
-        Wt = W.t().contiguous()
+        Wt = W.t().clone(memory_format=torch.contiguous_format)
         mask = torch.zeros_like(Wt, dtype=torch.bool)
         group = pattern.of if isinstance(pattern, NM) else 1
         if not isinstance(pattern, NM | Unstructured):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from topiarist.core.options import options
-from topiarist.core.patterns import Unstructured
+from topiarist.core.patterns import Pattern, Unstructured
 from topiarist.core.selection import keep_largest_evenly
-from topiarist.solvers.base import Problem, Solver
+from topiarist.solvers.base import GramSolver
 
 
 @options
-class Wanda(Solver):
+class Wanda(GramSolver):
     """Keeps the weights of largest |w_ij| * ||x_j||_2 (eq. 1); weights are not updated. Cost: one selection.
 
     Choose it when seconds matter, and add `refit=True`: its mask with a refit beats SparseGPT's weights on most layers.
@@ -24,11 +25,16 @@ class Wanda(Solver):
     per_row: bool = True
     """Compare within each output row (the paper's choice) or over the matrix."""
 
-    def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        """The weights as they are, and the mask of |w_ij| * ||x_j||."""
-        pattern = problem.pattern
-        scores = problem.W.abs() * problem.H.diagonal().sqrt()
+    def prepare(self, H: Float[Tensor, "in in"]) -> Float[Tensor, " in"]:
+        """The norms of the inputs."""
+        return H.diagonal().sqrt()
+
+    def solve(
+        self, state: Float[Tensor, " in"], W: Float[Tensor, "out in"], pattern: Pattern
+    ) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
+        """The weights as they are, and the mask of |w_ij| * ||x_j||. state: the norms ||x_j||."""
+        scores = W.abs() * state
         if self.per_row and isinstance(pattern, Unstructured):
             kept = pattern.num_kept((scores.shape[0], scores.shape[1]))
-            return problem.W, keep_largest_evenly(scores, kept)
-        return problem.W, pattern.mask(scores)
+            return W, keep_largest_evenly(scores, kept)
+        return W, pattern.mask(scores)

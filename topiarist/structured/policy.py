@@ -13,43 +13,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 BASELINES = ("loo", "ema", "none")
-SCALES = ("sqrt", "score")
 EDGE = 1e-7
 """Keeps the scales finite at s = 0 and 1, where m - s is 0 anyway; the authors' constant."""
 HALVINGS = 100
 
 
-def sample(
-    s: Float[Tensor, " n"], samples: int, generator: torch.Generator, *, antithetic: bool = False
-) -> Float[Tensor, "samples n"]:
-    """Masks of 0 and 1. Antithetic: rows 2k and 2k + 1 come from u and 1 - u; `samples` must be even then."""
-    if not antithetic:
-        return (torch.rand(samples, len(s), generator=generator, dtype=torch.float64) < s).double()
-    if samples % 2:
-        raise ValueError(f"antithetic masks come in pairs, {samples} were asked for")
-    u = torch.rand(samples // 2, len(s), generator=generator, dtype=torch.float64)
-    return (torch.stack([u, 1 - u], 1).flatten(0, 1) < s).double()
+def sample(s: Float[Tensor, " n"], samples: int, generator: torch.Generator) -> Float[Tensor, "samples n"]:
+    """Masks of 0 and 1, each unit's 1 with its probability."""
+    return (torch.rand(samples, len(s), generator=generator, dtype=torch.float64) < s).double()
 
 
-def directions(masks: Float[Tensor, "samples n"], s: Float[Tensor, " n"], scale: str) -> Float[Tensor, "samples n"]:
-    """score: d log p(m | s) / ds = (m - s) / (s (1 - s)). sqrt: that times sqrt(s (1 - s)), the authors' code: of unit
-    variance whatever s is, a preconditioner with the same sign in every coordinate.
+def directions(masks: Float[Tensor, "samples n"], s: Float[Tensor, " n"]) -> Float[Tensor, "samples n"]:
+    """d log p(m | s) / ds times sqrt(s (1 - s)), as in the authors' code: of unit variance whatever s is, a preconditioner
+    with the same sign in every coordinate.
     """
-    variance = (s + EDGE) * (1 - s + EDGE)
-    return (masks - s) / (variance.sqrt() if scale == "sqrt" else variance)
+    return (masks - s) / ((s + EDGE) * (1 - s + EDGE)).sqrt()
 
 
-def leave_one_out(losses: Float[Tensor, " samples"], *, antithetic: bool = False) -> Float[Tensor, " samples"]:
-    """For every mask the mean loss of the masks drawn independently of it: all others, or all other pairs.
-
-    Zero where there are none, which leaves the gradient unbiased as well.
-    """
-    size = 2 if antithetic else 1
-    by_draw = losses.view(-1, size).sum(1)
-    others = len(losses) - size
-    if not others:
-        return torch.zeros_like(losses)
-    return ((by_draw.sum() - by_draw) / others).repeat_interleave(size)
+def leave_one_out(losses: Float[Tensor, " samples"]) -> Float[Tensor, " samples"]:
+    """For every mask the mean loss of all others; zero where there are none, which leaves the gradient unbiased as well."""
+    others = len(losses) - 1
+    return (losses.sum() - losses) / others if others else torch.zeros_like(losses)
 
 
 def gradient(
@@ -58,16 +42,15 @@ def gradient(
     s: Float[Tensor, " n"],
     *,
     baseline: Float[Tensor, "..."],
-    scale: str = "sqrt",
     bessel: bool = False,
 ) -> Float[Tensor, " n"]:
-    """Estimate of d E[loss] / ds, times sqrt(s (1 - s)) with scale="sqrt".
+    """Estimate of d E[loss] / ds, times sqrt(s (1 - s)).
 
     mean over masks of (l - baseline) * direction; unbiased if the baseline of a mask does not depend on it. bessel:
     divide by samples - 1, as the authors' code does.
     """
     weights = (losses - baseline) / (len(losses) - bessel)
-    return weights @ directions(masks, s, scale)
+    return weights @ directions(masks, s)
 
 
 def moving_average(average: float | None, losses: Float[Tensor, " samples"], horizon: float) -> float:
@@ -91,14 +74,6 @@ def project(s: Float[Tensor, " n"], c: Float[Tensor, " n"], budget: float) -> Fl
             break
         low, high = (middle, high) if float(c @ at(middle)) > budget else (low, middle)
     return at(high)
-
-
-def sigmap(metric: Float[Tensor, " n"], mean: float) -> Float[Tensor, " n"]:
-    """The authors' start: sigmoid of the standardised metric, shifted to the mean wanted, cut to [0, 1]."""
-    metric = metric.double()
-    spread = metric.std(correction=0)
-    curve = torch.sigmoid((metric - metric.mean()) / torch.where(spread > 0, spread, 1.0))
-    return (curve - curve.mean() + mean).clamp(0, 1)
 
 
 def quantiles(metric: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

@@ -47,9 +47,9 @@ class PolicyGradient(Method):
 
     Differs from the authors' code in: 1. a leave-one-out baseline; `baseline="ema"` is theirs. 2. `normalise`: steps do
     not depend on the size of the loss. 3. Channels are tied in groups by the rank of their metric. 4. The start is a
-    logistic curve over ranks: units far from the cut begin almost decided; `spread="sigmap"` is theirs. 5. Exact
+    logistic curve over ranks, not over the metric: units far from the cut begin almost decided. 5. Exact
     top-k, where they compare with a threshold. 6. The best choice on held-out calibration text, not the last.
-    `PAPER` has their settings.
+    `PAPER` has their settings, but for the start.
     """
 
     scope: ClassVar[str] = "parameters"
@@ -60,10 +60,7 @@ class PolicyGradient(Method):
     """Windows a step."""
     window: Annotated[int, Field(ge=2)] = 512
     """Their tokens: short ones do not show what long contexts need."""
-    antithetic: bool = False
-    """Masks in mirrored pairs."""
     baseline: str = "loo"
-    scale: str = "sqrt"
     horizon: PositiveFloat = 5.0
     """T of the moving average."""
     normalise: bool = True
@@ -71,7 +68,6 @@ class PolicyGradient(Method):
     learning_rate: PositiveFloat = 0.02
     """The largest step of a probability; falls as a cosine to 0."""
     init: str = "occlusion"
-    spread: str = "logistic"
     sharpness: NonNegativeFloat = 12.0
     """Of the logistic start: 0 knows nothing but the budget; the larger, the more is decided."""
     init_tokens: PositiveInt = 16384
@@ -87,17 +83,12 @@ class PolicyGradient(Method):
     def __post_init__(self) -> None:
         for name, value, table in (
             ("baseline", self.baseline, policy.BASELINES),
-            ("scale", self.scale, policy.SCALES),
             ("init", self.init, STARTS),
-            ("spread", self.spread, ("logistic", "sigmap")),
         ):
             if value not in table:
                 raise TopiaristError(f"unknown {name} {value!r}; choose one of {', '.join(table)}")
-        least = 2 * (1 + self.antithetic) if self.baseline != "none" else 1 + self.antithetic
-        if self.samples < least or (self.antithetic and self.samples % 2):
-            raise TopiaristError(
-                f"{self.samples} samples a step are too few or odd for baseline {self.baseline!r}; use {max(least, 4)}"
-            )
+        if self.samples < 2 and self.baseline != "none":
+            raise TopiaristError(f"{self.samples} samples a step are too few for baseline {self.baseline!r}; use 4")
 
     def scores(self, task: Task) -> Scores:
         """Scores of the choice with the lowest held-out loss."""
@@ -110,7 +101,7 @@ class PolicyGradient(Method):
 
 PAPER = PolicyGradient(
     steps=15000, samples=2, windows=8, window=128, baseline="ema", normalise=False, learning_rate=2e-3, init="wanda-sp",
-    spread="sigmap", init_tokens=128 * 1024, channel_group=1, held_out=32, evaluations=15,
+    init_tokens=128 * 1024, channel_group=1, held_out=32, evaluations=15,
 )  # fmt: skip
 """The authors' run on LLaMA-2-7B: 30.7 million tokens of forward pass."""
 
@@ -171,7 +162,7 @@ class _State:
 class _Search:
     def __init__(self, method: PolicyGradient, task: Task) -> None:
         self.method, self.task = method, task
-        self.training, self.watching = split(short_windows(task.tokens, method.window), method.held_out)
+        self.training, self.held_out = split(short_windows(task.tokens, method.window), method.held_out)
         saved = task.state.load()
         if saved is None:
             metric, comparable = starting_metric(method, task)
@@ -181,7 +172,7 @@ class _Search:
         self.metric, self.comparable = metric, comparable
         self.variables = Variables.make(task, metric, comparable, method.channel_group)
         if saved is None:
-            start = self.variables.start(method.spread, method.sharpness)
+            start = self.variables.start(method.sharpness)
             self.state = _State(start, start)
         else:
             rest: dict[str, Any] = json.loads(saved[1]["policy"])
@@ -207,13 +198,11 @@ class _Search:
     def _step(self, masks: Masks) -> None:
         method, state, task = self.method, self.state, self.task
         rng = torch.Generator().manual_seed((task.seed << 32) + state.step)
-        drawn = policy.sample(state.s, method.samples, rng, antithetic=method.antithetic)
+        drawn = policy.sample(state.s, method.samples, rng)
         batch = self._batch(state.step)
         found = [gated_loss(task, masks, self.variables.by_group(mask), batch) for mask in drawn]
         losses = torch.tensor(found, dtype=torch.float64)
         finite = losses.isfinite()
-        if method.antithetic:  # a pair stays or goes
-            finite = finite.view(-1, 2).all(1).repeat_interleave(2)
         self.dropped += int((~finite).sum())
         losses, drawn = losses[finite], drawn[finite]
         if len(losses) < (2 if method.baseline != "none" else 1):
@@ -223,18 +212,16 @@ class _Search:
             state.average = policy.moving_average(state.average, losses, method.horizon)
             baseline = losses.new_tensor(state.average)
         elif method.baseline == "loo":
-            baseline = policy.leave_one_out(losses, antithetic=method.antithetic)
+            baseline = policy.leave_one_out(losses)
         else:
             baseline = losses.new_zeros(())
-        slope = policy.gradient(
-            losses, drawn, state.s, baseline=baseline, scale=method.scale, bessel=method.baseline == "ema"
-        )
+        gradient = policy.gradient(losses, drawn, state.s, baseline=baseline, bessel=method.baseline == "ema")
         if method.normalise:
             size = float((losses - baseline).square().mean().sqrt())
             state.size = size if state.size is None else MEMORY * state.size + (1 - MEMORY) * size
-            slope = slope / max(state.size, 1e-12)
+            gradient = gradient / max(state.size, 1e-12)
         rate = method.learning_rate * (1 + math.cos(math.pi * state.step / method.steps)) / 2
-        state.s = self.variables.project(state.s - rate * slope)
+        state.s = self.variables.project(state.s - rate * gradient)
 
     def _batch(self, step: int) -> Tensor:
         """Windows of a step: every window once before any comes again, in a new order each time."""
@@ -251,7 +238,7 @@ class _Search:
         state = self.state
         kept = chosen(self.task, self.variables.scores(state.s))
         if self.last is None or any(not torch.equal(kept[key], self.last[0][key]) for key in kept):
-            self.last = kept, gated_loss(self.task, masks, kept, self.watching)
+            self.last = kept, gated_loss(self.task, masks, kept, self.held_out)
         loss = self.last[1]
         if not math.isfinite(loss):
             loss = math.inf

@@ -71,19 +71,13 @@ class Variables:
         within = {key: policy.quantiles(values) for key, values in metric.items()}
         return cls(of, ranks, metrics, costs, pools, within)
 
-    def start(self, spread: str, sharpness: float) -> Float[Tensor, " variables"]:
-        """Probabilities that meet every budget: `logistic` over ranks, or the authors' `sigmap` of the metrics."""
+    def start(self, sharpness: float) -> Float[Tensor, " variables"]:
+        """Probabilities that meet every budget: `logistic` over ranks."""
         s = torch.empty_like(self.cost)
         for members, budget in self.pools:
-            c = self.cost[members]
-            if spread == "sigmap":
-                share = budget / float(c.sum())
-                for layer in self.of.values():  # standardised layer by layer, as the authors do
-                    mine = members[torch.isin(members, layer)]
-                    s[mine] = policy.sigmap(self.metrics[mine], share) if len(mine) else 0.0
-                s[members] = policy.project(s[members], c, budget)
-            else:
-                s[members] = policy.logistic(self.ranks[members], c, budget, sharpness=max(sharpness, 1e-6))
+            s[members] = policy.logistic(
+                self.ranks[members], self.cost[members], budget, sharpness=max(sharpness, 1e-6)
+            )
         return s
 
     def project(self, s: Float[Tensor, " variables"]) -> Float[Tensor, " variables"]:

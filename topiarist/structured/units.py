@@ -105,11 +105,6 @@ class UnitGroup:
     stated: tuple[Stated, ...] = ()
     """Of a type without a row: the numbers of the config that count them."""
 
-    @property
-    def producers(self) -> tuple[Part, ...]:
-        """What is cut beside the consumer's own columns."""
-        return self.parts[:-1]
-
 
 def default_kinds(model: nn.Module) -> tuple[str, ...]:
     """Heads and channels; query heads where there is one KV head (multi-query attention). Of a type without a row, those

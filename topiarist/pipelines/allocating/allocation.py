@@ -16,7 +16,7 @@ from topiarist import allocate
 from topiarist.allocate import Rule, Scores, Search
 from topiarist.allocate.fixed import kept_by
 from topiarist.checkpoints.atomic import refuse_foreign, write_atomically
-from topiarist.checkpoints.writing import OutputFolder, bytes_to_write
+from topiarist.checkpoints.writing import OutputFolder
 from topiarist.core.errors import NumericalWarning
 from topiarist.core.options import given_or_made, takes
 from topiarist.core.patterns import Pattern
@@ -113,9 +113,9 @@ def allocated(
             batch_size=options.windows_a_forward, work=work,
         )  # fmt: skip
         found = apply_rule(asked, source, windows, progress)
-        if output is None or source.checkpoint is None:
+        if output is None:
             return dict(found.patterns), _facts(found.to_dict())
-        output.begin(bytes_to_write(source.nbytes))
+        source.begin(output)
         output.write_text(FILE, json.dumps(found.to_dict(), indent=2) + "\n")
     assert stored is not None
     facts = _facts(json.loads(stored.read_text(encoding="utf-8")))

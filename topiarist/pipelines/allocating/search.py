@@ -21,6 +21,7 @@ from torch import Tensor
 from topiarist.allocate import Scores, Search, recipe
 from topiarist.allocate.budget import Shapes, budget
 from topiarist.allocate.evolve import Genome, mutate, starts
+from topiarist.checkpoints.locking import FolderLock
 from topiarist.core.errors import CalibrationError, NumericalError
 from topiarist.core.losses import divergence
 from topiarist.core.options import Registered, plain
@@ -65,7 +66,8 @@ def search(
 ) -> Scores:
     """The density of every layer of the best allocation found. What is in `work` is used and added to.
 
-    made_of: identifies model and text. Raises CalibrationError if the windows do not suffice for Grams and selection.
+    made_of: identifies model and text. Raises CheckpointError while another search of the same works there,
+    CalibrationError if the windows do not suffice for Grams and selection.
     """
     if len(tokens) <= rule.sequences:
         raise CalibrationError(
@@ -80,15 +82,18 @@ def search(
         method = plain(solver, SOLVERS)
         solved = {**made_of, "method": method, "layers": sorted(shapes), "windows": len(tokens) - rule.sequences}
         database = Database(folder, solved)
+        lock = FolderLock(database.folder)
+        lock.acquire()
+        stack.callback(lock.release)
         grams = tokens[: -rule.sequences]
         wanted = [p for p in levels if p is not None]
         batch = options.batch_size
         fill(database, source, solver, grams, shapes, wanted, batch_size=batch, progress=progress)
         genes = Genes(rule, shapes, depths, levels, options.base_pattern)
-        judge = Judge(source, database, genes, tokens[-rule.sequences :])
+        candidates = CandidateModel(source, database, genes, tokens[-rule.sequences :])
         fields = {key: value for key, value in recipe(rule).items() if key not in ("seconds", "generations")}
         journal = Journal(folder, {**solved, "rule": fields, "pattern": str(options.base_pattern)})
-        return evolve(rule, options.seed, genes, judge, journal, progress)
+        return evolve(rule, options.seed, genes, candidates, journal, progress)
 
 
 class Genes:
@@ -129,7 +134,7 @@ def _kept(pattern: Pattern | None, shape: tuple[int, int]) -> int:
     return shape[0] * shape[1] if pattern is None else pattern.num_kept(shape)
 
 
-class Judge:
+class CandidateModel:
     """The whole model in memory, dressed as one candidate after another, held against its own dense predictions.
 
     windows (num, window), int64: the text for selection. Its dense logits stay in memory, on the CPU.
@@ -139,7 +144,7 @@ class Judge:
         self.database, self.genes, self.windows = database, genes, windows
         self.model = source.fresh()
         self.matrices = layers_of(self.model, source, list(genes.shapes))
-        self.worn: dict[int, int | None] = dict.fromkeys(range(len(genes.units)))
+        self.assigned: dict[int, int | None] = dict.fromkeys(range(len(genes.units)))
         self.dense = {name: m.weight.clone() for name, m in self.matrices.items()} if None in genes.levels else {}
         self.targets = [self._logits(row).cpu() for row in windows]
 
@@ -147,10 +152,10 @@ class Judge:
     def _logits(self, window: Tensor) -> Tensor:
         return self.model(input_ids=window[None].to(next(self.model.parameters()).device), use_cache=False).logits[0]
 
-    def wear(self, genome: Genome) -> None:
+    def assign(self, genome: Genome) -> None:
         """Give the model the candidate's weights; units that are at their level already are not read again."""
         for unit, level in enumerate(genome):
-            if self.worn[unit] == level:
+            if self.assigned[unit] == level:
                 continue
             pattern = self.genes.levels[level]
             for name in self.genes.units[unit]:
@@ -161,12 +166,12 @@ class Judge:
                     else self.database.read(self.genes.depths[unit], pattern, name, matrix.shape)
                 )
                 matrix.assign(weight)
-            self.worn[unit] = level
+            self.assigned[unit] = level
 
     @torch.no_grad()
     def divergence(self, genome: Genome, row: int) -> float:
         """Mean over a window's tokens of KL(dense || candidate), in nats."""
-        self.wear(genome)
+        self.assign(genome)
         logits = self._logits(self.windows[row])
         mean = float(divergence(logits, self.targets[row].to(logits.device)))
         return mean if mean == mean else float("inf")  # a candidate that overflows loses
@@ -201,18 +206,20 @@ class Journal:
         return sum(line["seconds"] for line in self.lines)
 
 
-def evolve(rule: Search, seed: int, genes: Genes, judge: Judge, journal: Journal, progress: Progress) -> Scores:
+def evolve(
+    rule: Search, seed: int, genes: Genes, candidates: CandidateModel, journal: Journal, progress: Progress
+) -> Scores:
     """Generation after generation until time or their number is up; what a generation draws depends on its number only,
     so a search that was stopped goes on as if it had not been.
     """
-    rows = range(len(judge.windows))
+    rows = range(len(candidates.windows))
     if not journal.lines:
         started = time.perf_counter()
         first = starts(genes.kept, genes.sizes, genes.depths, genes.budget)
         judged = {}
         for number, genome in enumerate(first):
             progress("judging where to start", number, len(first))
-            judged[genome] = _mean([judge.divergence(genome, row) for row in rows])
+            judged[genome] = _mean([candidates.divergence(genome, row) for row in rows])
         best = min(first, key=lambda genome: judged[genome])
         spent = time.perf_counter() - started
         journal.add(genome=best, divergence=judged[best], uniform=judged[first[0]], seconds=spent)
@@ -225,9 +232,9 @@ def evolve(rule: Search, seed: int, genes: Genes, judge: Judge, journal: Journal
         draw = random.Random(f"{seed} {generation}")
         children = list(dict.fromkeys(mutate(parent, genes.kept, genes.budget, draw) for _ in range(rule.children)))
         row = generation % len(rows)
-        part = {child: judge.divergence(child, row) for child in children if child != parent}
+        part = {child: candidates.divergence(child, row) for child in children if child != parent}
         for child in sorted(part, key=lambda child: part[child])[: rule.finalists]:
-            whole = _mean([part[child] if r == row else judge.divergence(child, r) for r in rows])
+            whole = _mean([part[child] if r == row else candidates.divergence(child, r) for r in rows])
             if whole < value:
                 parent, value = child, whole
         journal.add(genome=parent, divergence=value, seconds=time.perf_counter() - started)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
-from topiarist import __about__
 from topiarist.checkpoints.reading import read_json
 from topiarist.checkpoints.references import reference
 from topiarist.checkpoints.writing import OutputFolder
 from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.common.reproduce import RECIPE, as_yaml
-from topiarist.results.card import model_card
-from topiarist.results.pages import PAGE, Result, report_page
-from topiarist.results.report import RUN, RunReport
+from topiarist.results.papers import write_papers
+from topiarist.results.report import RunReport
 
 CALIBRATION = "pruning_calibration.json"
 
@@ -55,16 +52,14 @@ def finish(
     # As it was opened: a config that misstates the tie of the head, or the quantisation of what is read dense, is mended.
     found = config or source.stored_config or read_json(folder / "config.json")
     report.base_model = report.base_model or base_model(source, output.folder)
-    # Without the timings, so that the same run writes the same page; `topiarist report` shows them.
-    result = Result(report.to_dict(), __about__.__version__)
-    more = {CALIBRATION: text.record()} if text is not None else {}
-    papers = {"README.md": model_card(result), PAGE: report_page(result), RUN: json.dumps(report.run, indent=2) + "\n"}
+    if source.intermediate:  # which goes; nobody can hold its files against a digest
+        report.base_digest = ""
+    more = dict(texts or {})
+    if text is not None:
+        more[CALIBRATION] = text.record()
     if report.recipe:
-        papers[RECIPE] = as_yaml(report.recipe)
-    for name, content in {**(texts or {}), **more, **papers}.items():
-        output.write_text(name, content)
-    about = {**found, "pruning_config": report.pruning_config(__about__.__version__)}
-    output.finish(about, report.to_dict(), side_files=folder)
+        more[RECIPE] = as_yaml(report.recipe)
+    write_papers(output, report, found, side_files=folder, texts=more)
 
 
 def base_model(source: OpenedModel, out: Path) -> str:

@@ -67,6 +67,8 @@ class RunOptions:
     """CPU threads; default: torch's choice."""
     trust_remote_code: Annotated[bool, HOW] = False
     """Run Python code that the model folder brings."""
+    stands_for: Annotated[str | None, About(cli=False, result=False)] = None
+    """The model that reports name in its place, where it is what an earlier stage of a recipe gave."""
 
     def use_threads(self) -> None:
         """Tell torch."""

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from topiarist.core.errors import UnsupportedModel
-from topiarist.models.families import Matrix
 from topiarist.models.folder import FolderModel
 from topiarist.quantization import Grid, QuantizedWeight, compressed_tensors, round_to_nearest
 
@@ -53,31 +51,6 @@ def _gathered(q: Tensor, scale: Tensor, grid: Grid, name: str) -> QuantizedWeigh
     if not bool((groups == first[..., None]).all()) or not bool((first > 0).all()):
         return None
     return QuantizedWeight(q.to(torch.int8), first.contiguous(), grid)
-
-
-def check_places(source: FolderModel, wanted: Container[str]) -> None:
-    """Raise UnsupportedModel if the format has no place for a matrix whose full name is in `wanted`."""
-    named = [
-        (f"{path}.{matrix.name}", _has_a_place(source, path, matrix))
-        for index, path in enumerate(source.block_names)
-        for matrix in source.matrices(index)
-    ]
-    placed = [place for name, place in named if name in wanted]
-    lost = [name for name, place in named if name in wanted and not place]
-    if lost:
-        raise UnsupportedModel(
-            f"{source.config.model_type} stores {len(lost)} of {len(placed)} matrices transposed or stacked ({lost[0]}, ...), "
-            "which compressed-tensors has no place for: skip them by --skip, or load the model and quantise the object, "
-            "which gives it the values alone"
-        )
-
-
-def _has_a_place(source: FolderModel, path: str, matrix: Matrix) -> bool:
-    """Whether the files have a matrix of the block `path` as `P.weight` of (out, in), alone or above others."""
-    shapes = {name: source.checkpoint.shape(name) for name in source.names.keys([f"{path}.{matrix.path}"])}
-    if matrix.transposed and matrix.expert is None:
-        return False
-    return all(n.endswith(".weight") and len(s) == 2 and s[1] == matrix.shape[1] for n, s in shapes.items())
 
 
 def _named(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:

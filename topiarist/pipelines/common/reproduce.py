@@ -69,7 +69,12 @@ def name_of_model(model: Any) -> str:
 
 
 def command(name: str, model: Any, options: Any, *, always: Sequence[str] = ()) -> tuple[list[str], list[str]]:
-    """The words of the command, and what in the call no command can say: that has a placeholder in capitals."""
+    """The words of the command, and what in the call no command can say: that has a placeholder in capitals.
+
+    After another stage of a recipe it is the whole recipe that repeats the run.
+    """
+    if options.stands_for is not None:
+        return ["topiarist", "run", RECIPE, "--out", "OUT"], []
     named = name_of_model(model)
     words, unsaid = ["topiarist", name, named, "OUT"], ["a model object"] * (named == MODEL)
     for setting in said(options, always=always):

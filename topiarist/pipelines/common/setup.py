@@ -57,8 +57,9 @@ def resolve_patterns(
 def open_for(options: DataOptions, model: str | Path | nn.Module | OpenedModel) -> OpenedModel:
     """The model, opened as the options say."""
     return open_model(
-        model, device=options.device, trust_remote_code=options.trust_remote_code, tokenizer=options.tokenizer
-    )
+        model, device=options.device, trust_remote_code=options.trust_remote_code, tokenizer=options.tokenizer,
+        stands_for=options.stands_for,
+    )  # fmt: skip
 
 
 def open_output(

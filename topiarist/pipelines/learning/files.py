@@ -14,7 +14,7 @@ from torch import Tensor
 from topiarist.checkpoints.writing import MASKS, OutputFolder
 from topiarist.core.errors import TopiaristError
 from topiarist.masks import MaskFile, save_masks
-from topiarist.masks.files import write_masked
+from topiarist.masks.applying import write_masked
 from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.common.finish import base_model, finish
 from topiarist.pipelines.learning.masking import Target

@@ -34,7 +34,7 @@ class Job:
     blocks: list[list[Target]]
     text: TrainingText
     training: Sequences
-    watching: Tensor
+    held_out: Tensor
     batch_size: int
     notes: list[str]
 
@@ -67,25 +67,25 @@ def prepare(
     if not any(blocks):
         raise TopiaristError("every layer is skipped: nothing to learn")
     notes = [f"--skip {expression!r} matches no layer" for expression in unmatched]
-    watched = held_out or options.held_out
-    num = recipe.steps * recipe.sequences + watched
+    aside = held_out or options.held_out
+    num = recipe.steps * recipe.sequences + aside
     text = held.enter_context(
         training_text(
             source, options.data, window_tokens=recipe.length, num_windows=num, seed=0, tokenizer=options.tokenizer,
             out=out, processes=processes, progress=progress,
         )
     )  # fmt: skip
-    training, watching = text.split(watched)
+    training, evaluated = text.split(aside)
     if text.window < recipe.length and not isinstance(options.data, Tensor):
         notes.append(f"sequences of {text.window} tokens, the model's limit, instead of the preset's {recipe.length}")
     recipe = replace(recipe, length=text.window)
     size = _batch_size(options.batch_size, recipe.sequences, processes.size)
     if len(training) < recipe.sequences:
         raise CalibrationError(
-            f"training text holds {len(training)} sequences of {text.window} tokens beside the {len(watching)} that "
+            f"training text holds {len(training)} sequences of {text.window} tokens beside the {len(evaluated)} that "
             f"are held out, a step takes {recipe.sequences}: add text"
         )
-    return Job(recipe, patterns, blocks, text, training, watching, size, notes)
+    return Job(recipe, patterns, blocks, text, training, evaluated, size, notes)
 
 
 def _recipe(options: LearnOptions) -> Preset:

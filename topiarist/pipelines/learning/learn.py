@@ -87,8 +87,7 @@ def _learn(
     processes = Processes.join()
     scalars = Scalars(options.tensorboard if processes.is_main else None)
     identity = prior_identity(prior)
-    sharded = processes.size > 1 and not isinstance(model, nn.Module) if options.shard is None else options.shard
-    _check_sharding(sharded, processes, model, recovery)
+    sharded = _sharded(options, processes, model)
     # FSDP moves the shards to the accelerator: only the main process' host has to hold the whole model.
     if sharded and not processes.is_main:
         source = open_shell(model, options)
@@ -123,7 +122,7 @@ def _learn(
         "window_tokens": job.text.window,
         "seed": seed,
         "digest": job.text.digest,
-        "held_out": len(job.watching),
+        "held_out": len(job.held_out),
     }
     words, unsaid = command("learn", model, options, always=SAID)
     report = LearnReport(
@@ -156,7 +155,7 @@ def _learn(
     del masks
     try:
         trainer = MaskTrainer(
-            masked, job.training, job.watching, recipe,
+            masked, job.training, job.held_out, recipe,
             batch_size=job.batch_size, seed=seed, distill=options.distill, processes=processes,
         )  # fmt: skip
         run.resume(trainer, output, state)
@@ -192,12 +191,15 @@ def _learn(
     return report
 
 
-def _check_sharding(sharded: bool, processes: Processes, model: Any, recover: Any) -> None:
-    if not sharded:
-        return
+def _sharded(options: LearnOptions, processes: Processes, model: Any) -> bool:
+    """Whether weights and logits are divided among processes. Raises TopiaristError where they cannot be."""
+    is_object = isinstance(model, nn.Module)
+    if not (processes.size > 1 and not is_object if options.shard is None else options.shard):
+        return False
     if processes.size == 1:
         raise TopiaristError("shards need several processes: start with torchrun --nproc-per-node N -m topiarist learn")
-    if isinstance(model, nn.Module):
+    if is_object:
         raise TopiaristError("a model object cannot be sharded and given back: pass its folder, or shard=False")
-    if recover:
+    if options.recover:
         raise TopiaristError("recovery trains whole weights in every process: leave it out, or use --no-shard")
+    return True

@@ -45,7 +45,7 @@ def plan_learn(model: str | Path, options: LearnOptions) -> LearnPlan:
     trainer = MaskTrainer(
         masked,
         plan.training,
-        plan.watching,
+        plan.held_out,
         one,
         batch_size=plan.batch_size,
         seed=options.seed,

@@ -15,7 +15,7 @@ from topiarist.core import linalg
 from topiarist.core.errors import CheckpointError, PatternError
 from topiarist.core.patterns import NM, Pattern
 from topiarist.masklearn.candidates import MAX_CLASSES, num_classes
-from topiarist.masklearn.descent import descend
+from topiarist.masklearn.descent import improve_mask
 from topiarist.masks import MaskFile, read_npz, weight_digest
 from topiarist.models.opened import ObjectModel, at_rest
 from topiarist.pipelines.common.stream import BlockStream
@@ -46,13 +46,13 @@ class MaskOnly(Solver):
     def _on_dense(self, weight: Tensor, solution: Solution, H: Tensor, pattern: Pattern) -> Solution:
         mask = solution.mask
         if self.sweeps and isinstance(pattern, NM) and num_classes(pattern) <= MAX_CLASSES:
-            mask = descend(weight.detach().float(), H, mask, pattern, sweeps=self.sweeps)
+            mask = improve_mask(weight.detach().float(), H, mask, pattern, sweeps=self.sweeps)
         kept = weight.masked_fill(~mask, 0.0)
         return Solution(kept, mask, linalg.reconstruction_error(weight, kept, H))
 
-    def solve(self, problem):
-        """What the solver gives, weights and all; only `together` keeps the dense ones."""
-        return self.solver.solve(problem)
+    def without_data(self, weight, pattern) -> Solution:
+        """What the solver gives for the weight alone."""
+        return self.solver.without_data(weight, pattern)
 
 
 @torch.no_grad()

@@ -22,10 +22,8 @@ from topiarist.core.registry import name_of
 from topiarist.data import Windows
 from topiarist.models.checks import check_finite
 from topiarist.models.families import matrices_of
-from topiarist.models.folder import FolderModel
 from topiarist.models.hooks import watch_inputs
 from topiarist.models.opened import OpenedModel, at_rest
-from topiarist.models.saving import write_model
 from topiarist.pipelines.allocating.allocation import allocated, fixed_patterns
 from topiarist.pipelines.common.dense import left_dense, why_dense
 from topiarist.pipelines.common.finish import finish, weights_of
@@ -73,7 +71,6 @@ def prune(
     processes = Processes.join()
     source = open_for(options, model)
     source.check_output(out)
-    checkpoint = source.checkpoint
     tell = progress or (lambda *_: None)
     # Of a rule only the shapes are checked yet; its patterns are found when it is clear that the run is not finished.
     patterns, unmatched = fixed_patterns(options, source)
@@ -96,21 +93,15 @@ def prune(
     fingerprint = _fingerprint(options, report, patterns)
     with ExitStack() as held:
         output = open_output(out, fingerprint, source.device, processes, held)
-        if output is not None:
-            if output.complete:
-                source.become(output.folder)
-                return Report.from_folder(output.folder)
-            if checkpoint is None and processes.is_main:
-                output.begin(source.nbytes)
+        if output is not None and output.complete:
+            source.become(output.folder)
+            return Report.from_folder(output.folder)
         if (rule := options.rule) is not None:
             found = processes.on_main(lambda: allocated(options, rule, source, windows, output, tell))
             pruner.patterns, report.allocation = found
         walk = (Walk if grid is None else PackingWalk)(source, pruner, windows.tokens, options, tell)
         with at_rest(source.model):
-            if checkpoint is None or output is None:
-                report.layers = walk.in_memory()
-            else:
-                report.layers = walk.streamed(checkpoint, output)
+            report.layers = walk.run(output)
         reasons = why_dense(pruner.patterns, options.skip)
         report.dense = left_dense(source, {layer.name for layer in report.layers}, reasons)
         report.warnings, report.refined, report.joint = pruner.warned, pruner.refined, pruner.joined
@@ -119,23 +110,21 @@ def prune(
         report.output = None if out is None else str(out)
         report.run = {**pruner.meter.run(source.device), "processes": processes.size}
         if output is not None:
-            processes.on_main(lambda: _finish(output, report, source, windows, grid))
+            processes.on_main(lambda: _finish(output, report, source, windows, grid, walk.written))
         return report
 
 
-def _finish(output: OutputFolder, report: Report, source: OpenedModel, windows: Windows, grid: Grid | None) -> None:
-    """Make a model of what was written; write an object's weights first."""
-    if isinstance(source, FolderModel):
-        config = None
-        if grid is not None:
-            sizes = output.tensor_bytes()
-            report.weights = {**report.weights, "after": sum(sizes.values())}
-            config = quantized_config(source, grid, sizes)
-        finish(output, report, source, text=windows, config=config)
-        return
+def _finish(
+    output: OutputFolder, report: Report, source: OpenedModel, windows: Windows, grid: Grid | None, written: Path | None
+) -> None:
+    """Make a model of what was written."""
+    config = None
+    if grid is not None:
+        sizes = output.tensor_bytes()
+        report.weights = {**report.weights, "after": sum(sizes.values())}
+        config = quantized_config(source.as_folder(), grid, sizes)
     report.result_digest = source.result_digest()
-    written = write_model(output, source.model, source.loaded_tokenizer)
-    finish(output, report, source, text=windows, written=written)
+    finish(output, report, source, text=windows, config=config, written=written)
 
 
 def _companion(

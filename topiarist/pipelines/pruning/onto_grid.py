@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from topiarist.core.errors import CheckpointError
 from topiarist.core.patterns import Pattern
-from topiarist.models.folder import FolderModel
 from topiarist.models.opened import OpenedModel
-from topiarist.pipelines.common.packed import check_places
 from topiarist.pipelines.pruning.options import PruneOptions
 from topiarist.pipelines.pruning.sparsellm import Method, SparseLLM
 from topiarist.quantization import Grid
@@ -27,12 +24,7 @@ def grid_of(
     if options.bits is None:
         return None
     wanted = {name: shape for name, shape in source.shapes().items() if patterns[name] is not None}
-    if isinstance(source, FolderModel):
-        check_places(source, wanted)
-    elif out is not None:
-        raise CheckpointError(
-            "a model object is quantised in place: save it, and give its folder to write packed files"
-        )
+    source.check_packed(wanted, out)
     return Grid.fitting(options.bits, options.group, wanted)
 
 

@@ -19,7 +19,7 @@ from topiarist.pipelines.pruning.correct import Correct
 from topiarist.pipelines.pruning.refine import Refine
 from topiarist.pipelines.pruning.sparsellm import METHODS, Method, SparseLLM
 from topiarist.quantization import GPTQ, Rounding
-from topiarist.solvers import ALPS, Solver
+from topiarist.solvers import ALPS, GramSolver, Solver
 
 
 def _no_rule(given: Any) -> bool:
@@ -111,7 +111,7 @@ class PruneOptions(TextOptions):
         wanting = ""
         if isinstance(self.method, SparseLLM) or self.method.needs_data:
             wanting = name_of(METHODS, self.method)
-        elif self.method.refit:
+        elif isinstance(self.method, GramSolver) and self.method.refit:
             wanting = "a refit"
         elif self.correct is not None:
             wanting = "error correction"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from topiarist.checkpoints.dequantised import DequantisedCheckpoint
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.writing import OutputFolder
-from topiarist.models.folder import FolderModel
 from topiarist.pipelines.common.packed import head_name, packed_block, packed_head
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.pruning.walk import Walk
@@ -36,17 +35,14 @@ class PackingWalk(Walk):
         return super()._dense_block(stream, index)
 
     def _tensors(self, index: int) -> Mapping[str, Tensor]:
-        assert isinstance(self.source, FolderModel)
-        stem = f"{self.names[index]}."
+        folder, stem = self.source.as_folder(), f"{self.names[index]}."
         weights = {name.removeprefix(stem): solution.quantized for name, solution in self.solutions.items()}
-        block = packed_block(self.source, index, weights)
+        block = packed_block(folder, index, weights)
         # The head is written with the last block: one journal line a block, and the head is small beside one.
-        return block | packed_head(self.source) if self.head and index + 1 == len(self.names) else block
+        return block | packed_head(folder) if self.head and index + 1 == len(self.names) else block
 
-    def _outside(self, checkpoint: Checkpoint) -> list[str]:
-        assert isinstance(self.source, FolderModel)
-        names = super()._outside(checkpoint)
-        return [name for name in names if name != f"{head_name(self.source)}.weight"] if self.head else names
+    def _left_out(self) -> Container[str]:
+        return {f"{head_name(self.source.as_folder())}.weight"} if self.head else ()
 
     def _finished(self, output: OutputFolder, line: Mapping[str, Any]) -> Checkpoint:
         return DequantisedCheckpoint.of_packed(output.block(line), self.source.dtype)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from topiarist.checkpoints.writing import bytes_to_write
-from topiarist.core.meter import peak_memory_bytes, resident_bytes
+from topiarist.core.meter import duration, peak_memory_bytes, resident_bytes
 from topiarist.core.slots import SLOTS, check_slots
 from topiarist.models.opened import at_rest
 from topiarist.pipelines.allocating.allocation import fixed_patterns
@@ -157,10 +157,3 @@ def _working_set(
     largest = max(4 * (g.gram.in_features**2 + sum(m.weight.numel() for m in g.matrices)) for g in groups)
     embeddings = sum(p.numel() * p.element_size() for p in source.embedding_parameters())
     return max(hidden + grams + SOLVER_COPIES * largest, hidden + embeddings)
-
-
-def duration(seconds: float) -> str:
-    """A time as text in seconds, minutes or hours, whichever is readable."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

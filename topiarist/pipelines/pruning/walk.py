@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from topiarist.checkpoints.reading import Checkpoint
-from topiarist.checkpoints.writing import OutputFolder, bytes_to_write
+from topiarist.checkpoints.writing import OutputFolder
 from topiarist.core.meter import return_freed_memory
 from topiarist.core.slots import check_slots
-from topiarist.models.folder import FolderModel
 from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.stream import BlockStream, check_flow
@@ -47,6 +47,8 @@ class Walk:
     """The walk over the blocks, for a checkpoint on disk or a model in memory."""
 
     layer_report: type[LayerReport] = LayerReport
+    written: Path | None = None
+    """Where transformers put config and tokenizer of an object."""
 
     def __init__(
         self,
@@ -109,33 +111,18 @@ class Walk:
             with self.pruner.meter.timed("forward"):
                 stream.advance(index, self.source.model.get_submodule(self.names[index]))
 
-    def in_memory(self) -> list[LayerReport]:
-        """Prune the model's own blocks in order, each on what the pruned ones before it give out; a report a matrix."""
-        stream, layers = self._start(), []
-        for index in range(len(self.names)):
-            layers += self._prune_block(stream, index)
-            self._advance(stream, index)
-        if stream is not None:
-            stream.close()
-        self.progress("done", len(self.names), len(self.names))
-        return layers
+    def run(self, output: OutputFolder | None) -> list[LayerReport]:
+        """Change the blocks in order, each on what the changed ones before it give out; a report a matrix.
 
-    def streamed(self, checkpoint: Checkpoint, output: OutputFolder) -> list[LayerReport]:
-        """Prune into `output`, which the main process writes. Blocks that an earlier try finished are read back and only run
-        forward.
+        output: where the main process writes, a folder's model block by block. Blocks that an earlier try finished are
+        read back from it and only run forward. None: the object's own blocks are changed, and nothing is written.
         """
-        assert isinstance(self.source, FolderModel)
-
-        def begin() -> list[dict[str, Any]]:
-            output.begin(bytes_to_write(checkpoint.weight_bytes()))
-            return output.done()
-
-        done = self.processes.on_main(begin)
+        done = [] if output is None else self.processes.on_main(partial(self.source.begin, output))
         every = len(done) == len(self.names)  # killed while it gathered the blocks: nothing has to flow
         stream = None if every else self._start()
         layers: list[LayerReport] = []
         for index in range(len(self.names)):
-            if index < len(done):
+            if output is not None and index < len(done):
                 self.progress("catching up", index, len(self.names))
                 layers += self._take_over(done[index])
                 if every:
@@ -151,9 +138,10 @@ class Walk:
             return_freed_memory()
         if stream is not None:
             stream.close()
-        self.progress("writing the model", len(self.names), len(self.names))
-        with self.pruner.meter.timed("write"):
-            self.processes.on_main(lambda: output.gather(checkpoint, self._outside(checkpoint)))
+        if output is not None:
+            self.progress("writing the model", len(self.names), len(self.names))
+            with self.pruner.meter.timed("write"):
+                self.written = self.processes.on_main(partial(self.source.write_rest, output, self._left_out()))
         self.progress("done", len(self.names), len(self.names))
         return layers
 
@@ -168,20 +156,21 @@ class Walk:
         """The weights of a block that an earlier try wrote."""
         return output.block(line)
 
-    def _outside(self, checkpoint: Checkpoint) -> list[str]:
-        """Tensors that are copied as they are."""
-        assert isinstance(self.source, FolderModel)
-        in_blocks = self.source.names_in_blocks()
-        return [name for name in checkpoint.files if name not in in_blocks]
+    def _left_out(self) -> Container[str]:
+        """Tensors outside the blocks that are written with one."""
+        return ()
 
     def _tensors(self, index: int) -> Mapping[str, Tensor]:
-        """A finished block as it is written."""
-        assert isinstance(self.source, FolderModel)
-        return self.source.block_on_disk(index)
+        """A finished block of a folder as it is written."""
+        return self.source.as_folder().block_on_disk(index)
 
-    def _prune_and_write(self, stream: BlockStream | None, index: int, output: OutputFolder) -> list[LayerReport]:
+    def _prune_and_write(
+        self, stream: BlockStream | None, index: int, output: OutputFolder | None
+    ) -> list[LayerReport]:
         warned, refined, joined = len(self.pruner.warned), len(self.pruner.refined), len(self.pruner.joined)
         layers = self._prune_block(stream, index)
+        if output is None:
+            return layers
         info = {
             "layers": [asdict(layer) for layer in layers],
             "warnings": self.pruner.warned[warned:],
@@ -193,7 +182,7 @@ class Walk:
             def write() -> None:
                 if self.pruner.companion is not None:
                     self.pruner.companion.save(output, index)
-                output.write_block(self._tensors(index), info)
+                self.source.write_block(output, partial(self._tensors, index), info)
 
             self.processes.on_main(write)
         return layers

@@ -25,7 +25,7 @@ from topiarist.models.opened import OpenedModel, at_rest
 from topiarist.pipelines.common.dense import left_dense, why_dense
 from topiarist.pipelines.common.finish import CALIBRATION, finish, weights_of
 from topiarist.pipelines.common.options import Progress
-from topiarist.pipelines.common.packed import check_places, head_name, quantized_config
+from topiarist.pipelines.common.packed import head_name, quantized_config
 from topiarist.pipelines.common.reproduce import command
 from topiarist.pipelines.common.setup import open_for, open_output, windows_of
 from topiarist.pipelines.pruning.block import BlockPruner
@@ -64,13 +64,14 @@ def quantize(
     processes = Processes.join()
     _refuse_quantised(model)
     source = open_for(options, model)
-    _check_output(source, out, options)
+    source.check_output(out)
+    if options.head and out is None:
+        raise CheckpointError("the head of a model object stays as it is: save the model, and give its folder")
     shapes = source.shapes()
     patterns, unmatched = allocate.without(dict.fromkeys(shapes, Unstructured(0.0)), options.skip)
     wanted = {name: shapes[name] for name, pattern in patterns.items() if pattern is not None}
     grid = Grid.fitting(options.bits, options.group, wanted)
-    if isinstance(source, FolderModel):
-        check_places(source, wanted)
+    source.check_packed(wanted, out)
     windows = windows_of(options, source)
     solver = Quantized(method=options.chosen_method, grid=grid)
     pruner = BlockPruner.of(
@@ -79,24 +80,22 @@ def quantize(
     pruner.meter = meter
     for expression in unmatched:
         pruner.warn(f"--skip {expression!r} matches no layer", UserWarning)
-    report = _report(options, model, source, grid, windows)
+    report = _report(options, model, source, grid, windows, packs=out is not None)
     walk = QuantizingWalk(source, pruner, windows.tokens, options, progress or (lambda *_: None), head=options.head)
     reasons = why_dense(patterns, options.skip)
     with at_rest(source.model), ExitStack() as held:
         output = open_output(out, _fingerprint(options, report), source.device, processes, held)
         if output is not None and output.complete:
             return QuantizeReport.from_folder(output.folder)
-        changed: set[str] = set()
-        if output is None or not isinstance(source, FolderModel):
-            report.layers = walk.in_memory()
-        else:
-            report.layers = walk.streamed(source.checkpoint, output)
-            changed |= {f"{head_name(source)}.weight"} if options.head else set()
-        report.dense = left_dense(source, changed | {layer.name for layer in report.layers}, reasons)
+        report.layers = walk.run(output)
+        changed = {layer.name for layer in report.layers}
+        if options.head:
+            changed.add(f"{head_name(source.as_folder())}.weight")
+        report.dense = left_dense(source, changed, reasons)
         report.warnings, report.output = pruner.warned, None if out is None else str(out)
         report.run = {**pruner.meter.run(source.device), "processes": processes.size}
-        if isinstance(source, FolderModel) and output is not None:
-            processes.on_main(lambda: _finish(output, source, report, options, grid, windows))
+        if output is not None:
+            processes.on_main(lambda: _finish(output, source.as_folder(), report, options, grid, windows))
     return report
 
 
@@ -108,19 +107,9 @@ def _refuse_quantised(model: str | Path | nn.Module) -> None:
         raise UnsupportedModel(f"{model} is quantised already: quantise the weights that it was made from")
 
 
-def _check_output(source: OpenedModel, out: str | Path | None, options: QuantizeOptions) -> None:
-    source.check_output(out)
-    if isinstance(source, FolderModel):
-        return
-    if out is not None:
-        raise CheckpointError(
-            "a model object is quantised in place: save it, and give its folder to write packed files"
-        )
-    if options.head:
-        raise CheckpointError("the head of a model object stays as it is: save the model, and give its folder")
-
-
-def _report(options: QuantizeOptions, model: Any, source: OpenedModel, grid: Grid, windows: Windows) -> QuantizeReport:
+def _report(
+    options: QuantizeOptions, model: Any, source: OpenedModel, grid: Grid, windows: Windows, *, packs: bool
+) -> QuantizeReport:
     """What is known before any work."""
     resolved = options
     if options.data is not None:
@@ -143,14 +132,14 @@ def _report(options: QuantizeOptions, model: Any, source: OpenedModel, grid: Gri
         pattern=str(grid),
         bits=grid.bits,
         group=grid.group,
-        format=PACKED if isinstance(source, FolderModel) else DENSE,
+        format=PACKED if packs else DENSE,
         model=source.name,
         base_digest=source.digest(),
         calibration={} if options.data is None else calibration,
         command=words,
         not_in_command=unsaid,
         weights=weights_of(source),
-        pruned={} if source.checkpoint is None else source.checkpoint.config.get("pruning_config", {}),
+        pruned=source.stored_config.get("pruning_config", {}),
     )
 
 

@@ -28,10 +28,11 @@ from topiarist.checkpoints.writing import REPORT, OutputFolder, check_place
 from topiarist.checkpoints.writing import STAGES as STAGES_FOLDER
 from topiarist.core.errors import DamagedWeights, TopiaristError
 from topiarist.core.grammar import OptionError
-from topiarist.core.options import ALIASES
+from topiarist.core.options import ALIASES, changed
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.reproduce import RECIPE, RECIPE_VERSION, as_yaml
 from topiarist.pipelines.recipes.stages import STAGES, Stage, state_of
+from topiarist.runtime.manifest import MANIFEST, read_manifest
 
 KEYS = ("topiarist", "model", "out", "data", "stages")
 
@@ -50,6 +51,11 @@ class Step:
     def stage(self) -> Stage:
         """Its kind."""
         return STAGES[self.name]
+
+    @property
+    def changes(self) -> bool:
+        """Whether it makes another model of the one that it gets."""
+        return not (self.stage.to_file or self.stage.ends)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,11 @@ class Recipe:
         """The folder of the result."""
         return str(self.plain.get("out") or "")
 
+    @property
+    def final(self) -> int:
+        """Number of the last stage that makes another model: its result is OUT."""
+        return max(number for number, step in enumerate(self.steps) if step.changes)
+
     def check(self, state: str) -> None:
         """Raise OptionError, with its line, for a stage that does not fit what the model is when it begins."""
         for step in self.steps:
@@ -80,6 +91,14 @@ class Recipe:
                     f"{self.source} line {step.line}: {step.name} takes a model that is {takes}, and it is {state} there"
                 )
             state = step.stage.gives(state, step.options)
+        changing = [number for number, step in enumerate(self.steps) if step.changes]
+        for number, step in enumerate(self.steps):
+            if step.stage.ends and changing and number < changing[-1]:
+                raise OptionError(
+                    f"{self.source} line {step.line}: {step.name} ends a recipe: put it after all stages that change the model"
+                )
+        if not changing or self.steps[-1].stage.to_file:
+            raise OptionError(f"{self.source} line {self.steps[-1].line}: the last stage must write a model")
 
 
 def shipped() -> dict[str, str]:
@@ -120,7 +139,7 @@ def read_recipe(
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise OptionError(f"{source} is no YAML: {reason[:200]}") from error
-    given = {"model": model, "out": None if out is None else str(out), "data": data}
+    given = {"model": model, "out": None if out is None else str(out), "data": [str(path) for path in data or ()]}
     return _parsed(str(source), plain, tree, {key: value for key, value in given.items() if value})
 
 
@@ -185,8 +204,22 @@ def _lines(node: Any) -> dict[str, int]:
     return {str(key.value): key.start_mark.line + 1 for key, _ in pairs}
 
 
+def settings_from(source: str | Path, name: str) -> dict[str, Any]:
+    """Settings of the one stage of a recipe, for the command `name`: those that are not at their defaults.
+
+    Raises OptionError for a recipe of other or more stages, and what `read_recipe` raises.
+    """
+    steps = read_recipe(source).steps
+    if [step.name for step in steps] != [name]:
+        raise OptionError(
+            f"{source} has the stages {', '.join(step.name for step in steps)}: --recipe of this command takes one stage, "
+            f"{name}; `topiarist run` runs any"
+        )
+    return changed(steps[0].options)
+
+
 def run_recipe(recipe: Recipe, *, keep_stages: bool = False, progress: Progress | None = None) -> Any:
-    """Run the stages one after the other, and return the report of the last.
+    """Run the stages one after the other, and return the report of the last that changes the model.
 
     Every stage but the last writes to a folder inside OUT that goes when the next stage is finished; `keep_stages` keeps them.
     The same recipe on the same OUT goes on where a killed run was. Raises a TopiaristError for everything a user can mend,
@@ -198,23 +231,26 @@ def run_recipe(recipe: Recipe, *, keep_stages: bool = False, progress: Progress 
     out, model = Path(recipe.out), recipe.model
     check_place(out)
     recipe.check(state_of(Checkpoint(locate(model)).config))
-    writing = [number for number, step in enumerate(recipe.steps) if not step.stage.to_file]
-    if not writing or writing[-1] != len(recipe.steps) - 1:
-        raise OptionError(f"{recipe.source} line {recipe.steps[-1].line}: the last stage must write a model")
     said = {**recipe.plain, "out": str(out)}
     if (out / RECIPE).is_file() and (out / REPORT).is_file() and not (out / STAGES_FOLDER).exists():
         if yaml.safe_load((out / RECIPE).read_text(encoding="utf-8")) != json.loads(json.dumps(said, default=str)):
             raise TopiaristError(f"{out} holds another run: its {RECIPE} differs. Choose another output, or delete it")
-        OutputFolder(
-            out, {k: v for k, v in read_json(out / REPORT)["fingerprint"].items() if k != "format"}
-        )  # files as written
-        return recipe.steps[-1].stage.report.from_folder(out)
-    with _stages_folder(out) as places:
-        report = _run_stages(recipe, out, places, model, keep_stages, progress or (lambda *_: None))
-        write_atomically(out / RECIPE, as_yaml(said))
-        if not keep_stages:
-            shutil.rmtree(places, ignore_errors=True)
-    return report
+        _check_finished(out)
+    else:
+        with _stages_folder(out) as places:
+            _run_stages(recipe, out, places, said, keep_stages, progress or (lambda *_: None))
+            write_atomically(out / RECIPE, as_yaml(said))
+            if not keep_stages:
+                shutil.rmtree(places, ignore_errors=True)
+    return recipe.steps[recipe.final].stage.report.from_folder(out)
+
+
+def _check_finished(out: Path) -> None:
+    """Raise CheckpointError if a file of a finished OUT is damaged."""
+    if (out / MANIFEST).is_file():
+        read_manifest(out)
+    else:
+        OutputFolder(out, {k: v for k, v in read_json(out / REPORT)["fingerprint"].items() if k != "format"})
 
 
 @contextmanager
@@ -234,24 +270,35 @@ def _stages_folder(out: Path) -> Iterator[Path]:
         raise
 
 
-def _run_stages(recipe: Recipe, out: Path, places: Path, model: str, keep_stages: bool, progress: Progress) -> Any:
-    """The stages that are not finished yet; the report of the last."""
-    allocation, report = None, None
+def _run_stages(
+    recipe: Recipe, out: Path, places: Path, said: Mapping[str, Any], keep_stages: bool, progress: Progress
+) -> None:
+    """Run the stages that are not finished yet. said: the recipe, as OUT will have it."""
+    model, allocation = recipe.model, None
+    # Once OUT is made only the stages that end the recipe are left: its weights may be packed already.
+    made, text = places / "made.yaml", as_yaml({**said, "stages": said["stages"][: recipe.final + 1]})
+    finished = made.is_file() and made.read_text(encoding="utf-8") == text
     for number, step in enumerate(recipe.steps):
-        last = number == len(recipe.steps) - 1
-        place = out if last else places / f"{number + 1:02d}-{step.name}{'.json' if step.stage.to_file else ''}"
+        place = places / f"{number + 1:02d}-{step.name}{'' if step.changes or step.name == 'pack' else '.json'}"
+        if step.stage.ends:
+            step.stage.run(out, place, step.options, step.more, progress)
+            continue
+        place = out if number == recipe.final else place
         options = step.options
         if step.name == "prune" and allocation is not None and options.allocation is None:
             options = replace(options, allocation=allocation)
-        if not (step.stage.to_file and place.is_file()):
-            report = step.stage.run(model, place, options, step.more, progress)
+        if model != recipe.model:
+            options = replace(options, stands_for=recipe.model)
+        if not (finished or (step.stage.to_file and place.is_file())):
+            step.stage.run(model, place, options, step.more, progress)
         if step.stage.to_file:
             allocation = place
             continue
-        if not keep_stages:
+        if not (keep_stages or finished):
             _forget(places, place)
         model = str(place)
-    return report
+        if number == recipe.final:
+            write_atomically(made, text)
 
 
 def _forget(places: Path, but: Path) -> None:

@@ -19,6 +19,7 @@ from topiarist.pipelines.pruning.options import PruneOptions
 from topiarist.pipelines.quantizing.options import QuantizeOptions
 from topiarist.pipelines.quantizing.quantize import quantize
 from topiarist.pipelines.quantizing.report import QuantizeReport
+from topiarist.pipelines.recipes.ends import EvalOptions, PackOptions, run_eval, run_pack
 from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.recovering.recover import recover
 from topiarist.pipelines.recovering.report import RecoverReport
@@ -28,7 +29,10 @@ from topiarist.pipelines.shrinking.shrink import shrink
 from topiarist.results.report import Report
 
 DENSE, SPARSE, SMALL, UNEVEN, QUANTISED = "dense", "sparse", "shrunk", "shrunk unevenly", "quantised"
-"""What a model is: as it was trained; with zeros in a pattern; smaller; smaller, with layers of different size; on a grid."""
+PACKED = "packed"
+"""What a model is: as it was trained; with zeros in a pattern; smaller; smaller, with layers of different size; on a grid;
+stored without its zeros."""
+ANY = (DENSE, SPARSE, SMALL, UNEVEN, QUANTISED)
 
 Run = Callable[[Path | str, Path, Any, Mapping[str, Any], Progress], Any]
 """(model, out, options, more settings, progress) -> report"""
@@ -45,11 +49,13 @@ class Stage:
     gives: Callable[[str, Any], str]
     """What the model is after it, from what it was and the options."""
     report: Any
-    """The class of its report."""
+    """The class of its report; None for one that ends a recipe."""
     more: tuple[str, ...] = ()
     """Settings that are no fields of the options."""
     to_file: bool = False
     """It writes a file that a later stage reads, and leaves the model as it is."""
+    ends: bool = False
+    """It works on the finished OUT: only its like may follow."""
 
 
 def _allocate(model: Path | str, out: Path, options: Any, more: Mapping[str, Any], progress: Progress) -> Any:
@@ -88,6 +94,8 @@ STAGES: dict[str, Stage] = {
         QuantizeOptions, lambda model, out, options, _, tell: quantize(model, out, options=options, progress=tell),
         (DENSE, SPARSE, SMALL, UNEVEN), lambda *_: QUANTISED, QuantizeReport,
     ),
+    "eval": Stage(EvalOptions, run_eval, ANY, lambda was, _: was, None, ends=True),
+    "pack": Stage(PackOptions, run_pack, ANY, lambda *_: PACKED, None, ends=True),
 }  # fmt: skip
 
 

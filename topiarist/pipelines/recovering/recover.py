@@ -151,7 +151,7 @@ def _report(
     out: Path | None,
 ) -> RecoverReport:
     """What is known before any work."""
-    folder = None if opened.checkpoint is None else opened.checkpoint.folder
+    folder = opened.folder
     stated = {} if folder is None else json_if_any(folder / REPORT)
     claims = getattr(opened.config, "pruning_config", None) or {}
     named = claims.get("base_model") or (opened.name if dense is None else dense.name)
@@ -178,7 +178,7 @@ def _report(
 
 def _left_behind(opened: OpenedModel) -> list[str]:
     """What beside the pruned model does not fit the recovered one."""
-    if opened.checkpoint is None or not (opened.checkpoint.folder / ADAPTER).is_dir():
+    if opened.beside(f"{ADAPTER}/adapter_config.json") is None:
         return []
     note = f"{opened.name} has a low-rank companion, which was made for its weights as they were: it is left behind"
     warnings.warn(note, UserWarning, stacklevel=4)
@@ -193,6 +193,7 @@ def open_pruned(model: str | Path | nn.Module, options: RecoverOptions) -> Opene
         device=options.device or local,
         trust_remote_code=options.trust_remote_code,
         tokenizer=options.tokenizer,
+        stands_for=options.stands_for,
     )
     refuse_quantised(opened)
     return opened
@@ -207,8 +208,7 @@ def open_teacher(
     if teacher is None:
         provenance = getattr(student.config, "pruning_config", None) or {}
         teacher = provenance.get("base_model")
-        if teacher and student.checkpoint is not None:
-            teacher = resolved(str(teacher), student.checkpoint.folder)
+        teacher = student.resolve(str(teacher)) if teacher else teacher
         if not teacher:
             raise CheckpointError(
                 f"{student.name} does not say which model it was pruned from: name it with --teacher, or use --loss lm"

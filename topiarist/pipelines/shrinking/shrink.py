@@ -64,7 +64,7 @@ def shrink(
     )  # fmt: skip
     opened = open_for(options, model)
     opened.check_output(out)
-    checkpoint, name = opened.checkpoint, opened.name
+    name, in_place = opened.name, opened.in_place
     refuse_pruned(opened.config, name)
     notes: list[str] = []
     if options.target_params is not None:
@@ -77,7 +77,7 @@ def shrink(
         kinds, scope = tuple(dict.fromkeys(group.kind for cut in cuts for group in cut.groups)), cuts[-1].scope
     if options.rotate:
         check_rotate(opened.model, kinds)
-    if recovery is not None and layout == "masked" and checkpoint is None:
+    if recovery is not None and layout == "masked" and in_place:
         raise TopiaristError(
             "a model object that is masked in place cannot teach itself: give its folder, or another layout"
         )
@@ -134,15 +134,11 @@ def shrink(
         with frozen(source.model):
             if splits is not None:
                 cuts, report.splits = SplitSearch(run, splits, options.search or Search(), round_to).best()
-            done = [run.cut(cut, options, refit, restore=checkpoint is None and layout != "masked") for cut in cuts]
+            done = [run.cut(cut, options, refit, restore=in_place and layout != "masked") for cut in cuts]
         small = run.source.model
         if recovery is not None:
-            if checkpoint is not None:
-                del source  # the dense model again, before anything was refit
-                teacher = opened.whole().model
-            else:
-                teacher = model
-            report.recovered = run.recover(small, teacher, recovery)
+            del source  # a folder's dense model is loaded again, as it was before anything was refit
+            report.recovered = run.recover(small, opened.whole().model, recovery)
         report.layers = [layer for one in done for layer in one.layers]
         report.merged = {name: taken for one in done for name, taken in one.merged.items()}
         report.parameters = parameter_counts(dense, done, _numel(small))
@@ -157,7 +153,7 @@ def shrink(
         report.tensor_parallel = _tensor_parallel(report.blocks)
         dtype = str(opened.dtype).removeprefix("torch.")
         report.weights = {"before": dense_bytes, "after": _nbytes(small), "dtype": dtype}
-        report.output, report.result = None if out is None else str(out), None if checkpoint else small
+        report.output, report.result = None if out is None else str(out), small if in_place else None
         report.run = meter.run(where)
         if output is not None:
             write_shrunk(output, opened, small, spec, report, windows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from topiarist.pipelines.pruning.plan import duration
+from topiarist.core.meter import duration
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,107 @@
+"""Recipes that measure and pack at their end, stages that stand for the recipe's model, and commands that read a recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from safetensors.torch import load_file
+
+import topiarist as tp
+from topiarist.pipelines.recipes import stages
+from topiarist.pipelines.recipes.recipe import read_recipe, run_recipe
+
+STAGES = """topiarist: 1
+model: model
+out: out
+stages:
+- shrink: {method: magnitude, keep: 0.7, units: [channels], refit: false}
+- prune: {method: magnitude, pattern: "2:4"}
+- eval: {text: [heldout.txt], window_tokens: 32, max_windows: 2}
+- pack
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    tiny.tiny_checkpoint(tmp_path / "model")
+    tiny.tiny_text(tmp_path, "heldout.txt", paragraphs=20, seed=1)
+    (tmp_path / "recipe.yaml").write_text(STAGES)
+    return tmp_path
+
+
+def test_a_recipe_ends_measured_and_packed_wherever_it_was_stopped(folder: Path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    pack = stages.STAGES["pack"]
+    monkeypatch.setitem(stages.STAGES, "pack", type(pack)(**{**vars(pack), "run": stopped}))
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(read_recipe("recipe.yaml"))
+    out = folder / "out"
+    whole = load_file(out / "model.safetensors")
+    figures = json.loads((out / "pruning_evaluation.json").read_text())["perplexity"][0]
+    assert figures["value"] > 1 and figures["dense"]["model"].endswith("model")
+    monkeypatch.setitem(stages.STAGES, "pack", pack)
+    replace = Path.replace
+
+    def killed(path: Path, target):
+        if path.name == "packed.json":
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(read_recipe("recipe.yaml"))
+    monkeypatch.setattr(Path, "replace", replace)
+    report = run_recipe(read_recipe("recipe.yaml"))
+    assert isinstance(report, tp.Report) and not (out / "stages").exists() and not (out / "model.safetensors").exists()
+    assert run_recipe(read_recipe("recipe.yaml")).to_dict() == report.to_dict()
+    tp.runtime.unpack_folder(out, folder / "whole")
+    unpacked = {n: t for path in (folder / "whole").glob("*.safetensors") for n, t in load_file(path).items()}
+    assert unpacked.keys() == whole.keys() and all(whole[name].equal(unpacked[name]) for name in whole)
+
+
+def test_a_later_stage_names_the_model_that_the_recipe_starts_from(folder: Path):
+    (folder / "recipe.yaml").write_text(STAGES.partition("- eval")[0])
+    report = run_recipe(read_recipe("recipe.yaml"))
+    assert report.model == "model" and report.command == ["topiarist", "run", "recipe.yaml", "--out", "OUT"]
+    config = json.loads((folder / "out" / "config.json").read_text())["pruning_config"]
+    assert config["base_model"] == "../model" and config["base_digest"] == ""
+    for name in ("README.md", "pruning_report.json", "pruning_report.html"):
+        assert "01-shrink" not in (folder / "out" / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes", "said"),
+    [
+        ("- pack\n", "- pack\n- prune: {method: magnitude}\n", "line 9: prune takes a model that is dense or shrunk"),
+        ("- pack\n", "- pack\n- eval: {tasks: piqa}\n", "line 9: eval takes a model"),
+        (
+            "- prune: {method: magnitude",
+            "- eval: {tasks: piqa}\n- prune: {method: magnitude",
+            "line 6: eval ends a recipe",
+        ),
+        ("text: [heldout.txt], ", "", "line 7: eval has nothing to measure on"),
+        ("text: [heldout.txt]", "text: [nowhere.txt]", "nowhere.txt does not exist"),
+        ("- pack\n", "- pack: {values: int2}\n", "line 8: PackOptions: values is 'int2'"),
+    ],
+)
+def test_a_wrong_end_is_refused_before_any_work(folder: Path, command, was: str, becomes: str, said: str):
+    assert was in STAGES
+    (folder / "recipe.yaml").write_text(STAGES.replace(was, becomes))
+    code, _, error = command("run", "recipe.yaml")
+    assert code == 2 and said in error and not (folder / "out").exists()
+
+
+def test_a_command_takes_its_settings_from_a_recipe(folder: Path, command):
+    assert command("prune", "model", "one", "--method", "magnitude", "--pattern", "0.6", "--skip", "v_proj")[0] == 0
+    assert command("prune", "model", "two", "--recipe", "one/recipe.yaml")[0] == 0
+    assert (folder / "one" / "model.safetensors").read_bytes() == (folder / "two" / "model.safetensors").read_bytes()
+    assert command("prune", "model", "three", "--recipe", "one/recipe.yaml", "--pattern", "0.5")[0] == 0
+    assert tp.Report.from_folder("three").pattern == "0.5"
+    code, _, error = command("prune", "model", "four", "--recipe", "recipe.yaml")
+    assert code == 2 and "takes one stage, prune" in error and not (folder / "four").exists()
