@@ -23,7 +23,7 @@ def routed(router, x: Tensor) -> dict[int, float]:
 
 
 def reap(mixer, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """(score, tokens) of every expert: arXiv 2510.13999, eq. 9. hidden (T, width)."""
+    """(score, tokens) of every expert: arXiv 2510.13999. hidden (T, width)."""
     count = len(mixer.experts.gate_up_proj)
     added: list[list[float]] = [[] for _ in range(count)]
     for x in hidden.double():

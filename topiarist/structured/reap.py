@@ -75,7 +75,7 @@ def layers_of(groups: list[UnitGroup]) -> dict[str, list[UnitGroup]]:
 class Reap(Method):
     """Keeps the experts that add most to the tokens they are chosen for: the mean of router weight times output norm.
 
-    Source: Lasby et al., arXiv 2510.13999, eq. 9; it bounds the error that leaving an expert out makes at the tokens
+    Source: Lasby et al., arXiv 2510.13999; it bounds the error that leaving an expert out makes at the tokens
     that chose it. Choose it for `experts`, whose default it is. The router renormalises over the experts that stay.
     Cost: one pass over the text, in which every expert runs twice on its tokens.
 
