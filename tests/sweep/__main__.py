@@ -31,7 +31,7 @@ UNITS = ("kv_groups", "heads", "channels", "experts", "block")
 COLUMNS = "| type | class | 2:4 | way | covered | stays dense, or why not |\n|---|---|---|---|---|---|"
 HEAD = """# Architectures
 
-Every type of transformers {version}'s causal and image-text mappings, as a tiny random model with its stored buffers set at
+Every type of transformers {version}'s {mappings}, as a tiny random model with its stored buffers set at
 random. *Works* means: pruned to 2:4 by `wanda` from its files and opened again by plain transformers, nothing missing and
 nothing else changed; every matrix holds 2:4 in the files; every block, run alone, puts out what it does in the model's own
 forward (relative error below 1e-3). *Covered*: share of the weights of the blocks that are prunable matrices; the rest is
@@ -92,7 +92,7 @@ def one(mapping: str, model_type: str, part: str) -> dict[str, Any]:
 
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return text[:200] or type(error).__name__
+    return text.partition(". ")[0][:200] or type(error).__name__
 
 
 def run(mapping: str, model_type: str, work: Path, parts: Sequence[str]) -> dict[str, Any]:
@@ -184,7 +184,10 @@ def page(results: dict[str, dict[str, dict[str, Any]]], commit: str | None) -> s
         tables.append(f"## {title}\n\n{COLUMNS}\n{rows}\n")
     said = f"; measured at commit `{commit}`" if commit else ""
     head = HEAD.format(
-        version=transformers.__version__, commit=said, summary="\n".join(f"* {line}" for line in summary)
+        version=transformers.__version__,
+        mappings=" and ".join(results) + (" mapping" if len(results) == 1 else " mappings"),
+        commit=said,
+        summary="\n".join(f"* {line}" for line in summary),
     )
     return "\n".join([head, *tables, *cut_table(results)])
 
