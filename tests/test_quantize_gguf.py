@@ -7,10 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_checkpoint
+from tiny import tiny_checkpoint, tiny_model
 
+import topiarist as tp
+from topiarist.checkpoints.dequantised import DequantisedCheckpoint
 from topiarist.checkpoints.reading import Checkpoint
-from topiarist.core.errors import CheckpointError, UnsupportedModel
+from topiarist.core.errors import CheckpointError, QuantizationError, UnsupportedModel
 from topiarist.core.grammar import OptionError
 from topiarist.pipelines.exporting.gguf_file import export_gguf
 from topiarist.quantization import Grid, round_to_nearest
@@ -61,10 +63,73 @@ def test_a_checkpoint_comes_back(tmp_path, family):
     assert len(reader.fields["tokenizer.ggml.tokens"].contents()) == 260
 
 
+def llama_cpp(path, ids: list[int], new: int) -> list[torch.Tensor]:
+    """Log-probabilities of each of `new` tokens that llama.cpp gives after `ids`, taking the likeliest every time."""
+    llama = pytest.importorskip("xllamacpp")
+    about = llama.CommonParams()
+    about.model.path, about.n_ctx, about.n_parallel, about.warmup = str(path), 64, 1, False
+    about.cpuparams.n_threads = about.cpuparams_batch.n_threads = 1
+    asked = {"prompt": ids, "n_predict": new, "temperature": -1.0, "ignore_eos": True, "logprobs": 260}
+    found = llama.Server(about).handle_completions(asked)
+    steps = []
+    for step in found["choices"][0]["logprobs"]["content"]:
+        steps.append(torch.full((260,), -torch.inf))
+        for entry in step["top_logprobs"]:
+            steps[-1][entry["id"]] = entry["logprob"]
+    return steps
+
+
+def with_a_merge(source):
+    """llama.cpp takes no tokenizer without merges."""
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["ab"], tokenizer["model"]["merges"] = 259, [["a", "b"]]
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return source
+
+
+NORMED = {"norm_topk_prob": True}
+"""As the published models of type qwen3_moe have it."""
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "phi3"])
+def test_llama_cpp_computes_the_same(tmp_path, family):
+    more = NORMED if family == "qwen3_moe" else {}
+    source = with_a_merge(tiny_checkpoint(tmp_path / "model", family, dtype=torch.bfloat16, **more))
+    done = export_gguf(source, tmp_path / "model.gguf")
+    assert len(tensors_of(done.path)) == done.tensors
+    ids = torch.randint(3, 259, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = tiny_model(family, dtype=torch.bfloat16, **more).float()(ids).logits[0, -1].log_softmax(-1)
+    (found,) = llama_cpp(done.path, ids[0].tolist(), 1)
+    assert bool(torch.isfinite(found).all())
+    # llama.cpp rounds activations to bf16, which routing feels most; a wrong row or setting gives an error of about 1.
+    assert float((found - logits).square().sum() / (logits - logits.mean()).square().sum()) < 0.05
+
+
+def test_quantised_experts_keep_their_values(tmp_path):
+    source = tiny_checkpoint(tmp_path / "model", "qwen3_moe", dtype=torch.bfloat16)
+    with pytest.raises(QuantizationError, match="no whole groups"):
+        tp.quantize(source, tmp_path / "int8", bits=8)  # rows of 16 weights
+    more = {**NORMED, "moe_intermediate_size": 32}
+    wide = tiny_checkpoint(tmp_path / "wide", "qwen3_moe", dtype=torch.bfloat16, **more)
+    tp.quantize(wide, tmp_path / "int8", bits=8)
+    done = export_gguf(tmp_path / "int8", tmp_path / "model.gguf")
+    assert (done.type, done.rounded) == ("q8_0", 0) and done.exact > 0
+    found, plain = tensors_of(done.path), DequantisedCheckpoint(tmp_path / "int8")
+    for index in range(4):
+        name = f"model.layers.1.mlp.experts.{index}.down_proj.weight"
+        weight = plain.quantized(name)
+        values = weight.q * weight.scale.float().repeat_interleave(32, 1)
+        assert torch.equal(found["blk.1.ffn_down_exps.weight"][index], values)
+
+
 def test_what_cannot_be_written_is_refused(tmp_path):
-    source = tiny_checkpoint(tmp_path / "model", "gpt2")
-    with pytest.raises(UnsupportedModel, match="'gpt2' are not written as GGUF; llama"):
+    source = tiny_checkpoint(tmp_path / "model", "opt")
+    with pytest.raises(UnsupportedModel, match="'opt' are not written as GGUF; llama"):
         export_gguf(source, tmp_path / "a.gguf")
+    other = tiny_checkpoint(tmp_path / "gelu", hidden_act="gelu")
+    with pytest.raises(UnsupportedModel, match="llama with hidden_act 'gelu' is not written as GGUF"):
+        export_gguf(other, tmp_path / "a.gguf")
     source = tiny_checkpoint(tmp_path / "llama")
     with pytest.raises(OptionError, match="'q6_k' is not written"):
         export_gguf(source, tmp_path / "a.gguf", type="q6_k")
@@ -79,7 +144,7 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     (source / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
         export_gguf(source, tmp_path / "a.gguf")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.gguf", "llama", "model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.gguf", "gelu", "llama", "model"]
 
 
 def test_q8_0_of_ordinary_weights_is_the_packages(tmp_path):

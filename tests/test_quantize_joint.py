@@ -56,6 +56,8 @@ def test_a_pruned_and_quantised_folder_has_the_mask_of_one_that_was_pruned(tmp_p
     assert about["quantization_config"] == Checkpoint(tmp_path / "after").config["quantization_config"]
     assert about["pruning_config"]["pattern"] == "2:4" and about["pruning_config"]["quantized"]["bits"] == 4
     assert verify(tmp_path / "joint").holds
+    for page in ("README.md", "pruning_report.html"):
+        assert "integers of 4 bits" in " ".join((tmp_path / "joint" / page).read_text().split())
 
 
 def test_transformers_opens_it(tmp_path):

@@ -92,8 +92,11 @@ def test_a_tied_head_gets_a_table_of_its_own(tmp_path):
     assert torch.allclose(found.read("lm_head.weight"), table, atol=0.01)
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     model = loaded("llama", tmp_path / "out")
+    dense = tiny_model(tie_word_embeddings=True)
     with torch.no_grad():
-        assert torch.allclose(opened(TOKENS).logits, model(TOKENS).logits, atol=1e-3)
+        logits = opened(TOKENS).logits
+        assert torch.allclose(logits, model(TOKENS).logits, atol=1e-3)
+        assert float((logits.argmax(-1) == dense(TOKENS).logits.argmax(-1)).float().mean()) > 0.95
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
@@ -217,6 +220,9 @@ def test_the_commands(tmp_path, pruned, command):
         "quantize", pruned, tmp_path / "out", "--bits", 4, "--data", text, "--samples", 8, "--window", 32
     )
     assert code == 0 and "gptq, 4 bits, a scale for 32 weights: 14 matrices" in printed
+    for more in ((), ("--data", text, "--samples", 4, "--window", 32, "--bits", 4)):
+        code, printed, _ = command("quantize", pruned, tmp_path / "planned", "--plan", *more)
+        assert code == 0 and "2 x 7" in printed and not (tmp_path / "planned").exists()
     pytest.importorskip("gguf")
     code, printed, _ = command("export", tmp_path / "out", tmp_path / "out.gguf")
     assert code == 0 and "14 quantised matrices keep their very values" in printed and "q4_0" in printed

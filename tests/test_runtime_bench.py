@@ -15,7 +15,7 @@ from topiarist.core.compiled import NoKernels
 from topiarist.core.errors import CheckpointError
 from topiarist.core.patterns import NM
 from topiarist.results.pages import save_evaluation
-from topiarist.runtime import bench, cpu
+from topiarist.runtime import bench, cpu, limits
 from topiarist.runtime.bench import BenchReport, Speed, bench_model
 from topiarist.runtime.build import load_kernels
 from topiarist.runtime.linear import QuantisedLinear
@@ -85,6 +85,27 @@ def test_several_folders_quantised_ones_among_them(tmp_path, command):
     words = ("--tokens", 1, "--prompt", 2, "--batch", 1)
     code, printed, _ = command("bench", tmp_path / "int8", tmp_path / "pruned", *words)
     assert code == 0 and "Not dominated in perplexity and tokens a second: " in " ".join(printed.split())
+
+
+def test_limits_are_measured_once_a_machine(tmp_path, monkeypatch):
+    if not compiled():
+        pytest.skip("no compiler")
+    monkeypatch.setattr(limits, "cache_folder", lambda: tmp_path / "cache")
+    asked = []
+
+    def measure() -> int:
+        asked.append(1)
+        return 8
+
+    assert limits.Limits().of(((4, 8), 4), "a processor", measure) == 8
+    assert limits.Limits().of(((4, 8), 4), "a processor", measure) == 8 and len(asked) == 1
+    assert limits.Limits().of(((4, 8), 4), "another", measure) == 8 and len(asked) == 2
+    (tmp_path / "cache" / limits.FILE).write_text("{")
+    assert limits.Limits().of(((4, 8), 4), "a processor", measure) == 8 and len(asked) == 3
+    (tmp_path / "cache" / limits.FILE).unlink()
+    (tmp_path / "cache").rmdir()
+    (tmp_path / "cache").write_text("no folder")
+    assert limits.Limits().of(((4, 8), 4), "a processor", measure) == 8
 
 
 def test_refusals(tmp_path):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from topiarist.cli.common import Model, PushTo, out, print_dense, print_run, progress_bar, say
+from topiarist.cli.common import Model, Plan, PushTo, out, print_dense, print_plan, print_run, progress_bar, say
 from topiarist.cli.from_options import flags
 from topiarist.pipelines.quantizing.options import QuantizeOptions
 
@@ -18,11 +18,17 @@ def quantize(
     model: Model,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the quantised checkpoint")],
     options: QuantizeOptions,
+    plan: Plan = False,
     push_to_hub: PushTo = None,
 ) -> None:
     """Put the weights of MODEL, pruned or not, on 8 or 4 bits: OUT opens in transformers and vLLM, zeros stay zero."""
     import topiarist as tp
 
+    if plan:
+        from topiarist.pipelines.quantizing.plan import plan_quantize
+
+        print_plan(plan_quantize(model, options))
+        return
     with progress_bar() as progress:
         report = tp.quantize(model, output, options=options, progress=progress)
     group = "a row" if report.group is None else f"{report.group} weights"

@@ -139,5 +139,6 @@ def rival_of(result: Result, others: Sequence[Result]) -> Point | None:
     quantised = [other for other in others if other.dense_quantised and other.label != result.label]
     points = points_of([result, *quantised])
     own = next((point for point in points if point.name == result.label), None)
-    rivals = [point for point in points[points.index(own) + 1 :]] if own else []
-    return min(rivals, key=lambda point: abs(math.log(point.bytes / own.bytes)), default=None) if own else None
+    if own is None:
+        return None
+    return min(points[points.index(own) + 1 :], key=lambda point: abs(math.log(point.bytes / own.bytes)), default=None)

@@ -95,7 +95,8 @@ class Result:
         if self.pipeline == "shrink":
             share = self.report["parameters"]["stored"] / self.report["parameters"]["dense"]
             return f"shrunk to {share:.0%} with {self.method}"
-        return f"{_DONE.get(self.pipeline, self.pipeline)} {self.pattern} with {self.method}"
+        bits = f", {self.bits} bits" if self.report.get("quantized") else ""
+        return f"{_DONE.get(self.pipeline, self.pipeline)} {self.pattern} with {self.method}{bits}"
 
     @property
     def recovery(self) -> Mapping[str, Any]:

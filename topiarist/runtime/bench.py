@@ -6,7 +6,6 @@ machine falls on both alike and nothing else differs. Plain data comes out; the 
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -140,13 +139,7 @@ def machine(device: str = "cpu") -> str:
     """Processor, threads and torch, for the head of every table."""
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+    return f"{cpu.processor()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
 
 
 def generation_seconds(model: Any, ids: Int[torch.Tensor, "batch tokens"], tokens: int) -> dict[str, float]:

@@ -8,12 +8,14 @@ up to 4 stays dense, and the report says so.
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from topiarist.core.compiled import NoKernels
 from topiarist.runtime.bits import describe
 from topiarist.runtime.build import LEVELS, TYPES, load_kernels
+from topiarist.runtime.limits import Limits
 from topiarist.runtime.linear import PackedLinear, QuantisedLinear
 
 MIN_SPARSITY = 0.25
@@ -180,18 +183,16 @@ def _integers(name: str, linear: QuantisedLinear, measure: bool) -> Layer:
     mask = linear.codes != 0
     shape, pattern = (linear.out_features, linear.in_features), describe(mask)
     if measure:
-        kind = (shape, linear.bits, linear.form, linear.dtype, torch.get_num_threads())
-        if kind not in _limits:
-            _limits[kind] = limit_of(linear)
-        linear.max_batch = _limits[kind]
+        kind = (shape, linear.bits, linear.form, linear.dtype)
+        linear.max_batch = _limits.of(kind, processor(), lambda: limit_of(linear))
     dense_bytes = mask.numel() * linear.dtype.itemsize
     sparsity = 1 - float(mask.float().mean())
     reason = f"{linear.bits}-bit integers"
     return Layer(name, shape, pattern, sparsity, True, reason, dense_bytes, linear.packed_bytes, linear.max_batch)
 
 
-_limits: dict[tuple, int] = {}
-"""Most tokens that the kernel of layers of one kind takes: measured once a process."""
+_limits = Limits()
+"""Most tokens that the kernel of layers of one kind takes."""
 
 
 @torch.inference_mode()
@@ -236,6 +237,15 @@ def judge(dense: Sequence[nn.Module], packed: Sequence[PackedLinear], *, keep_de
             break
         most = batch
     return Verdict(True, "faster than dense", most, *(first or (None, None)))
+
+
+def processor() -> str:
+    """The processor's own name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def clock() -> float:

@@ -53,6 +53,12 @@ def _gathered(q: Tensor, scale: Tensor, grid: Grid, name: str) -> QuantizedWeigh
     return QuantizedWeight(q.to(torch.int8), first.contiguous(), grid)
 
 
+def packed_bytes(shape: tuple[int, int], grid: Grid, dtype: torch.dtype) -> int:
+    """Bytes of a packed matrix (out, in). dtype: of its scales."""
+    rows, columns = shape
+    return 4 * rows * -(-columns * grid.bits // 32) + dtype.itemsize * rows * (columns // grid.width(columns)) + 16
+
+
 def _named(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     stem = name.removesuffix("weight")
     return {stem + end: tensor.cpu() for end, tensor in compressed_tensors.to_tensors(weight).items()}

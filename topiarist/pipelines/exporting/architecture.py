@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,13 +22,22 @@ class Architecture:
     """What GGUF calls it."""
     pairs_rows: bool = False
     """Rotary positions turn neighbouring rows of a head there, rows half a head apart in transformers."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the config that llama.cpp takes for granted; one that a config has not counts as it is here."""
 
 
+_LLAMA = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 ARCHITECTURES = {
-    "llama": Architecture("llama", pairs_rows=True),
-    "mistral": Architecture("llama", pairs_rows=True),
-    "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3"),
+    "llama": Architecture("llama", pairs_rows=True, settings=_LLAMA),
+    "mistral": Architecture("llama", pairs_rows=True, settings=_LLAMA),
+    "mixtral": Architecture("llama", pairs_rows=True, settings=_LLAMA),
+    "qwen2": Architecture("qwen2", settings=_LLAMA),
+    "qwen3": Architecture("qwen3", settings=_LLAMA),
+    "qwen3_moe": Architecture(
+        "qwen3moe", settings={**_LLAMA, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    ),
+    "olmo2": Architecture("olmo2", settings=_LLAMA),
+    "phi3": Architecture("phi3", settings=_LLAMA),
 }
 
 
@@ -46,11 +55,11 @@ def architecture_of(config: Any) -> Architecture:
         raise UnsupportedModel(
             f"rotary positions of type {scaling!r} are not written as GGUF; default, linear and llama3 are"
         )
-    if getattr(config, "mlp_bias", False) or (
-        kind in ("llama", "mistral") and getattr(config, "attention_bias", False)
-    ):
-        raise UnsupportedModel(f"{kind} with biases is not written as GGUF")
-    return ARCHITECTURES[kind]
+    architecture = ARCHITECTURES[kind]
+    for name, taken in architecture.settings.items():
+        if (own := getattr(config, name, taken)) != taken:
+            raise UnsupportedModel(f"{kind} with {name} {own!r} is not written as GGUF: llama.cpp computes {taken!r}")
+    return architecture
 
 
 def rope(config: Any) -> dict[str, Any]:
@@ -67,19 +76,23 @@ def write_settings(writer: Any, config: Any, architecture: Architecture) -> None
     """The numbers that llama.cpp builds the model from."""
     import gguf
 
-    size, about = head_size(config), rope(config)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    size, about = head_size(config), rope(config)
+    writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(about.get("rope_theta", 10000.0))
-    writer.add_vocab_size(config.vocab_size)
     writer.add_key_length(size)
     writer.add_value_length(size)
-    writer.add_rope_dimension_count(size)
+    writer.add_rope_dimension_count(int(size * about.get("partial_rotary_factor", 1.0)))
+    if count := getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+        writer.add_expert_count(count)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
     if about.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(about["factor"])

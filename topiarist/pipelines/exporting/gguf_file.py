@@ -5,8 +5,9 @@ Weights that are on a grid keep their very values where the type has a place for
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,7 +28,9 @@ from topiarist.quantization.gguf_blocks import BLOCK, block_scales, q4_0, q8_0
 from topiarist.quantization.grid import QuantizedWeight
 
 Type = Literal["bf16", "q8_0", "q4_0"]
-_ROTATED = ("q_proj", "k_proj")
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+\.weight)")
+_ROUTER = ".ffn_gate_inp.weight"
+"""Stays fp32 like the norms."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,8 @@ def _package() -> Any:
 def _type_of(checkpoint: Checkpoint) -> Type:
     """The type that holds what the checkpoint holds."""
     if isinstance(checkpoint, DequantisedCheckpoint):
-        grids = [w.grid.bits for name in checkpoint.files if (w := checkpoint.quantized(name)) and ".layers." in name]
+        inner = (name for name in checkpoint.files if re.search(r"\.\d+\.", name))
+        grids = [weight.grid.bits for name in inner if (weight := checkpoint.quantized(name))]
         if grids:
             return "q4_0" if min(grids) == 4 else "q8_0"
     return "bf16"
@@ -147,38 +151,83 @@ def _rows(checkpoint: Checkpoint, config: Any, architecture: arch.Architecture, 
 
     types = gguf.GGMLQuantizationType
     rename = arch.name_map(architecture, config)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     tied = bool(getattr(config, "tie_word_embeddings", False))
     for name, tensor in arch.extra_tensors(config):
         yield _floats(name, tensor.shape, lambda tensor=tensor: tensor)
-    for name in sorted(checkpoint.files):
+    for name, members in sorted(_merged(checkpoint.files).items()):
         if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
             continue
-        shape = checkpoint.shape(name)
-        module = name.split(".")[-2]
-        count = heads[module] if architecture.pairs_rows and module in _ROTATED else 0
-
-        def read(name: str = name, count: int = count) -> Tensor:
-            tensor = checkpoint.read(name)
-            return arch.paired_rows(tensor, count) if count else tensor
-
-        if len(shape) != 2:
-            yield _floats(rename(name), shape, read)
+        new, parts = rename(name), [_Part(checkpoint, member, config, architecture) for member in members]
+        if len(members) == 1 and (len(parts[0].shape) != 2 or new.endswith(_ROUTER)):
+            yield _floats(new, parts[0].shape, parts[0].read)
             continue
-        inner = ".layers." in name
+        inner = new.startswith("blk.")
         raw = {"bf16": types.BF16, "q8_0": types.Q8_0, "q4_0": types.Q4_0 if inner else types.Q8_0}[kind]
-        if shape[1] % BLOCK:
+        if parts[0].shape[1] % BLOCK:
             raw = types.BF16
-        weight = checkpoint.quantized(name) if isinstance(checkpoint, DequantisedCheckpoint) else None
-        if weight is not None and count:
-            weight = QuantizedWeight(
-                arch.paired_rows(weight.q, count), arch.paired_rows(weight.scale, count), weight.grid
-            )
-        blocks = None if weight is None else _exact(weight, raw)
-        make = (lambda read=read, raw=raw: _encoded(read(), raw)) if blocks is None else blocks
-        exact = None if weight is None else blocks is not None or raw == types.BF16
+        encoders = [part.encoder(raw) for part in parts]
+        exact = None if encoders[0].exact is None else all(encoder.exact for encoder in encoders)
+        shape = parts[0].shape if len(members) == 1 else (len(members), *parts[0].shape)
         size = gguf.quant_shape_to_byte_shape(shape, raw)
-        yield _Rows(rename(name), raw, size, np.uint8, int(np.prod(size)), make, exact)
+
+        def make(encoders: Sequence[_Encoder] = encoders, size: tuple[int, ...] = size) -> np.ndarray:
+            return np.concatenate([encoder.encode() for encoder in encoders]).reshape(size)
+
+        yield _Rows(new, raw, size, np.uint8, int(np.prod(size)), make, exact)
+
+
+def _merged(names: Iterable[str]) -> dict[str, list[str]]:
+    """The tensors of the files by what is one in GGUF: the experts of a block are stacked, in their order."""
+    found: dict[str, dict[int, str]] = {}
+    for name in names:
+        expert = _EXPERT.fullmatch(name)
+        merged = name if expert is None else f"{expert[1]}.{expert[3]}"
+        found.setdefault(merged, {})[0 if expert is None else int(expert[2])] = name
+    return {merged: [members[index] for index in sorted(members)] for merged, members in found.items()}
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    encode: Callable[[], np.ndarray]
+    exact: bool | None
+    """Whether a quantised matrix keeps its values; None for one that is not quantised."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One tensor of the files, as llama.cpp orders its rows."""
+
+    checkpoint: Checkpoint
+    name: str
+    config: Any
+    architecture: arch.Architecture
+
+    @property
+    def heads(self) -> int:
+        """Heads whose rows have to be paired; 0 for none."""
+        if not self.architecture.pairs_rows:
+            return 0
+        counts = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
+        return counts.get(self.name.split(".")[-2], 0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.checkpoint.shape(self.name)
+
+    def read(self) -> Tensor:
+        tensor = self.checkpoint.read(self.name)
+        return arch.paired_rows(tensor, self.heads) if self.heads else tensor
+
+    def encoder(self, raw: Any) -> _Encoder:
+        """What makes the bytes of the type `raw`, from the integers of the files where it has a place for them."""
+        weight = self.checkpoint.quantized(self.name) if isinstance(self.checkpoint, DequantisedCheckpoint) else None
+        if weight is None:
+            return _Encoder(lambda: _encoded(self.read(), raw), None)
+        if self.heads:
+            q, scale = (arch.paired_rows(tensor, self.heads) for tensor in (weight.q, weight.scale))
+            weight = QuantizedWeight(q, scale, weight.grid)
+        blocks = _exact(weight, raw)
+        return _Encoder(blocks or (lambda: _encoded(self.read(), raw)), blocks is not None or raw.name == "BF16")
 
 
 def _floats(name: str, shape: tuple[int, ...], read: Callable[[], Tensor]) -> _Rows:

@@ -9,9 +9,14 @@ from typing import Any
 
 from topiarist.core.errors import CheckpointError, UnsupportedModel
 
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS = {_LLAMA3: "llama-bpe", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
-"""Regular expression that cuts text into words -> llama.cpp's name of it."""
+_GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {
+    (_GPT4, True): "llama-bpe",
+    (_GPT4, False): "dbrx",
+    (_GPT4.replace(r"\p{N}{1,3}", r"\p{N}"), False): "qwen2",
+}
+"""(Regular expression that cuts text into words, whether whole words of the vocabulary are taken before merges) -> llama.cpp's
+name of it."""
 
 
 def write_vocabulary(writer: Any, folder: Path, size: int) -> None:
@@ -72,7 +77,8 @@ def kind_of(known: Mapping[str, Any]) -> tuple[str, str]:
             return "gpt2", "gpt-2"
         if kinds == ["Digits", "ByteLevel"] and first.get("individual_digits") and steps[1].get("use_regex", True):
             return "gpt2", "smollm"
-        if kinds == ["Split", "ByteLevel"] and (name := SPLITS.get(first.get("pattern", {}).get("Regex", ""))):
+        split = first.get("pattern", {}).get("Regex", ""), bool(model.get("ignore_merges", False))
+        if kinds == ["Split", "ByteLevel"] and (name := SPLITS.get(split)):
             return "gpt2", name
     raise UnsupportedModel(
         f"a tokenizer of {model.get('type')} after {', '.join(map(str, kinds)) or 'nothing'} is not written as GGUF; "

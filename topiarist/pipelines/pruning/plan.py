@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from topiarist.checkpoints.writing import bytes_to_write
 from topiarist.core.meter import duration, peak_memory_bytes, resident_bytes
+from topiarist.core.patterns import Pattern
 from topiarist.core.slots import SLOTS, check_slots
+from topiarist.data import Windows
 from topiarist.models.opened import at_rest
 from topiarist.pipelines.allocating.allocation import fixed_patterns
 from topiarist.pipelines.common.grams import GramGroup, owners
+from topiarist.pipelines.common.packed import packed_bytes
 from topiarist.pipelines.common.setup import open_for, windows_of
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.pruning.block import BlockPruner
+from topiarist.pipelines.pruning.correct import Correct
 from topiarist.pipelines.pruning.onto_grid import grid_of, solver_of
 from topiarist.pipelines.pruning.options import PruneOptions
+from topiarist.pipelines.pruning.refine import Refine
 from topiarist.pipelines.pruning.sparsellm import Method, SparseLLM
+from topiarist.pipelines.pruning.walk import WalkOptions
 from topiarist.pipelines.training.processes import Processes
+from topiarist.quantization import Grid
 
 PROBE_WINDOWS = 2
 SOLVER_COPIES = 10
@@ -66,13 +73,50 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
     options.check_text()
     source = open_for(options, model)
     patterns, _ = fixed_patterns(options, source)
-    solver = solver_of(options, grid_of(options, source, patterns, None))
+    grid = grid_of(options, source, patterns, None)
     windows = windows_of(options, source)
+    return plan_walk(
+        source,
+        solver_of(options, grid),
+        patterns,
+        windows,
+        options,
+        processes,
+        grid=grid,
+        refine=options.refine,
+        joint=joint,
+    )
+
+
+class PlannedOptions(WalkOptions, Protocol):
+    """What a plan asks of the options of its command."""
+
+    @property
+    def correct(self) -> Correct | None:
+        """Error correction, if it is asked for."""
+
+
+def plan_walk(
+    source: Any,
+    solver: Method,
+    patterns: Mapping[str, Pattern | None],
+    windows: Windows,
+    options: PlannedOptions,
+    processes: Processes,
+    *,
+    grid: Grid | None = None,
+    refine: Refine | None = None,
+    joint: SparseLLM | None = None,
+) -> Plan:
+    """What a walk over the blocks will need; without windows its solver does without data. grid: of a result that is packed.
+
+    Raises ProcessError for a run that so many processes cannot divide.
+    """
     if processes.size > 1:
         check_slots(-(-len(windows.tokens) // options.windows_a_forward), processes.size)
-        BlockPruner.of(options.method, patterns, options.refine, options.correct, processes=processes)
-    if options.data is None:
-        return _plan_without_data(source, solver, patterns)
+        BlockPruner.of(solver, patterns, refine, options.correct, processes=processes)
+    if not len(windows.tokens):
+        return _plan_without_data(source, solver, patterns, grid)
     with at_rest(source.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a probe of two windows is thin by design
         probe = windows.tokens[:PROBE_WINDOWS]
@@ -97,8 +141,8 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
     passes = (2.0 if options.true_sequential else 1.0) * gram_seconds + advance_seconds
     if options.correct is not None:  # the dense block beside, stage by stage and once whole; sums of two inputs
         passes += 2.0 * gram_seconds + 3.0 * advance_seconds
-    if refinement := options.refine:  # a step costs about three forwards, a check one
-        passes += advance_seconds * (1 + 4 * refinement.epochs)
+    if refine is not None:  # a step costs about three forwards, a check one
+        passes += advance_seconds * (1 + 4 * refine.epochs)
     if joint is not None:  # a round in fp32 does the work of about three forwards, a refit that of one
         passes += advance_seconds * (2 + joint.down_refit + 3 * joint.epochs)
     own = -(-len(windows.tokens) // processes.size)
@@ -108,15 +152,25 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
     return Plan(
         blocks=blocks,
         matrices=len(matrices),
-        peak_memory_bytes=resident_bytes() + _working_set(source, stream, groups, own, options, joint),
-        disk_bytes=bytes_to_write(source.nbytes),
+        peak_memory_bytes=resident_bytes() + _working_set(source, stream, groups, own, options, refine, joint),
+        disk_bytes=_disk_bytes(source, patterns, grid),
         forward_seconds=blocks * passes * own / len(probe),
         solver_seconds=blocks * rate * solves * max(load) / sum(load),
         processes=processes.size,
     )
 
 
-def _plan_without_data(source: Any, solver: Method, patterns: Any) -> Plan:
+def _disk_bytes(source: Any, patterns: Mapping[str, Pattern | None], grid: Grid | None) -> int:
+    """Of the result and of what stands beside it while it is written."""
+    weights = source.nbytes
+    if grid is not None:
+        for name, shape in source.shapes().items():
+            if patterns[name] is not None:
+                weights += packed_bytes(shape, grid, source.dtype) - shape[0] * shape[1] * source.dtype.itemsize
+    return bytes_to_write(weights)
+
+
+def _plan_without_data(source: Any, solver: Method, patterns: Mapping[str, Pattern | None], grid: Grid | None) -> Plan:
     """From the first block, pruned: blocks are all alike, and one is in memory at a time."""
     block, matrices = source.load(0), source.matrices(0)
     start = time.perf_counter()
@@ -126,7 +180,7 @@ def _plan_without_data(source: Any, solver: Method, patterns: Any) -> Plan:
         blocks=len(source.block_names),
         matrices=len(layers),
         peak_memory_bytes=peak_memory_bytes(),
-        disk_bytes=bytes_to_write(source.nbytes),
+        disk_bytes=_disk_bytes(source, patterns, grid),
         forward_seconds=0.0,
         solver_seconds=len(source.block_names) * seconds,
     )
@@ -137,7 +191,8 @@ def _working_set(
     stream: BlockStream,
     groups: Sequence[GramGroup],
     samples: int,
-    options: PruneOptions,
+    options: PlannedOptions,
+    refine: Refine | None,
     joint: SparseLLM | None,
 ) -> int:
     """Bytes that come on top of the process as it is: hidden states, Grams, the solver's copies, the embeddings."""
@@ -147,10 +202,10 @@ def _working_set(
         tokens = 0 if spilled else samples * stream.hidden.shape[1]
         rows = max(sum(m.shape[0] for m in g.matrices) for g in groups) if joint.epochs > 1 else 0
         hidden += (1 + joint.needs_dense_inputs) * states + 4 * tokens * (stream.hidden.shape[2] + rows)
-    refinement, grams = options.refine, sum(GRAM_COPIES * 4 * g.gram.in_features**2 for g in groups)
-    if options.correct is not None or (refinement is not None and refinement.target == "dense"):
+    grams = sum(GRAM_COPIES * 4 * g.gram.in_features**2 for g in groups)
+    if options.correct is not None or (refine is not None and refine.target == "dense"):
         hidden += 2 * states  # the dense model's, on both sides of a block
-    if refinement is not None and refinement.target == "current":  # targets
+    if refine is not None and refine.target == "current":  # targets
         hidden += states
     if options.correct is not None:  # the block as it was, and sums over two inputs beside the Grams
         grams += grams + sum(m.tensor.numel() * m.tensor.element_size() for g in groups for m in g.matrices)

@@ -18,7 +18,7 @@ from topiarist.checkpoints.writing import OutputFolder
 from topiarist.core.errors import CheckpointError, UnsupportedModel
 from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import given_or_made, plain, takes
-from topiarist.core.patterns import Unstructured
+from topiarist.core.patterns import Pattern, Unstructured
 from topiarist.data import Windows
 from topiarist.models.folder import FolderModel
 from topiarist.models.opened import OpenedModel, at_rest
@@ -60,18 +60,11 @@ def quantize(
     options = given_or_made(QuantizeOptions, options, settings)
     meter = Meter()
     reset_peak_memory()
-    options.check_text()
     processes = Processes.join()
-    _refuse_quantised(model)
-    source = open_for(options, model)
+    source, patterns, unmatched, grid = opened_for(options, model, out)
     source.check_output(out)
     if options.head and out is None:
         raise CheckpointError("the head of a model object stays as it is: save the model, and give its folder")
-    shapes = source.shapes()
-    patterns, unmatched = allocate.without(dict.fromkeys(shapes, Unstructured(0.0)), options.skip)
-    wanted = {name: shapes[name] for name, pattern in patterns.items() if pattern is not None}
-    grid = Grid.fitting(options.bits, options.group, wanted)
-    source.check_packed(wanted, out)
     windows = windows_of(options, source)
     solver = Quantized(method=options.chosen_method, grid=grid)
     pruner = BlockPruner.of(
@@ -97,6 +90,24 @@ def quantize(
         if output is not None:
             processes.on_main(lambda: _finish(output, source.as_folder(), report, options, grid, windows))
     return report
+
+
+def opened_for(
+    options: QuantizeOptions, model: str | Path | nn.Module, out: str | Path | None = None
+) -> tuple[OpenedModel, dict[str, Pattern | None], list[str], Grid]:
+    """The model, a pattern that keeps all of every matrix (None: skipped), expressions of `skip` that match nothing, the grid.
+
+    Raises a TopiaristError for what cannot be quantised.
+    """
+    options.check_text()
+    _refuse_quantised(model)
+    source = open_for(options, model)
+    shapes = source.shapes()
+    patterns, unmatched = allocate.without(dict.fromkeys(shapes, Unstructured(0.0)), options.skip)
+    wanted = {name: shapes[name] for name, pattern in patterns.items() if pattern is not None}
+    grid = Grid.fitting(options.bits, options.group, wanted)
+    source.check_packed(wanted, out)
+    return source, patterns, unmatched, grid
 
 
 def _refuse_quantised(model: str | Path | nn.Module) -> None:
