@@ -76,10 +76,11 @@ class Together:
         # process opens the one that the group will use too.
         opens = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             address, port, is_master=opens, wait_for_workers=False, multi_tenant=True, timeout=JOINING
         )
-        self._store = dist.PrefixStore(f"topiarist {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        self._store = dist.PrefixStore(f"topiarist {restart}", store)  # pyright: ignore[reportPrivateImportUsage]
         self._store.set(f"place {self.rank}", f"{os.getpid()} {self._place}")
         self._others: dict[int, tuple[int, str]] = {}
         """(process, place) of those that have started, by rank."""

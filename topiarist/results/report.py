@@ -43,7 +43,7 @@ class RunReport:
     """The text: num_windows, window_tokens, seed, digest of the tokens; empty for a run without text."""
     weights: Mapping[str, Any] = field(default_factory=dict)
     """Bytes of all weights `before` and `after`, and the `dtype` of most."""
-    dense: list[Mapping[str, Any]] = field(default_factory=list)
+    dense: list[dict[str, Any]] = field(default_factory=list)
     """What was left as it was, and why: what (a name without numbers), matrices, weights, why."""
     warnings: list[str] = field(default_factory=list)
     command: list[str] = field(default_factory=list)

@@ -108,4 +108,4 @@ def _plain_norms(model: Any, groups: Sequence[UnitGroup]) -> Iterator[None]:
 
 
 def _scaled(module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> Tensor:
-    return args[0] * module.weight
+    return args[0] * module.get_parameter("weight")

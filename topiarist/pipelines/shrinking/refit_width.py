@@ -141,7 +141,7 @@ def _block(
     weights: dict[str, Tensor] = {}
     rows: list[dict[str, Any]] = []
     for together in _stages(dense, streams[0], index, readers):
-        pairs = Pairs.of(*S.shape, narrow.device)
+        pairs = Pairs.of(S.shape[0], S.shape[1], narrow.device)
         for batch in range(streams[0].num_batches):
             x, y = (
                 _seen(model, stream, index, batch, together[0])
@@ -177,7 +177,7 @@ def _head(
     outside = [name for name in residual_norms(dense.model, group.parts) if not name.startswith(dense.family.blocks)]
     if tied_names(dense.model) or not head or len(outside) != 1:
         return {}, []
-    pairs = Pairs.of(*S.shape, narrow.device)
+    pairs = Pairs.of(S.shape[0], S.shape[1], narrow.device)
     norms = [model.model.get_submodule(outside[0]) for model in (dense, narrow)]
     for batch in range(streams[0].num_batches):
         x, y = (_rows(norm(s.batch_of(s.hidden, batch))) for norm, s in zip(norms, streams, strict=True))

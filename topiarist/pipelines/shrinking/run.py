@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -185,7 +185,8 @@ class ShrinkRun:
 
     def merge(self, kept: Kept) -> dict[str, dict[str, list[int]]]:
         """Merge experts that go into those that stay, if the method says so; {layer: {expert: those it took in}}."""
-        if not merges(self.method):
+        method = self.method
+        if not merges(method):
             return {}
 
         def load(index: int) -> Merged | None:
@@ -198,7 +199,7 @@ class ShrinkRun:
 
         with self.meter.timed("merge"):
             return merge_experts(
-                self.source, self.groups, kept, self.method, self.tokens,
+                self.source, self.groups, kept, method, self.tokens,
                 batch_size=self.batch_size, load=load, save=save, progress=self.progress,
             )  # fmt: skip
 
@@ -253,7 +254,7 @@ class ShrinkRun:
         return [{"step": step, "loss": losses[step - 1]} for step in shown]
 
 
-def merges(method: Method) -> bool:
+def merges(method: Method) -> TypeGuard[Reap]:
     """Whether a method changes the weights of experts that stay."""
     return isinstance(method, Reap) and method.merge
 

@@ -52,7 +52,8 @@ class Processes:
             # Shards and Grams lie on GPUs, the prior and the model's first copy on the host.
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             with _connected():
-                store, rank, size = next(dist.rendezvous("env://", timeout=JOINING))
+                found = dist.rendezvous("env://", timeout=JOINING)  # pyright: ignore[reportPrivateImportUsage]
+                store, rank, size = next(found)
                 dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
