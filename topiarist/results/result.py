@@ -172,7 +172,8 @@ class Result:
             return None
         dense = stored = packed = 0
         for layer in self.layers:
-            (rows, columns), kept = layer["shape"], 1.0 - layer["sparsity"]
+            (*leading, columns), kept = layer["shape"], 1.0 - layer["sparsity"]
+            rows = math.prod(leading)  # of stacked experts, all of them
             count, bits, scales, words = rows * columns, 8 * item, 0, 0
             if self.bits:
                 found = self.report.get("quantized") or self.report
