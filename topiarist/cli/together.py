@@ -74,7 +74,8 @@ class Together:
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         # A connection of its own: that of the group is held while a collective waits. Without torchrun's store, the main
         # process opens the one that the group will use too.
-        opens = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        opens = self.rank == 0 and not self._torchrun
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             address, port, is_master=opens, wait_for_workers=False, multi_tenant=True, timeout=JOINING
@@ -133,8 +134,10 @@ class Together:
         return f"stopped, as torchrun stops all processes when one ends: {KEPT}" if self._terminated else ""
 
     def _fault_without_store(self) -> str:
-        gone = self._name(0) if self._is_gone(0) else "torchrun, or the connection to it,"
-        return f"{gone} ended: {KEPT}"
+        if self._is_gone(0):
+            return f"{self._name(0)} ended: {KEPT}"
+        holder = "torchrun" if self._torchrun else f"process 0 of {self.size}"
+        return f"{holder}, or the connection to it, ended: {KEPT}"
 
     def _name(self, rank: int) -> str:
         return f"process {rank} of {self.size} on {self._others[rank][1].split()[0]}"
