@@ -212,7 +212,9 @@ CHECKS: dict[str, Check] = {
     "an empty text": Check(text_of(" "), "text|token|document", TEXTS),
     "a text shorter than a window": Check(text_of("abc"), "token|text|short", TEXTS),
     "a window of nothing": Check(as_it_is, "window", WINDOWS, ("--window", "0")),
-    "a window past the positions": Check(as_it_is, "window|positions|token", WINDOWS - {"eval", "recover"}, ("--window", "4096")),
+    "a window past the positions": Check(
+        as_it_is, "window|positions|token", WINDOWS - {"eval", "recover"}, ("--window", "4096")
+    ),
     "a batch of less than one": Check(as_it_is, "batch", WINDOWS, ("--batch-size", "-1")),
     "CUDA where there is none": Check(as_it_is, "CUDA", DEVICES, ("--device", "cuda")),
     "Metal where there is none": Check(as_it_is, "mps|MPS", DEVICES, ("--device", "mps")),
