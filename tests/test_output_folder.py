@@ -126,8 +126,7 @@ def test_a_run_that_came_in_between_is_seen_when_work_begins(base: Path, tmp_pat
 
 
 def test_refusals_leave_no_folder(base: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("topiarist.checkpoints.writing.bytes_to_write", lambda weights: 10**18)
-    monkeypatch.setattr("topiarist.pipelines.pruning.walk.bytes_to_write", lambda weights: 10**18)
+    monkeypatch.setattr("topiarist.models.folder.bytes_to_write", lambda weights: 10**18)
     with pytest.raises(tp.CheckpointError, match="GB are free"):
         prune(base, tmp_path / "deep" / "er" / "out")
     assert not (tmp_path / "deep").exists()
