@@ -47,8 +47,11 @@ def stock_config(
             names = {name for name in found if not (biased and name.endswith(".bias"))} | set(expected)
             if wrong := sorted(name for name in names if found.get(name) != expected.get(name)):
                 raise ValueError(f"{wrong[0]} would be {found.get(wrong[0])}, not {expected.get(wrong[0])}")
-            if target == model.config.model_type:
-                _check_alike(model, built, family, blocks)
+            every = range(len(model.get_submodule(family.blocks)))
+            if target == model.config.model_type and len(blocks) < len(every):
+                # Of the new widths too: what they change in a block is no other kind of block.
+                whole = rebuilt(model, _edited(model, family, groups, widest, every, target, biased))
+                _check_alike(whole, built, family, blocks)
         except REFUSALS as error:
             reasons.append(f"{target}: {' '.join(str(error).split())}")
             continue
@@ -167,11 +170,8 @@ def _shapes(built: nn.Module, family: Family, blocks: int) -> dict[str, tuple[in
     }
 
 
-def _check_alike(model: Any, built: nn.Module, family: Family, blocks: Sequence[int]) -> None:
+def _check_alike(whole: Any, built: nn.Module, family: Family, blocks: Sequence[int]) -> None:
     """Raise ValueError if a block that stays would be built otherwise: with another window, another kind of attention."""
-    if len(blocks) == len(model.get_submodule(family.blocks)):
-        return
-    whole = rebuilt(model, model.config)  # a forward may have changed settings of the model itself
     for new, old in enumerate(blocks):
         after = dict(built.get_submodule(f"{family.blocks}.{new}").named_modules())
         for name, module in whole.get_submodule(f"{family.blocks}.{old}").named_modules():
