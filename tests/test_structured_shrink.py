@@ -106,6 +106,12 @@ def test_configs_without_a_head_size_hold_no_fewer_heads(family: str):
     assert holds(model, groups, groups[0].count)
 
 
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_configs_with_a_head_size_hold_fewer_heads(family: str):
+    model = tiny.tiny_model(family)
+    assert holds(model, units_of(model, ("kv_groups",)), 1)
+
+
 def test_padding_that_eats_the_gain_is_refused():
     model = tiny.tiny_model()
     groups = units_of(model, ("channels",))

@@ -22,6 +22,8 @@ class Architecture:
     """What GGUF calls it."""
     pairs_rows: bool = False
     """Rotary positions turn neighbouring rows of a head there, rows half a head apart in transformers."""
+    full_width: bool = False
+    """llama.cpp takes the heads of a layer to be as wide together as the hidden state."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the config that llama.cpp takes for granted; one that a config has not counts as it is here."""
 
@@ -31,14 +33,16 @@ ARCHITECTURES = {
     "llama": Architecture("llama", pairs_rows=True, settings=_LLAMA),
     "mistral": Architecture("llama", pairs_rows=True, settings=_LLAMA),
     "mixtral": Architecture("llama", pairs_rows=True, settings=_LLAMA),
-    "qwen2": Architecture("qwen2", settings=_LLAMA),
+    "qwen2": Architecture("qwen2", full_width=True, settings=_LLAMA),
     "qwen3": Architecture("qwen3", settings=_LLAMA),
     "qwen3_moe": Architecture(
         "qwen3moe", settings={**_LLAMA, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
     ),
-    "olmo2": Architecture("olmo2", settings=_LLAMA),
-    "phi3": Architecture("phi3", settings=_LLAMA),
+    "olmo2": Architecture("olmo2", full_width=True, settings=_LLAMA),
+    "phi3": Architecture("phi3", full_width=True, settings=_LLAMA),
 }
+CUT = {"qwen2": Architecture("llama", pairs_rows=True, settings=_LLAMA)}
+"""What stands for a family of `full_width` whose heads are narrower or wider: llama's biases may be there or not."""
 
 
 def architecture_of(config: Any) -> Architecture:
@@ -55,7 +59,14 @@ def architecture_of(config: Any) -> Architecture:
         raise UnsupportedModel(
             f"rotary positions of type {scaling!r} are not written as GGUF; default, linear and llama3 are"
         )
-    architecture = ARCHITECTURES[kind]
+    architecture, heads = ARCHITECTURES[kind], int(config.num_attention_heads)
+    if architecture.full_width and heads * head_size(config) != config.hidden_size:
+        if kind not in CUT:
+            raise UnsupportedModel(
+                f"{kind} with {heads} heads of {head_size(config)} at width {config.hidden_size} is not written as GGUF: "
+                "llama.cpp takes them to be as wide together; keep all heads, and cut channels or blocks"
+            )
+        architecture = CUT[kind]
     for name, taken in architecture.settings.items():
         if (own := getattr(config, name, taken)) != taken:
             raise UnsupportedModel(f"{kind} with {name} {own!r} is not written as GGUF: llama.cpp computes {taken!r}")
@@ -77,7 +88,9 @@ def write_settings(writer: Any, config: Any, architecture: Architecture) -> None
     import gguf
 
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
+    # llama.cpp attends to everything in these architectures: within one window that is what a sliding one does
+    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+    writer.add_context_length(min(config.max_position_embeddings, window))
     writer.add_embedding_length(config.hidden_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
