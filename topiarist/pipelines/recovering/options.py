@@ -71,7 +71,7 @@ class RecoverOptions(DataOptions):
     def sequences_a_step(self, window: int, processes: int) -> int:
         """Sequences of `window` tokens that a step takes, at least one a process if nothing was said.
 
-        Where tokens are few, many small steps lower the loss several times as fast as few large ones.
+        Where tokens are few, many small steps lower the loss faster than few large ones.
         """
         if self.sequences is not None:
             return self.sequences
