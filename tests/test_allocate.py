@@ -260,6 +260,17 @@ def test_traces_that_are_mostly_noise_are_said():
         tp.find_allocation(tiny.tiny_model(), rule, pattern=0.5, calibration=tiny.tiny_tokens(3, 12))
 
 
+def test_the_largest_seed_draws_signs():
+    """Every sequence and probe draws from a generator of its own, whose seed is made of all three."""
+    rule = allocate.Sensitivity(estimate="hutchinson", probes=1, sequences=2)
+    seeds = (0, (1 << 32) - 1)
+    found = [
+        tp.find_allocation(tiny.tiny_model(), rule, pattern=0.5, calibration=tiny.tiny_tokens(3, 12), seed=seed).scores
+        for seed in seeds
+    ]
+    assert found[0].values != found[1].values
+
+
 # Through prune
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from safetensors.torch import load_file, save_file
 
 import topiarist as tp
@@ -189,6 +190,21 @@ CHECKS: dict[str, Check] = {
     "not finite": Check(
         with_tensors(lambda tensors: tensors[UP].fill_(float("nan"))), "NaN|finite|another base", TEXTS | {"apply"}
     ),
+    "not finite beside the blocks": Check(
+        with_tensors(lambda tensors: tensors["lm_head.weight"][7:8].fill_(float("inf"))),
+        "NaN|finite",
+        TEXTS - {"allocate"},
+    ),
+    "weights that are whole numbers": Check(
+        with_tensors(lambda tensors: tensors.update({UP: tensors[UP].to(torch.int8)})),
+        "stored as I8|another base",
+        COMPUTING | {"apply", "export"},
+    ),
+    "weights that are complex numbers": Check(
+        with_tensors(lambda tensors: tensors.update({UP: tensors[UP].to(torch.complex64)})),
+        "stored as C64",
+        COMPUTING | {"export"},
+    ),
     "an adapter": Check(adapter, "adapter|no config", READING),
     "quantised by others": Check(
         with_config(quantization_config={"quant_method": "awq", "bits": 4}), "quantised|awq", COMPUTING
@@ -216,6 +232,9 @@ CHECKS: dict[str, Check] = {
         as_it_is, "window|positions|token", WINDOWS - {"eval", "recover"}, ("--window", "4096")
     ),
     "a batch of less than one": Check(as_it_is, "batch", WINDOWS, ("--batch-size", "-1")),
+    "a seed of more than 32 bits": Check(
+        as_it_is, "seed", TEXTS - {"run", "eval"} | {"generate"}, ("--seed", str(1 << 32))
+    ),
     "CUDA where there is none": Check(as_it_is, "CUDA", DEVICES, ("--device", "cuda")),
     "Metal where there is none": Check(as_it_is, "mps|MPS", DEVICES, ("--device", "mps")),
     "no device": Check(as_it_is, "gpu", DEVICES, ("--device", "gpu")),

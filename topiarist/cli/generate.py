@@ -17,7 +17,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="text to go on with")],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="tokens to write")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token, more draws")] = 0.0,
-    seed: Annotated[int, typer.Option(help="chooses what is drawn")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="chooses what is drawn")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice")] = None,
 ) -> None:
     """Continue a prompt on the CPU, sparse and quantised layers running packed. Speed goes to the standard error."""

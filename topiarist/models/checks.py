@@ -21,6 +21,7 @@ _WRAPPERS = {
     "module.": "was saved inside a DistributedDataParallel wrapper: save its .module",
 }
 _SHOWN = 3
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def device_or_default(device: str | torch.device | None) -> torch.device:
@@ -69,8 +70,20 @@ def check_finite(module: nn.Module, path: str = "") -> None:
     """Raise DamagedWeights, naming the first parameter below `path` that holds NaN or Inf."""
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            where = f"{path}.{name}" if path else name
-            raise DamagedWeights(f"NaN or Inf in {where}: the checkpoint is damaged; download it again")
+            raise _not_finite(f"{path}.{name}" if path else name)
+
+
+def check_finite_files(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Raise DamagedWeights, naming the first of the tensors that holds NaN or Inf. They are read piece by piece."""
+    for name in names:
+        dtype = _FLOATS.get(checkpoint.stored(name).dtype)
+        for piece in checkpoint.chunks(name) if dtype else ():
+            if not bool(torch.isfinite(torch.frombuffer(bytearray(piece), dtype=dtype)).all()):
+                raise _not_finite(name)
+
+
+def _not_finite(name: str) -> DamagedWeights:
+    return DamagedWeights(f"NaN or Inf in {name}: the checkpoint is damaged; download it again")
 
 
 def check_folder(folder: Path) -> None:
@@ -108,6 +121,19 @@ def check_shapes(folder: Path, found: Iterable[tuple[str, tuple[int, ...], tuple
             raise CheckpointError(
                 f"tensor {name} of {folder} has shape {tuple(stored)}, config.json asks for {tuple(expected)}: they are not "
                 "of one model"
+            )
+
+
+def check_floating(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Raise CheckpointError for the first tensor that is stored as integers, truth values or complex numbers.
+
+    Cast to what the config asks for, whole numbers without their scales would pass for weights.
+    """
+    for name in names:
+        if not (kind := checkpoint.stored(name).dtype).startswith(("F", "BF")):
+            raise CheckpointError(
+                f"tensor {name} of {checkpoint.folder} is stored as {kind}, which is no type of weights: if they are "
+                "quantised, take the original weights; otherwise save the model again"
             )
 
 

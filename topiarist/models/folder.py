@@ -70,6 +70,8 @@ class FolderModel(OpenedModel):
         checks.check_complete(folder, missing, self.checkpoint.files)
         shapes = self.names.shapes(self.checkpoint)
         checks.check_shapes(folder, ((n, shape, tuple(state[n].shape)) for n, shape in shapes.items() if n in state))
+        floating = (name for name, value in state.items() if value.is_floating_point())
+        checks.check_floating(self.checkpoint, sorted(self.names.keys(floating)))
 
     def _partner(self, name: str) -> str | None:
         """A parameter on disk that the named one is tied to."""
@@ -84,7 +86,13 @@ class FolderModel(OpenedModel):
         return self.checkpoint.digest()
 
     def begin(self, output: OutputFolder) -> list[dict[str, Any]]:
-        """Begin the output; blocks that an earlier try finished are taken over."""
+        """Begin the output; blocks that an earlier try finished are taken over.
+
+        Raises DamagedWeights for NaN or Inf in what is copied, which no forward need come upon; blocks are checked as they
+        are loaded.
+        """
+        done = self.names_in_blocks()
+        checks.check_finite_files(self.checkpoint, [name for name in self.checkpoint.files if name not in done])
         output.begin(bytes_to_write(self.nbytes))
         return output.done()
 

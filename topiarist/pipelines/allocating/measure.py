@@ -126,7 +126,8 @@ def loss_traces(
             if rule.estimate == "fisher":
                 drawn = [len(window) * float(g.square().sum(dtype=torch.float64)) for g in gradients()]
             else:
-                generator = torch.Generator().manual_seed((seed * 1_000_003 + number) * 1_000_003 + index)
+                place = (seed * 1_000_003 + number) * 1_000_003 + index
+                generator = torch.Generator().manual_seed(place % (1 << 64))  # a generator takes no more
                 drawn = probe(gradients, weights, [random_signs(w.shape, generator) for w in weights], scale)
             total += torch.tensor(drawn, dtype=torch.float64) / passes
         for name, value, size in zip(matrices, total.tolist(), sizes, strict=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, SkipValidation
+from pydantic import BeforeValidator, Field, PositiveInt, SkipValidation
 from torch import Tensor
 
 from topiarist.core.options import About, OptionError, options
@@ -88,7 +88,7 @@ class DataOptions(RunOptions):
     """Of datasets; default train."""
     tokenizer: Annotated[Any, About(metavar="DIR", result=False)] = None
     """A tokenizer, or the folder of one; default the model's own."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     """Chooses the text, and all noise."""
 
     def __post_init__(self) -> None:
