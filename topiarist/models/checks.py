@@ -76,8 +76,9 @@ def check_finite(module: nn.Module, path: str = "") -> None:
 def check_finite_files(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     """Raise DamagedWeights, naming the first of the tensors that holds NaN or Inf. They are read piece by piece."""
     for name in names:
-        dtype = _FLOATS.get(checkpoint.stored(name).dtype)
-        for piece in checkpoint.chunks(name) if dtype else ():
+        if (dtype := _FLOATS.get(checkpoint.stored(name).dtype)) is None:
+            continue
+        for piece in checkpoint.chunks(name):
             if not bool(torch.isfinite(torch.frombuffer(bytearray(piece), dtype=dtype)).all()):
                 raise _not_finite(name)
 
