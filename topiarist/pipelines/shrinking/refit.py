@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,18 @@ from topiarist.structured.units import COLUMN_KINDS, HEAD_KINDS
 
 STAGES = (HEAD_KINDS, ("channels",))
 Saved = tuple[dict[str, Tensor], list[dict[str, Any]]]
+
+
+def loaded_or_made(
+    index: int, load: Callable[[int], Saved | None], save: Callable[[int, Saved], None], make: Callable[[], Saved]
+) -> tuple[dict[str, Tensor], list[Refitted]]:
+    """New weights and reports of one block: what an earlier try saved, or made now and saved."""
+    done = load(index)
+    if done is None:
+        done = make()
+        save(index, done)
+    weights, rows = done
+    return weights, [Refitted(**{**row, "shape": tuple(row["shape"])}) for row in rows]
 
 
 def refit_consumers(
@@ -51,14 +64,10 @@ def refit_consumers(
             progress("refitting", index, len(source.block_names))
             matrices = {f"{source.family.blocks}.{index}.{m.name}": m for m in source.matrices(index)}
             own = [group for group in wanted if group.block == index and stream.reaches(index)]
-            done = load(index)
-            if done is None:
-                done = _block(stream, index, own, matrices, kept)
-                save(index, done)
-            weights, rows = done
+            weights, rows = loaded_or_made(index, load, save, partial(_block, stream, index, own, matrices, kept))
             for name, weight in weights.items():
                 matrices[name].assign(weight)
-            reports += [Refitted(**{**row, "shape": tuple(row["shape"])}) for row in rows]
+            reports += rows
             stream.advance(index, source.load(index))
         stream.close()
     progress("refitting", len(source.block_names), len(source.block_names))

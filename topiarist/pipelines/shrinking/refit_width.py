@@ -25,7 +25,7 @@ from topiarist.core.linalg import cholesky
 from topiarist.models.hooks import EndForward, hooked
 from topiarist.models.opened import ObjectModel, at_rest
 from topiarist.pipelines.common.stream import BlockStream
-from topiarist.pipelines.shrinking.refit import Saved
+from topiarist.pipelines.shrinking.refit import Saved, loaded_or_made
 from topiarist.pipelines.shrinking.report import Refitted
 from topiarist.structured import UnitGroup
 from topiarist.structured.width import residual_norms, tied_names
@@ -92,14 +92,11 @@ def refit_readers(
     names = dense.block_names
     reports: list[Refitted] = []
 
-    def finish(index: int, made: Callable[[], Saved]) -> None:
-        done = load(index)
-        if done is None:
-            done = made()
-            save(index, done)
-        for name, weight in done[0].items():
+    def finish(index: int, make: Callable[[], Saved]) -> None:
+        weights, rows = loaded_or_made(index, load, save, make)
+        for name, weight in weights.items():
             narrow.model.get_parameter(name).data = weight.to(narrow.device)
-        reports.extend(Refitted(**{**row, "shape": tuple(row["shape"])}) for row in done[1])
+        reports.extend(rows)
 
     with at_rest(dense.model), at_rest(narrow.model), torch.no_grad():
         streams = [BlockStream.of(m, tokens, batch_size=batch_size, needs_states="the refit") for m in (dense, narrow)]
