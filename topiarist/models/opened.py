@@ -17,6 +17,7 @@ from topiarist.checkpoints.dequantised import readable
 from topiarist.checkpoints.reading import Checkpoint, locate, weight_digest
 from topiarist.checkpoints.writing import REPORT, OutputFolder
 from topiarist.core.errors import CheckpointError
+from topiarist.core.products import quick_products
 from topiarist.models.checks import check_folder, check_object, device_or_default
 from topiarist.models.interface import OpenedModel
 from topiarist.models.saving import save_model, write_model
@@ -177,12 +178,15 @@ def open_model(
 
 
 @contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """Nothing is dropped out while inside; afterwards every module is in its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def evaluated(*models: nn.Module | None) -> Iterator[None]:
+    """Nothing is dropped out inside, and products are quick; afterwards every module is in its own mode again."""
+    given = [model for model in models if model is not None]
+    training = [module for model in given for module in model.modules() if module.training]
+    for model in given:
+        model.eval()
     try:
-        yield
+        with quick_products():
+            yield
     finally:
         for module in training:
             module.training = True

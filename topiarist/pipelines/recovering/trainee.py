@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from topiarist.checkpoints.writing import SavedState
 from topiarist.core.linalg import search_dtype
 from topiarist.models.hooks import hooked
-from topiarist.models.opened import ObjectModel, OpenedModel
+from topiarist.models.opened import ObjectModel, OpenedModel, evaluated
 from topiarist.pipelines.recovering.inputs import trained_parameters
 from topiarist.pipelines.recovering.objective import Objective
 from topiarist.pipelines.recovering.options import RecoverOptions
@@ -94,7 +94,7 @@ class Trainee:
         )
         hooks = (update.matrix.module.register_forward_hook(update.hook) for update in self.updates)
         with (
-            in_evaluation_mode(module, objective.teacher),
+            evaluated(module, objective.teacher),
             hooked(*hooks),
             recomputing(blocks_of(self.model), options.activation_checkpointing),
         ):
@@ -130,19 +130,6 @@ def computing_in(dtype: str, *models: ObjectModel | None) -> Iterator[None]:
 
 def _fast_in_16_bits(device: torch.device) -> bool:
     return device.type != "cpu" or search_dtype(device) != torch.float32
-
-
-@contextmanager
-def in_evaluation_mode(*models: nn.Module | None) -> Iterator[None]:
-    """Dropout is off inside: nothing random happens in a block, and a teacher says the same every time."""
-    modes = [(model, model.training) for model in models if model is not None]
-    for model, _ in modes:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, mode in modes:
-            model.train(mode)
 
 
 def blocks_of(model: OpenedModel) -> list[nn.Module]:

@@ -1,0 +1,93 @@
+"""16-bit products in fp32, where the processor has no instructions for them."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import topiarist as tp
+from tests.tiny import tiny_model
+from topiarist.core import linalg, products
+from topiarist.core.products import quick_products
+
+
+@pytest.fixture(autouse=True)
+def without_instructions(monkeypatch):
+    monkeypatch.setattr(linalg, "search_dtype", lambda device: torch.float32)
+
+
+def operands(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    ("product", "shapes"),
+    [
+        (lambda x, w: F.linear(x, w), [(2, 3, 40), (24, 40)]),
+        (lambda x, w, b: F.linear(x, w, b), [(5, 40), (24, 40), (24,)]),
+        (lambda x, w: x @ w, [(5, 40), (40, 24)]),
+        (lambda x, w: x.matmul(w), [(2, 5, 40), (40, 24)]),
+        (lambda x, w: torch.bmm(x, w), [(2, 5, 40), (2, 40, 24)]),
+        (lambda x, w: torch.einsum("bi,oi->bo", x, w), [(5, 40), (24, 40)]),
+        (lambda x, w: torch.einsum("bi,oi->bo", [x, w]), [(5, 40), (24, 40)]),
+        (lambda b, x, w: torch.addmm(b, x, w), [(5, 24), (5, 40), (40, 24)]),
+    ],
+)
+def test_a_product_is_the_rounded_product_in_fp32(product, shapes):
+    given = operands(*shapes)
+    with quick_products():
+        found = product(*given)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, product(*[g.float() for g in given]).bfloat16())
+
+
+def test_a_large_linear_is_cast_in_slices(monkeypatch):
+    x, w, b = operands((3, 40), (25, 40), (25,))
+    monkeypatch.setattr(products, "_SLICE", 400)
+    cast = []
+    within = products._in_float32
+    monkeypatch.setattr(products, "_in_float32", lambda f, x, w, b: cast.append(len(w)) or within(f, x, w, b))
+    with quick_products():
+        found = F.linear(x, w, b)
+    assert cast == [10, 10, 5]
+    torch.testing.assert_close(found, F.linear(x.float(), w.float(), b.float()).bfloat16())
+
+
+def test_gradients_are_those_of_fp32_and_what_is_kept_stays_in_16_bits(monkeypatch):
+    x, w = (given.requires_grad_() for given in operands((5, 40), (24, 40)))
+    kept = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: kept.append(a[0]) or to(self, *a, **k))
+    with quick_products():
+        found = F.linear(x, w)
+    assert kept.count(torch.bfloat16) == 3  # both operands, and the result
+    upstream = torch.linspace(-1, 1, found.numel()).view_as(found).bfloat16()
+    found.backward(upstream)
+    g = upstream.float()
+    torch.testing.assert_close(x.grad, (g @ w.detach().float()).bfloat16())
+    torch.testing.assert_close(w.grad, (g.T @ x.detach().float()).bfloat16())
+
+
+def test_one_row_and_fp32_are_left_alone(monkeypatch):
+    monkeypatch.setattr(products, "_in_float32", lambda *_: pytest.fail("nothing to win here"))
+    x, w = operands((1, 40), (24, 40))
+    with quick_products():
+        F.linear(x, w)
+        F.linear(x.float().expand(5, -1), w.float())
+
+
+def test_perplexity_of_a_16_bit_model_is_close_to_that_of_its_values_in_fp32():
+    model = tiny_model("llama")
+    windows = torch.arange(64).view(4, 16) % model.config.vocab_size
+    exact = tp.perplexity(model.bfloat16().float(), windows).value
+    found = tp.perplexity(model.bfloat16(), windows)
+    assert found.dtype == "bfloat16"
+    assert found.value == pytest.approx(exact, rel=1e-2)
+
+
+def test_a_quick_processor_is_left_alone(monkeypatch):
+    monkeypatch.setattr(linalg, "search_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(products, "_in_float32", lambda *_: pytest.fail("bfloat16 is quick here"))
+    with quick_products():
+        nn.Linear(40, 24).bfloat16()(torch.ones(5, 40, dtype=torch.bfloat16))

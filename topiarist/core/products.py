@@ -1,0 +1,84 @@
+"""16-bit matrix products on processors that have no instructions for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from topiarist.core import linalg
+
+_PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
+    {F.linear, torch.einsum}
+    | {getattr(torch, name) for name in ("matmul", "mm", "bmm", "addmm", "baddbmm")}
+    | {getattr(Tensor, name) for name in ("matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm")}
+)
+_SLICE = 1 << 26
+"""Weights of a linear that are cast at once: an output layer of a large vocabulary is not copied whole."""
+
+
+@contextmanager
+def quick_products() -> Iterator[None]:
+    """Let 16-bit matrix products on the CPU run in fp32 inside, where the processor has no instructions for them.
+
+    PyTorch emulates them there, five times slower. Each result is rounded to the dtype that it would have anyway, and sums
+    are fp32 either way: what changes is their order. Weights and activations stay in 16 bits.
+    """
+    if linalg.search_dtype(torch.device("cpu")) == torch.float32:
+        with _InFloat32():
+            yield
+    else:
+        yield
+
+
+class _InFloat32(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _PRODUCTS or not _is_slow(args[-1] if func is torch.einsum else args[0]):
+            return func(*args, **kwargs)
+        if func is F.linear:
+            return _linear(*args, **kwargs)
+        return _in_float32(func, *args, **kwargs)
+
+
+def _is_slow(operand: Any) -> bool:
+    """A single row is quick enough, and a cast of the whole weight is not."""
+    while isinstance(operand, list | tuple):  # einsum takes a list as well
+        operand = operand[-1]
+    return (
+        isinstance(operand, Tensor)
+        and operand.dtype in (torch.bfloat16, torch.float16)
+        and operand.device.type == "cpu"
+        and operand.numel() > operand.shape[-1]
+    )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    rows = max(_SLICE // weight.shape[1], 1)
+    if weight.shape[0] <= rows:
+        return _in_float32(F.linear, x, weight, bias)
+    biases = [None] * -(-weight.shape[0] // rows) if bias is None else list(bias.split(rows))
+    parts = [_in_float32(F.linear, x, w, b) for w, b in zip(weight.split(rows), biases, strict=True)]
+    return torch.cat(parts, dim=-1)
+
+
+def _in_float32(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    dtypes: list[torch.dtype] = []
+
+    def cast(tensor: Tensor) -> Tensor:
+        if tensor.dtype not in (torch.bfloat16, torch.float16):
+            return tensor
+        dtypes.append(tensor.dtype)
+        return tensor.float()
+
+    args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
+    # what autograd keeps is what was cast, and takes no more room than before
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: kept.to(dtypes[0]), lambda kept: kept.float()):
+        found = func(*args, **kwargs)
+    return found.to(dtypes[0])
