@@ -34,10 +34,10 @@ class Kept(SavedState):
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Hashes of every file; only the timings may differ between runs."""
+    """Hashes of every file of a folder, or of a file; only the timings may differ between runs."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
+        for path in (sorted(folder.rglob("*")) if folder.is_dir() else [folder])
         if path.is_file() and path.name != "pruning_run.json"
     }
 

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from safetensors.torch import save_file
 
 from topiarist.core.errors import CheckpointError
 from topiarist.core.patterns import NM
-from topiarist.runtime import packed
+from topiarist.quantization.grid import Grid, round_to_nearest
+from topiarist.runtime import entries, packed
 
 
 @pytest.fixture
@@ -82,6 +84,20 @@ def test_an_entry_that_does_not_fit_its_bytes(packed_folder: Path, tmp_path: Pat
     assert "\n" not in str(refused.value) and not (tmp_path / "back").exists()
 
 
+@pytest.mark.parametrize("scales", [
+    torch.ones(8, 0), torch.ones(8), torch.ones(7, 2), torch.ones(8, 3), torch.ones(8, 2, dtype=torch.int8),
+], ids=lambda scales: f"{tuple(scales.shape)} {scales.dtype}")  # fmt: skip
+def test_scales_that_agree_with_their_checksum_and_not_with_the_weight(packed_folder: Path, tmp_path: Path, scales):
+    stored, entry = entries.store("w0", round_to_nearest(torch.randn(8, 16), Grid(bits=8, group=8)))
+    stored["w0:scales"] = scales
+    digest = entries._digest("w0", entry.form, entry.dtype, entry.shape, entry.bits, list(stored.values()))
+    header = {"version": 2, "tensors": {"w0": asdict(replace(entry, sha256=digest))}}
+    save_file(stored, packed_folder / "packed-00001.safetensors", metadata={"topiarist_packed": json.dumps(header)})
+    with pytest.raises(CheckpointError, match=r"damaged.*copy the file again"):
+        packed.unpack_folder(packed_folder, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(packed_folder: Path, tmp_path: Path, monkeypatch):
     def full(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
@@ -105,9 +121,11 @@ def test_what_a_killed_run_left_is_removed(packed_folder: Path, tmp_path: Path):
     assert not left.exists() and running.exists() and (tmp_path / "back" / "model.safetensors").is_file()
 
 
-def test_links_out_of_the_folder_are_not_followed(packed_folder: Path, tmp_path: Path):
-    (tmp_path / "secret").write_text("mine")
-    (packed_folder / "notes.txt").symlink_to(tmp_path / "secret")
+@pytest.mark.parametrize("name", ["notes.txt", "README.md", "config.json", "pruning_report.json"])
+def test_links_out_of_the_folder_are_not_followed(packed_folder: Path, tmp_path: Path, name: str):
+    (tmp_path / "secret").write_text("{}")
+    (packed_folder / name).unlink(missing_ok=True)
+    (packed_folder / name).symlink_to(tmp_path / "secret")
     with pytest.raises(CheckpointError, match="symbolic link"):
         packed.unpack_folder(packed_folder, tmp_path / "back")
     assert not (tmp_path / "back").exists()

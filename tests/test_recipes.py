@@ -25,6 +25,9 @@ stages:
 - recover: {tokens: 512, window_tokens: 32, sequences: 2, batch_size: 2, held_out: 2}
 """
 
+LAUGHS = "model: [&a0 [ha], " + ", ".join(f"&a{i} [" + f"*a{i - 1}, " * 9 + "]" for i in range(1, 30)) + "]"
+"""Nine aliases in every line of nine aliases: a few hundred bytes that stand for 9^29 values."""
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch) -> Path:
@@ -132,6 +135,18 @@ def test_every_result_has_the_recipe_that_made_it(folder: Path, command):
         ("model: model", "model: [", "is no YAML"),
         ("data: [text.txt]", "data: [nowhere.txt]", "nowhere.txt does not exist"),
         ("model: model", "model: ''", "names no model"),
+        ("model: model", "model: model\nmodel: other", "line 3: 'model' stands there twice"),
+        ("    method: wanda", "    method: wanda\n    method: alps", "line 8: 'method' stands there twice"),
+        ("model: model", "model: [a, b]", "line 2: model is one text"),
+        ("data: [text.txt]", "data: [{a: b}]", "line 4: data is [{'a': 'b'}]"),
+        ("data: [text.txt]", "data: 7", "line 4: data is 7"),
+        ("    num_windows: 4", "    7: 4", "the settings of prune are"),
+        ("model: model", "model: !!python/object/apply:os.getcwd []", "is no YAML"),
+        ("model: model", "model: &model [*model]", "line 2: an alias stands inside its own anchor"),
+        ("model: model", "model: " + "[" * 5000, "is no YAML"),
+        ("topiarist: 1", "topiarist: " + "1" * 5000, "is no YAML"),
+        ("model: model", LAUGHS, "stand for more than 65,536 values"),
+        ("model: model", "model: " + "m" * (1 << 20), "a recipe at most 1,048,576"),
     ],
 )
 def test_a_wrong_recipe_is_refused_before_any_work(folder: Path, command, was: str, becomes: str, said: str):

@@ -6,20 +6,37 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from topiarist.checkpoints.reading import file_digest
+from topiarist.checkpoints.reading import file_digest, read_json
 from topiarist.core.errors import CheckpointError
 
+REPORT = "pruning_report.json"
 
-def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+
+def read_finished(folder: Path) -> dict[str, Any]:
+    """The report of a finished run. Raises CheckpointError if it is damaged: its `fingerprint` and `files` are JSON objects."""
+    report = read_json(folder / REPORT, cure=f"delete {folder}, or choose another output")
+    if not all(isinstance(report.get(part, {}), dict) for part in ("fingerprint", "files")):
+        raise CheckpointError(f"{folder / REPORT} is damaged; delete {folder}, or choose another output")
+    return report
+
+
+def check_files(folder: Path, files: Mapping[str, Any]) -> None:
     """Compare a finished run's files with its report. Raises CheckpointError for the first that differs."""
     for name, known in files.items():
         path = folder / name
-        if not path.is_file():
+        if Path(name).is_absolute() or ".." in Path(name).parts or not isinstance(known, Mapping):
+            fault = "is damaged in its report"
+        elif not path.is_file():
             fault = "is missing"
-        elif path.stat().st_size != known["bytes"] or file_digest(path) != known["sha256"]:
+        elif path.stat().st_size != known.get("bytes") or file_digest(path) != known.get("sha256"):
             fault = "is not what the run wrote"
         else:
             continue
         raise CheckpointError(
             f"{folder} is finished, but {name} {fault}: delete the folder and run the same command again"
         )
+
+
+def check_finished(folder: Path) -> None:
+    """Raise CheckpointError unless the files of a finished run are what its report says."""
+    check_files(folder, read_finished(folder).get("files", {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,12 +10,24 @@ from typing import Any
 
 from topiarist.core.errors import CheckpointError
 
+SEAL = "line_sha256"
+"""The entry of a line that holds the digest of all others: what a line says goes into the report of the run."""
+
+
+def sealed(line: Mapping[str, Any]) -> str:
+    """The text of a journal's line, with its digest."""
+    return json.dumps({**line, SEAL: _digest(line)})
+
+
+def _digest(line: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(line).encode()).hexdigest()
+
 
 def complete_lines(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a journal; a last one cut off by a kill does not count.
 
     The first line says what the run is; each other one names a finished "block" or "file", its sha256 and its tensors.
-    Raises CheckpointError for a line that is anything else.
+    Raises CheckpointError for a line that is anything else, or that is not what the run wrote.
     """
     lines: list[dict[str, Any]] = []
     for number, raw in enumerate(path.read_bytes().split(b"\n")[:-1]):
@@ -23,9 +36,17 @@ def complete_lines(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             line = None
         if not isinstance(line, dict) or (number and not _is_known(line)):
-            raise CheckpointError(f"line {number + 1} of {path} is damaged: delete {path.parent} and start again")
+            raise _damaged(path, number)
+        seal = line.pop(SEAL, None)
+        # A first line without one is of another version, which whoever compares it says.
+        if seal != _digest(line) and (number or seal is not None):
+            raise _damaged(path, number)
         lines.append(line)
     return lines
+
+
+def _damaged(path: Path, number: int) -> CheckpointError:
+    return CheckpointError(f"line {number + 1} of {path} is damaged: delete {path.parent} and start again")
 
 
 def _is_known(line: Mapping[str, Any]) -> bool:

@@ -51,6 +51,8 @@ class Checkpoint:
             raise CheckpointError(f"model folder {folder} does not exist")
         self._headers: dict[Path, tuple[dict[str, Any], int]] = {}
         self.config = self._read_json("config.json")
+        if not _is_provenance(self.config.get("pruning_config") or {}):
+            raise CheckpointError(f"pruning_config in {folder}/config.json is damaged; copy it again")
         self.files = self._locate_tensors()
 
     @classmethod
@@ -157,9 +159,12 @@ class Checkpoint:
     def claims(self) -> dict[str, str]:
         """The pattern that `pruning_config` claims for every matrix; {} if there is none."""
         try:
-            return claimed_patterns(self.config.get("pruning_config", {}))
-        except (AttributeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"pruning_config in {self.folder}/config.json is damaged; copy it again") from error
+            claims = claimed_patterns(self.config.get("pruning_config") or {})
+        except KeyError:
+            claims = {"": None}
+        if not all(isinstance(pattern, str) for pattern in claims.values()):
+            raise CheckpointError(f"pruning_config in {self.folder}/config.json claims no pattern; copy it again")
+        return claims
 
     def dtype(self) -> torch.dtype:
         """The dtype that the config states, else that of the first floating tensor."""
@@ -181,12 +186,25 @@ class Checkpoint:
         return sum(path.stat().st_size for path in set(self.files.values()))
 
 
+_PROVENANCE: dict[type, tuple[str, ...]] = {
+    dict: ("settings", "calibration", "modules", "patterns", "structured", "quantized", "recovery"),
+    str: ("version", "pipeline", "method", "pattern", "base_model", "base_digest"),
+}
+"""What `pruning_config` holds, as far as it is read; any of it may be missing."""
+
+
+def _is_provenance(stated: Any) -> bool:
+    return isinstance(stated, dict) and all(
+        isinstance(stated.get(name), kind | None) for kind, names in _PROVENANCE.items() for name in names
+    )
+
+
 def claimed_patterns(provenance: Mapping[str, Any]) -> dict[str, str]:
     """The pattern that a `pruning_config` claims for every matrix, by the matrix' full name."""
     claims: dict[str, str] = {}
-    for name, about in provenance.get("modules", {}).items():
+    for name, about in (provenance.get("modules") or {}).items():
         own = about.get("pattern") if isinstance(about, dict) else None
-        claims[name] = own or provenance.get("patterns", {}).get(name, provenance["pattern"])
+        claims[name] = own or (provenance.get("patterns") or {}).get(name, provenance["pattern"])
     return claims
 
 

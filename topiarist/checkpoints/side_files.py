@@ -29,10 +29,7 @@ def side_files(folder: Path) -> Iterator[Path]:
             continue
         if not path.is_file():
             continue
-        if not inside(path.resolve(), folder):
-            raise CheckpointError(
-                f"{path} is a symbolic link to {path.resolve()}, outside the model's folder: replace it by a copy, or remove it"
-            )
+        check_inside(path, folder)
         yield path.relative_to(folder)
 
 
@@ -43,9 +40,11 @@ def copy_side_files(source: Path, target: Path) -> None:
         shutil.copyfile(source / name, target / name)
 
 
-def inside(target: Path, folder: Path) -> bool:
-    """Whether a file lies in a model folder; those of the hub's cache are links to blobs beside the snapshots."""
-    home = folder.resolve()
-    if target.is_relative_to(home):
-        return True
-    return home.parent.name == "snapshots" and target.is_relative_to(home.parents[1] / "blobs")
+def check_inside(path: Path, folder: Path) -> None:
+    """Raise CheckpointError for a link that leads out of a model folder; in the hub's cache, to other than its blobs."""
+    home, target = folder.resolve(), path.resolve()
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    if not target.is_relative_to(home) and not target.is_relative_to(blobs):
+        raise CheckpointError(
+            f"{path} is a symbolic link to {target}, outside the model's folder: replace it by a copy, or remove it"
+        )

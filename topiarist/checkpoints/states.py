@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,9 +11,14 @@ from torch import Tensor
 
 from topiarist.checkpoints.atomic import disk_errors, save_tensors
 from topiarist.checkpoints.reading import opened
+from topiarist.checkpoints.streaming import tensor_bytes
+from topiarist.core.errors import CheckpointError
 
 KEPT = "; finished blocks are kept: mend it and run the same command again"
 """The cure of a full or read-only disk, for a run that resumes."""
+
+DIGEST = "state_sha256"
+"""Of a saved state, in its metadata."""
 
 
 class SavedState:
@@ -35,11 +42,31 @@ class FileState(SavedState):
         """Return what the last `save` was given; None if there is no file. Raises CheckpointError if it is damaged."""
         if not self.path.is_file():
             return None
-        with opened(self.path) as reader:
-            return {key: reader.get_tensor(key) for key in reader.keys()}, dict(reader.metadata() or {})  # noqa: SIM118
+        try:
+            with opened(self.path) as reader:
+                tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
+                metadata = dict(reader.metadata() or {})
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._damaged()}: {error.__cause__}") from error
+        if metadata.pop(DIGEST, "") != _digest(tensors, metadata):
+            raise CheckpointError(f"{self._damaged()}: it is not what the run wrote")
+        return tensors, metadata
+
+    def _damaged(self) -> str:
+        return f"delete {self.path} and run the same command again, for it is damaged"
 
     def save(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Replace the file atomically. Raises CheckpointError if it cannot be written."""
         with disk_errors(f"cannot write to {self.path.parent}", cure=KEPT):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(self.path, tensors, metadata, cure=KEPT)
+        save_tensors(self.path, tensors, {**metadata, DIGEST: _digest(tensors, metadata)}, cure=KEPT)
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """sha256 over names, shapes and values: a state with one bit turned would go on to other bytes, unnoticed."""
+    total = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        total.update(tensor_bytes(tensor))
+    return total.hexdigest()

@@ -19,10 +19,10 @@ from typing import Any
 from torch import Tensor
 
 from topiarist.checkpoints.atomic import TEMPORARY, disk_errors, fsync, save_tensors, write_atomically
-from topiarist.checkpoints.finished import check_files
-from topiarist.checkpoints.journal import complete_lines, differences
+from topiarist.checkpoints.finished import REPORT, check_files, read_finished
+from topiarist.checkpoints.journal import complete_lines, differences, sealed
 from topiarist.checkpoints.locking import LOCK, FolderLock
-from topiarist.checkpoints.reading import INDEX, Checkpoint, StoredTensor, file_digest, read_json
+from topiarist.checkpoints.reading import INDEX, Checkpoint, StoredTensor, file_digest
 from topiarist.checkpoints.side_files import copy_side_files
 from topiarist.checkpoints.states import KEPT, FileState, SavedState
 from topiarist.checkpoints.streaming import SHARD_BYTES, Chunks, split, write_tensors
@@ -31,7 +31,6 @@ from topiarist.core.errors import CheckpointError, DamagedWeights
 FORMAT = 2
 """Of journal and report. Format 1, of topiarist 0.1, is read but not resumed."""
 JOURNAL = "pruning_journal.jsonl"
-REPORT = "pruning_report.json"
 SHOWN = 3
 """Differences between two runs that a refusal names."""
 STATES = "run_state"
@@ -54,6 +53,8 @@ def bytes_to_write(weights: int) -> int:
 def check_place(folder: Path) -> None:
     """Raise CheckpointError for an output folder that is no folder, or that holds something else than a run."""
     if not folder.exists():
+        if folder.is_symlink():
+            raise CheckpointError(f"{folder} is a link that leads nowhere; remove it, or choose another output")
         return
     if not folder.is_dir():
         raise CheckpointError(f"{folder} exists and is not a folder; choose another output")
@@ -133,7 +134,7 @@ class OutputFolder:
                 self.blocks = [line for line in lines[1:] if "block" in line]
                 self.files = {line["file"]: line for line in lines[1:] if "file" in line}
         elif (self.folder / REPORT).is_file():
-            report = read_json(self.folder / REPORT, cure=f"delete {self.folder}, or choose another output")
+            report = read_finished(self.folder)
             self._compare(report.get("fingerprint", {}))
             check_files(self.folder, report.get("files", {}))
             self.complete = True
@@ -171,12 +172,13 @@ class OutputFolder:
 
     def _write_journal(self) -> None:
         lines = [self.fingerprint, *self.blocks, *self.files.values()]
-        write_atomically(self._journal, "".join(json.dumps(line) + "\n" for line in lines), cure=KEPT)
+        write_atomically(self._journal, "".join(sealed(line) + "\n" for line in lines), cure=KEPT)
 
     def _append(self, line: Mapping[str, Any]) -> dict[str, Any]:
         text = json.dumps(line)
+        whole = sealed(json.loads(text))
         with disk_errors(f"cannot write to {self.folder}", cure=KEPT), self._journal.open("a") as journal:
-            journal.write(text + "\n")
+            journal.write(whole + "\n")
             journal.flush()
             os.fsync(journal.fileno())
         return json.loads(text)

@@ -7,7 +7,6 @@ import warnings
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from topiarist.__about__ import __version__
 from topiarist.cli import (
@@ -25,7 +24,7 @@ from topiarist.cli import (
     shrink,
 )
 from topiarist.cli import run as recipes
-from topiarist.cli.common import WarningLines, err, is_main, out, quiet
+from topiarist.cli.common import WarningLines, err, is_main, literal, out, quiet
 from topiarist.cli.from_options import understood
 from topiarist.cli.together import Together, check_divided, several
 
@@ -73,7 +72,7 @@ def main() -> None:
             if isinstance(error, LostProcess):
                 together.wait_for_cause()
             together.fail(str(error))
-        err.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        err.print(f"[red]error[/red] {literal(str(error))}", highlight=False, soft_wrap=True)
         code = USAGE
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
@@ -86,7 +85,7 @@ def main() -> None:
         code = getattr(error, "exit_code", USAGE)
     lines.close()
     if code == INTERRUPTED:
-        resumes = RESUMING.intersection(sys.argv[1:2]) or "--work" in sys.argv
+        resumes = (RESUMING.intersection(sys.argv[1:2]) and "--plan" not in sys.argv) or "--work" in sys.argv
         kept = "what is finished is kept, the same command resumes" if resumes else "nothing is kept"
         err.print(f"interrupted: {kept}", highlight=False)
     if together is not None:

@@ -65,7 +65,10 @@ class ProgressLines:
         if now - self.told >= LINE_EVERY:
             self.told = now
             err.print(
-                f"{what} {done}/{total}, {now - self.started:.0f} s", markup=False, highlight=False, soft_wrap=True
+                printable(f"{what} {done}/{total}, {now - self.started:.0f} s"),
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
             )
 
 
@@ -78,7 +81,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bars:
         task = bars.add_task("starting", total=None)
-        yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total)
+        yield lambda what, done, total: bars.update(task, description=literal(what), completed=done, total=total)
 
 
 class WarningLines:
@@ -92,7 +95,7 @@ class WarningLines:
         kind = re.sub(r"\d+", "#", str(message))
         self.seen[kind] += 1
         if self.seen[kind] == 1:
-            err.print(f"[yellow]warning[/yellow] {escape(str(message))}", highlight=False, soft_wrap=True)
+            err.print(f"[yellow]warning[/yellow] {literal(str(message))}", highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Say how many were not shown."""
@@ -102,9 +105,22 @@ class WarningLines:
             )
 
 
+def literal(text: str) -> str:
+    """Foreign text for a console: no markup, and a character that no terminal shows as Python writes it.
+
+    Paths and names in files may hold brackets, line breaks, colour codes, and bytes that are no UTF-8.
+    """
+    return escape(printable(text))
+
+
+def printable(text: str) -> str:
+    """As `literal`, for a console that reads no markup."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def say(text: str) -> None:
     """A line as it is: brackets in it, as paths have them, are no markup."""
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    out.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def print_plan(plan: Any) -> None:
@@ -121,7 +137,7 @@ def print_dense(rows: Sequence[Mapping[str, Any]]) -> None:
     for column in ("what", "matrices", "weights", "why"):
         table.add_column(column, justify="right" if column in ("matrices", "weights") else "left")
     for row in rows:
-        table.add_row(escape(row["what"]), f"{row['matrices']:,}", f"{row['weights']:,}", escape(row["why"]))
+        table.add_row(literal(row["what"]), f"{row['matrices']:,}", f"{row['weights']:,}", literal(row["why"]))
     out.print(table)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from topiarist.cli.common import err, set_threads
+from topiarist.cli.common import err, literal, set_threads
 
 
 def generate(
@@ -34,7 +34,7 @@ def generate(
     accelerate(model)
     generator = Generator(model)
     if generator.reason:
-        err.print(f"transformers' own loop: {generator.reason}", highlight=False)
+        err.print(literal(f"transformers' own loop: {generator.reason}"), highlight=False)
     written, times = [], [time.perf_counter()]
     for token in generator.stream(ids, max_new_tokens, temperature=temperature, seed=seed):
         times.append(time.perf_counter())

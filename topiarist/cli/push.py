@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from topiarist.cli.common import out
+from topiarist.cli.common import say
 
 
 def push(
@@ -20,7 +20,7 @@ def push(
     """Upload DIR to the Hugging Face hub as NAME, by the hub's own client and its login."""
     from topiarist.results.hub import push as upload
 
-    out.print(f"uploaded to {upload(folder, name, private=private)}", highlight=False, markup=False, soft_wrap=True)
+    say(f"uploaded to {upload(folder, name, private=private)}")
 
 
 COMMANDS = {"push": push}

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from topiarist.cli.common import out, progress_bar, set_threads
+from topiarist.cli.common import literal, out, progress_bar, say, set_threads
 from topiarist.core import former
 
 BROKEN, UNSEEN = 1, 2
@@ -108,7 +107,8 @@ def evaluate(
             _print_perplexities(rows, paths, window)
             for name in () if adapter else filter(has_adapter, models):
                 out.print(
-                    escape(f"{name} has a low-rank companion, which was left out: --adapter puts it on"), soft_wrap=True
+                    literal(f"{name} has a low-rank companion, which was left out: --adapter puts it on"),
+                    soft_wrap=True,
                 )
         if scores:
             _print_scores(scores)
@@ -125,11 +125,11 @@ def _print_perplexities(rows: Sequence[Any], text: Sequence[Path], window: int) 
     table.add_column("model")
     table.add_column("dtype")
     for path, result in zip(text, rows[0].results, strict=True):
-        header = f"{escape(path.name)}\n{result.tokens:,} tokens\nsha256 {result.text_digest[:12]}"
+        header = f"{literal(path.name)}\n{result.tokens:,} tokens\nsha256 {result.text_digest[:12]}"
         table.add_column(header, justify="right")
     for row in rows:
         cells = [f"{r.value:.2f}" if r.value < 1e5 else f"{r.value:.3g}" for r in row.results]
-        table.add_row(escape(row.model) + (" (dense)" if row.dense else ""), row.results[0].dtype, *cells)
+        table.add_row(literal(row.model) + (" (dense)" if row.dense else ""), row.results[0].dtype, *cells)
     out.print(table)
 
 
@@ -137,7 +137,7 @@ def _print_scores(results: Sequence[Any]) -> None:
     table = Table(title=f"zero-shot, {results[0].harness}; ± one standard error")
     for column in ("task", "metric"):
         table.add_column(column)
-    for column in ("items", *(escape(result.model) + (" (dense)" if result.dense else "") for result in results)):
+    for column in ("items", *(literal(result.model) + (" (dense)" if result.dense else "") for result in results)):
         table.add_column(column, justify="right")
     for same in zip(*(result.scores for result in results), strict=True):
         errors = ["" if score.stderr is None else f" ± {score.stderr:.4f}" for score in same]
@@ -173,13 +173,13 @@ def inspect(
             plain["structured"] = {**counted, "units": [asdict(unit) for unit in shrunk.units]}
         sys.stdout.write(json.dumps(plain, indent=2) + "\n")
         return
-    table = Table(title=escape(str(folder)))
+    table = Table(title=literal(str(folder)))
     for column in ("layer", "shape", "sparsity", "pattern", "holds"):
         table.add_column(column, justify="right" if column == "sparsity" else "left")
     for a in audits:
         holds = "unseen" if a.unread else "" if a.holds is None else "yes" if a.holds else "[red]NO[/red]"
         sparsity = "" if a.sparsity is None else f"{a.sparsity:.4f}"
-        table.add_row(escape(a.name), " x ".join(map(str, a.shape)), sparsity, a.pattern or "", holds)
+        table.add_row(literal(a.name), " x ".join(map(str, a.shape)), sparsity, literal(a.pattern or ""), holds)
     out.print(table)
     seen = [(math.prod(a.shape), a.sparsity) for a in audits if a.sparsity is not None]
     if size := sum(size for size, _ in seen):
@@ -188,7 +188,7 @@ def inspect(
     _print_unread({a.name: a.unread for a in audits if a.unread})
     broken = [a.name for a in audits if a.holds is False]
     if broken:
-        out.print(f"the claimed pattern is broken in {len(broken)} matrices, first {broken[0]}")
+        say(f"the claimed pattern is broken in {len(broken)} matrices, first {broken[0]}")
     if shrunk is not None:
         _print_shrunk(shrunk)
     if provenance:
@@ -199,7 +199,7 @@ def inspect(
             if calibration.get("num_windows")
             else "no calibration text"
         )
-        out.print(
+        say(
             f"pruned from {provenance.get('base_model')} with {provenance.get('method')} {provenance.get('pattern')} "
             f"(topiarist {provenance.get('version')}), {text}"
         )
@@ -209,15 +209,17 @@ def inspect(
 
 def _print_shrunk(shrunk: Any) -> None:
     """Units that stay, kind by kind, and whether the files agree with the PruneSpec."""
-    table = Table(title=f"units ({shrunk.spec.layout})")
+    table = Table(title=f"units ({literal(shrunk.spec.layout)})")
     for column in ("units", "kept", "of", "holds"):
         table.add_column(column, justify="left" if column in ("units", "holds") else "right")
     for kind in dict.fromkeys(unit.kind for unit in shrunk.units):
         same = [unit for unit in shrunk.units if unit.kind == kind]
         holds = (
-            "yes" if all(unit.holds for unit in same) else f"[red]NO[/red]: {next(u.name for u in same if not u.holds)}"
+            "yes"
+            if all(unit.holds for unit in same)
+            else f"[red]NO[/red]: {literal(next(u.name for u in same if not u.holds))}"
         )
-        table.add_row(kind, f"{sum(u.kept for u in same):,}", f"{sum(u.of for u in same):,}", holds)
+        table.add_row(literal(kind), f"{sum(u.kept for u in same):,}", f"{sum(u.of for u in same):,}", holds)
     out.print(table)
     claimed = shrunk.spec.parameters
     verdict = (
@@ -230,7 +232,7 @@ def _print_unread(unread: Mapping[str, str]) -> None:
     """One line: how many, and why the first cannot be seen."""
     if unread:
         name, why = next(iter(unread.items()))
-        out.print(escape(f"{len(unread)} matrices are unseen, first {name}: {why}"), highlight=False, soft_wrap=True)
+        out.print(literal(f"{len(unread)} matrices are unseen, first {name}: {why}"), highlight=False, soft_wrap=True)
 
 
 def _verify(folder: str, masks: Path | None, as_json: bool) -> None:
@@ -241,7 +243,7 @@ def _verify(folder: str, masks: Path | None, as_json: bool) -> None:
         sys.stdout.write(json.dumps(asdict(found) | {"holds": found.holds}, indent=2) + "\n")
     else:
         for breach in found.breaches:
-            out.print(f"[red]broken[/red] {escape(str(breach))}", highlight=False, soft_wrap=True)
+            out.print(f"[red]broken[/red] {literal(str(breach))}", highlight=False, soft_wrap=True)
         compared = [f"{found.patterns} patterns"] * bool(found.patterns) + [f"{found.masks} masks"] * bool(found.masks)
         _print_unread(found.unread)
         unseen = f"unseen in {len(found.unread)} tensors" if found.unread else "held"
@@ -270,12 +272,12 @@ def report(
     if several:
         refuse_foreign(page, MARK)
     for folder in folders:
-        out.print(escape(f"written {refresh(folder, results)}"), highlight=False, soft_wrap=True)
+        out.print(literal(f"written {refresh(folder, results)}"), highlight=False, soft_wrap=True)
     if several:
         for sentence in sentences_of(results):
-            out.print(escape(sentence), highlight=False, soft_wrap=True)
+            out.print(literal(sentence), highlight=False, soft_wrap=True)
         write_atomically(page, compare_page(results, links_from=page.parent))
-        out.print(escape(f"written {page}"), highlight=False, soft_wrap=True)
+        out.print(literal(f"written {page}"), highlight=False, soft_wrap=True)
 
 
 COMMANDS = {"eval": evaluate, "inspect": inspect, "report": report}

@@ -40,7 +40,8 @@ def recipes(name: Annotated[str | None, typer.Argument(help="print this one whol
 
     found = shipped()
     if name is not None:
-        say(look_up(found, name, "recipe").rstrip())
+        for line in look_up(found, name, "recipe").splitlines():
+            say(line)
         return
     for key, text in found.items():
         say(f"{key:<14} {text.partition(chr(10))[0].removeprefix('# ')}")

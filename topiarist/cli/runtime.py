@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from topiarist.cli.common import out, set_threads
+from topiarist.cli.common import literal, out, say, set_threads
 
 if TYPE_CHECKING:
     from topiarist.runtime import BenchReport
@@ -49,7 +48,7 @@ def pack(
     report = pack_folder(
         folder, output, values=getattr(values, "value", None), group=group, head=getattr(head, "value", None)
     )
-    out.print(
+    say(
         f"{report.num_packed} of {report.num_tensors} tensors packed, those to {report.ratio:.3f} x their size; "
         f"{report.dense_bytes / 1e6:.1f} MB -> {report.packed_bytes / 1e6:.1f} MB in all; written to {output}"
     )
@@ -67,7 +66,7 @@ def unpack(
         unpack_folder(folder, output)
     else:
         convert_legacy(folder, output)
-    out.print(f"written to {output}")
+    say(f"written to {output}")
 
 
 def bench(
@@ -111,7 +110,7 @@ def bench(
 
 
 def _print_speeds(report: BenchReport, name: str) -> None:
-    table = Table(title=escape(f"{name}: " if name else "") + f"tokens/s, {report.machine}")
+    table = Table(title=literal(f"{name}: " if name else "") + f"tokens/s, {literal(report.machine)}")
     for column in ("phase", "batch", "dense", "sparse", "gain"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for speed in report.speeds:
@@ -119,9 +118,9 @@ def _print_speeds(report: BenchReport, name: str) -> None:
         table.add_row(speed.phase, str(speed.batch), *cells)
     out.print(table)
     for reason, count in Counter(layer.reason for layer in report.acceleration.layers).most_common():
-        out.print(f"{count:4d} linears: {reason}", highlight=False)
+        say(f"{count:4d} linears: {reason}")
     out.print(f"weights {report.dense_bytes / 1e6:.0f} MB dense, {report.sparse_bytes / 1e6:.0f} MB as they run")
-    out.print(report.verdict)
+    say(report.verdict)
 
 
 def _print_frontier(found: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
@@ -133,7 +132,7 @@ def _print_frontier(found: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
     known = [(folder, plain) for folder, plain in found if (folder / REPORT).is_file()]
     results = [replace(Result.from_folder(folder), benchmark=plain) for folder, plain in known]
     for sentence in sentences_of(results):
-        out.print(escape(sentence), highlight=False, soft_wrap=True)
+        out.print(literal(sentence), highlight=False, soft_wrap=True)
 
 
 COMMANDS = {"pack": pack, "unpack": unpack, "bench": bench}

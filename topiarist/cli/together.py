@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from rich.markup import escape
-
-from topiarist.cli.common import err
+from topiarist.cli.common import err, literal
 from topiarist.core.errors import ProcessError
 
 DIVIDED = ("prune", "quantize", "learn", "recover")
@@ -155,7 +153,7 @@ class Together:
         with self._one:
             if self.rank == 0 or not self._said():
                 err.quiet = False
-                err.print(f"[red]error[/red] {escape(fault)}", highlight=False, soft_wrap=True)
+                err.print(f"[red]error[/red] {literal(fault)}", highlight=False, soft_wrap=True)
             with suppress(RuntimeError):
                 self._go()
             os._exit(ENDED)

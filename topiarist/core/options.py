@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform
@@ -102,7 +103,14 @@ def _first_fault(cls: type, error: ValidationError) -> Exception:
         known = ", ".join(field.name for field in dataclasses.fields(cls))
         return OptionError(f"{cls.__name__} has no field {name!r}; it has {known}")
     reason = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return OptionError(f"{cls.__name__}: {name} is {fault['input']!r}, {reason[:1].lower()}{reason[1:]}")
+    return OptionError(f"{cls.__name__}: {name} is {shown(fault['input'])}, {reason[:1].lower()}{reason[1:]}")
+
+
+def shown(value: Any) -> str:
+    """A wrong value as a message shows it: nested or long ones are cut."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 100
+    return " ".join(short.repr(value).split())
 
 
 def given_or_made(cls: type[T], value: T | None, settings: Mapping[str, Any]) -> T:
@@ -141,7 +149,7 @@ class Registered:
         elif isinstance(given, Mapping) and "name" in given:
             name, fields = str(given["name"]), {key: value for key, value in given.items() if key != "name"}
         else:
-            raise OptionError(f"{given!r} is no {self.what}; choose one of {', '.join(self.table)}")
+            raise OptionError(f"{shown(given)} is no {self.what}; choose one of {', '.join(self.table)}")
         return look_up(self.table, name, self.what)(**fields)
 
 
@@ -164,7 +172,7 @@ class Settings:
         if isinstance(given, bool | Mapping):
             return self.kind(**given) if isinstance(given, Mapping) else self.kind() if given else None
         if not isinstance(given, str):
-            raise OptionError(f"{given!r} is no {self.kind.__name__}: give one, True, or text such as field=value")
+            raise OptionError(f"{shown(given)} is no {self.kind.__name__}: give one, True, or text such as field=value")
         if given in ("true", ""):
             return self.kind()
         if given in ("false", NOTHING):
@@ -173,7 +181,7 @@ class Settings:
         lead: str | None = getattr(self.kind, "leads", None)
         if name and lead is None:
             raise OptionError(
-                f"{given!r}: {self.kind.__name__} takes field=value,...; its fields are {_names(self.kind)}"
+                f"{shown(given)}: {self.kind.__name__} takes field=value,...; its fields are {_names(self.kind)}"
             )
         return self.kind(**({str(lead): name} if name else {}), **fields)
 

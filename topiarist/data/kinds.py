@@ -27,6 +27,11 @@ def check_kind(path: Path) -> None:
         )
 
 
+def has_fields(path: Path) -> bool:
+    """Whether a file's rows have fields, of which one holds the text."""
+    return _KINDS.get(kind_of(path)[0]) is not TextReader
+
+
 def reader_of(path: Path, field: str) -> Reader:
     """The reader for a file's kind. Raises CalibrationError if the kind is not known."""
     check_kind(path)

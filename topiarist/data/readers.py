@@ -90,11 +90,11 @@ class TextReader(ByteReader):
     separator = ""
 
     def values(self) -> Iterator[str]:
-        """The document, in several pieces if it is long."""
+        """The document, in several pieces if it is long. Raises CalibrationError for NUL bytes, which no text has."""
         with open_bytes(self.path) as stream, io.TextIOWrapper(cast(Any, stream), encoding="utf-8-sig") as text:
             rest = ""
             while found := text.read(LONG_TEXT):
-                rest += found
+                rest += self._checked(found)
                 if len(rest) >= LONG_TEXT:
                     end = good_cut(rest)
                     yield rest[:end]
@@ -115,7 +115,14 @@ class TextReader(ByteReader):
         # A character belongs to the block in which its first byte stands.
         begin, end = _first_byte(raw, 0), _first_byte(raw, min(BLOCK, len(raw)))
         text = raw[begin:end].decode("utf-8-sig" if row == 0 else "utf-8")
-        return text.replace("\r\n", "\n")
+        return self._checked(text).replace("\r\n", "\n")
+
+    def _checked(self, text: str) -> str:
+        if "\0" in text:
+            raise CalibrationError(
+                f"cannot read text from {self.path}: it holds NUL bytes, as UTF-16 and binary files do; convert it to UTF-8"
+            )
+        return text
 
 
 class LineReader(ByteReader):

@@ -12,7 +12,7 @@ from typing import Any
 from topiarist.core.errors import CalibrationError, CalibrationWarning
 from topiarist.data.compressed import DAMAGE
 from topiarist.data.folders import HUB, HubRows, folder_readers, hub_rows
-from topiarist.data.kinds import check_kind, reader_of
+from topiarist.data.kinds import check_kind, has_fields, reader_of
 from topiarist.data.readers import SEPARATOR, Reader
 
 CALIBRATION = ("train",)
@@ -35,7 +35,7 @@ def text_files(paths: str | Path | Iterable[str | Path], *, field: str = "text",
     """Name one or several text sources: files, datasets folders, or datasets of the hub as hub:NAME[:CONFIG].
 
     field: of rows, the one that holds the text or the chat messages. split: of datasets; see `TextFiles`.
-    Raises CalibrationError if one does not exist or is of no kind that can be read.
+    Raises CalibrationError if one does not exist or is of no kind that can be read, and for a field or a split that none has.
     """
     listed = [paths] if isinstance(paths, str | Path) else list(paths)
     if not listed:
@@ -47,7 +47,21 @@ def text_files(paths: str | Path | Iterable[str | Path], *, field: str = "text",
             raise CalibrationError(f"text file {path} does not exist")
         if not Path(path).is_dir():
             check_kind(Path(path))
-    return TextFiles(tuple(Path(path) for path in listed), field, split)
+    source = TextFiles(tuple(Path(path) for path in listed), field, split)
+    check_heeded(source)
+    return source
+
+
+def check_heeded(source: TextFiles) -> None:
+    """Raise CalibrationError for a field or a split that none of the sources has: it would be ignored without a word."""
+    first = source.paths[0]
+    datasets = [path for path in source.paths if str(path).startswith(HUB) or path.is_dir()]
+    if source.split is not None and not datasets:
+        raise CalibrationError(f"--split {source.split} is for datasets, and {first} is a file: leave it out")
+    if source.field != TextFiles.field and not datasets and not any(map(has_fields, source.paths)):
+        raise CalibrationError(
+            f"--text-field {source.field} is for rows with fields, and {first} has none: leave it out"
+        )
 
 
 def readers(source: TextFiles, usual: Sequence[str]) -> list[Reader | HubRows]:

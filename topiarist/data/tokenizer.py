@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False, tokenize
     try:
         found: Any = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
     except Exception as error:  # missing files, unknown classes, hub errors: all mean the same to the user
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or _place(error)
         if "trust_remote_code" in reason:
             cure = "its tokenizer is Python code that comes with it; read it, then pass --trust-remote-code"
             raise CheckpointError(f"no tokenizer from {where}: {cure}") from error
@@ -35,6 +36,12 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False, tokenize
     if not len(found):  # transformers makes an empty one of a folder without tokenizer files
         raise CheckpointError(f"no tokenizer in {where} (its vocabulary is empty); name a folder with --tokenizer")
     return found
+
+
+def _place(error: Exception) -> str:
+    """What an error without words says: its kind, and the function that raised it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {frame.name}() of {Path(frame.filename).name}, line {frame.lineno}"
 
 
 def start_tokens(tokenizer: Any, bos: Bos) -> list[int]:

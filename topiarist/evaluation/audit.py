@@ -42,7 +42,7 @@ def audit(folder: str | Path) -> tuple[dict[str, Any], list[MatrixAudit]]:
     checkpoint = readable(locate(folder), strict=False)
     claims = checkpoint.claims()
     audits = [_of_one(name, weight, claims.get(name)) for name, weight in StoredMatrices(checkpoint).matrices(claims)]
-    return checkpoint.config.get("pruning_config", {}), audits
+    return checkpoint.config.get("pruning_config") or {}, audits
 
 
 def _of_one(name: str, weight: Tensor | Unread, claim: str | None) -> MatrixAudit:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.core.errors import CheckpointError, DamagedWeights, DeviceError, UnsupportedModel
@@ -69,8 +69,16 @@ def check_object(model: nn.Module) -> None:
 def check_finite(module: nn.Module, path: str = "") -> None:
     """Raise DamagedWeights, naming the first parameter below `path` that holds NaN or Inf."""
     for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            raise _not_finite(f"{path}.{name}" if path else name)
+        check_finite_tensor(f"{path}.{name}" if path else name, parameter)
+
+
+def check_finite_tensor(name: str, *tensors: Tensor) -> None:
+    """Raise DamagedWeights if one of the tensors that `name` is stored as holds NaN or Inf."""
+    for tensor in tensors:
+        # torch has no isfinite of float8
+        wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+        if not bool(torch.isfinite(wide).all()):
+            raise _not_finite(name)
 
 
 def check_finite_files(checkpoint: Checkpoint, names: Iterable[str]) -> None:

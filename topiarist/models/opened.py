@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from topiarist.checkpoints.dequantised import readable
+from topiarist.checkpoints.finished import read_finished
 from topiarist.checkpoints.reading import Checkpoint, locate, weight_digest
 from topiarist.checkpoints.writing import REPORT, OutputFolder
 from topiarist.core.errors import CheckpointError
@@ -62,9 +62,9 @@ class ObjectModel(OpenedModel):
         """Look for the digest of now in the report of `out`."""
         digest = self.digest()
         if self._origin is None and (out / REPORT).is_file():
-            written = json.loads((out / REPORT).read_text(encoding="utf-8"))
+            written = read_finished(out)
             if written.get("result_digest") == digest:
-                return written["fingerprint"]["model"]
+                return str(written.get("fingerprint", {}).get("model"))
         return digest
 
     def result_digest(self) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from topiarist.checkpoints import finished
 from topiarist.checkpoints.atomic import TEMPORARY
-from topiarist.checkpoints.finished import check_files
 from topiarist.checkpoints.locking import LOCK
-from topiarist.checkpoints.reading import read_json
 from topiarist.checkpoints.writing import JOURNAL, REPORT, STATES
 from topiarist.core.errors import CheckpointError, TopiaristError
 
@@ -60,7 +59,7 @@ def check_finished(folder: Path) -> None:
         raise CheckpointError(f"{folder} is not finished: run its command again first")
     if not (folder / REPORT).is_file() or not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is no finished result of topiarist: it has no {REPORT} or no config.json")
-    check_files(folder, read_json(folder / REPORT).get("files", {}))
+    finished.check_finished(folder)
 
 
 def _line(error: Exception) -> str:

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from topiarist.checkpoints.reading import read_json
 from topiarist.checkpoints.writing import REPORT
+from topiarist.core.errors import CheckpointError, TopiaristError
 from topiarist.results.first_version import REPORT_VERSION, renewed
 
 R = TypeVar("R", bound="RunReport")
 RUN = "pruning_run.json"
 NOT_WRITTEN = ("run", "output", "result", "recipe")
 """Fields of a report that are not in its file: what differs from run to run, and what is no text."""
+
+
+@contextmanager
+def as_written(folder: Path) -> Iterator[None]:
+    """What is read from a result's JSON files inside is what a run wrote. Raises CheckpointError where it is not."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, ArithmeticError) as error:
+        if isinstance(error, TopiaristError):
+            raise
+        raise CheckpointError(
+            f"the report of {folder}, or what was measured, is damaged ({type(error).__name__}: {str(error)[:100]}): run the "
+            "same command again in a new folder"
+        ) from error
 
 
 @dataclass(kw_only=True)
@@ -69,7 +85,8 @@ class RunReport:
     def from_folder(cls: type[R], folder: str | Path) -> R:
         """Read the report of a finished output folder. Raises CheckpointError if there is none."""
         folder = Path(folder)
-        report = cls.from_dict(renewed(read_json(folder / REPORT)))
+        with as_written(folder):
+            report = cls.from_dict(renewed(read_json(folder / REPORT)))
         report.run = read_json(folder / RUN) if (folder / RUN).is_file() else {}
         report.output = str(folder)
         return report

@@ -12,7 +12,7 @@ from topiarist.checkpoints.reading import read_json
 from topiarist.checkpoints.writing import REPORT
 from topiarist.core.errors import CheckpointError
 from topiarist.results.first_version import renewed
-from topiarist.results.report import RUN
+from topiarist.results.report import RUN, as_written
 
 EVALUATION = "pruning_evaluation.json"
 BENCHMARK = "pruning_benchmark.json"
@@ -52,7 +52,8 @@ class Result:
         if not (folder / REPORT).is_file():
             raise CheckpointError(f"{folder} has no {REPORT}: not a finished result of topiarist")
         config = json_if_any(folder / "config.json").get("pruning_config") or {}
-        report = renewed({**read_json(folder / REPORT)})
+        with as_written(folder):
+            report, version = renewed(read_json(folder / REPORT)), str(config.get("version", "?"))
         for name, kind in _TYPES.items():
             if not isinstance(report.get(name), kind):
                 raise CheckpointError(
@@ -60,7 +61,7 @@ class Result:
                 )
         return cls(
             report,
-            str(config.get("version", "?")),
+            version,
             json_if_any(folder / EVALUATION),
             json_if_any(folder / BENCHMARK),
             json_if_any(folder / RUN),

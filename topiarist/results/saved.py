@@ -11,6 +11,7 @@ from topiarist.checkpoints.atomic import write_atomically
 from topiarist.checkpoints.writing import REPORT
 from topiarist.results.card import with_measurements
 from topiarist.results.pages.render import report_page
+from topiarist.results.report import as_written
 from topiarist.results.result import BENCHMARK, CARD, EVALUATION, PAGE, Result, json_if_any
 
 
@@ -21,10 +22,13 @@ def refresh(folder: str | Path, others: Sequence[Result] = ()) -> Path:
     Returns the page's path. Raises CheckpointError if the folder is no result.
     """
     folder, result = Path(folder), Result.from_folder(folder)
-    write_atomically(folder / PAGE, report_page(result, others))
     card = folder / CARD
-    if card.is_file():
-        write_atomically(card, with_measurements(card.read_text(encoding="utf-8"), result))
+    with as_written(folder):
+        page = report_page(result, others)
+        text = with_measurements(card.read_text(encoding="utf-8"), result) if card.is_file() else None
+    write_atomically(folder / PAGE, page)
+    if text is not None:
+        write_atomically(card, text)
     return folder / PAGE
 
 
@@ -40,9 +44,10 @@ def save_evaluation(folder: str | Path, found: Mapping[str, Sequence[Mapping[str
         "tasks": ("task", "metric", "digest", "num_items", "dtype"),
     }
     merged = {}
-    for kind, keys in identity.items():
-        entries = {tuple(entry[k] for k in keys): entry for entry in [*known.get(kind, []), *found.get(kind, [])]}
-        merged[kind] = list(entries.values())
+    with as_written(Path(folder)):
+        for kind, keys in identity.items():
+            entries = {tuple(entry[k] for k in keys): entry for entry in [*known.get(kind, []), *found.get(kind, [])]}
+            merged[kind] = list(entries.values())
     write_atomically(path, json.dumps(merged, indent=2) + "\n")
     if (path.parent / REPORT).is_file():
         refresh(folder)

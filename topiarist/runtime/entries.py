@@ -106,10 +106,21 @@ def restore(handle: Any, name: str, entry: Entry) -> Content:
         raise ValueError("its checksum does not match")
     if entry.bits:
         values, scales = stored[0], stored[-1]
+        rows, columns = entry.shape
+        if not (scales.ndim == 2 and scales.is_floating_point() and len(scales) == rows and scales.shape[1]):
+            raise ValueError(
+                f"its scales, {scales.dtype} of shape {tuple(scales.shape)}, do not fit shape {entry.shape}"
+            )
+        if columns % scales.shape[1]:
+            raise ValueError(f"{scales.shape[1]} groups do not divide {columns} columns")
         codes = unpack_integers(entry.form, tuple(entry.shape), values, stored[1], entry.bits)
         group = None if scales.shape[1] == 1 else codes.shape[1] // scales.shape[1]
         return QuantizedWeight(codes, scales, Grid(bits=8 if entry.bits == 8 else 4, group=group))
+    if str(stored[0].dtype) != f"torch.{entry.dtype}":
+        raise ValueError(f"its values are {stored[0].dtype}, not {entry.dtype}")
     if entry.form == "dense":
+        if list(stored[0].shape) != entry.shape:
+            raise ValueError(f"its shape is {list(stored[0].shape)}, not {entry.shape}")
         return stored[0]
     return unpack(PackedTensor(entry.form, tuple(entry.shape), values=stored[0], index=stored[1]))
 

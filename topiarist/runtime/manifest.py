@@ -62,31 +62,50 @@ def _is_listing(shards: Any) -> bool:
 
 @contextmanager
 def new_folder(out: Path | str) -> Iterator[Path]:
-    """A folder that becomes `out` if the block succeeds, and leaves nothing behind if it does not.
+    """A folder that becomes `out` if the block succeeds, and leaves nothing behind if it does not. Raises as `new_place`."""
+    with new_place(out) as partial:
+        partial.mkdir(parents=True)
+        yield partial
 
-    What earlier processes left beside it when they were killed on this machine is removed.
-    Raises CheckpointError if `out` exists or cannot be written.
+
+@contextmanager
+def new_place(out: Path | str, *, cure: str = "") -> Iterator[Path]:
+    """Where to make the file or the folder that becomes `out` if the block succeeds; nothing stays if it does not.
+
+    Every process has a place of its own; what earlier ones left when they were killed on this machine is removed.
+    cure: what a user can do about a full disk. Raises CheckpointError if `out` exists or cannot be written.
     """
     out = Path(out)
-    if out.exists() or out.is_symlink():
-        raise CheckpointError(f"{out} exists; choose a folder that does not")
     stem = f".{out.name}.partial-{platform.node()}-"
+    _check_free(out)
     for left in out.parent.iterdir() if out.parent.is_dir() else ():
         process = left.name.removeprefix(stem)
         if left.name.startswith(stem) and process.isdigit() and not _runs(int(process)):
-            shutil.rmtree(left, ignore_errors=True)
+            _remove(left)
     partial = out.with_name(f"{stem}{os.getpid()}")
-    with disk_errors(f"cannot write {out}"):
+    with disk_errors(f"cannot write {out}", cure=cure):
         try:
-            partial.mkdir(parents=True)
             yield partial
             for path in (*partial.rglob("*"), partial):
                 fsync(path)
+            _check_free(out)  # again: another process may have made it meanwhile
             partial.rename(out)
             fsync(out.parent)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
             raise
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise CheckpointError(f"{out} exists; choose a name that does not")
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        place.unlink(missing_ok=True)
 
 
 def _runs(process: int) -> bool:

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from topiarist.checkpoints.dequantised import QUANTIZATION, DequantisedCheckpoint
 from topiarist.checkpoints.reading import Checkpoint, opened
-from topiarist.checkpoints.side_files import copy_side_files, inside
+from topiarist.checkpoints.side_files import check_inside, copy_side_files
 from topiarist.checkpoints.writing import MASKS
 from topiarist.core.errors import CheckpointError, UnsupportedModel
+from topiarist.models.checks import check_finite_tensor, check_floating
 from topiarist.quantization.grid import Grid, QuantizedWeight, round_to_nearest
 from topiarist.runtime.entries import Content, read_entry, restore, store
 from topiarist.runtime.manifest import KEY, MANIFEST, VERSIONS, new_folder, read_manifest
@@ -71,7 +72,8 @@ def pack_folder(
     values: rounds the linears of a floating-point folder to the nearest such integers, with a scale for every `group` columns
     (fewer, or a row, where these do not divide it); 4 bits are better calibrated, by `topiarist quantize`, than rounded.
     head: rounds the head and the embeddings to int8 with a scale a row.
-    Raises CheckpointError if `src` is no readable checkpoint or is packed already, or if `out` exists.
+    Raises CheckpointError if `src` is no readable checkpoint or is packed already, or if `out` exists, DamagedWeights for NaN
+    or Inf.
     """
     src = Path(src)
     if (src / MANIFEST).exists():
@@ -79,6 +81,7 @@ def pack_folder(
     checkpoint = Checkpoint(src)
     if QUANTIZATION in checkpoint.config:
         checkpoint = DequantisedCheckpoint(src)
+    check_floating(checkpoint, [name for name in checkpoint.files if name.endswith(".weight")])
     known = roles(checkpoint.config) if values or head else Roles()
     sizes: list[tuple[str, int, int]] = []
     with new_folder(out) as partial:
@@ -112,8 +115,10 @@ def _content(
 ) -> Content:
     """A tensor as it is to be stored: as integers where it has or shall have them."""
     if isinstance(checkpoint, DequantisedCheckpoint) and (integers := checkpoint.quantized(name)) is not None:
+        check_finite_tensor(name, integers.scale)
         return integers
     tensor = checkpoint.read(name)
+    check_finite_tensor(name, tensor)
     if head and name in known.heads:
         return round_to_nearest(tensor, Grid(bits=8, group=None), search=False)
     if values and name in known.linears:
@@ -194,7 +199,8 @@ def copy_other_files(src: Path, out: Path) -> None:
     (out / MANIFEST).unlink(missing_ok=True)
     for path in sorted(src.iterdir()):
         own = path.name in ("config.json", "README.md", MASKS) or path.name.startswith("pruning_")
-        if own and path.is_file() and inside(path.resolve(), src):
+        if own and path.is_file():
+            check_inside(path, src)
             shutil.copyfile(path, out / path.name)
 
 

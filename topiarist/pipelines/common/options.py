@@ -13,7 +13,7 @@ from torch import Tensor
 
 from topiarist.core.options import About, OptionError, options
 from topiarist.core.patterns import Pattern, parse_pattern
-from topiarist.data import Bos, TextFiles, text_files
+from topiarist.data import Bos, TextFiles, check_heeded, text_files
 
 Progress = Callable[[str, int, int], None]
 """(what is going on, steps done, steps in all)"""
@@ -98,6 +98,7 @@ class DataOptions(RunOptions):
             object.__setattr__(self, "text_field", field)
             object.__setattr__(self, "split", split)
             object.__setattr__(self, "data", replace(self.data, field=field or TextFiles.field, split=split))
+            check_heeded(self.data)
 
 
 @options

@@ -16,16 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topiarist.checkpoints.atomic import replacing
 from topiarist.checkpoints.dequantised import DequantisedCheckpoint, readable
 from topiarist.checkpoints.reading import Checkpoint, locate
 from topiarist.core.errors import CheckpointError, TopiaristError
 from topiarist.core.grammar import OptionError
+from topiarist.models.checks import check_finite_tensor
 from topiarist.models.opened import open_model
 from topiarist.pipelines.exporting import architecture as arch
 from topiarist.pipelines.exporting import vocabulary
 from topiarist.quantization.gguf_blocks import BLOCK, block_scales, q4_0, q8_0
 from topiarist.quantization.grid import QuantizedWeight
+from topiarist.runtime.manifest import new_place
 
 Type = Literal["bf16", "q8_0", "q4_0"]
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+\.weight)")
@@ -73,7 +74,8 @@ def export_gguf(
 
     type: of the matrices; default what the folder holds: q8_0 of 8-bit weights, q4_0 of 4-bit ones, else bf16.
     Embeddings and head of a q4_0 file are q8_0. progress: (what is going on, tensors done, tensors in all).
-    The file appears when it is whole. Raises OptionError, UnsupportedModel or CheckpointError before any of it is written.
+    The file appears when it is whole. Raises OptionError, UnsupportedModel or CheckpointError before any of it is written, and
+    DamagedWeights for NaN or Inf.
     """
     gguf = _package()
     from transformers import AutoConfig
@@ -91,7 +93,7 @@ def export_gguf(
     kind: Any = type or _type_of(checkpoint)
     rows = list(_rows(checkpoint, config, architecture, kind))
     _check_room(target, sum(row.nbytes for row in rows))
-    with replacing(target, cure="; make room and run the same command again") as temporary:
+    with new_place(target, cure="; make room and run the same command again") as temporary:
         writer = gguf.GGUFWriter(temporary, architecture.name)
         try:
             writer.add_name(path.resolve().name)
@@ -216,6 +218,7 @@ class _Part:
 
     def read(self) -> Tensor:
         tensor = self.checkpoint.read(self.name)
+        check_finite_tensor(self.name, tensor)
         return arch.paired_rows(tensor, self.heads) if self.heads else tensor
 
     def encoder(self, raw: Any) -> _Encoder:
@@ -223,6 +226,7 @@ class _Part:
         weight = self.checkpoint.quantized(self.name) if isinstance(self.checkpoint, DequantisedCheckpoint) else None
         if weight is None:
             return _Encoder(lambda: _encoded(self.read(), raw), None)
+        check_finite_tensor(self.name, weight.scale)
         if self.heads:
             q, scale = (arch.paired_rows(tensor, self.heads) for tensor in (weight.q, weight.scale))
             weight = QuantizedWeight(q, scale, weight.grid)

@@ -22,15 +22,18 @@ from typing import Any
 
 import yaml
 
-from topiarist.checkpoints.atomic import disk_errors, write_atomically
-from topiarist.checkpoints.reading import Checkpoint, locate, read_json
-from topiarist.checkpoints.writing import REPORT, OutputFolder, check_place
+from topiarist.checkpoints.atomic import write_atomically
+from topiarist.checkpoints.finished import check_finished
+from topiarist.checkpoints.locking import FolderLock
+from topiarist.checkpoints.reading import Checkpoint, locate
+from topiarist.checkpoints.writing import REPORT, check_place
 from topiarist.checkpoints.writing import STAGES as STAGES_FOLDER
 from topiarist.core.errors import DamagedWeights, TopiaristError
 from topiarist.core.grammar import OptionError
-from topiarist.core.options import ALIASES, changed
+from topiarist.core.options import ALIASES, changed, shown
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.reproduce import RECIPE, RECIPE_VERSION, as_yaml
+from topiarist.pipelines.recipes.reading import parse, read_text
 from topiarist.pipelines.recipes.stages import STAGES, Stage, state_of
 from topiarist.runtime.manifest import MANIFEST, read_manifest
 
@@ -125,20 +128,12 @@ def read_recipe(
     """
     path, known = Path(source), shipped()
     if path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TopiaristError(f"cannot read recipe {source}: {error}") from error
+        text = read_text(path)
     elif str(source) in known:
         text = known[str(source)]
     else:
         raise TopiaristError(f"recipe {source} is neither a file nor one of {', '.join(known)}")
-    try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        plain = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise OptionError(f"{source} is no YAML: {reason[:200]}") from error
+    plain, tree = parse(text, str(source))
     given = {"model": model, "out": None if out is None else str(out), "data": [str(path) for path in data or ()]}
     return _parsed(str(source), plain, tree, {key: value for key, value in given.items() if value})
 
@@ -157,6 +152,10 @@ def _parsed(source: str, plain: Any, tree: Any, given: Mapping[str, Any]) -> Rec
         raise OptionError(
             f"{source} line {line}: recipe version {plain.get('topiarist')!r}; this topiarist reads version {RECIPE_VERSION}"
         )
+    for key in ("model", "out"):
+        if not isinstance(plain.get(key), str | int | float | None):
+            raise OptionError(f"{source} line {lines[key]}: {key} is one text, not several")
+    _paths(f"{source} line {lines.get('data', 1)}", plain.get("data"))
     stages = plain.get("stages")
     if not isinstance(stages, list) or not stages:
         raise OptionError(f"{source} line {lines.get('stages', 1)}: stages must be a list of at least one stage")
@@ -177,21 +176,29 @@ def _step(source: str, entry: Any, node: Any, whole: Mapping[str, Any]) -> Step:
     (name, settings), *_ = entry.items()
     if name not in STAGES:
         raise OptionError(f"{source} line {line}: unknown stage {name!r}; stages are {', '.join(STAGES)}")
-    if settings is not None and not isinstance(settings, dict):
-        raise OptionError(f"{source} line {line}: the settings of {name} are {settings!r}; write field: value")
+    if not isinstance(settings, dict | None) or not all(isinstance(field, str) for field in settings or ()):
+        raise OptionError(f"{source} line {line}: the settings of {name} are {shown(settings)}; write field: value")
     stage, settings = STAGES[name], dict(settings or {})
     places = {} if isinstance(node.value, str) else _lines(node.value[0][1])
     more = {key: settings.pop(key) for key in stage.more if key in settings}
     if "data" in (field.name for field in fields(stage.options)):
         said = next((settings.pop(word) for word in ("data", *_words("data")) if word in settings), whole.get("data"))
         if said is not None:
-            settings["data"] = [Path(path) for path in (said if isinstance(said, list | tuple) else [said])]
+            settings["data"] = _paths(f"{source} line {places.get('data', line)}", said)
     try:
         return Step(name, stage.options(**settings), more, line)
     except TopiaristError as error:
         named = (place for field, place in places.items() if f" {field} " in f" {error} " or f"{field!r}" in str(error))
         at = next(named, line)
         raise OptionError(f"{source} line {at}: {error}") from error
+
+
+def _paths(where: str, said: Any) -> list[Path]:
+    """Files that a recipe names. where: for the message. Raises OptionError for what is no text or list of texts."""
+    listed = said if isinstance(said, list | tuple) else [] if said is None else [said]
+    if not all(isinstance(path, str) for path in listed):
+        raise OptionError(f"{where}: data is {shown(said)}; name a file, or a list of files")
+    return [Path(path) for path in listed]
 
 
 def _words(field: str) -> list[str]:
@@ -233,7 +240,8 @@ def run_recipe(recipe: Recipe, *, keep_stages: bool = False, progress: Progress 
     recipe.check(state_of(Checkpoint(locate(model)).config))
     said = {**recipe.plain, "out": str(out)}
     if (out / RECIPE).is_file() and (out / REPORT).is_file() and not (out / STAGES_FOLDER).exists():
-        if yaml.safe_load((out / RECIPE).read_text(encoding="utf-8")) != json.loads(json.dumps(said, default=str)):
+        written, _ = parse(read_text(out / RECIPE), str(out / RECIPE))
+        if written != json.loads(json.dumps(said, default=str)):
             raise TopiaristError(f"{out} holds another run: its {RECIPE} differs. Choose another output, or delete it")
         _check_finished(out)
     else:
@@ -250,24 +258,26 @@ def _check_finished(out: Path) -> None:
     if (out / MANIFEST).is_file():
         read_manifest(out)
     else:
-        OutputFolder(out, {k: v for k, v in read_json(out / REPORT)["fingerprint"].items() if k != "format"})
+        check_finished(out)
 
 
 @contextmanager
 def _stages_folder(out: Path) -> Iterator[Path]:
-    """OUT's folder for what stages but the last write; both go again after an error, unless something is kept in them."""
+    """OUT's folder for what stages but the last write, locked; both go again after an error, unless something is in them."""
     places, made = out / STAGES_FOLDER, not out.exists()
-    with disk_errors(f"cannot create {places}"):
-        places.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(places)
+    lock.acquire()
     try:
         yield places
     except BaseException as error:
         if made and isinstance(error, DamagedWeights):
             shutil.rmtree(out, ignore_errors=True)
-        with suppress(OSError):
+        raise
+    finally:
+        lock.release()
+        with suppress(OSError):  # of a folder that is not empty
             places.rmdir()
             out.rmdir()
-        raise
 
 
 def _run_stages(
