@@ -232,7 +232,7 @@ def table() -> str:
     rows |= {"a full disk": list(filter(writes, NAMES)), "an interrupt": list(filter(interrupted, NAMES))}
     lines = ["| | " + " | ".join(NAMES) + " |", "|---" + "|:-:" * len(NAMES) + "|"]
     lines += [
-        f"| {name} | " + " | ".join("●" if tested(d) else "" for d in NAMES) + " |" for name, tested in rows.items()
+        f"| {name} | " + " | ".join("●" if d in doors else "" for d in NAMES) + " |" for name, doors in rows.items()
     ]
     return "\n".join(lines)
 
