@@ -14,7 +14,8 @@ from topiarist.core.errors import CalibrationError, CheckpointError, Quantizatio
 from topiarist.core.grammar import OptionError
 from topiarist.core.linalg import reconstruction_error
 from topiarist.evaluation.verify import verify
-from topiarist.pipelines.recipes.recipe import read_recipe, run_recipe
+from topiarist.pipelines.recipes.recipe import read_recipe
+from topiarist.pipelines.recipes.running import run_recipe
 from topiarist.quantization import GPTQ, Grid
 from topiarist.solvers.quantized import Quantized
 

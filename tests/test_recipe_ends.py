@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 import topiarist as tp
 from topiarist.pipelines.recipes import stages
-from topiarist.pipelines.recipes.recipe import read_recipe, run_recipe
+from topiarist.pipelines.recipes.recipe import read_recipe
+from topiarist.pipelines.recipes.running import run_recipe
 
 STAGES = """topiarist: 1
 model: model

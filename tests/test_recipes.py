@@ -10,7 +10,8 @@ import tiny
 from safetensors.torch import load_file
 
 import topiarist as tp
-from topiarist.pipelines.recipes.recipe import read_recipe, run_recipe, shipped
+from topiarist.pipelines.recipes.recipe import read_recipe, shipped
+from topiarist.pipelines.recipes.running import run_recipe
 
 STAGES = """topiarist: 1
 model: model
@@ -161,6 +162,26 @@ def test_a_stage_that_does_not_fit_the_model_is_refused(folder: Path, command):
     code, _, error = command("run", "recipe.yaml", "--model", "sparse")
     assert code == 2 and "line 6: prune takes a model that is dense or shrunk, and it is sparse there" in error
     assert not (folder / "out").exists()
+
+
+def test_a_plan_says_what_every_stage_will_need_and_writes_nothing(folder: Path, command):
+    (folder / "recipe.yaml").write_text(STAGES + "- eval: {text: [text.txt]}\n")
+    before = sorted(folder.rglob("*"))
+    code, printed, error = command("run", "recipe.yaml", "--plan")
+    assert code == 0 and sorted(folder.rglob("*")) == before, error
+    prune, recover, end = (
+        printed.partition("2 recover, at most")[0],
+        *printed.partition("2 recover, at most")[2].split("3 eval"),
+    )
+    assert prune.startswith("1 prune\n") and "solver, about" in prune and "2 x 7" in prune
+    assert "tokens a step x steps              64 x 8" in recover and "peak memory" in recover and "disk" in recover
+    assert end.split() == ["no", "estimate", "what", "it", "needs", "is", "known", "only", "as", "it", "runs"]
+    alone = command("prune", "model", "alone", "--method", "wanda", "--samples", "4", "--window", "32", "--data", "text.txt",
+                    "--plan")[1]  # fmt: skip
+    assert [line[:35] for line in prune.splitlines()[1:]] == [line[:35] for line in alone.splitlines()]
+    (folder / "recipe.yaml").write_text(STAGES.replace("out: out", "out: model"))
+    code, _, error = command("run", "recipe.yaml", "--plan")
+    assert code == 2 and "is not a topiarist run" in error
 
 
 def test_shipped_recipes_are_listed_and_can_be_read(command):

@@ -123,9 +123,9 @@ def say(text: str) -> None:
     out.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
-def print_plan(plan: Any) -> None:
+def print_plan(lines: Sequence[tuple[str, str]]) -> None:
     """What a run will need, a line each."""
-    for name, value in plan.lines():
+    for name, value in lines:
         say(f"{name:<34} {value}")
 
 

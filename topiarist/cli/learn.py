@@ -29,7 +29,7 @@ def learn(
     from topiarist.pipelines.learning.plan import plan_learn
 
     if plan:
-        print_plan(plan_learn(model, options))
+        print_plan(plan_learn(model, options).lines())
         return
     first = os.environ.get("RANK", "0") == "0"  # under torchrun one process talks
     with progress_bar() if first else nullcontext() as progress:

@@ -26,7 +26,7 @@ def prune(
     from topiarist.pipelines.pruning.plan import plan_prune
 
     if plan:
-        print_plan(plan_prune(model, options))
+        print_plan(plan_prune(model, options).lines())
         return
     with progress_bar() as progress:
         report = run_prune(model, output, options=options, progress=progress)

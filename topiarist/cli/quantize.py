@@ -27,7 +27,7 @@ def quantize(
     if plan:
         from topiarist.pipelines.quantizing.plan import plan_quantize
 
-        print_plan(plan_quantize(model, options))
+        print_plan(plan_quantize(model, options).lines())
         return
     with progress_bar() as progress:
         report = tp.quantize(model, output, options=options, progress=progress)

@@ -30,7 +30,7 @@ def recover(
     from topiarist.pipelines.recovering.plan import plan_recover
 
     if plan:
-        print_plan(plan_recover(model, teacher=teacher, options=options))
+        print_plan(plan_recover(model, teacher=teacher, options=options).lines())
         return
     main = os.environ.get("RANK", "0") == "0"  # under torchrun one process talks
     with progress_bar() if main else nullcontext() as progress:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from topiarist.cli.common import PushTo, out, print_run, progress_bar, say
+from topiarist.cli.common import Plan, PushTo, out, print_plan, print_run, progress_bar, say
 
 
 def run(
@@ -21,12 +21,20 @@ def run(
     keep_stages: Annotated[
         bool, typer.Option("--keep-stages", help="keep what the stages before the last gave")
     ] = False,
+    plan: Plan = False,
     push_to_hub: PushTo = None,
 ) -> None:
     """Run the stages of a recipe one after the other. The same command resumes a run that was stopped."""
-    from topiarist.pipelines.recipes.recipe import read_recipe, run_recipe
+    from topiarist.pipelines.recipes.plan import plan_recipe
+    from topiarist.pipelines.recipes.recipe import read_recipe
+    from topiarist.pipelines.recipes.running import run_recipe
 
     found = read_recipe(recipe, model=model, out=output, data=data)
+    if plan:
+        for title, lines in plan_recipe(found):
+            say(title)
+            print_plan(lines)
+        return
     with progress_bar() as progress:
         report = run_recipe(found, keep_stages=keep_stages, progress=progress)
     say(f"{' -> '.join(step.name for step in found.steps)}: done")

@@ -11,31 +11,22 @@ stages:
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from topiarist.checkpoints.atomic import write_atomically
-from topiarist.checkpoints.finished import check_finished
-from topiarist.checkpoints.locking import FolderLock
 from topiarist.checkpoints.reading import Checkpoint, locate
-from topiarist.checkpoints.writing import REPORT, check_place
-from topiarist.checkpoints.writing import STAGES as STAGES_FOLDER
-from topiarist.core.errors import DamagedWeights, TopiaristError
+from topiarist.checkpoints.writing import check_place
+from topiarist.core.errors import TopiaristError
 from topiarist.core.grammar import OptionError
 from topiarist.core.options import ALIASES, changed, shown
-from topiarist.pipelines.common.options import Progress
-from topiarist.pipelines.common.reproduce import RECIPE, RECIPE_VERSION, as_yaml
+from topiarist.pipelines.common.reproduce import RECIPE_VERSION
 from topiarist.pipelines.recipes.reading import parse, read_text
 from topiarist.pipelines.recipes.stages import STAGES, Stage, state_of
-from topiarist.runtime.manifest import MANIFEST, read_manifest
 
 KEYS = ("topiarist", "model", "out", "data", "stages")
 
@@ -84,6 +75,14 @@ class Recipe:
     def final(self) -> int:
         """Number of the last stage that makes another model: its result is OUT."""
         return max(number for number, step in enumerate(self.steps) if step.changes)
+
+    def check_whole(self) -> None:
+        """Raise what can be known before any work: no model or OUT named, a wrong place, a stage that does not fit."""
+        if not self.model or not self.out:
+            missing = "model" if not self.model else "out"
+            raise OptionError(f"{self.source} names no {missing}: write it there, or give --{missing}")
+        check_place(Path(self.out))
+        self.check(state_of(Checkpoint(locate(self.model)).config))
 
     def check(self, state: str) -> None:
         """Raise OptionError, with its line, for a stage that does not fit what the model is when it begins."""
@@ -223,96 +222,3 @@ def settings_from(source: str | Path, name: str) -> dict[str, Any]:
             f"{name}; `topiarist run` runs any"
         )
     return changed(steps[0].options)
-
-
-def run_recipe(recipe: Recipe, *, keep_stages: bool = False, progress: Progress | None = None) -> Any:
-    """Run the stages one after the other, and return the report of the last that changes the model.
-
-    Every stage but the last writes to a folder inside OUT that goes when the next stage is finished; `keep_stages` keeps them.
-    The same recipe on the same OUT goes on where a killed run was. Raises a TopiaristError for everything a user can mend,
-    before any work where that can be known before.
-    """
-    if not recipe.model or not recipe.out:
-        missing = "model" if not recipe.model else "out"
-        raise OptionError(f"{recipe.source} names no {missing}: write it there, or give --{missing}")
-    out, model = Path(recipe.out), recipe.model
-    check_place(out)
-    recipe.check(state_of(Checkpoint(locate(model)).config))
-    said = {**recipe.plain, "out": str(out)}
-    if (out / RECIPE).is_file() and (out / REPORT).is_file() and not (out / STAGES_FOLDER).exists():
-        written, _ = parse(read_text(out / RECIPE), str(out / RECIPE))
-        if written != json.loads(json.dumps(said, default=str)):
-            raise TopiaristError(f"{out} holds another run: its {RECIPE} differs. Choose another output, or delete it")
-        _check_finished(out)
-    else:
-        with _stages_folder(out) as places:
-            _run_stages(recipe, out, places, said, keep_stages, progress or (lambda *_: None))
-            write_atomically(out / RECIPE, as_yaml(said))
-            if not keep_stages:
-                shutil.rmtree(places, ignore_errors=True)
-    return recipe.steps[recipe.final].stage.report.from_folder(out)
-
-
-def _check_finished(out: Path) -> None:
-    """Raise CheckpointError if a file of a finished OUT is damaged."""
-    if (out / MANIFEST).is_file():
-        read_manifest(out)
-    else:
-        check_finished(out)
-
-
-@contextmanager
-def _stages_folder(out: Path) -> Iterator[Path]:
-    """OUT's folder for what stages but the last write, locked; both go again after an error, unless something is in them."""
-    places, made = out / STAGES_FOLDER, not out.exists()
-    lock = FolderLock(places)
-    lock.acquire()
-    try:
-        yield places
-    except BaseException as error:
-        if made and isinstance(error, DamagedWeights):
-            shutil.rmtree(out, ignore_errors=True)
-        raise
-    finally:
-        lock.release()
-        with suppress(OSError):  # of a folder that is not empty
-            places.rmdir()
-            out.rmdir()
-
-
-def _run_stages(
-    recipe: Recipe, out: Path, places: Path, said: Mapping[str, Any], keep_stages: bool, progress: Progress
-) -> None:
-    """Run the stages that are not finished yet. said: the recipe, as OUT will have it."""
-    model, allocation = recipe.model, None
-    # Once OUT is made only the stages that end the recipe are left: its weights may be packed already.
-    made, text = places / "made.yaml", as_yaml({**said, "stages": said["stages"][: recipe.final + 1]})
-    finished = made.is_file() and made.read_text(encoding="utf-8") == text
-    for number, step in enumerate(recipe.steps):
-        place = places / f"{number + 1:02d}-{step.name}{'' if step.changes or step.name == 'pack' else '.json'}"
-        if step.stage.ends:
-            step.stage.run(out, place, step.options, step.more, progress)
-            continue
-        place = out if number == recipe.final else place
-        options = step.options
-        if step.name == "prune" and allocation is not None and options.allocation is None:
-            options = replace(options, allocation=allocation)
-        if model != recipe.model:
-            options = replace(options, stands_for=recipe.model)
-        if not (finished or (step.stage.to_file and place.is_file())):
-            step.stage.run(model, place, options, step.more, progress)
-        if step.stage.to_file:
-            allocation = place
-            continue
-        if not (keep_stages or finished):
-            _forget(places, place)
-        model = str(place)
-        if number == recipe.final:
-            write_atomically(made, text)
-
-
-def _forget(places: Path, but: Path) -> None:
-    """Remove the results of earlier stages; the one whose result is finished needs them no more."""
-    for path in places.iterdir():
-        if path != but and path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)

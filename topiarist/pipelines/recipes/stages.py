@@ -13,14 +13,18 @@ from topiarist.pipelines.allocating.options import AllocateOptions
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.learning.learn import learn
 from topiarist.pipelines.learning.options import LearnOptions
+from topiarist.pipelines.learning.plan import plan_learn
 from topiarist.pipelines.learning.report import LearnReport
 from topiarist.pipelines.pruning.oneshot import prune
 from topiarist.pipelines.pruning.options import PruneOptions
+from topiarist.pipelines.pruning.plan import plan_prune
 from topiarist.pipelines.quantizing.options import QuantizeOptions
+from topiarist.pipelines.quantizing.plan import plan_quantize
 from topiarist.pipelines.quantizing.quantize import quantize
 from topiarist.pipelines.quantizing.report import QuantizeReport
 from topiarist.pipelines.recipes.ends import EvalOptions, PackOptions, run_eval, run_pack
 from topiarist.pipelines.recovering.options import RecoverOptions
+from topiarist.pipelines.recovering.plan import plan_recover
 from topiarist.pipelines.recovering.recover import recover
 from topiarist.pipelines.recovering.report import RecoverReport
 from topiarist.pipelines.shrinking.options import ShrinkOptions
@@ -36,6 +40,8 @@ ANY = (DENSE, SPARSE, SMALL, UNEVEN, QUANTISED)
 
 Run = Callable[[Path | str, Path, Any, Mapping[str, Any], Progress], Any]
 """(model, out, options, more settings, progress) -> report"""
+Plan = Callable[[str, Any, Mapping[str, Any]], list[tuple[str, str]]]
+"""(model, options, more settings) -> what it will need, as (what, how much)"""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ class Stage:
     """What the model is after it, from what it was and the options."""
     report: Any
     """The class of its report; None for one that ends a recipe."""
+    plan: Plan | None = None
+    """What its command's own --plan says; None where the command has none."""
     more: tuple[str, ...] = ()
     """Settings that are no fields of the options."""
     to_file: bool = False
@@ -77,10 +85,12 @@ STAGES: dict[str, Stage] = {
     "prune": Stage(
         PruneOptions, lambda model, out, options, _, tell: prune(model, out, options=options, progress=tell),
         (DENSE, SMALL), _pruned, Report,
+        plan=lambda model, options, _: plan_prune(model, options).lines(),
     ),
     "learn": Stage(
         LearnOptions, lambda model, out, options, _, tell: learn(model, out, options=options, progress=tell),
         (DENSE, SMALL), lambda *_: SPARSE, LearnReport,
+        plan=lambda model, options, _: plan_learn(model, options).lines(),
     ),
     "shrink": Stage(
         ShrinkOptions, lambda model, out, options, _, tell: shrink(model, out, options=options, progress=tell),
@@ -88,11 +98,13 @@ STAGES: dict[str, Stage] = {
     ),
     "recover": Stage(
         RecoverOptions, lambda model, out, options, more, tell: recover(model, out, options=options, progress=tell, **more),
-        (SPARSE, SMALL, UNEVEN), lambda was, _: was, RecoverReport, ("teacher",),
+        (SPARSE, SMALL, UNEVEN), lambda was, _: was, RecoverReport,
+        plan=lambda model, options, more: plan_recover(model, options=options, **more).lines(), more=("teacher",),
     ),
     "quantize": Stage(
         QuantizeOptions, lambda model, out, options, _, tell: quantize(model, out, options=options, progress=tell),
         (DENSE, SPARSE, SMALL, UNEVEN), lambda *_: QUANTISED, QuantizeReport,
+        plan=lambda model, options, _: plan_quantize(model, options).lines(),
     ),
     "eval": Stage(EvalOptions, run_eval, ANY, lambda was, _: was, None, ends=True),
     "pack": Stage(PackOptions, run_pack, ANY, lambda *_: PACKED, None, ends=True),
