@@ -13,7 +13,8 @@ from topiarist.models.derive import family_of
 from topiarist.models.families import FAMILIES
 from topiarist.models.opened import at_rest
 from topiarist.structured import choose, gates, kept_cost, layer_counts, total_cost, units_of
-from topiarist.structured.units import UnitGroup, default_kinds
+from topiarist.structured.finding import default_kinds
+from topiarist.structured.units import UnitGroup
 
 MIXTURES = ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"]
 

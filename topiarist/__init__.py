@@ -22,8 +22,8 @@ from topiarist.evaluation.verify import verify
 from topiarist.masklearn import PRESETS, Preset
 from topiarist.pipelines.allocating.allocation import FoundAllocation, find_allocation
 from topiarist.pipelines.learning.learn import learn
-from topiarist.pipelines.learning.recover import Recover
 from topiarist.pipelines.learning.report import LearnReport
+from topiarist.pipelines.learning.train_kept import Recover
 from topiarist.pipelines.pruning.correct import Correct
 from topiarist.pipelines.pruning.oneshot import prune, prune_module
 from topiarist.pipelines.pruning.refine import Refine

@@ -19,7 +19,7 @@ from topiarist.cli import (
     push,
     quantize,
     recover,
-    report,
+    results,
     runtime,
     shrink,
 )
@@ -39,7 +39,7 @@ RESUMING = frozenset({"prune", "learn", "shrink", "recover", "quantize", "run"})
 """Commands whose OUT keeps what is finished; `allocate` keeps it in the folder of --work."""
 
 
-GROUPS = (prune, learn, apply, shrink, recover, quantize, export, recipes, allocate, report, runtime, generate, push)
+GROUPS = (prune, learn, apply, shrink, recover, quantize, export, recipes, allocate, results, runtime, generate, push)
 OPTIONS = [kind for group in GROUPS for kind in getattr(group, "OPTIONS", ())]
 for group in GROUPS:
     for name, command in group.COMMANDS.items():

@@ -8,13 +8,14 @@ small = shrunk(model, groups, kept, plan_layout(model, groups, kept, "uniform"))
 
 from topiarist.structured.audit import ShrunkAudit, audit_shrunk
 from topiarist.structured.choose import choose, kept_cost, layer_counts, total_cost, verify_budget
+from topiarist.structured.cut import mask_in_place
+from topiarist.structured.finding import default_kinds, units_of
 from topiarist.structured.gates import gates
 from topiarist.structured.layout import LAYOUTS, Plan, check_layout, holds, plan_layout, shrunk
 from topiarist.structured.methods import Method, Scores, Task
-from topiarist.structured.shrink import mask_in_place
 from topiarist.structured.spec import PruneSpec, predicted_parameters
 from topiarist.structured.table import METHODS
-from topiarist.structured.units import KINDS, Kept, Part, UnitGroup, default_kinds, units_of
+from topiarist.structured.units import KINDS, Kept, Part, UnitGroup
 
 __all__ = [
     "KINDS",

@@ -20,8 +20,8 @@ from topiarist.models.derive import family_of
 from topiarist.models.families import Family
 from topiarist.models.mixtures import Mixture, count_fields, mixture_of, width_field
 from topiarist.structured.block_configs import block_configs
+from topiarist.structured.cut import cut_state
 from topiarist.structured.edits import state_numbers, with_blocks
-from topiarist.structured.shrink import cut_state
 from topiarist.structured.units import DEPTH_KINDS, HEAD_KINDS, Kept, UnitGroup, is_transposed
 
 

@@ -21,7 +21,8 @@ from topiarist.models.families import Family, matrices_of
 from topiarist.structured import proof
 from topiarist.structured.attempts import Attempt, channels, head_counts, heads, kv_groups
 from topiarist.structured.edits import with_numbers
-from topiarist.structured.units import HEAD_KINDS, Part, UnitGroup, parameters_of, seen_units
+from topiarist.structured.row_units import seen_units
+from topiarist.structured.units import HEAD_KINDS, Part, UnitGroup, parameters_of
 
 KV_GROUPS, HEADS = HEAD_KINDS
 

@@ -23,7 +23,7 @@ from topiarist.models.building import rebuilt
 from topiarist.models.derive import family_of
 from topiarist.models.families import Family
 from topiarist.structured.configs import absent_modules, hetero_config, stock_config
-from topiarist.structured.shrink import cut_state
+from topiarist.structured.cut import cut_state
 from topiarist.structured.units import DEPTH_KINDS, HIDDEN, Kept, UnitGroup
 from topiarist.structured.width import accepts, rescale, width_config
 

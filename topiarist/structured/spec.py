@@ -14,8 +14,9 @@ import torch
 from topiarist.core import former
 from topiarist.core.errors import CheckpointError
 from topiarist.structured.choose import kept_cost, total_cost
-from topiarist.structured.shrink import mask_in_place
-from topiarist.structured.units import Kept, UnitGroup, cut_order, units_of
+from topiarist.structured.cut import mask_in_place
+from topiarist.structured.finding import units_of
+from topiarist.structured.units import Kept, UnitGroup, cut_order
 
 SPEC = "pruning_spec.json"
 FORMAT = 2

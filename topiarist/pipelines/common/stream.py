@@ -5,7 +5,6 @@ Peak memory = one block + its Grams + the hidden states (which may lie in a file
 
 from __future__ import annotations
 
-import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -26,24 +25,8 @@ from topiarist.models.opened import OpenedModel
 from topiarist.models.paused import PausedForward
 from topiarist.models.probe import flow_of
 from topiarist.pipelines.common.grams import GramCollector, GramGroup
+from topiarist.pipelines.common.hidden_states import HiddenStates
 from topiarist.pipelines.training.processes import Processes
-
-
-class HiddenStates:
-    """(num, window, width) hidden states between two blocks, in the model's dtype, in memory or in a file.
-
-    spill: folder for the file, which goes with the object; None: memory.
-    """
-
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, spill: Path | None) -> None:
-        self._file = None
-        if spill is None:
-            self.values = torch.empty(shape, dtype=dtype)
-        else:
-            spill.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.NamedTemporaryFile(dir=spill, prefix="hidden-", suffix=".bin")  # noqa: SIM115
-            count = shape[0] * shape[1] * shape[2]
-            self.values = torch.from_file(self._file.name, shared=True, size=count, dtype=dtype).view(shape)
 
 
 class BlockStream:

@@ -38,12 +38,12 @@ from topiarist.pipelines.learning.files import (
     write_result,
 )
 from topiarist.pipelines.learning.job import open_shell, open_whole, prepare
-from topiarist.pipelines.learning.loop import Run
 from topiarist.pipelines.learning.masking import targets
 from topiarist.pipelines.learning.options import LearnOptions
 from topiarist.pipelines.learning.priors import given_masks, prior_identity
-from topiarist.pipelines.learning.recover import recover_weights
 from topiarist.pipelines.learning.report import LearnReport
+from topiarist.pipelines.learning.run import Run
+from topiarist.pipelines.learning.train_kept import recover_weights
 from topiarist.pipelines.learning.trainer import MaskTrainer
 from topiarist.pipelines.training.loop import Progress
 from topiarist.pipelines.training.processes import Processes

@@ -14,7 +14,7 @@ from topiarist.core.patterns import Pattern, parse_pattern
 from topiarist.core.registry import look_up
 from topiarist.masklearn import PRESETS, Preset
 from topiarist.pipelines.common.options import HOW, DataOptions, OnePattern
-from topiarist.pipelines.learning.recover import Recover
+from topiarist.pipelines.learning.train_kept import Recover
 
 
 def _preset(given: Any) -> Any:

@@ -14,7 +14,8 @@ from topiarist.core.linalg import reconstruction_error
 from topiarist.core.patterns import Pattern
 from topiarist.models.families import Matrix
 from topiarist.pipelines.common.grams import GramGroup
-from topiarist.pipelines.common.stream import BlockStream, HiddenStates
+from topiarist.pipelines.common.hidden_states import HiddenStates
+from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.pruning.correct import Correct, Corrector
 from topiarist.pipelines.pruning.ffn_joint import JointSolver, Network
 from topiarist.pipelines.pruning.groups import GroupSolver

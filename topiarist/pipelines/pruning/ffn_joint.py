@@ -18,7 +18,7 @@ from topiarist.core.errors import NumericalError, NumericalWarning
 from topiarist.core.gram import Gram
 from topiarist.core.registry import name_of
 from topiarist.models.families import Matrix
-from topiarist.pipelines.common.stream import HiddenStates
+from topiarist.pipelines.common.hidden_states import HiddenStates
 from topiarist.pipelines.pruning.network import CHUNK, Network, Weights, flat
 from topiarist.pipelines.pruning.sparsellm import SparseLLM
 from topiarist.results.report import JointBlock

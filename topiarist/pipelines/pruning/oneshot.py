@@ -28,15 +28,15 @@ from topiarist.pipelines.allocating.allocation import allocated, fixed_patterns
 from topiarist.pipelines.common.dense import left_dense, why_dense
 from topiarist.pipelines.common.finish import finish, weights_of
 from topiarist.pipelines.common.grams import GramCollector
+from topiarist.pipelines.common.integer_blocks import quantized_config
 from topiarist.pipelines.common.options import Progress
-from topiarist.pipelines.common.packed import quantized_config
 from topiarist.pipelines.common.reproduce import command, recipe
 from topiarist.pipelines.common.setup import open_for, open_output, windows_of
 from topiarist.pipelines.pruning.block import BlockPruner
 from topiarist.pipelines.pruning.companion import Companion
 from topiarist.pipelines.pruning.onto_grid import grid_of, solver_of
 from topiarist.pipelines.pruning.options import PruneOptions
-from topiarist.pipelines.pruning.packing import PackingWalk
+from topiarist.pipelines.pruning.packing_walk import PackingWalk
 from topiarist.pipelines.pruning.sparsellm import METHODS, Method, SparseLLM
 from topiarist.pipelines.pruning.walk import Walk
 from topiarist.pipelines.training.processes import Processes

@@ -17,7 +17,7 @@ from topiarist.data import Windows
 from topiarist.models.opened import at_rest
 from topiarist.pipelines.allocating.allocation import fixed_patterns
 from topiarist.pipelines.common.grams import GramGroup, owners
-from topiarist.pipelines.common.packed import packed_bytes
+from topiarist.pipelines.common.integer_blocks import packed_bytes
 from topiarist.pipelines.common.setup import open_for, windows_of
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.pruning.block import BlockPruner

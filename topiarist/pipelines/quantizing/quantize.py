@@ -24,8 +24,8 @@ from topiarist.models.folder import FolderModel
 from topiarist.models.opened import OpenedModel, at_rest
 from topiarist.pipelines.common.dense import left_dense, why_dense
 from topiarist.pipelines.common.finish import CALIBRATION, finish, weights_of
+from topiarist.pipelines.common.integer_blocks import head_name, quantized_config
 from topiarist.pipelines.common.options import Progress
-from topiarist.pipelines.common.packed import head_name, quantized_config
 from topiarist.pipelines.common.reproduce import command
 from topiarist.pipelines.common.setup import open_for, open_output, windows_of
 from topiarist.pipelines.pruning.block import BlockPruner

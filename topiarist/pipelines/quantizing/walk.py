@@ -8,7 +8,7 @@ from torch import nn
 
 from topiarist.core.patterns import Pattern
 from topiarist.pipelines.common.stream import BlockStream
-from topiarist.pipelines.pruning.packing import PackingWalk
+from topiarist.pipelines.pruning.packing_walk import PackingWalk
 from topiarist.pipelines.quantizing.report import QuantizedLayer
 from topiarist.results.report import LayerReport
 from topiarist.solvers.quantized import Held

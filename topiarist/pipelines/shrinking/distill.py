@@ -16,7 +16,7 @@ from topiarist.core.options import options
 from topiarist.models.derive import family_of
 from topiarist.models.families import Matrix, matrices_of
 from topiarist.models.hooks import hooked
-from topiarist.pipelines.learning.recover import Recover
+from topiarist.pipelines.learning.train_kept import Recover
 from topiarist.pipelines.training.batches import Batches
 from topiarist.pipelines.training.loop import Progress
 from topiarist.pipelines.training.low_rank import LowRankUpdate

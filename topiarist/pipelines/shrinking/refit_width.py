@@ -25,7 +25,7 @@ from topiarist.core.linalg import cholesky
 from topiarist.models.hooks import EndForward, hooked
 from topiarist.models.opened import ObjectModel, at_rest
 from topiarist.pipelines.common.stream import BlockStream
-from topiarist.pipelines.shrinking.refit import Saved, loaded_or_made
+from topiarist.pipelines.shrinking.refit_consumers import Saved, loaded_or_made
 from topiarist.pipelines.shrinking.report import Refitted
 from topiarist.structured import UnitGroup
 from topiarist.structured.width import residual_norms, tied_names

@@ -17,11 +17,11 @@ from topiarist.core.errors import UnsupportedModel
 from topiarist.core.meter import Meter
 from topiarist.data import Windows
 from topiarist.models.opened import ObjectModel, evaluated
+from topiarist.pipelines.shrinking.cuts import Cut, remember, scorer_of
 from topiarist.pipelines.shrinking.distill import Distill, distill
 from topiarist.pipelines.shrinking.merge import Merged, merge_experts
 from topiarist.pipelines.shrinking.options import ShrinkOptions
-from topiarist.pipelines.shrinking.plan import Cut, remember, scorer_of
-from topiarist.pipelines.shrinking.refit import Saved, refit_consumers
+from topiarist.pipelines.shrinking.refit_consumers import Saved, refit_consumers
 from topiarist.pipelines.shrinking.refit_width import refit_readers
 from topiarist.pipelines.shrinking.report import Refitted
 from topiarist.structured import (

@@ -14,9 +14,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from topiarist.core.losses import next_token_losses
+from topiarist.pipelines.shrinking.cuts import Cut, scorer_of
 from topiarist.pipelines.shrinking.distill import Distill, distill
 from topiarist.pipelines.shrinking.options import Search
-from topiarist.pipelines.shrinking.plan import Cut, scorer_of
 from topiarist.pipelines.shrinking.splits import Split, Splits
 from topiarist.structured import Scores, Task, choose, plan_layout, shrunk, units_of
 from topiarist.structured.trial import split as split_windows

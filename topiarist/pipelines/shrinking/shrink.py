@@ -21,10 +21,10 @@ from topiarist.pipelines.common.dense import NO_UNIT, left_dense
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.reproduce import command, recipe
 from topiarist.pipelines.common.setup import open_for, windows_of
+from topiarist.pipelines.shrinking.cuts import check_rotate, plan_cuts, refuse_pruned
 from topiarist.pipelines.shrinking.distill import disk_bytes
 from topiarist.pipelines.shrinking.files import write_shrunk
 from topiarist.pipelines.shrinking.options import Search, ShrinkOptions
-from topiarist.pipelines.shrinking.plan import check_rotate, plan_cuts, refuse_pruned
 from topiarist.pipelines.shrinking.report import ShrinkReport
 from topiarist.pipelines.shrinking.run import ShrinkRun, frozen, parameter_counts
 from topiarist.pipelines.shrinking.search import SplitSearch

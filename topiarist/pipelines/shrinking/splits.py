@@ -13,8 +13,8 @@ import torch
 
 from topiarist.core.errors import PatternError, TopiaristError, UnsupportedModel
 from topiarist.models.derive import has_row
+from topiarist.pipelines.shrinking.cuts import Cut, check_scored
 from topiarist.pipelines.shrinking.options import ShrinkOptions
-from topiarist.pipelines.shrinking.plan import Cut, check_scored
 from topiarist.structured import UnitGroup, default_kinds, holds, layer_counts, plan_layout, units_of
 from topiarist.structured.choose import kept_cost, step_of, total_cost
 from topiarist.structured.units import HEAD_KINDS, HIDDEN, check_kinds, cut_order

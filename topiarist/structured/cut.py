@@ -12,7 +12,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from topiarist.structured.units import DEPTH_KINDS, Kept, Part, UnitGroup, output_parameters
+from topiarist.core.errors import UnsupportedModel
+from topiarist.models.derive import family_of, has_row
+from topiarist.models.mixtures import mixture_of
+from topiarist.structured.units import DEPTH_KINDS, Kept, Part, UnitGroup
 
 
 def cut_state(
@@ -83,3 +86,24 @@ def mask_in_place(model: Any, groups: Sequence[UnitGroup], kept: Kept) -> None:
             tensor = parameter if part.expert is None else parameter[part.expert]
             rows = (part.start + gone[:, None] * part.size + torch.arange(part.size)).flatten()
             tensor.index_fill_(part.axis, rows.to(tensor.device), 0.0)
+
+
+def output_parameters(model: Any, group: UnitGroup) -> list[str]:
+    """Weights and biases of the last matrices of a sublayer (of both, for a block): zeros in them switch it off.
+
+    Raises UnsupportedModel for a type without a row: which matrices those are is not known.
+    """
+    if not has_row(model):
+        raise UnsupportedModel(
+            f"zeros cannot stand for a whole {group.kind} of model type {model.config.model_type!r}: choose --layout uniform"
+        )
+    family, path = family_of(model), f"{family_of(model).blocks}.{group.block}"
+    parameters = dict(model.get_submodule(path).named_parameters())
+    attention = f"{family.attention.module}.{family.attention.out}"
+    ffn = [layer.down for layer in family.feed_forward]
+    modules = {"attention": [attention], "ffn": ffn, "block": [attention, *ffn]}[group.kind]
+    names = [f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")]
+    mixture = mixture_of(model.get_submodule(path))
+    if mixture is not None and group.kind != "attention":
+        names += mixture.down
+    return [f"{path}.{name}" for name in names if name in parameters]

@@ -126,9 +126,9 @@ def _plan_cut(
     if scope == "per_layer" and any(group.kind not in DEPTH_KINDS for group in groups):
         counts = layer_counts(groups, keep, round_to)
         if layout == "uniform":
-            legal = Legal(model, groups, keep)
-            snapped = layer_counts(groups, keep, round_to, legal)
-            for place in (place for place in counts if legal.known and counts[place] != snapped[place]):
+            allowed = AllowedCounts(model, groups, keep)
+            snapped = layer_counts(groups, keep, round_to, allowed)
+            for place in (place for place in counts if allowed.known and counts[place] != snapped[place]):
                 remember(
                     notes,
                     f"{place} keeps {snapped[place]} instead of {counts[place]}: what a {_type(model)} config allows",
@@ -140,7 +140,7 @@ def _plan_cut(
     return Cut(groups, counts, scope, keep)
 
 
-class Legal:
+class AllowedCounts:
     """Whether a config can hold so many units of a place; asked of transformers for heads and hidden states only: a config
     holds any number of experts or none but its own, which the plan of the whole cut shows.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from topiarist.checkpoints.dequantised import DequantisedCheckpoint
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.writing import OutputFolder
-from topiarist.pipelines.common.packed import head_name, packed_block, packed_head
+from topiarist.pipelines.common.integer_blocks import head_name, packed_block, packed_head
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.pruning.walk import Walk
 from topiarist.solvers import Solution
