@@ -150,17 +150,6 @@ def test_a_loaded_model_can_be_saved(tmp_path: Path):
         tp.prune(model, tmp_path / "out", calibration=tiny.tiny_tokens(8, 32))
 
 
-def test_an_object_pruned_twice_to_one_folder_gives_the_finished_report(tmp_path: Path):
-    options = {"method": "wanda", "calibration": tiny.tiny_tokens(8, 32), "tokenizer": tiny.tiny_tokenizer()}
-    model, again = tiny.tiny_model(), tiny.tiny_model()
-    first = tp.prune(model, tmp_path / "out", **options)
-    for same in (model, again):  # the object itself, now pruned; and another copy of the dense model
-        assert tp.prune(same, tmp_path / "out", **options).to_dict() == first.to_dict()
-        assert all(torch.equal(value, model.state_dict()[name]) for name, value in same.state_dict().items())
-    with pytest.raises(tp.CheckpointError, match="holds another run: model was"):
-        tp.prune(tiny.tiny_model(seed=1), tmp_path / "out", **options)
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
 def test_magnitude_needs_no_text(family: str, tmp_path: Path):
     """The zeros are those of a run with text; errors are the share of the squares that went."""

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
+from recipe_files import ENDS, recipe_folder
 from safetensors.torch import load_file
 
 import topiarist as tp
@@ -14,24 +14,11 @@ from topiarist.pipelines.recipes import stages
 from topiarist.pipelines.recipes.recipe import read_recipe
 from topiarist.pipelines.recipes.running import run_recipe
 
-STAGES = """topiarist: 1
-model: model
-out: out
-stages:
-- shrink: {method: magnitude, keep: 0.7, units: [channels], refit: false}
-- prune: {method: magnitude, pattern: "2:4"}
-- eval: {text: [heldout.txt], window_tokens: 32, max_windows: 2}
-- pack
-"""
-
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    tiny.tiny_checkpoint(tmp_path / "model")
-    tiny.tiny_text(tmp_path, "heldout.txt", paragraphs=20, seed=1)
-    (tmp_path / "recipe.yaml").write_text(STAGES)
-    return tmp_path
+    return recipe_folder(tmp_path, ENDS)
 
 
 def test_a_recipe_ends_measured_and_packed_wherever_it_was_stopped(folder: Path, monkeypatch):
@@ -67,35 +54,13 @@ def test_a_recipe_ends_measured_and_packed_wherever_it_was_stopped(folder: Path,
 
 
 def test_a_later_stage_names_the_model_that_the_recipe_starts_from(folder: Path):
-    (folder / "recipe.yaml").write_text(STAGES.partition("- eval")[0])
+    (folder / "recipe.yaml").write_text(ENDS.partition("- eval")[0])
     report = run_recipe(read_recipe("recipe.yaml"))
     assert report.model == "model" and report.command == ["topiarist", "run", "recipe.yaml", "--out", "OUT"]
     config = json.loads((folder / "out" / "config.json").read_text())["pruning_config"]
     assert config["base_model"] == "../model" and config["base_digest"] == ""
     for name in ("README.md", "pruning_report.json", "pruning_report.html"):
         assert "01-shrink" not in (folder / "out" / name).read_text()
-
-
-@pytest.mark.parametrize(
-    ("was", "becomes", "said"),
-    [
-        ("- pack\n", "- pack\n- prune: {method: magnitude}\n", "line 9: prune takes a model that is dense or shrunk"),
-        ("- pack\n", "- pack\n- eval: {tasks: piqa}\n", "line 9: eval takes a model"),
-        (
-            "- prune: {method: magnitude",
-            "- eval: {tasks: piqa}\n- prune: {method: magnitude",
-            "line 6: eval ends a recipe",
-        ),
-        ("text: [heldout.txt], ", "", "line 7: eval has nothing to measure on"),
-        ("text: [heldout.txt]", "text: [nowhere.txt]", "nowhere.txt does not exist"),
-        ("- pack\n", "- pack: {values: int2}\n", "line 8: PackOptions: values is 'int2'"),
-    ],
-)
-def test_a_wrong_end_is_refused_before_any_work(folder: Path, command, was: str, becomes: str, said: str):
-    assert was in STAGES
-    (folder / "recipe.yaml").write_text(STAGES.replace(was, becomes))
-    code, _, error = command("run", "recipe.yaml")
-    assert code == 2 and said in error and not (folder / "out").exists()
 
 
 def test_a_command_takes_its_settings_from_a_recipe(folder: Path, command):

@@ -6,25 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
+from recipe_files import ENDS, STAGES, recipe_folder
 from safetensors.torch import load_file
 
 import topiarist as tp
 from topiarist.pipelines.recipes.recipe import read_recipe, shipped
 from topiarist.pipelines.recipes.running import run_recipe
-
-STAGES = """topiarist: 1
-model: model
-out: out
-data: [text.txt]
-stages:
-- prune:
-    method: wanda
-    pattern: "2:4"
-    num_windows: 4
-    window_tokens: 32
-- recover: {tokens: 512, window_tokens: 32, sequences: 2, batch_size: 2, held_out: 2}
-"""
 
 LAUGHS = "model: [&a0 [ha], " + ", ".join(f"&a{i} [" + f"*a{i - 1}, " * 9 + "]" for i in range(1, 30)) + "]"
 """Nine aliases in every line of nine aliases: a few hundred bytes that stand for 9^29 values."""
@@ -33,10 +20,7 @@ LAUGHS = "model: [&a0 [ha], " + ", ".join(f"&a{i} [" + f"*a{i - 1}, " * 9 + "]" 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    tiny.tiny_checkpoint(tmp_path / "model")
-    tiny.tiny_text(tmp_path, "text.txt", paragraphs=60)
-    (tmp_path / "recipe.yaml").write_text(STAGES)
-    return tmp_path
+    return recipe_folder(tmp_path, STAGES)
 
 
 def weights(folder: Path) -> dict:
@@ -118,41 +102,58 @@ def test_every_result_has_the_recipe_that_made_it(folder: Path, command):
     assert same(folder / "small", folder / "small-again")
 
 
+WRONG_STAGES = [
+    ("- recover: {", "- recver: {", "line 11: unknown stage 'recver'; stages are"),
+    ("    method: wanda", "    method: wander", "line 7: unknown method 'wander'"),
+    ("    num_windows: 4", "    num_windows: 0", "line 9: PruneOptions: num_windows is 0"),
+    ("    num_windows: 4", "    windows: 4", "PruneOptions has no field 'windows'"),
+    ("topiarist: 1", "topiarist: 7", "line 1: recipe version 7"),
+    ("out: out", "outt: out", "line 3: unknown key 'outt'"),
+    (
+        "- recover: {tokens: 512,",
+        "- prune: {method: magnitude}\n- recover: {tokens: 512,",
+        "line 11: prune takes a model",
+    ),
+    ("stages:", "stages: none\nmore:", "unknown key 'more'"),
+    ("model: model", "model: [", "is no YAML"),
+    ("data: [text.txt]", "data: [nowhere.txt]", "nowhere.txt does not exist"),
+    ("model: model", "model: ''", "names no model"),
+    ("model: model", "model: model\nmodel: other", "line 3: 'model' stands there twice"),
+    ("    method: wanda", "    method: wanda\n    method: alps", "line 8: 'method' stands there twice"),
+    ("model: model", "model: [a, b]", "line 2: model is one text"),
+    ("data: [text.txt]", "data: [{a: b}]", "line 4: data is [{'a': 'b'}]"),
+    ("data: [text.txt]", "data: 7", "line 4: data is 7"),
+    ("    num_windows: 4", "    7: 4", "the settings of prune are"),
+    ("model: model", "model: !!python/object/apply:os.getcwd []", "is no YAML"),
+    ("model: model", "model: &model [*model]", "line 2: an alias stands inside its own anchor"),
+    ("model: model", "model: " + "[" * 5000, "is no YAML"),
+    ("topiarist: 1", "topiarist: " + "1" * 5000, "is no YAML"),
+    ("model: model", LAUGHS, "stand for more than 65,536 values"),
+    ("model: model", "model: " + "m" * (1 << 20), "a recipe at most 1,048,576"),
+]
+WRONG_ENDS = [
+    ("- pack\n", "- pack\n- prune: {method: magnitude}\n", "line 9: prune takes a model that is dense or shrunk"),
+    ("- pack\n", "- pack\n- eval: {tasks: piqa}\n", "line 9: eval takes a model"),
+    (
+        "- prune: {method: magnitude",
+        "- eval: {tasks: piqa}\n- prune: {method: magnitude",
+        "line 6: eval ends a recipe",
+    ),
+    ("text: [heldout.txt], ", "", "line 7: eval has nothing to measure on"),
+    ("text: [heldout.txt]", "text: [nowhere.txt]", "nowhere.txt does not exist"),
+    ("- pack\n", "- pack: {values: int2}\n", "line 8: PackOptions: values is 'int2'"),
+]
+
+
 @pytest.mark.parametrize(
-    ("was", "becomes", "said"),
-    [
-        ("- recover: {", "- recver: {", "line 11: unknown stage 'recver'; stages are"),
-        ("    method: wanda", "    method: wander", "line 7: unknown method 'wander'"),
-        ("    num_windows: 4", "    num_windows: 0", "line 9: PruneOptions: num_windows is 0"),
-        ("    num_windows: 4", "    windows: 4", "PruneOptions has no field 'windows'"),
-        ("topiarist: 1", "topiarist: 7", "line 1: recipe version 7"),
-        ("out: out", "outt: out", "line 3: unknown key 'outt'"),
-        (
-            "- recover: {tokens: 512,",
-            "- prune: {method: magnitude}\n- recover: {tokens: 512,",
-            "line 11: prune takes a model",
-        ),
-        ("stages:", "stages: none\nmore:", "unknown key 'more'"),
-        ("model: model", "model: [", "is no YAML"),
-        ("data: [text.txt]", "data: [nowhere.txt]", "nowhere.txt does not exist"),
-        ("model: model", "model: ''", "names no model"),
-        ("model: model", "model: model\nmodel: other", "line 3: 'model' stands there twice"),
-        ("    method: wanda", "    method: wanda\n    method: alps", "line 8: 'method' stands there twice"),
-        ("model: model", "model: [a, b]", "line 2: model is one text"),
-        ("data: [text.txt]", "data: [{a: b}]", "line 4: data is [{'a': 'b'}]"),
-        ("data: [text.txt]", "data: 7", "line 4: data is 7"),
-        ("    num_windows: 4", "    7: 4", "the settings of prune are"),
-        ("model: model", "model: !!python/object/apply:os.getcwd []", "is no YAML"),
-        ("model: model", "model: &model [*model]", "line 2: an alias stands inside its own anchor"),
-        ("model: model", "model: " + "[" * 5000, "is no YAML"),
-        ("topiarist: 1", "topiarist: " + "1" * 5000, "is no YAML"),
-        ("model: model", LAUGHS, "stand for more than 65,536 values"),
-        ("model: model", "model: " + "m" * (1 << 20), "a recipe at most 1,048,576"),
-    ],
+    ("recipe", "was", "becomes", "said"),
+    [(recipe, *case) for recipe, cases in ((STAGES, WRONG_STAGES), (ENDS, WRONG_ENDS)) for case in cases],
 )
-def test_a_wrong_recipe_is_refused_before_any_work(folder: Path, command, was: str, becomes: str, said: str):
-    assert was in STAGES
-    (folder / "recipe.yaml").write_text(STAGES.replace(was, becomes))
+def test_a_wrong_recipe_is_refused_before_any_work(
+    folder: Path, command, recipe: str, was: str, becomes: str, said: str
+):
+    assert was in recipe
+    (folder / "recipe.yaml").write_text(recipe.replace(was, becomes))
     code, _, error = command("run", "recipe.yaml")
     assert code == 2 and said in error and not (folder / "out").exists()
 

@@ -29,14 +29,6 @@ def test_killed_at_random_points_ends_in_the_same_bytes(base: Path, tmp_path: Pa
     assert len(run(base, tmp_path / "killed-0").layers) == 6 * 7
 
 
-def test_a_finished_run_is_not_done_again(base: Path, tmp_path: Path):
-    first = run(base, tmp_path / "out")
-    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    again = run(base, tmp_path / "out")
-    assert again.to_dict() == first.to_dict()
-    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -183,7 +183,7 @@ class OpenedModel(ABC):
     def digest(self) -> str:
         """sha256 over config and weights: what "the same model" means to a resume."""
 
-    def digest_before(self, out: Path) -> str:
+    def digest_before(self, out: str | Path | None) -> str:
         """Give the digest; of an object that an earlier call changed and wrote to `out`, the one before that."""
         return self.digest()
 

@@ -58,11 +58,11 @@ class ObjectModel(OpenedModel):
         """That of the folder, or what transformers noted in the config."""
         return self._origin.address if self._origin else str(getattr(self.config, "name_or_path", "") or "")
 
-    def digest_before(self, out: Path) -> str:
+    def digest_before(self, out: str | Path | None) -> str:
         """Look for the digest of now in the report of `out`."""
         digest = self.digest()
-        if self._origin is None and (out / REPORT).is_file():
-            written = read_finished(out)
+        if self._origin is None and out is not None and (Path(out) / REPORT).is_file():
+            written = read_finished(Path(out))
             if written.get("result_digest") == digest:
                 return str(written.get("fingerprint", {}).get("model"))
         return digest

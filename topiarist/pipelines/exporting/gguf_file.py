@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topiarist.checkpoints.dequantised import DequantisedCheckpoint, readable
+from topiarist.checkpoints.dequantised import DequantisedCheckpoint
 from topiarist.checkpoints.reading import Checkpoint, locate
 from topiarist.core.errors import CheckpointError, TopiaristError
 from topiarist.core.grammar import OptionError
@@ -78,16 +78,13 @@ def export_gguf(
     DamagedWeights for NaN or Inf.
     """
     gguf = _package()
-    from transformers import AutoConfig
-
     if type is not None and type not in get_args(Type):
         raise OptionError(f"a GGUF file of type {type!r} is not written; {', '.join(get_args(Type))} are")
     path, target = locate(folder), Path(out)
     if target.exists():
         raise CheckpointError(f"{target} exists; choose another name")
-    open_model(str(path))  # every tensor is there, with its shape
-    checkpoint = readable(path)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config(decoder=True)
+    opened = open_model(path)  # every tensor is there, with its shape
+    checkpoint, config = opened.as_folder().checkpoint, opened.text_config
     architecture = arch.architecture_of(config)
     vocabulary.kind_of(vocabulary.read(path))
     kind: Any = type or _type_of(checkpoint)

@@ -16,10 +16,9 @@ from topiarist.core.errors import TopiaristError
 from topiarist.masks import MaskFile, save_masks
 from topiarist.masks.applying import write_masked
 from topiarist.models.opened import ObjectModel
-from topiarist.pipelines.common.finish import base_model, finish
+from topiarist.pipelines.common.finish import base_model
 from topiarist.pipelines.learning.masking import Target
-from topiarist.pipelines.learning.report import LearnedLayer, LearnReport
-from topiarist.pipelines.training.text import TrainingText
+from topiarist.pipelines.learning.report import LearnedLayer
 from topiarist.pipelines.training.weights import STATE_BYTES as WEIGHT_STATE_BYTES
 
 STATE = "learning"
@@ -107,16 +106,17 @@ def layer_reports(wanted: Sequence[Target], masks: Mapping[str, Tensor], flips: 
     ]
 
 
-def write_result(
+def write_weights(
     output: OutputFolder,
     source: ObjectModel,
     wanted: Sequence[Target],
     masks: Mapping[str, Tensor],
     replaced: Mapping[str, Tensor] | None,
-    report: LearnReport,
-    text: TrainingText,
-) -> None:
-    """Write the pruned checkpoint, its masks and its papers."""
+) -> Path:
+    """Write the pruned weights and their masks. Returns the folder of the dense model, whose config and tokenizer go along.
+
+    source: with its dense weights.
+    """
     save_masks(
         output.folder / MASKS,
         masks,
@@ -127,7 +127,7 @@ def write_result(
     )
     dense = source.as_checkpoint(output)
     write_masked(output, dense, MaskFile(output.folder / MASKS), replaced=replaced)
-    finish(output, report, source, text=text, written=dense.folder)
+    return dense.folder
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import given_or_made, plain, takes
 from topiarist.models.opened import evaluated
 from topiarist.pipelines.common.dense import LAST_BLOCK, left_dense, why_dense
-from topiarist.pipelines.common.finish import weights_of
+from topiarist.pipelines.common.finish import finish, weights_of
 from topiarist.pipelines.common.reproduce import command
 from topiarist.pipelines.common.reproduce import recipe as repeats
 from topiarist.pipelines.learning.files import (
@@ -35,7 +35,7 @@ from topiarist.pipelines.learning.files import (
     layer_reports,
     mask_in_place,
     open_output,
-    write_result,
+    write_weights,
 )
 from topiarist.pipelines.learning.job import open_shell, open_whole, prepare
 from topiarist.pipelines.learning.masking import targets
@@ -126,8 +126,9 @@ def _learn(
     }
     words, unsaid = command("learn", model, options, always=SAID)
     report = LearnReport(
-        settings=asked, pattern=str(options.base_pattern), model=name, base_digest=source.digest(),
-        calibration=calibration, weights=weights_of(source), warnings=notes, command=words, not_in_command=unsaid,
+        settings=asked, pattern=str(options.base_pattern), model=name,
+        base_digest=source.digest_before(out), calibration=calibration, weights=weights_of(source), warnings=notes,
+        command=words, not_in_command=unsaid,
         recipe=repeats("learn", model, options, always=SAID),
     )  # fmt: skip
     output = None
@@ -143,6 +144,7 @@ def _learn(
             lambda: open_output(out, fingerprint, source.nbytes, wanted, held, recovers=bool(recovery))
         )
         if output.complete:
+            source.become(output.folder)
             return LearnReport.from_folder(output.folder)
     state = output.state(PRIOR if sharded else STATE).load() if output is not None and processes.is_main else None
     run = Run(source, job, processes, progress)
@@ -180,14 +182,16 @@ def _learn(
             state=SavedState() if output is None else output.state("recovery"),
         )  # fmt: skip
     report.run = {**meter.run(source.device), "processes": processes.size}
+    written: Path | None = None
     if output is not None:
-        report.output = str(out)
         folder = output
-        processes.on_main(  # nobody returns before the folder is whole
-            lambda: write_result(folder, source, wanted, final, replaced, report, job.text)
-        )
+        written = processes.on_main(lambda: write_weights(folder, source, wanted, final, replaced))
     if source.in_place:
         mask_in_place(wanted, final, replaced)
+    if output is not None:
+        report.output, report.result_digest, folder = str(out), source.result_digest(), output
+        # Nobody returns before the folder is whole.
+        processes.on_main(lambda: finish(folder, report, source, text=job.text, written=written))
     return report
 
 

@@ -77,7 +77,7 @@ def prune(
     grid = grid_of(options, source, patterns, out)
     windows = windows_of(options, source)
     report = _report(options, model, source, windows, grid)
-    report.base_digest = source.digest() if out is None else source.digest_before(Path(out))
+    report.base_digest = source.digest_before(out)
     pruner = BlockPruner.of(
         solver_of(options, grid),
         patterns,

@@ -101,6 +101,7 @@ def recover(
             }
             output = processes.on_main(lambda: OutputFolder(place, fingerprint))
             if output.complete:
+                opened.become(output.folder)
                 return RecoverReport.from_folder(output.folder)
         student = opened.whole()
         masks = held_masks(student)
@@ -124,6 +125,7 @@ def recover(
                 return folder.complete  # another run may have come and gone since
 
             if processes.on_main(begin):
+                opened.become(folder.folder)
                 return RecoverReport.from_folder(folder.folder)
         with meter.timed("training"):
             history = trainee.train(objective, steps, sequences, processes, tell, state)
@@ -136,6 +138,7 @@ def recover(
         report.run = {**meter.run(student.device), "processes": processes.size}
         if output is not None:
             report.output, folder = str(out), output
+            report.result_digest = opened.result_digest()
             processes.on_main(  # nobody returns before the folder is whole
                 lambda: write_recovered(folder, opened, student.model, trainee.changed, report, text)
             )
@@ -165,7 +168,7 @@ def _report(
         settings={key: value for key, value in plain(options).items() if key != "data"},
         teacher=None if dense is None else dense.name,
         base_model=base if out is None else reference(base, out),
-        base_digest=opened.digest() if out is not None else "",
+        base_digest="" if out is None else opened.digest_before(out),
         steps=0,
         tokens=0,
         command=[*words, *(word for name, value in said.items() for word in (f"--{name}", value))],
