@@ -76,6 +76,7 @@ def test_a_folder(name: str, dense: Path, sparse: Path, tmp_path: Path):
     call, model = CALLS[name], sparse if name == "recover" else dense
     first = call.run(model, tmp_path / "out", **call.settings)
     before = contents(tmp_path / "out")
+    assert list(first.recipe["stages"][0]) == [name] and str(tmp_path / "out" / "recipe.yaml") in before
     again = call.run(model, tmp_path / "out", progress=refuse_work, **call.settings)
     assert said(again) == said(first) and contents(tmp_path / "out") == before
 

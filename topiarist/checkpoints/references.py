@@ -8,6 +8,9 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+MODEL = "MODEL"
+"""Stands for a model object in a command or a recipe."""
+
 
 def reference(name: str | Path, result: Path) -> str:
     """Return how the folder `result` names a model: a hub id, a path that begins with a dot, or nothing.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from topiarist.checkpoints.reading import Checkpoint
-from topiarist.checkpoints.references import resolved
+from topiarist.checkpoints.references import MODEL, resolved
 from topiarist.checkpoints.writing import OutputFolder, check_place
 from topiarist.data import load_tokenizer
 from topiarist.models.calls import Flow
@@ -174,6 +174,11 @@ class OpenedModel(ABC):
     def address(self) -> str:
         """How others refer to it: a hub id or a path; empty for an object that does not say where it is from."""
         return self.name
+
+    @property
+    def said(self) -> str:
+        """What a command or a recipe calls it: its folder or hub id, or a placeholder for an object."""
+        return MODEL if self.in_place else self.name
 
     def resolve(self, name: str) -> str:
         """Give a path that is relative to its folder as one that holds everywhere."""

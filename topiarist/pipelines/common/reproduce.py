@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from torch import nn
 
+from topiarist.checkpoints.references import MODEL
 from topiarist.core.options import about, changed, in_order, tables_of, to_text
 from topiarist.data import TextFiles
 
 RECIPE = "recipe.yaml"
 RECIPE_VERSION = 1
-MODEL = "MODEL"
-"""Stands for a model object in a command or a recipe."""
 
 
 def flag_of(name: str, info: Any) -> str:
@@ -63,20 +61,14 @@ def _what(field: str, value: Any) -> str:
     return "text given in memory" if field == "data" else f"the {field} {type(value).__name__} given as an object"
 
 
-def name_of_model(model: Any) -> str:
-    """What a command or a recipe calls the model: its folder or hub id, or a placeholder for an object."""
-    return MODEL if isinstance(model, nn.Module) else str(model)
-
-
-def command(name: str, model: Any, options: Any, *, always: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+def command(name: str, model: str, options: Any, *, always: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """The words of the command, and what in the call no command can say: that has a placeholder in capitals.
 
-    After another stage of a recipe it is the whole recipe that repeats the run.
+    model: `OpenedModel.said`. After another stage of a recipe it is the whole recipe that repeats the run.
     """
     if options.stands_for is not None:
         return ["topiarist", "run", RECIPE, "--out", "OUT"], []
-    named = name_of_model(model)
-    words, unsaid = ["topiarist", name, named, "OUT"], ["a model object"] * (named == MODEL)
+    words, unsaid = ["topiarist", name, model, "OUT"], ["a model object"] * (model == MODEL)
     for setting in said(options, always=always):
         if setting.value is None:
             unsaid.append(setting.what)
@@ -91,7 +83,12 @@ def command(name: str, model: Any, options: Any, *, always: Sequence[str] = ()) 
 
 
 def recipe(
-    name: str, model: Any, options: Any, *, always: Sequence[str] = (), more: Mapping[str, Any] | None = None
+    name: str,
+    model: str,
+    options: Any,
+    *,
+    always: Sequence[str] = (),
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A recipe of one stage that repeats the call; what no text can say has a placeholder in capitals.
 
@@ -110,7 +107,7 @@ def recipe(
         )
     return {
         "topiarist": RECIPE_VERSION,
-        "model": name_of_model(model),
+        "model": model,
         "stages": [{name: fields}],
     }
 

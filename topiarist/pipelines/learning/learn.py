@@ -124,12 +124,12 @@ def _learn(
         "digest": job.text.digest,
         "held_out": len(job.held_out),
     }
-    words, unsaid = command("learn", model, options, always=SAID)
+    words, unsaid = command("learn", source.said, options, always=SAID)
     report = LearnReport(
         settings=asked, pattern=str(options.base_pattern), model=name,
         base_digest=source.digest_before(out), calibration=calibration, weights=weights_of(source), warnings=notes,
         command=words, not_in_command=unsaid,
-        recipe=repeats("learn", model, options, always=SAID),
+        recipe=repeats("learn", source.said, options, always=SAID),
     )  # fmt: skip
     output = None
     if out is not None:

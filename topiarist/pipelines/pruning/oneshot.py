@@ -76,7 +76,7 @@ def prune(
     patterns, unmatched = fixed_patterns(options, source)
     grid = grid_of(options, source, patterns, out)
     windows = windows_of(options, source)
-    report = _report(options, model, source, windows, grid)
+    report = _report(options, source, windows, grid)
     report.base_digest = source.digest_before(out)
     pruner = BlockPruner.of(
         solver_of(options, grid),
@@ -149,7 +149,7 @@ def _companion(
     return Companion(options.low_rank, source.dtype)
 
 
-def _report(options: PruneOptions, model: Any, source: OpenedModel, windows: Windows, grid: Grid | None) -> Report:
+def _report(options: PruneOptions, source: OpenedModel, windows: Windows, grid: Grid | None) -> Report:
     """What is known before any work."""
     resolved = options
     if options.data is not None:
@@ -159,7 +159,7 @@ def _report(options: PruneOptions, model: Any, source: OpenedModel, windows: Win
     said = ["method", *["pattern"] * (options.allocation is None or options.rule is not None)]
     said += ["num_windows", "window_tokens", "seed", "batch_size"] * (options.data is not None)
     resolved = replace(resolved, pattern=_said_pattern(options))
-    words, unsaid = command("prune", model, resolved, always=said)
+    words, unsaid = command("prune", source.said, resolved, always=said)
     method = plain(options.method, METHODS)
     return Report(
         method=method.pop("name"),
@@ -179,7 +179,7 @@ def _report(options: PruneOptions, model: Any, source: OpenedModel, windows: Win
         },
         command=words,
         not_in_command=unsaid,
-        recipe=recipe("prune", model, resolved, always=said),
+        recipe=recipe("prune", source.said, resolved, always=said),
         weights=weights_of(source),
         quantized={}
         if grid is None

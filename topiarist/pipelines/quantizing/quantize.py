@@ -26,7 +26,7 @@ from topiarist.pipelines.common.dense import left_dense, why_dense
 from topiarist.pipelines.common.finish import CALIBRATION, finish, weights_of
 from topiarist.pipelines.common.integer_blocks import head_name, quantized_config
 from topiarist.pipelines.common.options import Progress
-from topiarist.pipelines.common.reproduce import command
+from topiarist.pipelines.common.reproduce import command, recipe
 from topiarist.pipelines.common.setup import open_for, open_output, windows_of
 from topiarist.pipelines.pruning.block import BlockPruner
 from topiarist.pipelines.quantizing.options import QuantizeOptions
@@ -73,7 +73,7 @@ def quantize(
     pruner.meter = meter
     for expression in unmatched:
         pruner.warn(f"--skip {expression!r} matches no layer", UserWarning)
-    report = _report(options, model, source, grid, windows, packs=out is not None)
+    report = _report(options, source, grid, windows, packs=out is not None)
     walk = QuantizingWalk(source, pruner, windows.tokens, options, progress or (lambda *_: None), head=options.head)
     reasons = why_dense(patterns, options.skip)
     with at_rest(source.model), ExitStack() as held:
@@ -119,14 +119,14 @@ def _refuse_quantised(model: str | Path | nn.Module) -> None:
 
 
 def _report(
-    options: QuantizeOptions, model: Any, source: OpenedModel, grid: Grid, windows: Windows, *, packs: bool
+    options: QuantizeOptions, source: OpenedModel, grid: Grid, windows: Windows, *, packs: bool
 ) -> QuantizeReport:
     """What is known before any work."""
     resolved = options
     if options.data is not None:
         resolved = replace(options, num_windows=len(windows.tokens), window_tokens=windows.window)
     said = ["bits", *["num_windows", "window_tokens", "seed"] * (options.data is not None)]
-    words, unsaid = command("quantize", model, resolved, always=said)
+    words, unsaid = command("quantize", source.said, resolved, always=said)
     method = plain(options.chosen_method, METHODS)
     calibration: dict[str, Any] = {
         "num_windows": len(windows.tokens),
@@ -149,6 +149,7 @@ def _report(
         calibration={} if options.data is None else calibration,
         command=words,
         not_in_command=unsaid,
+        recipe=recipe("quantize", source.said, resolved, always=said),
         weights=weights_of(source),
         pruned=source.stored_config.get("pruning_config", {}),
     )

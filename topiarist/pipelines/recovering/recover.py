@@ -81,7 +81,7 @@ def recover(
         sequences = options.sequences_a_step(text.window, processes.size)
         options = replace(options, sequences=sequences)
         tokens, held_out, steps = cut_text(text, options, sequences, processes.size)
-        report = _report(opened, dense, model, teacher, options, place)
+        report = _report(opened, dense, teacher, options, place)
         report.steps, report.tokens = steps, steps * sequences * text.window
         report.calibration = {
             "num_windows": len(tokens),
@@ -148,7 +148,6 @@ def recover(
 def _report(
     opened: OpenedModel,
     dense: OpenedModel | None,
-    model: Any,
     teacher: Any,
     options: RecoverOptions,
     out: Path | None,
@@ -160,7 +159,7 @@ def _report(
     named = claims.get("base_model") or (opened.name if dense is None else dense.name)
     base = named if folder is None else resolved(str(named), folder)
     said = {} if teacher is None else {"teacher": str(teacher) if isinstance(teacher, str | Path) else "TEACHER"}
-    words, unsaid = command("recover", model, options)
+    words, unsaid = command("recover", opened.said, options)
     pruned = {key: value for key, value in stated.items() if key not in ("fingerprint", "files")}
     return RecoverReport(
         model=opened.name,
@@ -173,7 +172,7 @@ def _report(
         tokens=0,
         command=[*words, *(word for name, value in said.items() for word in (f"--{name}", value))],
         not_in_command=unsaid,
-        recipe=recipe("recover", model, options, more=said),
+        recipe=recipe("recover", opened.said, options, more=said),
         pruned=renewed({"model": base, **claims, **pruned}),
         claims=claims,
     )

@@ -68,7 +68,8 @@ class RecoverReport(RunReport):
         """The pruned model's report with this one in it."""
         own = super().to_dict()
         own = {key: value for key, value in own.items() if key not in ("pruned", "claims")}
-        return {**self.pruned, "base_model": self.base_model, RECOVERY: own}
+        result = {"result_digest": self.result_digest} if self.result_digest else {}
+        return {**self.pruned, "base_model": self.base_model, **result, RECOVERY: own}
 
     def pruning_config(self, version: str) -> dict[str, Any]:
         """What the model was pruned to stays said; how it was recovered stands beside it."""

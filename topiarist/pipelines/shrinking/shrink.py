@@ -91,11 +91,11 @@ def shrink(
         options, method=scorer, units=kinds, scope=None if layout == "uniform" else scope, refit=refit,
         num_windows=calibration.get("num_windows", options.num_windows), window_tokens=calibration.get("window_tokens"),
     )  # fmt: skip
-    words, unsaid = command("shrink", model, resolved, always=SAID)
+    words, unsaid = command("shrink", opened.said, resolved, always=SAID)
     report = ShrinkReport(
         method=name_of(METHODS, scorer), settings=plain(scorer), keep=keep, layout=layout, units=list(kinds), scope=scope,
         model=name, base_digest=opened.digest(), calibration=calibration, command=words, not_in_command=unsaid,
-        recipe=recipe("shrink", model, resolved, always=SAID),
+        recipe=recipe("shrink", opened.said, resolved, always=SAID),
     )  # fmt: skip
     output, source, digest = None, None, report.base_digest
     if out is not None:
