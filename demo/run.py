@@ -8,17 +8,19 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import topiarist as tp
 from demo.assets import assets_dir, model_dir, text_dir
+from topiarist.cli.common import progress_bar
 from topiarist.evaluation.comparison import held_out_windows
 from topiarist.evaluation.perplexity import load_model
+from topiarist.pipelines.common.options import Progress
 
 PATTERNS = ("2:4", "0.7")
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
@@ -29,7 +31,7 @@ Cell = dict[str, float | str]
 
 
 def main() -> None:
-    """Run every method at every pattern; nine minutes on two quiet cores."""
+    """Run every method at every pattern; nine minutes on two quiet cores with AVX-512, half an hour on two old ones without."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=12, help="calibration windows")
     parser.add_argument("--window", type=int, default=512, help="tokens a calibration window")
@@ -50,16 +52,14 @@ def main() -> None:
     )
     reports: dict[tuple[str, str], tp.Report] = {}
     cells: list[Cell] = []
-    columns = (TextColumn("{task.description:<44}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("dense", total=None)
-        cells.append({"method": "dense", "pattern": ""} | perplexities(model, texts))
+    with progress_bar() as progress:
+        cells.append({"method": "dense", "pattern": ""} | perplexities("dense", model, texts, progress))
         for pattern in PATTERNS:
             for method in METHODS:
                 name = f"{method} {pattern}"
 
                 def show(what: str, done: int, total: int, name: str = name) -> None:
-                    bars.update(task, description=f"{name}: {what}", completed=done, total=total)
+                    progress(f"{name}: {what}", done, total)
 
                 folder = out / f"{method}-{pattern.replace(':', 'of')}-{options.samples}x{options.window}"
                 report = tp.prune(
@@ -73,7 +73,6 @@ def main() -> None:
                     progress=show,
                 )
                 reports[method, pattern] = report
-                bars.update(task, description=f"{name}: perplexity", total=None)
                 cells.append(
                     {
                         "method": method,
@@ -81,7 +80,7 @@ def main() -> None:
                         "seconds": report.run["seconds"],
                         "memory": report.run["peak_memory_bytes"] / 1e9,
                     }
-                    | perplexities(folder, texts)
+                    | perplexities(name, folder, texts, progress)
                 )
     table = Table(*(["method", "pattern", *(f"ppl {name}" for name in texts), "prune s", "peak GB"]))
     rows = [row(cell, list(texts)) for cell in cells]
@@ -92,13 +91,14 @@ def main() -> None:
     console.print(f"report with a plot of the error in every layer: {out / 'report.md'}")
 
 
-def perplexities(folder: Path, texts: dict[str, tp.data.TextFiles]) -> Cell:
+def perplexities(what: str, folder: Path, texts: dict[str, tp.data.TextFiles], progress: Progress) -> Cell:
     model = load_model(folder)
-    windows = {
-        name: held_out_windows(folder, text, window=EVAL_WINDOW, max_windows=TEXTS[name])
-        for name, text in texts.items()
-    }
-    return {name: tp.perplexity(model, w).value for name, w in windows.items()}
+    found: Cell = {}
+    for name, text in texts.items():
+        windows = held_out_windows(folder, text, window=EVAL_WINDOW, max_windows=TEXTS[name])
+        show = partial(progress, f"{what}: perplexity on {name}")
+        found[name] = tp.perplexity(model, windows, progress=show).value
+    return found
 
 
 def row(cell: Cell, texts: list[str]) -> list[str]:

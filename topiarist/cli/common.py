@@ -78,7 +78,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     if not err.is_terminal:
         yield ProgressLines()
         return
-    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bars:
         task = bars.add_task("starting", total=None)
         yield lambda what, done, total: bars.update(task, description=literal(what), completed=done, total=total)
