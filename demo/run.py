@@ -18,6 +18,7 @@ from rich.table import Table
 import topiarist as tp
 from demo.assets import assets_dir, model_dir, text_dir
 from topiarist.cli.common import progress_bar
+from topiarist.data import TextFiles
 from topiarist.evaluation.comparison import held_out_windows
 from topiarist.evaluation.perplexity import load_model
 from topiarist.pipelines.common.options import Progress
@@ -91,7 +92,7 @@ def main() -> None:
     console.print(f"report with a plot of the error in every layer: {out / 'report.md'}")
 
 
-def perplexities(what: str, folder: Path, texts: dict[str, tp.data.TextFiles], progress: Progress) -> Cell:
+def perplexities(what: str, folder: Path, texts: dict[str, TextFiles], progress: Progress) -> Cell:
     model = load_model(folder)
     found: Cell = {}
     for name, text in texts.items():
