@@ -10,9 +10,11 @@ import torch
 import topiarist as tp
 from demo.assets import model_dir, text_dir
 from topiarist.checkpoints.reading import Checkpoint
+from topiarist.data import load_tokenizer
 from topiarist.evaluation.comparison import held_out_windows
 from topiarist.evaluation.perplexity import load_model
 from topiarist.models.folder import FolderModel
+from topiarist.pipelines.exporting.gguf_file import export_gguf
 
 pytestmark = [
     pytest.mark.real,
@@ -55,3 +57,23 @@ def test_pruned_real_model_opens_keeps_its_pattern_and_still_models_text(tmp_pat
     pruned = tp.perplexity(load_model(tmp_path / "out"), windows).value
     # Very little calibration: far from good, yet nowhere near a broken model (its vocabulary is 49,152).
     assert 20 < dense < 80 and dense < pruned < 20 * dense
+
+
+def test_llama_cpp_goes_on_with_a_text_as_transformers_does(tmp_path: Path):
+    llama = pytest.importorskip("xllamacpp")
+    pytest.importorskip("gguf")
+    done = export_gguf(model_dir(), tmp_path / "model.gguf", type="q8_0")
+    about = llama.CommonParams()
+    about.model.path, about.n_ctx, about.n_parallel, about.warmup = str(done.path), 64, 1, False
+    about.cpuparams.n_threads = about.cpuparams_batch.n_threads = 1
+    prompt = load_tokenizer(model_dir())("The history of the city begins with")["input_ids"]
+    asked = {"prompt": prompt, "n_predict": 20, "temperature": -1.0, "logprobs": 1}
+    steps = llama.Server(about).handle_completions(asked)["choices"][0]["logprobs"]["content"]
+    chosen = [step["id"] for step in steps]
+    with torch.no_grad():
+        logits = load_model(model_dir()).float()(torch.tensor([prompt + chosen])).logits[0]
+    ours = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    assert len(chosen) == 20
+    # the file holds the weights in 8 bits: between two equally good tokens it may take the other one
+    worse = ours.amax(-1) - ours[range(20), chosen]
+    assert float(worse.max()) < 0.3 and int((worse == 0).sum()) >= 16
