@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from sweep.check import check_type, tokens
 from sweep.tiny_types import tiny_folder
 
 import topiarist as tp
+from topiarist.models.families import FAMILIES, Family
 from topiarist.models.names import DiskNames
 from topiarist.models.opened import open_model
 from topiarist.pipelines.common.stream import BlockStream, PausedStream
@@ -54,6 +56,38 @@ def test_a_block_that_runs_twice_a_forward_is_refused_before_anything_is_written
     with pytest.raises(tp.UnsupportedModel, match="called more than once a forward"):
         tp.prune(base, tmp_path / "out", method="wanda", calibration=tokens(), refine=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_blocks_that_the_forward_never_runs_are_refused(tmp_path: Path, monkeypatch):
+    base = tiny_folder(tmp_path / "base", "gemma3", "image-text")
+    monkeypatch.setitem(FAMILIES, "gemma3", Family(blocks="model.vision_tower.encoder.layers"))
+    with pytest.raises(tp.UnsupportedModel, match="not what the model's forward runs: its blocks are never called"):
+        tp.prune(base, tmp_path / "out", method="wanda", calibration=tokens())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["mlp.gate", "mlp.gate.weight"])
+def test_an_allocation_that_names_a_router_is_refused_with_the_reason(name: str):
+    model = tiny.tiny_model("mixtral")
+    said = dict.fromkeys(open_model(model).shapes(), "2:4") | {f"model.layers.0.{name}": "0.5"}
+    with pytest.raises(tp.PatternError, match=rf"model\.layers\.0\.{name}' .*stays dense \(a router\): leave it out"):
+        tp.prune(model, method="magnitude", allocation=said)
+
+
+def test_names_of_an_older_transformers_are_read_and_written_as_they_were(tmp_path: Path):
+    base = tiny_folder(tmp_path / "base", "llava", "image-text")
+    stored = load_file(base / "model.safetensors")
+    older = {re.sub(r"^model\.language_model\.", "language_model.model.", name): t for name, t in stored.items()}
+    older = {name.removeprefix("model."): tensor for name, tensor in older.items()}
+    older = {name.replace("lm_head", "language_model.lm_head"): tensor for name, tensor in older.items()}
+    save_file(older, base / "model.safetensors", metadata={"format": "pt"})
+    report = tp.prune(base, tmp_path / "out", method="magnitude", pattern="2:4")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert after.keys() == older.keys() and "language_model.model.layers.0.mlp.up_proj.weight" in after
+    pruned = {
+        layer.name.replace("model.language_model.", "language_model.model.") + ".weight" for layer in report.layers
+    }
+    assert pruned == {name for name in older if not torch.equal(older[name], after[name])}
 
 
 def test_what_is_never_called_stays_dense_and_is_named(tmp_path: Path):

@@ -12,6 +12,8 @@ import tiny
 import torch
 from killing import assert_kills_change_nothing, contents
 from safetensors.torch import load_file
+from sweep.check import tokens
+from sweep.tiny_types import tiny_folder
 
 import topiarist as tp
 from topiarist.checkpoints.writing import STATES
@@ -118,6 +120,19 @@ def test_families(family: str, tmp_path: Path):
     assert all(bool(((after[n] == before[n]) | (after[n] == 0)).all()) for n in before)
     applied = weights_of(tp.masks.apply(base, tmp_path / "out" / MASKS, tmp_path / "applied"))
     assert all(torch.equal(applied[n], after[n]) for n in after)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text"])
+def test_masks_of_experts_stored_transposed_run_along_their_inputs(family: str, tmp_path: Path):
+    base = tiny_folder(tmp_path / "base", family)
+    preset = Preset(**{**vars(FAST), "steps": 3, "lr": Schedule(3e-2, 3e-2)})
+    report = learn(base, tmp_path / "out", preset=preset, prior="wanda", data=tokens().repeat(3, 1))
+    assert report.history[-1]["flips"] > 0
+    masks = tp.masks.MaskFile(tmp_path / "out" / MASKS)
+    experts = [name for name in masks if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    assert experts and all(tp.NM(2, 4).holds(mask.T) for name in experts for mask in masks[name])
+    before, after = weights_of(base), weights_of(tmp_path / "out")
+    assert all(torch.equal(after[name], before[name] * masks[name]) for name in experts)
 
 
 def test_a_model_object_is_masked_in_place_and_otherwise_as_it_was(base: Path, learned: Path, tmp_path: Path):

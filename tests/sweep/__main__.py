@@ -67,19 +67,22 @@ def one(mapping: str, model_type: str, part: str) -> dict[str, Any]:
     import topiarist as tp
     from sweep.check import check_type
     from sweep.cuts import cuts
-    from sweep.tiny_types import tiny_folder, tiny_model
+    from sweep.tiny_types import tiny_model
     from sweep.uses import uses
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder, "base")
         try:
-            base = tiny_folder(Path(folder, "base"), model_type, mapping)
+            model = tiny_model(model_type, mapping)
+            if part != "cuts":
+                model.save_pretrained(base)
         except Exception as error:
             return {"built": False, "why": _line(error)}
         if part == "cuts":
-            return {"built": True, "cuts": cuts(tiny_model(model_type, mapping))}
+            return {"built": True, "cuts": cuts(model)}
         if part == "uses":
             return {"built": True, "uses": uses(base, Path(folder))}
         try:

@@ -48,8 +48,23 @@ _QWEN4 = {
     "make_ngram_vocab_size_divisible_by": 8,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
 }
+_DOTS3 = {
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 3,
+    "shared_experts_intermediate_size": 32,
+    "per_layer_config": {},
+    "layer_types": ["indexed_attention"] * 3,
+    "use_sliding_window": False,
+    "index_n_heads": 4,
+    "index_topk": 8,
+}
+_ASSISTANT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 4}
+_SMALL_VQ = {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1}
 _COMPASS = {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}
 _SECTIONED = ["qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl", "glm46v", "glm4v", "glmga", "glm_ocr"]
+
+OWN_CONFIG = {"musicgen": "musicgen_decoder", "musicgen_melody": "musicgen_melody_decoder"}
+"""Types whose causal model has a config of another type than the mapping says: the auto class cannot build it."""
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     **{kind: {"is_decoder": True} for kind in _MASKED},
@@ -104,15 +119,16 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": _COMPASS,
     "cohere_compass": _text(**_COMPASS),
     "longcat_flash": {"head_dim": 16, "qk_head_dim": 32, "num_key_value_heads": 4},
-    "dots3_note_text": {
-        "num_key_value_heads": 4,
-        "num_hidden_layers": 3,
-        "shared_experts_intermediate_size": 32,
-        "per_layer_config": {},
-        "layer_types": ["indexed_attention"] * 3,
-        "use_sliding_window": False,
-        "index_n_heads": 4,
-        "index_topk": 8,
+    "dots3_note_text": _DOTS3,
+    "dots3_note": {
+        "text_config": _DOTS3,
+        "vision_config": {
+            "adapter_in_dim": 64,
+            "adapter_out_dim": 64,
+            "mlp_layer_types": ["dense", "sparse"],
+            "per_layer_config": {},
+        },
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
     },
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "topk_method": "greedy"},
     "zamba": {
@@ -136,13 +152,45 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "num_query_groups": 4,
     },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 32},
-    "ernie4_5_vl_moe": _text(moe_intermediate_size=[32, 16], moe_num_experts=4),
+    "ernie4_5_vl_moe": _text(moe_intermediate_size=[32, 16], moe_num_experts=4, **_rotary(3, 3, 2)),
     "mistral4": {"num_key_value_heads": 4, "head_dim": ..., "rope_parameters": ...},
     "llama4": {"vision_config": {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}},
-    "hunyuan_vl": _text(head_dim=16),
+    "hunyuan_vl": _text(head_dim=16, **_rotary(2, 3, 3)),
     "step3p7": _text(sliding_window=16),
-    "granite4_vision": {"spatial_target_layers": [], "deepstack_layer_map": []},
+    "granite4_vision": {"spatial_target_layers": [], "deepstack_layer_map": [], "downsample_rate": "1/4"},
     "cosmos3_edge": _text(rope_parameters={"mrope_section": [2, 3, 3]}),
     "glm4v_moe": _text(**_rotary(1, 1, 2, partial_rotary_factor=0.5)),
     "glm5_next": _text(qk_rope_head_dim=0, qk_nope_head_dim=16),
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64,
+        "encoder_config": {"hidden_size_global": 64},
+        "decoder_config": {"hidden_size_global": 64},
+    },
+    "gemma4_assistant": {"text_config": _GEMMA4 | _ASSISTANT},
+    "gemma4_unified_assistant": {"text_config": _GEMMA4 | _ASSISTANT},
+    "musicgen_decoder": {"num_codebooks": 1},
+    "musicgen_melody_decoder": {"num_codebooks": 1},
+    "chameleon": {"vocabulary_map": {"<image>": 250, "IMGIMGAZ": 251}, "vq_config": _SMALL_VQ},
+    "emu3": {
+        "vocabulary_map": {"<image>": 250, "<|extra_200|>": 251, "<|visual token 000000|>": 252},
+        "vq_config": {**_SMALL_VQ, "attn_resolutions": [1]},
+    },
+    "janus": {"vq_config": _SMALL_VQ},
+    "deepseek_ocr2": _text(num_experts_per_tok=2),
+    "diffusion_gemma": _text(num_experts=4, top_k_experts=2, moe_intermediate_size=32),
+    "florence2": {
+        "vision_config": {
+            "depths": [1, 1],
+            "patch_size": [7, 3],
+            "patch_stride": [4, 2],
+            "patch_padding": [3, 1],
+            "patch_prenorm": [False, True],
+            "embed_dim": [32, 64],
+            "num_heads": [4, 4],
+            "num_groups": [4, 4],
+        }
+    },
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "muse_spark": {"projector_hidden_size": 64, "audio_config": {"hidden_sizes": [16] * 4, "depths": [1] * 4}},
+    "nemotron_h_omni": {"projector_hidden_size": 64, "vision_hidden_size": 64},
 }

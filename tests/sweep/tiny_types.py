@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.configuration_utils import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from sweep.exceptions import EXCEPTIONS
+from sweep.exceptions import EXCEPTIONS, OWN_CONFIG
 
 VOCAB = 256
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
@@ -74,13 +76,17 @@ def tiny_folder(folder: Path, model_type: str, mapping: str = "causal", **fields
 
 def tiny_model(model_type: str, mapping: str = "causal", **fields: Any) -> Any:
     """A random model of the type, stored buffers included, with a deterministic seed."""
+    build = AUTO[mapping].from_config
+    if mapping == "causal" and model_type in OWN_CONFIG:
+        build = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])._from_config
+        model_type = OWN_CONFIG[model_type]
     config = tiny_config(model_type, **fields)
     with torch.device("meta"):
-        size = sum(p.numel() for p in AUTO[mapping].from_config(config).parameters())
+        size = sum(p.numel() for p in build(config).parameters())
     if size > 30_000_000:
         raise ValueError(f"the tiny model has {size / 1e6:.0f} M parameters")
     torch.manual_seed(0)
-    model = AUTO[mapping].from_config(config, dtype=torch.float32).eval()
+    model = build(config, dtype=torch.float32).eval()
     stored = model.state_dict()
     with torch.no_grad():
         for parameter in model.parameters():

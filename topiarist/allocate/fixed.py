@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from topiarist.allocate.budget import Shapes, budget, check_layer, step
 from topiarist.core.errors import PatternError
@@ -21,13 +22,18 @@ def uniform(shapes: Shapes, pattern: Pattern | str | float) -> dict[str, Pattern
     return _checked(shapes, dict.fromkeys(shapes, parse_pattern(pattern)))
 
 
-def given(shapes: Shapes, chosen: Mapping[str, str | None]) -> dict[str, Pattern | None]:
+def given(
+    shapes: Shapes, chosen: Mapping[str, str | None], dense: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Pattern | None]:
     """A pattern by name for every layer, `null` for a dense one.
 
-    Raises PatternError for unknown or missing names, unreadable patterns and a layer asked to keep nothing.
+    dense: names that are never pruned, and why. Raises PatternError for these, for unknown or missing names, unreadable
+    patterns and a layer asked to keep nothing.
     """
     if unknown := sorted(set(chosen) - set(shapes)):
-        raise PatternError(f"allocation names {unknown[0]!r} ({len(unknown)} such), which is no layer of this model")
+        why = dense.get(unknown[0].removesuffix(".weight"))
+        reason = f"which stays dense ({why}): leave it out" if why else "which is no layer of this model"
+        raise PatternError(f"allocation names {unknown[0]!r} ({len(unknown)} such), {reason}")
     if missing := sorted(set(shapes) - set(chosen)):
         raise PatternError(
             f"allocation misses {missing[0]!r} ({len(missing)} such); give every layer a pattern or null"
@@ -49,7 +55,9 @@ def from_file(shapes: Shapes, path: str | Path) -> dict[str, Pattern | None]:
     return read_file(shapes, path)[0]
 
 
-def read_file(shapes: Shapes, path: str | Path) -> tuple[dict[str, Pattern | None], list[str]]:
+def read_file(
+    shapes: Shapes, path: str | Path, dense: Mapping[str, str] = MappingProxyType({})
+) -> tuple[dict[str, Pattern | None], list[str]]:
     """`from_file`, and the layers that no budget counts because the allocation was made without them."""
     try:
         stored = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -58,8 +66,8 @@ def read_file(shapes: Shapes, path: str | Path) -> tuple[dict[str, Pattern | Non
     if not isinstance(stored, dict):
         raise PatternError(f"allocation {path} must be a JSON object of layer name -> pattern")
     if not isinstance(stored.get("patterns"), dict):
-        return given(shapes, stored), []
-    patterns = given(shapes, stored["patterns"])
+        return given(shapes, stored, dense), []
+    patterns = given(shapes, stored["patterns"], dense)
     zeros = sum(math.prod(shape) for shape in shapes.values()) - kept_by(shapes, patterns)
     if zeros != stored.get("zeros"):
         raise PatternError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
+from torch import Tensor, nn
 
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.core.errors import CheckpointError
@@ -104,6 +104,21 @@ def _keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
                 module._buffers[leaf] = tensor.float()
             else:
                 module._parameters[leaf] = nn.Parameter(tensor.detach().float(), requires_grad=False)
+
+
+def restore_computed(model: Any, built: Any) -> None:
+    """Give a loaded model the tensors that its code computes and no file holds, from the same model as it was built.
+
+    transformers loads into a model without memory and lets `_init_weights` compute them again. Code that a folder brings
+    along may compute them in its constructor alone, and would run on whatever is in memory.
+    """
+    for name, module in built.named_modules():
+        loaded = model.get_submodule(name)
+        computed = {key: module._buffers[key] for key in module._non_persistent_buffers_set}
+        computed |= {key: value for key, value in vars(module).items() if isinstance(value, Tensor)}
+        for key, value in computed.items():
+            if value is not None and not value.is_meta:
+                setattr(loaded, key, value.clone())
 
 
 def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:

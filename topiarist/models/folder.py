@@ -194,6 +194,8 @@ class FolderModel(OpenedModel):
             raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
         checks.check_complete(folder, about["missing_keys"], self.checkpoint.files)
         checks.check_finite(model)
+        if self.trust_remote_code:
+            building.restore_computed(model, self.model)
         with suppress(OSError):  # few folders have none
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return ObjectModel(model.to(self.device).eval(), origin=self)

@@ -107,6 +107,12 @@ class OpenedModel(ABC):
         """What of the blocks is no prunable matrix, and why: "mlp.gate (a router)", a line a kind."""
         return [f"{name} ({reason})" for name, reason in sorted(self.family.dense.items())]
 
+    @property
+    def stays_dense(self) -> dict[str, str]:
+        """Full names of what of the blocks is never pruned, and why; a block may lack some of them."""
+        dense = self.family.dense.items()
+        return {f"{path}.{name.removesuffix('.weight')}": reason for path in self.block_names for name, reason in dense}
+
     def unpruned(self) -> list[str]:
         """Sentences on what a user may think is pruned and is not: large parts of blocks, other inputs' towers."""
         found = []

@@ -104,3 +104,13 @@ def heads(model: Any) -> Iterator[Attempt]:
     for after in dict.fromkeys((per_group // 2, per_group - 1)):
         if 0 < after < per_group:
             yield Attempt(per_group, after, (Stated("num_attention_heads", kv), *_head_size(model)), kv=kv)
+
+
+def unstated(model: Any, kind: str) -> str:
+    """Why there is no config to try."""
+    query, kv = head_counts(model)
+    if kind == "heads" and query == kv:
+        return "every query head has its own KV head: they are kv_groups"
+    if kind == "kv_groups" and kv == 1:
+        return "one KV head serves all queries: they are heads"
+    return "no number of its config states them"

@@ -19,7 +19,7 @@ from topiarist.models.building import REFUSALS, rebuilt
 from topiarist.models.derive import family_of, structure_of
 from topiarist.models.families import Family, matrices_of
 from topiarist.structured import proof
-from topiarist.structured.attempts import Attempt, channels, head_counts, heads, kv_groups
+from topiarist.structured.attempts import Attempt, channels, head_counts, heads, kv_groups, unstated
 from topiarist.structured.edits import with_numbers
 from topiarist.structured.row_units import seen_units
 from topiarist.structured.units import HEAD_KINDS, Part, UnitGroup, parameters_of
@@ -147,7 +147,7 @@ def proposals(model: Any, kind: str, way: str = WAYS[0]) -> list[Proposal]:
         except (UnsupportedModel, *REFUSALS) as error:
             reasons.append(f"{attempt.said}: {' '.join(str(error).split())}")
     if not found:
-        why = "; ".join(dict.fromkeys(reasons)) or "no number of its config states them"
+        why = "; ".join(dict.fromkeys(reasons)) or unstated(model, kind)
         raise UnsupportedModel(
             f"{kind} of model type {model.config.model_type!r} cannot be cut ({why}): choose other --units, "
             "or prune its matrices"

@@ -40,13 +40,13 @@ def resolve_patterns(
         fitting = allocate.uniform({n: shapes[n] for n, p in dense.items() if p is not None}, pattern)
         return {name: fitting.get(name) for name in shapes}, unmatched
     if isinstance(allocation, Mapping):
-        patterns, uncounted, what = allocate.given(shapes, allocation), [], "the allocation"
+        patterns, uncounted, what = allocate.given(shapes, allocation, source.stays_dense), [], "the allocation"
     else:
         if not Path(allocation).is_file():
             raise PatternError(
                 f"allocation {str(allocation)!r} is neither a file nor a rule; rules are {', '.join(allocate.ALLOCATIONS)}"
             )
-        patterns, uncounted = read_file(shapes, allocation)
+        patterns, uncounted = read_file(shapes, allocation, source.stays_dense)
         what = f"allocation {allocation}"
     if budgeted:
         counted, _ = allocate.without(dict.fromkeys(sorted(set(shapes) - set(uncounted)), pattern), skip)

@@ -93,10 +93,9 @@ class Target:
 
     def whole(self, masks: Mapping[str, Tensor], path: str) -> Tensor:
         """The mask in the parameter's shape, from masks (out, in) by matrix name."""
-        if self.matrices[0].expert is not None:
-            return torch.stack([masks[f"{path}.{m.name}"] for m in self.matrices])
-        mask = masks[f"{path}.{self.matrices[0].name}"]
-        return mask.T.contiguous() if self.transposed else mask
+        found = [masks[f"{path}.{m.name}"] for m in self.matrices]
+        mask = found[0] if self.matrices[0].expert is None else torch.stack(found)
+        return mask.transpose(-1, -2).contiguous() if self.transposed else mask
 
 
 def targets(source: ObjectModel, patterns: Mapping[str, Pattern | None]) -> list[list[Target]]:
@@ -157,7 +156,9 @@ class MaskedModel:
     def _mask(self, target: Target, relaxation: Any, mask: Tensor, options: dict[str, Any]) -> LearnedMask:
         matrix = target.matrices[0]
         if matrix.expert is not None:
-            return mask_parameter(matrix.module, matrix.parameter, relaxation, mask, **options)
+            return mask_parameter(
+                matrix.module, matrix.parameter, relaxation, mask, transposed=target.transposed, **options
+            )
         layer = MaskedLinear.from_module(matrix.module, relaxation, mask, **options)
         self._originals[target.module_path] = matrix.module
         self.model.set_submodule(target.module_path, layer)
