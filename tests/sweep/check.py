@@ -88,11 +88,11 @@ def hidden_error(opened: OpenedModel) -> str:
         for index, name in enumerate(opened.block_names)
     ]
     with at_rest(whole), at_rest(opened.model):
+        stream = BlockStream.of(opened, batch, batch_size=4)  # a model that cannot run on text is refused here
         for rows in batch.split(4):
             base_model(whole)(input_ids=rows, use_cache=False)
         for hook in hooks:
             hook.remove()
-        stream = BlockStream.of(opened, batch, batch_size=4)
         for index in range(len(opened.block_names)):
             block = opened.load(index)
             if not stream.reaches(index):
