@@ -265,9 +265,11 @@ class BlockStream:
 
 
 def check_flow(source: OpenedModel, tokens: Int[Tensor, "num window"], what: str) -> None:
-    """Raise UnsupportedModel if `what` needs hidden states that the model has not: one tensor between blocks."""
+    """Raise UnsupportedModel for a model whose blocks cannot be run on text one by one, and if `what` needs hidden states
+    that it has not: one tensor between blocks. what: nothing, if it is empty.
+    """
     flow = flow_of(source, tokens[:1])
-    if not flow.replays:
+    if what and not flow.replays:
         raise UnsupportedModel(f"{what} needs hidden states that are one tensor, and here {flow.why}: leave it out")
 
 

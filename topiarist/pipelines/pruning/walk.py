@@ -66,7 +66,7 @@ class Walk:
         self.processes = pruner.processes
         if self.processes.size > 1:
             check_slots(-(-len(tokens) // options.windows_a_forward), self.processes.size)
-        if len(tokens) and pruner.needs_states:  # refused, if at all, before anything is written
+        if len(tokens):  # refused, if at all, before anything is written
             check_flow(source, tokens, pruner.needs_states)
 
     def _start(self) -> BlockStream | None:
