@@ -49,14 +49,9 @@ logits of the whole model with those units switched off (`structured/proof.py`).
 
 
 def types_of(mapping: str) -> list[str]:
-    from transformers.models.auto import modeling_auto as auto
+    from sweep.tiny_types import NAMES
 
-    names = (
-        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        if mapping == "causal"
-        else auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    )
-    return sorted(names)
+    return sorted(NAMES[mapping])
 
 
 def one(mapping: str, model_type: str, part: str) -> dict[str, Any]:

@@ -63,8 +63,8 @@ _SMALL_VQ = {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks"
 _COMPASS = {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}
 _SECTIONED = ["qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl", "glm46v", "glm4v", "glmga", "glm_ocr"]
 
-OWN_CONFIG = {"musicgen": "musicgen_decoder", "musicgen_melody": "musicgen_melody_decoder"}
-"""Types whose causal model has a config of another type than the mapping says: the auto class cannot build it."""
+OWN_CONFIG = {"musicgen": "musicgen_decoder", "musicgen_melody": "musicgen_melody_decoder", "evolla": "evolla"}
+"""Types that the auto class cannot build, and the type whose config their class takes."""
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     **{kind: {"is_decoder": True} for kind in _MASKED},
@@ -106,6 +106,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1},
+    "bamba": {"attn_layer_indices": [1]},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "gemma3n_text": _GEMMA3N,
@@ -176,7 +177,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "vq_config": {**_SMALL_VQ, "attn_resolutions": [1]},
     },
     "janus": {"vq_config": _SMALL_VQ},
-    "deepseek_ocr2": _text(num_experts_per_tok=2),
+    "deepseek_ocr2": _text(num_experts_per_tok=2, mlp_layer_types=["dense", "sparse"]),
     "diffusion_gemma": _text(num_experts=4, top_k_experts=2, moe_intermediate_size=32),
     "florence2": {
         "vision_config": {

@@ -11,13 +11,17 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.configuration_utils import PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from sweep.exceptions import EXCEPTIONS, OWN_CONFIG
 
 VOCAB = 256
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 AUTO = {"causal": AutoModelForCausalLM, "image-text": AutoModelForImageTextToText}
+NAMES = {"causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "image-text": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
 
 Rule = int | Callable[[Any], Any]
 
@@ -77,8 +81,8 @@ def tiny_folder(folder: Path, model_type: str, mapping: str = "causal", **fields
 def tiny_model(model_type: str, mapping: str = "causal", **fields: Any) -> Any:
     """A random model of the type, stored buffers included, with a deterministic seed."""
     build = AUTO[mapping].from_config
-    if mapping == "causal" and model_type in OWN_CONFIG:
-        build = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])._from_config
+    if model_type in OWN_CONFIG:
+        build = getattr(transformers, NAMES[mapping][model_type])._from_config
         model_type = OWN_CONFIG[model_type]
     config = tiny_config(model_type, **fields)
     with torch.device("meta"):

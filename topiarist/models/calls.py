@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,9 +117,8 @@ def probe_flow(
             f"{family.blocks} is not what the model's forward runs: its blocks are never called"
         ) from None
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise UnsupportedModel(
-            f"the model cannot run on text alone ({reason}): prune its modules with prune_module"
+            f"the model cannot run on text alone ({_why_not(model, error)}): prune its modules with prune_module"
         ) from error
     kinds = {type(block): index for index, block in reversed(list(enumerate(blocks)))}
     output = real(0, first)
@@ -165,6 +165,16 @@ def probe_flow(
         if index and not _one_tensor(real(index, calls[index][1])):
             return Flow(False, as_tuple, f"{family.blocks}.{index} returns more than hidden states")
     return Flow(True, as_tuple)
+
+
+def _why_not(model: Any, error: Exception) -> str:
+    """What a model needs beside token ids."""
+    reason = str(error).strip().partition("\n")[0]
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder"
+    if re.search(r"\bmeta\b", reason):  # what text does not pass is not loaded
+        return "its forward runs parts that are for other inputs"
+    return reason
 
 
 def _ended(*_: Any) -> Any:
