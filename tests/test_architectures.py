@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,20 +75,24 @@ def test_an_allocation_that_names_a_router_is_refused_with_the_reason(name: str)
         tp.prune(model, method="magnitude", allocation=said)
 
 
-def test_names_of_an_older_transformers_are_read_and_written_as_they_were(tmp_path: Path):
-    base = tiny_folder(tmp_path / "base", "llava", "image-text")
-    stored = load_file(base / "model.safetensors")
-    older = {re.sub(r"^model\.language_model\.", "language_model.model.", name): t for name, t in stored.items()}
-    older = {name.removeprefix("model."): tensor for name, tensor in older.items()}
-    older = {name.replace("lm_head", "language_model.lm_head"): tensor for name, tensor in older.items()}
-    save_file(older, base / "model.safetensors", metadata={"format": "pt"})
-    report = tp.prune(base, tmp_path / "out", method="magnitude", pattern="2:4")
-    after = load_file(tmp_path / "out" / "model.safetensors")
-    assert after.keys() == older.keys() and "language_model.model.layers.0.mlp.up_proj.weight" in after
-    pruned = {
-        layer.name.replace("model.language_model.", "language_model.model.") + ".weight" for layer in report.layers
-    }
-    assert pruned == {name for name in older if not torch.equal(older[name], after[name])}
+def test_names_of_older_and_of_newer_transformers_are_read_and_written_as_they_were(tmp_path: Path):
+    base, renamed = tiny_folder(tmp_path / "base", "llava", "image-text"), tmp_path / "renamed"
+    shutil.copytree(base, renamed)
+    older = load_file(base / "model.safetensors")
+    assert "language_model.model.layers.0.mlp.up_proj.weight" in older
+    newer = {name.replace("language_model.lm_head", "lm_head"): name for name in older}
+    newer = {re.sub(r"^language_model\.model", "language_model", name): old for name, old in newer.items()}
+    newer = {re.sub(r"^(?!lm_head)", "model.", name): old for name, old in newer.items()}
+    save_file(
+        {name: older[old] for name, old in newer.items()}, renamed / "model.safetensors", metadata={"format": "pt"}
+    )
+    outs = [tmp_path / "out", tmp_path / "out-renamed"]
+    for folder, out in zip((base, renamed), outs, strict=True):
+        tp.prune(folder, out, method="magnitude", pattern="2:4")
+    first, second = (load_file(out / "model.safetensors") for out in outs)
+    assert first.keys() == older.keys() and second.keys() == newer.keys()
+    assert all(torch.equal(tensor, first[newer[name]]) for name, tensor in second.items())
+    assert tp.NM(2, 4).holds(second["model.language_model.layers.0.mlp.up_proj.weight"] != 0)
 
 
 def test_what_is_never_called_stays_dense_and_is_named(tmp_path: Path):
