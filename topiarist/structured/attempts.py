@@ -108,9 +108,13 @@ def heads(model: Any) -> Iterator[Attempt]:
 
 def unstated(model: Any, kind: str) -> str:
     """Why there is no config to try."""
-    query, kv = head_counts(model)
+    unknown = "no number of its config states them"
+    try:
+        query, kv = head_counts(model)
+    except UnsupportedModel as error:
+        return unknown if kind == "channels" else str(error)
     if kind == "heads" and query == kv:
         return "every query head has its own KV head: they are kv_groups"
     if kind == "kv_groups" and kv == 1:
         return "one KV head serves all queries: they are heads"
-    return "no number of its config states them"
+    return unknown
