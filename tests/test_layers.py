@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "topiarist"
@@ -27,10 +29,17 @@ ROOMS_OF_PIPELINES = [
 """Inside `pipelines/`: a room imports from its own floor and from those below. A search prunes, and a run by rule searches."""
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """The syntax tree of a file, node by node."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@cache
 def imports_of(path: Path) -> set[str]:
     """Modules (dotted, below topiarist) and foreign packages that a file imports, inside functions too."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -87,6 +96,25 @@ def test_methods_know_no_models():
 def test_only_the_command_line_prints():
     for path in PACKAGE.rglob("*.py"):
         if not room_of(path).startswith("cli"):
-            calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+            calls = (node for node in nodes_of(path) if isinstance(node, ast.Call))
             names = {node.func.id for node in calls if isinstance(node.func, ast.Name)}
             assert "print" not in names, path
+
+
+def public_functions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef]:
+    """Functions of a module or class, and methods of its classes, whose names do not begin with an underscore."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_":
+            yield from [node] if isinstance(node, ast.FunctionDef) else public_functions(node.body)
+
+
+def test_tensor_parameters_say_their_shape():
+    """Of public functions; `Mapping[str, Tensor]` holds many shapes. What is copied beside a model needs torch alone."""
+    for path in PACKAGE.rglob("*.py"):
+        module = next(node for node in nodes_of(path) if isinstance(node, ast.Module))
+        for function in public_functions(module.body) if path.name != "modeling_pruned.py" else ():
+            given = function.args
+            for argument in filter(None, (*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg)):
+                words = ast.unparse(argument.annotation).split(" | ") if argument.annotation else []
+                where = f"{path.relative_to(PACKAGE)}:{function.lineno} {argument.arg}"
+                assert not {"Tensor", "torch.Tensor"} & {*words}, where

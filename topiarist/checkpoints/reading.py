@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -241,7 +242,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def weight_digest(weight: Tensor) -> str:
+def weight_digest(weight: Shaped[Tensor, "..."]) -> str:
     """sha256 of a tensor's bytes in row order, little-endian."""
     raw = weight.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return hashlib.sha256(raw.numpy().data).hexdigest()

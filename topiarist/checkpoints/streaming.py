@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from jaxtyping import Shaped
 from torch import Tensor
 
 from topiarist.checkpoints.atomic import replacing
@@ -63,6 +64,6 @@ def write_tensors(path: Path, tensors: Mapping[str, StoredTensor], chunks: Chunk
     return digest.hexdigest()
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Shaped[Tensor, "..."]) -> memoryview:
     """The bytes of a tensor of any shape and dtype, row by row."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

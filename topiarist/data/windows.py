@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from topiarist.core.errors import CalibrationError
@@ -46,7 +46,7 @@ class Windows:
 
 
 def calibration_windows(
-    source: TextFiles | Tensor | Sequence[Any],
+    source: TextFiles | Shaped[Tensor, "..."] | Sequence[Any],
     tokenizer: Any,
     *,
     num_samples: int = 128,

@@ -28,7 +28,13 @@ class Step:
     """Second moment per logit (0), per group (1) or per row (2)."""
 
 
-def native_adam(step: Step, scale: float | Tensor, m: Tensor, v: Tensor, grad_effective: Tensor) -> native.Adam:
+def native_adam(
+    step: Step,
+    scale: float | Float[Tensor, ""],
+    m: Float[Tensor, "out classes groups"],
+    v: Float[Tensor, "..."],
+    grad_effective: Float[Tensor, "out in"],
+) -> native.Adam:
     """Give the step as the C++ kernel takes it. scale: of the gradient. m, v: moments, as `MaskAdamW` keeps them."""
     adam = native.Adam(
         grad_effective=grad_effective.data_ptr(), grad_bf16=grad_effective.dtype == torch.bfloat16,
@@ -45,8 +51,8 @@ def native_adam(step: Step, scale: float | Tensor, m: Tensor, v: Tensor, grad_ef
 def adamw_(
     logits: Float[Tensor, "out classes groups"],
     grad: Float[Tensor, "out classes groups"],
-    m: Tensor,
-    v: Tensor,
+    m: Float[Tensor, "out classes groups"],
+    v: Float[Tensor, "..."],
     step: Step,
     *,
     first_row: int = 0,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from topiarist.core.errors import TopiaristError
@@ -32,12 +33,12 @@ def zeros(shape: Sequence[int], *, signed: bool, device: torch.device) -> Tensor
     return OptimState8bit.zeros(tuple(shape), signed, size, device, dtype=torch.float32)
 
 
-def quantised(moment: Tensor) -> bool:
+def quantised(moment: Shaped[Tensor, "..."]) -> bool:
     """Whether a moment is held in eight-bit codes."""
     return hasattr(moment, "codes")
 
 
-def parts(name: str, moment: Tensor) -> dict[str, Tensor]:
+def parts(name: str, moment: Shaped[Tensor, "..."]) -> dict[str, Tensor]:
     """The plain tensors that a state consists of, by name; they share its memory."""
     if not quantised(moment):
         return {name: moment}

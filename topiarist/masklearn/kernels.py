@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -82,7 +82,7 @@ def gradient(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _triton_fits(relaxation: Relaxation, *tensors: Tensor) -> bool:
+def _triton_fits(relaxation: Relaxation, *tensors: Shaped[Tensor, "..."]) -> bool:
     """Whether the Triton kernels know this relaxation and take these tensors: contiguous, on a GPU (anywhere if
     interpreted), fp32 or bf16.
     """
@@ -94,7 +94,7 @@ def _triton_fits(relaxation: Relaxation, *tensors: Tensor) -> bool:
 KINDS: dict[type[Relaxation], int] = {Categorical: 0, TopN: 1, Bernoulli: 2}
 
 
-def native_fits(relaxation: Relaxation, *tensors: Tensor) -> bool:
+def native_fits(relaxation: Relaxation, *tensors: Shaped[Tensor, "..."]) -> bool:
     """Whether the C++ kernels know this relaxation and take these tensors."""
     return type(relaxation) in KINDS and native.usable(*tensors)
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from topiarist.core.compiled import NoKernels, compiled
@@ -91,7 +91,7 @@ def _load(path: Path) -> ctypes.CDLL:
     return loaded
 
 
-def usable(*tensors: Tensor) -> bool:
+def usable(*tensors: Shaped[Tensor, "..."]) -> bool:
     """Whether the kernels take these tensors: contiguous, on the CPU, fp32 or bf16; and a compiler was found."""
     dtypes = (torch.float32, torch.bfloat16)
     fits = all(t.device.type == "cpu" and t.dtype in dtypes and t.is_contiguous() for t in tensors)
@@ -101,7 +101,7 @@ def usable(*tensors: Tensor) -> bool:
 def mask_args(
     weight: Float[Tensor, "out in"],
     logits: Float[Tensor, "out classes groups"],
-    table: Tensor,
+    table: Bool[Tensor, "..."],
     *,
     kappa: float,
     tau: float,

@@ -47,7 +47,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (32 - bits)) - 1)
 
 
-def mix(x: Int[Tensor, "*words"], k1: Tensor | int) -> Int[Tensor, "*words"]:
+def mix(x: Int[Tensor, "*words"], k1: Int[Tensor, "..."] | int) -> Int[Tensor, "*words"]:
     """The hash of one 32-bit word under the second key word; a bijection of x for every k1."""
     x = x ^ _shift(x, 16)
     x = x * M1

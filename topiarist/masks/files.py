@@ -138,7 +138,7 @@ class MaskFile(Mapping[str, Tensor]):
             raise CheckpointError(f"{self.path}: {name}: {error}") from None
         return mask.transpose(-1, entry.axis).contiguous()
 
-    def check(self, name: str, weight: Tensor) -> None:
+    def check(self, name: str, weight: Shaped[Tensor, "..."]) -> None:
         """Raise CheckpointError unless `weight` is the dense weight this mask was made for (a wider dtype is fine)."""
         entry = self.entries[name]
         if tuple(weight.shape) != entry.shape:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from topiarist.checkpoints.reading import Checkpoint
@@ -72,7 +73,7 @@ def check_finite(module: nn.Module, path: str = "") -> None:
         check_finite_tensor(f"{path}.{name}" if path else name, parameter)
 
 
-def check_finite_tensor(name: str, *tensors: Tensor) -> None:
+def check_finite_tensor(name: str, *tensors: Shaped[Tensor, "..."]) -> None:
     """Raise DamagedWeights if one of the tensors that `name` is stored as holds NaN or Inf."""
     for tensor in tensors:
         # torch has no isfinite of float8

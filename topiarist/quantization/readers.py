@@ -46,7 +46,7 @@ def from_packed_integers(
 
 
 def from_integers(
-    q: Int[Tensor, "out in"], scale: Float[Tensor, "*scale_shape"], zero_point: Tensor | None = None
+    q: Int[Tensor, "out in"], scale: Float[Tensor, "*scale_shape"], zero_point: Shaped[Tensor, "..."] | None = None
 ) -> Float[Tensor, "out in"]:
     """compressed-tensors `int-quantized`: (q - zero) * scale with a scale a tensor, a row, or a group of a row."""
     scale = scale.reshape(scale.shape[0] if scale.ndim else 1, -1)

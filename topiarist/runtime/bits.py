@@ -53,7 +53,7 @@ def nonzero_mask(tensor: Shaped[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
     return raw_bits(tensor) != 0
 
 
-def pack(tensor: Tensor) -> PackedTensor | None:
+def pack(tensor: Shaped[Tensor, "..."]) -> PackedTensor | None:
     """The smaller packed form of a tensor, or None if the tensor is no larger as it is."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.ndim == 0 or tensor.numel() == 0:
@@ -93,12 +93,12 @@ def pack_bits(mask: Bool[Tensor, " count"]) -> UInt8[Tensor, " bytes"]:
     return torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
 
 
-def unpack_bits(index: Tensor, count: int) -> Bool[Tensor, " count"]:
+def unpack_bits(index: UInt8[Tensor, "..."], count: int) -> Bool[Tensor, " count"]:
     """The first `count` bits of `index` as bool."""
     return torch.from_numpy(np.unpackbits(index.numpy(), count=count, bitorder="little")).view(torch.bool)
 
 
-def unpack_index(form: str, index: Tensor, count: int) -> Bool[Tensor, " count"]:
+def unpack_index(form: str, index: Shaped[Tensor, "..."], count: int) -> Bool[Tensor, " count"]:
     """Flat bool, True where a value is stored. Raises ValueError if the index is not one of `count` elements."""
     sizes = {"bitmask": math.ceil(count / 8), "2:4": math.ceil(count / 8), "six": math.ceil(count / 12)}
     if form not in sizes:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int8, Int64
+from jaxtyping import Float, Int8, Int64, Shaped
 from torch import Tensor
 
 from topiarist.core.compiled import loaded
@@ -109,7 +109,9 @@ class Kernels:
             self.level if level is None else level, threads,
         )  # fmt: skip
 
-    def expand(self, weight: Weight, tiles: range, out: Tensor, threads: int, level: int | None = None) -> None:
+    def expand(
+        self, weight: Weight, tiles: range, out: Shaped[Tensor, "..."], threads: int, level: int | None = None
+    ) -> None:
         """Write the dense rows of some tiles of four rows to `out` (rows, cols), contiguous.
 
         Floats come in the weight's own dtype; integers as code times scale in the dtype of `out`, or as codes in int8.

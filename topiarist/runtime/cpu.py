@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from topiarist.core.compiled import NoKernels
@@ -256,7 +257,10 @@ def clock() -> float:
 
 
 def race(
-    rivals: Sequence[Sequence[Callable[[], object]]], cold: Tensor | None = None, *, seconds: float = SECONDS
+    rivals: Sequence[Sequence[Callable[[], object]]],
+    cold: Shaped[Tensor, "..."] | None = None,
+    *,
+    seconds: float = SECONDS,
 ) -> list[float]:
     """Median milliseconds of each column of `rivals`: rows in turn, and columns in turn within each row.
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int8, UInt8
+from jaxtyping import Int8, Shaped, UInt8
 from torch import Tensor
 
 from topiarist.quantization.grid import Grid, QuantizedWeight
@@ -141,7 +141,7 @@ def pack_integers(codes: Int8[Tensor, "out in"], bits: int) -> tuple[str, dict[s
 
 
 def unpack_integers(
-    form: str, shape: tuple[int, ...], values: Tensor, index: Tensor, bits: int
+    form: str, shape: tuple[int, ...], values: Shaped[Tensor, "..."], index: Shaped[Tensor, "..."], bits: int
 ) -> Int8[Tensor, "out in"]:
     """The inverse of `pack_integers`. Raises ValueError if the parts do not belong together."""
     count = math.prod(shape)

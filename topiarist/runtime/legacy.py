@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from topiarist.checkpoints.reading import Checkpoint, read_json
@@ -89,7 +90,12 @@ def read_legacy(folder: Path | str) -> Iterator[tuple[str, Tensor]]:
         yield name, checkpoint.read(name)
 
 
-def decode(compressed: Tensor, bitmask: Tensor, shape: Tensor, row_offsets: Tensor | None = None) -> Tensor:
+def decode(
+    compressed: Shaped[Tensor, "..."],
+    bitmask: Shaped[Tensor, "..."],
+    shape: Shaped[Tensor, "..."],
+    row_offsets: Shaped[Tensor, "..."] | None = None,
+) -> Shaped[Tensor, "rows cols"]:
     """The dense weight (rows, cols) in the dtype of `compressed`. Raises ValueError if the parts do not agree."""
     rows, cols = (int(size) for size in shape.flatten())
     if bitmask.dtype != torch.uint8 or tuple(bitmask.shape) != (rows, -(-cols // 8)):

@@ -46,7 +46,9 @@ def terms(
     return first if order == "first" else first - 0.5 * fisher * weight.square()
 
 
-def part_scores(e: Tensor, part: Part, count: int) -> tuple[Float[Tensor, " count"], Float[Tensor, " count"]]:
+def part_scores(
+    e: Float[Tensor, "..."], part: Part, count: int
+) -> tuple[Float[Tensor, " count"], Float[Tensor, " count"]]:
     """(fine, coarse) of the units of one part, from e in the shape of its parameter (of its one expert)."""
     others = [axis for axis in range(e.ndim) if axis != part.axis]
     stretch = e.narrow(part.axis, part.start, count * part.size)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from topiarist.structured import policy
@@ -86,7 +86,7 @@ class Variables:
             s[members] = policy.project(s[members], self.cost[members], budget)
         return s
 
-    def by_group(self, values: Tensor) -> dict[str, Tensor]:
+    def by_group(self, values: Shaped[Tensor, " variables"]) -> dict[str, Tensor]:
         """Values of variables as values of units, by group key."""
         return {key: values[index] for key, index in self.of.items()}
 

@@ -81,7 +81,7 @@ class Target:
             return rows.view(shape)
         return rows.view(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2).contiguous()
 
-    def packed(self, mask: Tensor) -> np.ndarray:
+    def packed(self, mask: Bool[Tensor, "..."]) -> np.ndarray:
         """A mask at one bit a weight: (rows, bytes)."""
         return np.packbits(self.rows(mask).contiguous().cpu().numpy(), axis=1)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from topiarist.core.errors import CalibrationError
@@ -64,7 +64,7 @@ class Sequences:
 @contextmanager
 def training_text(
     model: OpenedModel,
-    data: TextFiles | Tensor | Sequence[str] | None,
+    data: TextFiles | Shaped[Tensor, "..."] | Sequence[str] | None,
     *,
     window_tokens: int,
     num_windows: int,
