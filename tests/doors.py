@@ -310,7 +310,6 @@ PLACES: dict[str, Callable[[Path], Path]] = {
     "a link to an empty folder": lambda _: linked(Path("elsewhere")),
     "with brackets": lambda _: Path("[red]out[/blue]"),
     "with a line break": lambda _: Path("out\nside"),
-    "of bytes that are no text": lambda _: Path(os.fsdecode(b"out\xff")),
 }
 """Where OUT may be, strange as it is."""
 

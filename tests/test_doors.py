@@ -117,6 +117,14 @@ def test_a_strange_place_for_the_output(inputs: Path, command, door: str, place:
     assert all(home in (new, *new.parents) or new in home.parents for new in set(inputs.rglob("*")) - before)
 
 
+@pytest.mark.parametrize("door", [marked(door) for door in DOORS if writes_folder(door)])
+def test_a_name_that_is_no_text_for_the_output(inputs: Path, command, door: str):
+    before = sorted(Path().rglob("*"))
+    code, _, error = command(*[os.fsdecode(b"out\xff") if word == "out" else word for word in words_of(door)])
+    assert code == 2 and "no UTF-8" in said(error), (code, error)
+    assert sorted(Path().rglob("*")) == before
+
+
 def fail_writing(error: BaseException) -> Callable[[int], None]:
     def fsync(_: int) -> None:
         raise error

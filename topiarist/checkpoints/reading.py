@@ -16,6 +16,7 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from topiarist.checkpoints.atomic import check_name
 from topiarist.core.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -48,6 +49,7 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        check_name(self.folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"model folder {folder} does not exist")
         self._headers: dict[Path, tuple[dict[str, Any], int]] = {}

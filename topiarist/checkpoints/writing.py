@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from topiarist.checkpoints.atomic import TEMPORARY, disk_errors, fsync, save_tensors, write_atomically
+from topiarist.checkpoints.atomic import TEMPORARY, check_name, disk_errors, fsync, save_tensors, write_atomically
 from topiarist.checkpoints.finished import REPORT, check_files, read_finished
 from topiarist.checkpoints.journal import complete_lines, differences, sealed
 from topiarist.checkpoints.locking import LOCK, FolderLock
@@ -52,6 +52,7 @@ def bytes_to_write(weights: int) -> int:
 
 def check_place(folder: Path) -> None:
     """Raise CheckpointError for an output folder that is no folder, or that holds something else than a run."""
+    check_name(folder)
     if not folder.exists():
         if folder.is_symlink():
             raise CheckpointError(f"{folder} is a link that leads nowhere; remove it, or choose another output")

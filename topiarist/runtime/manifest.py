@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from topiarist.checkpoints.atomic import disk_errors, fsync
+from topiarist.checkpoints.atomic import check_name, disk_errors, fsync
 from topiarist.checkpoints.reading import read_json
 from topiarist.core.errors import CheckpointError
 
@@ -97,6 +97,7 @@ def new_place(out: Path | str, *, cure: str = "") -> Iterator[Path]:
 
 
 def _check_free(out: Path) -> None:
+    check_name(out)
     if out.exists() or out.is_symlink():
         raise CheckpointError(f"{out} exists; choose a name that does not")
 
