@@ -16,18 +16,14 @@ SEAL = "line_sha256"
 
 def sealed(line: Mapping[str, Any]) -> str:
     """The text of a journal's line, with its digest."""
-    return json.dumps({**line, SEAL: _digest(line)})
-
-
-def _digest(line: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(line).encode()).hexdigest()
+    return json.dumps({**line, SEAL: hashlib.sha256(json.dumps(line).encode()).hexdigest()})
 
 
 def complete_lines(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a journal; a last one cut off by a kill does not count.
 
     The first line says what the run is; each other one names a finished "block" or "file", its sha256 and its tensors.
-    Raises CheckpointError for a line that is anything else, or that is not what the run wrote.
+    A first line without a digest is of an earlier version: nothing after it counts. Raises CheckpointError for a line that is anything else, or that is not what the run wrote.
     """
     lines: list[dict[str, Any]] = []
     for number, raw in enumerate(path.read_bytes().split(b"\n")[:-1]):
@@ -35,18 +31,16 @@ def complete_lines(path: Path) -> list[dict[str, Any]]:
             line = json.loads(raw)
         except (ValueError, RecursionError):
             line = None
-        if not isinstance(line, dict) or (number and not _is_known(line)):
-            raise _damaged(path, number)
-        seal = line.pop(SEAL, None)
-        # A first line without one is of another version, which whoever compares it says.
-        if seal != _digest(line) and (number or seal is not None):
-            raise _damaged(path, number)
+        if number == 0 and isinstance(line, dict) and SEAL not in line:
+            return [line]
+        if (
+            not isinstance(line, dict)
+            or (number and not _is_known(line))
+            or line.pop(SEAL, None) != hashlib.sha256(json.dumps(line).encode()).hexdigest()
+        ):
+            raise CheckpointError(f"line {number + 1} of {path} is damaged: delete {path.parent} and start again")
         lines.append(line)
     return lines
-
-
-def _damaged(path: Path, number: int) -> CheckpointError:
-    return CheckpointError(f"line {number + 1} of {path} is damaged: delete {path.parent} and start again")
 
 
 def _is_known(line: Mapping[str, Any]) -> bool:
