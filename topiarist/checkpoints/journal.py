@@ -23,7 +23,8 @@ def complete_lines(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a journal; a last one cut off by a kill does not count.
 
     The first line says what the run is; each other one names a finished "block" or "file", its sha256 and its tensors.
-    A first line without a digest is of an earlier version: nothing after it counts. Raises CheckpointError for a line that is anything else, or that is not what the run wrote.
+    A first line without a digest is of an earlier version: nothing after it counts.
+    Raises CheckpointError for a line that is anything else, or that is not what the run wrote.
     """
     lines: list[dict[str, Any]] = []
     for number, raw in enumerate(path.read_bytes().split(b"\n")[:-1]):
