@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import copy
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +66,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+_MODELS: dict[str, tuple[Any, torch.Tensor]] = {}
+"""Models made so far in this process, and the random state behind each: tests get copies, which cost less."""
+_FOLDERS: dict[str, tuple[str, torch.Tensor]] = {}
+"""The same of saved ones."""
+
+
 def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     """A random model whose biases and norms are not at their defaults, so that losing one is seen."""
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **(CONFIGS[family] | overrides))
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            else:
-                parameter.copy_(0.2 * torch.randn_like(parameter))
-    return model
+    key = repr((family, seed, dtype, sorted(overrides.items())))
+    if key not in _MODELS:
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(family, **(CONFIGS[family] | overrides))
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+                else:
+                    parameter.copy_(0.2 * torch.randn_like(parameter))
+        _MODELS[key] = model, torch.get_rng_state()
+    model, state = _MODELS[key]
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
 
 
 def tiny_tokens(num: int = 8, window: int = 32, *, seed: int = 0) -> torch.Tensor:
@@ -94,8 +109,16 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_checkpoint(folder: Path, family: str = "llama", **options: Any) -> Path:
     """A saved tiny model with its tokenizer."""
-    tiny_model(family, **options).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    key = repr((family, sorted(options.items())))
+    if key not in _FOLDERS:
+        made = tempfile.mkdtemp(prefix="tiny-")
+        atexit.register(shutil.rmtree, made, ignore_errors=True)
+        tiny_model(family, **options).save_pretrained(made)
+        tiny_tokenizer().save_pretrained(made)
+        _FOLDERS[key] = made, torch.get_rng_state()
+    made, state = _FOLDERS[key]
+    torch.set_rng_state(state)
+    shutil.copytree(made, folder, copy_function=shutil.copyfile, dirs_exist_ok=True)
     return folder
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from topiarist.checkpoints.atomic import check_name
-from topiarist.core.errors import CheckpointError
+from topiarist.core.errors import CheckpointError, first_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -263,7 +263,6 @@ def locate(model: str | Path) -> Path:
     try:
         return Path(snapshot_download(text, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf"]))
     except Exception as error:  # the hub client raises many types: no network, no such repository, no rights
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"model folder {model} does not exist, and the hub gives no model of that name ({reason})"
+            f"model folder {model} does not exist, and the hub gives no model of that name ({first_line(error)})"
         ) from error

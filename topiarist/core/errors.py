@@ -51,3 +51,8 @@ class NumericalWarning(UserWarning):
 
 class CalibrationWarning(UserWarning):
     """Calibration data so thin that the result may suffer; the message gives both numbers."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, for a line of ours: the first of its own, or its type if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

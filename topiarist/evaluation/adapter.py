@@ -7,7 +7,7 @@ from typing import Any
 
 from topiarist.checkpoints.reading import locate
 from topiarist.checkpoints.writing import ADAPTER
-from topiarist.core.errors import CheckpointError, TopiaristError
+from topiarist.core.errors import CheckpointError, TopiaristError, first_line
 
 
 def has_adapter(model: str | Path) -> bool:
@@ -36,7 +36,6 @@ def with_adapter(model: Any, folder: str | Path) -> Any:
     try:
         return PeftModel.from_pretrained(model, str(locate(folder) / ADAPTER)).eval()
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"the adapter of {folder} cannot be put on ({reason}): prune with --low-rank again"
+            f"the adapter of {folder} cannot be put on ({first_line(error)}): prune with --low-rank again"
         ) from error

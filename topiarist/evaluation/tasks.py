@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from topiarist.core.errors import CalibrationError, TopiaristError
+from topiarist.core.errors import CalibrationError, TopiaristError, first_line
 from topiarist.evaluation.comparison import is_dense, with_reference
 from topiarist.evaluation.items import LocalTask, local_task
 from topiarist.evaluation.perplexity import check_batch_size
@@ -137,7 +137,7 @@ def _run(
     except TopiaristError:
         raise
     except (KeyError, ValueError, OSError, RuntimeError) as error:  # unknown names, and items that cannot be fetched
-        reason = str(error).strip().strip("'\"").splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error).strip("'\"")
         names = ", ".join(spec if isinstance(spec, str) else spec.name for spec in specs)
         raise TopiaristError(
             f"lm-eval cannot run {names}: {reason}; without a network, pass --task-files DIR"

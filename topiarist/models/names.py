@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from topiarist.checkpoints.reading import Checkpoint
-from topiarist.core.errors import CheckpointError
+from topiarist.core.errors import CheckpointError, first_line
 
 Read = Callable[[str], Tensor]
 
@@ -139,7 +139,7 @@ class DiskNames:
                 state = self.read(first, empty)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise CheckpointError(
-                    f"{group.keys[0][0]} and its like in {checkpoint.folder} make no {first}: {_first_line(error)}"
+                    f"{group.keys[0][0]} and its like in {checkpoint.folder} make no {first}: {first_line(error)}"
                 ) from error
             found.update({name: tuple(tensor.shape) for name, tensor in state.items()})
             if id(group.converter) not in tried:
@@ -155,10 +155,6 @@ def _targets(first: str, converter: Any) -> tuple[str, ...]:
         return (first,)
     patterns = converter.target_patterns
     return tuple(first.replace(patterns[0], pattern) for pattern in patterns)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def summary(names: Iterable[str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from topiarist.core.errors import CheckpointError
+from topiarist.core.errors import CheckpointError, first_line
 from topiarist.results.formats import code, code_block, command_text, error_text, escaped, percent, short, size_text
 from topiarist.results.result import Result
 
@@ -93,9 +93,8 @@ def with_measurements(card: str, result: Result) -> str:
     try:
         parsed = ModelCard(card)
     except Exception as error:  # YAML's own errors, and those of the hub's checks
-        reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"the metadata of README.md cannot be read ({reason}): mend it, or delete the file"
+            f"the metadata of README.md cannot be read ({first_line(error)}): mend it, or delete the file"
         ) from error
     data: Any = parsed.data
     data.eval_results = eval_results(result)
