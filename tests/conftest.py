@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave what is listed as slow out of the fast tier, beside what says so itself."""
     listed = set(SLOW.read_text().split())
     for item in items:
-        if item.nodeid.partition("[")[0] in listed:
+        if not listed.isdisjoint((item.nodeid, item.nodeid.partition("[")[0])):  # one case, or all of a test
             item.add_marker("slow")
 
 
