@@ -36,8 +36,12 @@ def joint(network: Network, X: torch.Tensor, settings: tp.SparseLLM, pattern: st
     Y = torch.empty(*X.shape[:2], network.down.shape[0])
     network.outputs(X, Y)
 
-    def solve(matrices, weights, gram):
-        return settings.local.together(weights, gram, [tp.parse_pattern(pattern)] * len(matrices))
+    def solve(groups):
+        for group in groups:
+            yield (
+                group,
+                settings.local.together(group.asked, group.gram, [tp.parse_pattern(pattern)] * len(group.asked)),
+            )
 
     return JointSolver(
         settings, network, X, Y, solve, lambda width: SimpleNamespace(values=torch.empty(*X.shape[:2], width))

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
+from several import run_in
 
 import topiarist as tp
 from topiarist.pipelines.training import loop
@@ -70,3 +72,54 @@ def test_two_processes_recover_what_one_recovers(tmp_path: Path, monkeypatch):
         assert all(torch.equal(wanted[key], found[key]) for key in wanted), name
         again = tp.RecoverReport.from_folder(tmp_path / name)
         assert [e["loss"] for e in again.evaluations] == pytest.approx([e["loss"] for e in report.evaluations])
+
+
+TRAININGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "recover": (tp.recover, {"window_tokens": 32, "tokens": 128, "sequences": 2, "held_out": 2}),
+    "learn": (tp.learn, {"prior": "magnitude", "steps": 2, "shard": False}),
+}
+
+
+@pytest.mark.parametrize("command", TRAININGS)
+@pytest.mark.parametrize(
+    ("differently", "message"),
+    [
+        ({"seed": 1}, "process 1 on .* works on something else than process 0: seed was 0 and is 1"),
+        ({"data": tiny.tiny_tokens(40, 32, seed=1)}, "process 1 on .*: text digest was"),
+    ],
+    ids=["seed", "text"],
+)
+def test_trainings_of_different_processes_are_compared(
+    command: str, differently: dict[str, Any], message: str, tmp_path: Path
+):
+    train, options = TRAININGS[command]
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    tp.prune(base, tmp_path / "pruned", method="magnitude")
+    model = tmp_path / ("pruned" if command == "recover" else "base")
+
+    def work(rank: int) -> None:
+        own = {"data": tiny.tiny_tokens(40, 32), **options, **(differently if rank else {})}
+        with pytest.raises(tp.TopiaristError, match=message):
+            train(model, tmp_path / "out", **own)
+
+    assert run_in(2, work) == {}
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_on_a_disk_of_one_machine_are_refused(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    tp.prune(base, tmp_path / "pruned", method="magnitude")
+    tiny.tiny_text(tmp_path)
+    for rank in range(2):
+        (tmp_path / f"{rank}").mkdir()
+
+    def work(rank: int) -> None:
+        os.chdir(tmp_path / f"{rank}")  # OUT is another folder for each
+        with pytest.raises(tp.TopiaristError, match=r"OUT\.tokens is not the same folder for process 1 on"):
+            tp.recover(
+                tmp_path / "pruned", "OUT", data=tp.text_files(tmp_path / "text.txt"), window_tokens=32, tokens=128,
+                sequences=2,
+            )  # fmt: skip
+
+    assert run_in(2, work) == {}
+    assert not any(any((tmp_path / f"{rank}").iterdir()) for rank in range(2))

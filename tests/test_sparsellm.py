@@ -103,7 +103,7 @@ def test_trouble_is_retried_with_more_ridge_and_then_given_up(monkeypatch):
     assert list(report.joint[0].errors) == ["local", "epoch 1", "epoch 2"]
     # One time the ridge that was asked for, then ten times it for that epoch alone: damping does not pile up.
     base = 0.01 * 32 / (22 * 32)
-    assert ridges == pytest.approx([base, 10 * base, 10 * base * 2, base, base * 2])
+    assert ridges == pytest.approx([base, base * 2, 10 * base, 10 * base * 2, base, base * 2])
     model, plain = tiny.tiny_model(num_hidden_layers=1), tiny.tiny_model(num_hidden_layers=1)
     tp.prune(plain, method=tp.SparseLLM(epochs=0, down_refit=False), calibration=TOKENS)
     monkeypatch.setattr(ffn_joint, "refit", fails(10**6))

@@ -27,12 +27,13 @@ def allocate(
     import topiarist as tp
     from topiarist.checkpoints.atomic import refuse_foreign
     from topiarist.pipelines.allocating.allocation import MARK
+    from topiarist.pipelines.training.processes import Processes
 
     refuse_foreign(output, MARK)
     work = options.work or output.with_name(output.name + ".work")
     with progress_bar() as progress:
         found = tp.find_allocation(model, options=replace(options, work=work), progress=progress)
-    found.save(output)
+    Processes.join().on_main(lambda: found.save(output))
     out.print(_table(found))
     say(f"{found.zeros:,} zeros; written {output}")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from topiarist.cli.common import err, literal
 from topiarist.core.errors import ProcessError
 
-DIVIDED = ("prune", "quantize", "learn", "recover")
+DIVIDED = ("prune", "quantize", "learn", "recover", "allocate")
 """Commands whose work several processes divide."""
 GLANCE, SILENCE, COURTESY = 1.0, 20.0, 10.0
 """Seconds: between two looks at the others; without a sign of life until a process counts as gone; for a last word."""

@@ -7,19 +7,21 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from topiarist import allocate
-from topiarist.allocate import Rule, Scores, Search
+from topiarist.allocate import Rule, Scores, Search, Sensitivity
 from topiarist.allocate.fixed import kept_by
 from topiarist.checkpoints.atomic import refuse_foreign, write_atomically
 from topiarist.checkpoints.writing import OutputFolder
 from topiarist.core.errors import NumericalWarning
 from topiarist.core.options import given_or_made, takes
 from topiarist.core.patterns import Pattern
+from topiarist.core.slots import check_slots
 from topiarist.data import Windows
 from topiarist.models.opened import OpenedModel, at_rest
 from topiarist.pipelines.allocating.measure import measure
@@ -28,6 +30,7 @@ from topiarist.pipelines.allocating.search import search
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.setup import open_for, resolve_patterns, windows_of
 from topiarist.pipelines.pruning.options import PruneOptions
+from topiarist.pipelines.training.processes import Processes, check_same_run
 
 MOST_UNSURE = 0.25
 """Share of the layers whose score may drown in its own noise without a warning."""
@@ -101,10 +104,14 @@ def allocated(
     windows: Windows,
     output: OutputFolder | None,
     progress: Progress,
+    processes: Processes,
 ) -> tuple[dict[str, Pattern | None], dict[str, Any]]:
-    """The rule's patterns for a run, and what its report says of them. A resumed run reads them from its folder."""
+    """The rule's patterns for a run, and what its report says of them, in all processes that measure together.
+
+    A resumed run reads them from its folder.
+    """
     shapes, stored = source.shapes(), None if output is None else output.folder / FILE
-    if stored is None or not stored.is_file():
+    if stored is None or not processes.on_main(stored.is_file):
         work = options.allocation_work
         if isinstance(rule, Search) and work is None and output is not None:
             work = output.folder.with_name(output.folder.name + ".search")
@@ -112,14 +119,21 @@ def allocated(
             rule=rule, pattern=options.base_pattern, method=options.method, skip=options.skip, seed=options.seed,
             batch_size=options.windows_a_forward, work=work,
         )  # fmt: skip
-        found = apply_rule(asked, source, windows, progress)
+        found = apply_rule(asked, source, windows, progress, processes)
         if output is None:
             return dict(found.patterns), _facts(found.to_dict())
-        source.begin(output)
-        output.write_text(FILE, json.dumps(found.to_dict(), indent=2) + "\n")
-    assert stored is not None
-    facts = _facts(json.loads(stored.read_text(encoding="utf-8")))
-    return allocate.from_file(shapes, stored), facts
+        folder = output
+
+        def write() -> None:
+            source.begin(folder)
+            folder.write_text(FILE, json.dumps(found.to_dict(), indent=2) + "\n")
+
+        processes.on_main(write)
+    kept = stored
+    assert kept is not None
+    return processes.on_main(
+        lambda: (allocate.from_file(shapes, kept), _facts(json.loads(kept.read_text(encoding="utf-8"))))
+    )
 
 
 def _facts(plain: dict[str, Any]) -> dict[str, Any]:
@@ -137,13 +151,15 @@ def find_allocation(
 ) -> FoundAllocation:
     """How much each layer should get by a rule of `tp.allocate.ALLOCATIONS`, without pruning anything.
 
-    Another call with the same `work` folder resumes and reuses what was slow to get. Raises a TopiaristError for everything a
-    user can mend.
+    Another call with the same `work` folder resumes and reuses what was slow to get. Under `torchrun` the measuring is
+    divided among the processes, to the same numbers. Raises a TopiaristError for everything a user can mend.
     """
     options = given_or_made(AllocateOptions, options, settings if rule is None else {"rule": rule, **settings})
+    processes = Processes.join()
     source = open_for(options, model)
     windows = windows_of(options, source)
-    return apply_rule(options, source, windows, progress or (lambda *_: None))
+    check_same_run(processes, options, source, {"calibration digest": windows.digest})
+    return apply_rule(options, source, windows, progress or (lambda *_: None), processes)
 
 
 def apply_rule(
@@ -151,8 +167,12 @@ def apply_rule(
     source: OpenedModel,
     windows: Windows,
     progress: Progress,
+    processes: Processes,
 ) -> FoundAllocation:
-    """Measure what the rule asks for (or read it from the work folder), and let it say the patterns."""
+    """Measure what the rule asks for (or read it from the work folder), and let it say the patterns.
+
+    Raises ProcessError for windows that so many processes cannot divide.
+    """
     shapes, pattern, rule = source.shapes(), options.base_pattern, options.rule
     pruned, _ = allocate.without(dict.fromkeys(shapes, pattern), options.skip)
     counted = {name: shapes[name] for name, wanted in pruned.items() if wanted is not None}
@@ -163,8 +183,10 @@ def apply_rule(
     if rule.measured_by and counted:
         # Before the slow part: a budget that cannot be met, or a pattern that does not fit, is said at once.
         rule.patterns(counted, depths, pattern, dict.fromkeys(counted, 0.5))
+        if processes.size > 1:
+            check_slots(_batches_of(options, windows), processes.size)
         with at_rest(source.model):
-            scores = _scores(options, source, windows, counted, depths, progress)
+            scores = _scores(options, source, windows, counted, depths, progress, processes)
     if len(scores.unsure) > MOST_UNSURE * len(counted):
         warnings.warn(
             f"{len(scores.unsure)} of {len(counted)} traces are within two standard errors of zero, so their ranks are "
@@ -190,6 +212,7 @@ def _scores(
     shapes: Mapping[str, tuple[int, int]],
     depths: Mapping[str, int],
     progress: Progress,
+    processes: Processes,
 ) -> Scores:
     """What the rule measures, read from the work folder if the same was measured before."""
     rule = options.rule
@@ -200,12 +223,12 @@ def _scores(
     }
     work = options.work
     if isinstance(rule, Search):
-        return search(options, rule, source, windows.tokens, shapes, depths, made_of, work, progress)
+        return search(options, rule, source, windows.tokens, shapes, depths, made_of, work, progress, processes)
     rule_fields = {key: value for key, value in allocate.recipe(rule).items() if key in ("name", *rule.measured_by)}
     recipe = json.dumps({**made_of, "rule": rule_fields, "layers": sorted(shapes)})
     stored = None if work is None else work / f"scores-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.json"
-    if stored is not None and stored.is_file():
-        return Scores(**json.loads(stored.read_text(encoding="utf-8")))
+    if stored is not None and (known := processes.on_main(partial(_read, stored))) is not None:
+        return known
     scores = measure(
         rule,
         source,
@@ -214,8 +237,21 @@ def _scores(
         batch_size=options.batch_size,
         seed=options.seed,
         progress=progress,
+        processes=processes,
     )
-    if stored is not None:
+    if stored is not None and processes.is_main:
         stored.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(stored, json.dumps(asdict(scores)))
     return scores
+
+
+def _read(stored: Path) -> Scores | None:
+    return Scores(**json.loads(stored.read_text(encoding="utf-8"))) if stored.is_file() else None
+
+
+def _batches_of(options: AllocateOptions, windows: Windows) -> int:
+    """Forwards that the rule's measuring consists of, which processes divide."""
+    rule, num = options.rule, len(windows.tokens)
+    if isinstance(rule, Sensitivity):
+        return min(rule.sequences, num)
+    return -(-(num - rule.sequences if isinstance(rule, Search) else num) // options.batch_size)

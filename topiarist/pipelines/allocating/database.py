@@ -6,6 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.pruning.block import BlockPruner
+from topiarist.pipelines.training.processes import Processes
 from topiarist.solvers import Solution, Solver
 
 _ANY = Unstructured(0.0)
@@ -80,13 +82,17 @@ def fill(
     *,
     batch_size: int,
     progress: Progress,
+    processes: Processes,
 ) -> None:
-    """Solve what is missing, block by block; every block is put back as it was and run dense for the next."""
+    """Solve what is missing, block by block; every block is put back as it was and run dense for the next.
+
+    Windows and solving are divided among processes; the main one writes.
+    """
     paths, wanted = source.block_names, set(names)
-    missing = database.missing(range(len(paths)), patterns)
+    missing = processes.on_main(lambda: database.missing(range(len(paths)), patterns))
     if not missing:
         return
-    stream = BlockStream.of(source, tokens, batch_size=batch_size)
+    stream = BlockStream.of(source, tokens, batch_size=batch_size, processes=processes)
     for index in range(max(missing) + 1):
         progress("solving every level", index, max(missing) + 1)
         path, block = paths[index], source.load(index)
@@ -96,7 +102,9 @@ def fill(
             dense = {m: m.weight.clone() for m in matrices}
             for number, pattern in enumerate(missing[index]):
                 found: dict[str, Solution] = {}
-                pruner = BlockPruner(solver, dict.fromkeys(wanted, pattern), on_solution=found.__setitem__)
+                pruner = BlockPruner(
+                    solver, dict.fromkeys(wanted, pattern), on_solution=found.__setitem__, processes=processes
+                )
                 try:
                     with warnings.catch_warnings():
                         if number:  # thin Grams are said once a block, not once a level
@@ -105,7 +113,7 @@ def fill(
                 finally:
                     for matrix, weight in dense.items():
                         matrix.assign(weight)
-                database.write(index, pattern, found)
+                processes.on_main(partial(database.write, index, pattern, found))
         if index < max(missing):
             stream.advance(index, block)
         source.release(index)

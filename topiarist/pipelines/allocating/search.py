@@ -1,4 +1,7 @@
-"""The search for an allocation: candidates from a database of solutions, judged by the whole model's predictions."""
+"""The search for an allocation: candidates from a database of solutions, judged by the whole model's predictions.
+
+Several processes divide the solving and the judging; the main one writes, and its clock counts.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from torch import Tensor
 from topiarist.allocate import Scores, Search, recipe
 from topiarist.allocate.budget import Shapes, budget
 from topiarist.allocate.evolve import Genome, mutate, starts
-from topiarist.checkpoints.locking import FolderLock
+from topiarist.checkpoints.locking import LOCK, FolderLock
 from topiarist.core.errors import CalibrationError, NumericalError
 from topiarist.core.losses import divergence
 from topiarist.core.options import Registered, plain
@@ -32,6 +35,7 @@ from topiarist.pipelines.allocating.measure import layers_of
 from topiarist.pipelines.allocating.options import AllocateOptions
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.pruning.sparsellm import METHODS, SparseLLM
+from topiarist.pipelines.training.processes import Processes
 from topiarist.solvers import SOLVERS, Solver
 
 
@@ -63,11 +67,13 @@ def search(
     made_of: Mapping[str, Any],
     work: Path | None,
     progress: Progress,
+    processes: Processes,
 ) -> Scores:
     """The density of every layer of the best allocation found. What is in `work` is used and added to.
 
     made_of: identifies model and text. Raises CheckpointError while another search of the same works there,
-    CalibrationError if the windows do not suffice for Grams and selection.
+    CalibrationError if the windows do not suffice for Grams and selection, ProcessError if `work` is not the same folder
+    for all processes.
     """
     if len(tokens) <= rule.sequences:
         raise CalibrationError(
@@ -75,24 +81,33 @@ def search(
         )
     levels = levels_of(rule, options.base_pattern)
     with ExitStack() as stack:
-        folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = processes.on_main(lambda: work or Path(stack.enter_context(tempfile.TemporaryDirectory())))
         chosen = Registered(METHODS, base=(Solver,)).parse(rule.solver) if rule.solver else options.method
         # Solutions of single layers are what is stored, so of a joint method the local solver makes them.
         solver = chosen.local if isinstance(chosen, SparseLLM) else chosen
         method = plain(solver, SOLVERS)
         solved = {**made_of, "method": method, "layers": sorted(shapes), "windows": len(tokens) - rule.sequences}
-        database = Database(folder, solved)
-        lock = FolderLock(database.folder)
-        lock.acquire()
-        stack.callback(lock.release)
+
+        def begin() -> Database:
+            database = Database(folder, solved)
+            lock = FolderLock(database.folder)
+            lock.acquire()
+            stack.callback(lock.release)
+            return database
+
+        database = processes.on_main(begin)
+        processes.check_shared((database.folder / LOCK).read_text, str(folder))
         grams = tokens[: -rule.sequences]
         wanted = [p for p in levels if p is not None]
-        batch = options.batch_size
-        fill(database, source, solver, grams, shapes, wanted, batch_size=batch, progress=progress)
+        fill(
+            database, source, solver, grams, shapes, wanted,
+            batch_size=options.batch_size, progress=progress, processes=processes,
+        )  # fmt: skip
         genes = Genes(rule, shapes, depths, levels, options.base_pattern)
-        candidates = CandidateModel(source, database, genes, tokens[-rule.sequences :])
+        candidates = CandidateModel(source, database, genes, tokens[-rule.sequences :], processes)
         fields = {key: value for key, value in recipe(rule).items() if key not in ("seconds", "generations")}
-        journal = Journal(folder, {**solved, "rule": fields, "pattern": str(options.base_pattern)})
+        about = {**solved, "rule": fields, "pattern": str(options.base_pattern)}
+        journal = Journal(folder, about, processes)
         return evolve(rule, options.seed, genes, candidates, journal, progress)
 
 
@@ -138,10 +153,13 @@ class CandidateModel:
     """The whole model in memory, dressed as one candidate after another, held against its own dense predictions.
 
     windows (num, window), int64: the text for selection. Its dense logits stay in memory, on the CPU.
+    processes: each has a whole model and judges its share of the candidates.
     """
 
-    def __init__(self, source: OpenedModel, database: Database, genes: Genes, windows: Tensor) -> None:
-        self.database, self.genes, self.windows = database, genes, windows
+    def __init__(
+        self, source: OpenedModel, database: Database, genes: Genes, windows: Tensor, processes: Processes
+    ) -> None:
+        self.database, self.genes, self.windows, self.processes = database, genes, windows, processes
         self.model = source.fresh()
         self.matrices = layers_of(self.model, source, list(genes.shapes))
         self.assigned: dict[int, int | None] = dict.fromkeys(range(len(genes.units)))
@@ -176,29 +194,47 @@ class CandidateModel:
         mean = float(divergence(logits, self.targets[row].to(logits.device)))
         return mean if mean == mean else float("inf")  # a candidate that overflows loses
 
+    def divergences(self, judged: Sequence[tuple[Genome, int]]) -> list[float]:
+        """Those of (candidate, window) pairs, in order, in all processes; pairs of one candidate stand together."""
+        first, last = (
+            len(judged) * rank // self.processes.size for rank in (self.processes.rank, self.processes.rank + 1)
+        )
+        own = [self.divergence(genome, row) for genome, row in judged[first:last]]
+        return [value for its in self.processes.gather(own) for value in its]
+
 
 class Journal:
     """A line for every generation: the parent that came out of it, its divergence, the seconds it took.
 
     made_of: JSON values that identify the search; lines of an earlier try of the same one are read.
+    processes: all have the lines of the main one, which writes them.
     """
 
-    def __init__(self, folder: Path, made_of: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, made_of: Mapping[str, Any], processes: Processes) -> None:
         text = json.dumps(made_of, sort_keys=True)
         self.path = folder / f"search-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
-        self.lines: list[dict[str, Any]] = []
-        if self.path.is_file():
-            whole, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")  # a kill may have left half a line
-            self.lines = [json.loads(line) for line in whole.splitlines()]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+        self.processes = processes
+        self.lines: list[dict[str, Any]] = processes.on_main(self._read)
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
+        whole, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")  # a kill may have left half a line
+        lines = [json.loads(line) for line in whole.splitlines()]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        return lines
 
     def add(self, **line: Any) -> None:
         """Append a generation, and wait until it is on disk."""
-        self.lines.append(line)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+
+        def write() -> dict[str, Any]:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+            return line
+
+        self.lines.append(self.processes.on_main(write))
 
     @property
     def seconds(self) -> float:
@@ -216,10 +252,9 @@ def evolve(
     if not journal.lines:
         started = time.perf_counter()
         first = starts(genes.kept, genes.sizes, genes.depths, genes.budget)
-        judged = {}
-        for number, genome in enumerate(first):
-            progress("judging where to start", number, len(first))
-            judged[genome] = _mean([candidates.divergence(genome, row) for row in rows])
+        progress("judging where to start", 0, len(first))
+        found = candidates.divergences([(genome, row) for genome in first for row in rows])
+        judged = {genome: _mean(found[n * len(rows) : (n + 1) * len(rows)]) for n, genome in enumerate(first)}
         best = min(first, key=lambda genome: judged[genome])
         spent = time.perf_counter() - started
         journal.add(genome=best, divergence=judged[best], uniform=judged[first[0]], seconds=spent)
@@ -232,9 +267,13 @@ def evolve(
         draw = random.Random(f"{seed} {generation}")
         children = list(dict.fromkeys(mutate(parent, genes.kept, genes.budget, draw) for _ in range(rule.children)))
         row = generation % len(rows)
-        part = {child: candidates.divergence(child, row) for child in children if child != parent}
-        for child in sorted(part, key=lambda child: part[child])[: rule.finalists]:
-            whole = _mean([part[child] if r == row else candidates.divergence(child, r) for r in rows])
+        children = [child for child in children if child != parent]
+        part = dict(zip(children, candidates.divergences([(child, row) for child in children]), strict=True))
+        finalists = sorted(part, key=lambda child: part[child])[: rule.finalists]
+        others = [(child, r) for child in finalists for r in rows if r != row]
+        found = dict(zip(others, candidates.divergences(others), strict=True))
+        for child in finalists:
+            whole = _mean([part[child] if r == row else found[child, r] for r in rows])
             if whole < value:
                 parent, value = child, whole
         journal.add(genome=parent, divergence=value, seconds=time.perf_counter() - started)

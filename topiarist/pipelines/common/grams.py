@@ -85,15 +85,17 @@ class GramCollector:
             self._counted[number] = group.gram.tokens
         self._slots += 1
 
-    def of_all(self, processes: Processes) -> list[GramGroup]:
+    def of_all(self, processes: Processes, owner: int | None = None) -> list[GramGroup]:
         """The groups of all processes, in the order in which one alone would have met them, after the last slot.
 
-        Every group has an owner, chosen so that all have about the same work; its sums are there alone, its number of
-        tokens everywhere. Raises UnsupportedModel if what shares an input here does not share it in another process.
+        Every group has an owner, the given one or chosen so that all have about the same work; its sums are there alone,
+        its number of tokens everywhere. Raises UnsupportedModel if what shares an input here does not share it in another
+        process.
         """
         groups, having = self._merged(processes)
-        for group, owner in zip(groups, owners([group.work for group in groups], processes.size), strict=True):
-            group.owner = owner
+        chosen = owners([group.work for group in groups], processes.size)
+        for group, balanced in zip(groups, chosen, strict=True):
+            group.owner = balanced if owner is None else owner
         sums = {id(group): total.total for group, total in zip(self.groups, self._sums, strict=True)}
         self._sums.clear()
         for group, those in zip(groups, having, strict=True):

@@ -57,6 +57,11 @@ class BlockStream:
         self._first = first = slots[0].start
         # Batches of this process, slot by slot.
         self.slots = [range(slot.start - first, slot.stop - first) for slot in slots]
+        self.num_all_windows = len(tokens)
+        """Of all processes."""
+        bounds = [(slot.start * batch_size, slot.stop * batch_size) for slot in slots]
+        self.slot_windows = [range(min(start, len(tokens)), min(stop, len(tokens))) for start, stop in bounds]
+        """The windows in each slot of this process, counted among those of all."""
         tokens = tokens[first * batch_size : slots[-1].stop * batch_size]
         self._batches = [slice(s, min(s + batch_size, len(tokens))) for s in range(0, len(tokens), batch_size)]
         self.dense: HiddenStates | None = None
@@ -153,12 +158,16 @@ class BlockStream:
     def close(self) -> None:
         """Give up what is under way."""
 
-    @torch.no_grad()
     def advance(self, index: int, block: nn.Module) -> None:
         """Replace the hidden states by the block's output."""
         for batch in range(self.num_batches):
-            rows, _, out = self.run_batch(index, block, batch)
-            self.hidden[rows] = out.cpu()
+            self.advance_batch(index, block, batch)
+
+    @torch.no_grad()
+    def advance_batch(self, index: int, block: nn.Module, batch: int) -> None:
+        """Replace the hidden states of one batch by the block's output."""
+        rows, _, out = self.run_batch(index, block, batch)
+        self.hidden[rows] = out.cpu()
 
     @torch.no_grad()
     def outputs(
@@ -301,10 +310,9 @@ class PausedStream(BlockStream):
         return self._batches[batch], call.hidden, first_of(out)
 
     @torch.no_grad()
-    def advance(self, index: int, block: nn.Module) -> None:
-        """Run the block for every batch, and each forward up to the next one."""
-        for batch in range(self.num_batches):
-            self._forward.advance(index, batch)
+    def advance_batch(self, index: int, block: nn.Module, batch: int) -> None:
+        """Run the block for one batch, and its forward up to the next block."""
+        self._forward.advance(index, batch)
 
     def close(self) -> None:
         """End the paused forwards."""

@@ -46,7 +46,7 @@ from topiarist.pipelines.learning.run import Run
 from topiarist.pipelines.learning.train_kept import recover_weights
 from topiarist.pipelines.learning.trainer import MaskTrainer
 from topiarist.pipelines.training.loop import Progress
-from topiarist.pipelines.training.processes import Processes
+from topiarist.pipelines.training.processes import Processes, check_same_run
 from topiarist.solvers import SOLVERS
 
 SAID = ("pattern", "prior", "preset", "seed")
@@ -94,6 +94,7 @@ def _learn(
     else:
         source = open_whole(model, options, "cpu" if sharded else options.device)
     source.check_output(out)
+    check_same_run(processes, options, source, {"out": str(out), "prior": identity})
     held.enter_context(evaluated(source.model))
     name = source.name
     job = prepare(source, options, processes, held, out=out, progress=progress)
@@ -124,6 +125,7 @@ def _learn(
         "digest": job.text.digest,
         "held_out": len(job.held_out),
     }
+    processes.check_agreement({"text": calibration})
     words, unsaid = command("learn", source.said, options, always=SAID)
     report = LearnReport(
         settings=asked, pattern=str(options.base_pattern), model=name,

@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from topiarist.core.errors import ProcessError, TopiaristError
-from topiarist.core.linalg import reconstruction_error
+from topiarist.core.errors import TopiaristError
 from topiarist.core.patterns import Pattern
 from topiarist.models.families import Matrix
-from topiarist.pipelines.common.grams import GramGroup
 from topiarist.pipelines.common.hidden_states import HiddenStates
+from topiarist.pipelines.common.slot_sums import WindowShare
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.pruning.correct import Correct, Corrector
 from topiarist.pipelines.pruning.ffn_joint import JointSolver, Network
@@ -47,12 +46,8 @@ class BlockPruner(GroupSolver):
         sequential: bool = False,
         processes: Processes | None = None,
     ) -> BlockPruner:
-        """For anything that `METHODS` holds. Raises TopiaristError on what contradicts itself, ProcessError on what several
-        processes cannot divide.
-        """
+        """For anything that `METHODS` holds. Raises TopiaristError on what contradicts itself."""
         processes = processes or Processes()
-        if processes.size > 1 and isinstance(method, SparseLLM):
-            raise ProcessError("sparsellm cannot be divided among processes: start one, without torchrun")
         if not isinstance(method, SparseLLM):
             return cls(method, patterns, refine=refine, correct=correct, processes=processes)
         if correct is not None:
@@ -65,7 +60,7 @@ class BlockPruner(GroupSolver):
                 "true_sequential takes every input after what comes before it was pruned, recompute_after_attention=false "
                 "does not; drop one of them"
             )
-        return cls(method.local, patterns, refine=refine, joint=method)
+        return cls(method.local, patterns, refine=refine, joint=method, processes=processes)
 
     @property
     def needs_states(self) -> str:
@@ -161,17 +156,22 @@ class BlockPruner(GroupSolver):
             targets = stream.new_states(network.down.shape[0])
             network.outputs(asked.values, targets.values)
         with self.meter.timed("solver"):
+            share = WindowShare(stream.num_all_windows, stream.slot_windows, stream.processes)
             solver = JointSolver(
-                self.joint, network, now.values, targets.values, partial(self._solutions, path), stream.new_states
+                self.joint,
+                network,
+                now.values,
+                targets.values,
+                partial(self._solved, path=path),
+                stream.new_states,
+                share,
             )
-            groups = [GramGroup(network.first, solver.gram_X), GramGroup([network.down], solver.gram_p)]
-            self._warn_of_thin(groups, network.matrices, path)
+            self._warn_of_thin(solver.groups, network.matrices, path)
             solutions, record = solver.run(path, self.warn)
+            errors = solver.errors(solutions)
         self.joined.append(record)
-        grams = [solver.gram_X] * len(network.first) + [solver.gram_p]
-        reports = []
-        for matrix, solution, gram in zip(network.matrices, solutions, grams, strict=True):
-            # The local solver may have been given a refitted weight: the error told is that against the dense one.
-            error = reconstruction_error(matrix.weight, solution.weight, gram)
-            reports.append(self._take(path, matrix, replace(solution, error=error), gram.tokens))
-        return reports
+        tokens = [group.gram.tokens for group in solver.groups for _ in group.matrices]
+        return [
+            self._take(path, matrix, replace(solution, error=error), seen)
+            for matrix, solution, error, seen in zip(network.matrices, solutions, errors, tokens, strict=True)
+        ]

@@ -125,15 +125,6 @@ class GroupSolver:
             self.warn(f"{path}: never called for this text, so dense: {', '.join(never)}", CalibrationWarning)
         return [m for m in matrices if m.name not in never]
 
-    def _solutions(
-        self, path: str, matrices: Sequence[Matrix], weights: Sequence[Tensor], gram: Gram
-    ) -> list[Solution]:
-        """The local solver's, for weights that need not be those the matrices hold."""
-        solutions, said = self._solutions_and_warnings(path, matrices, weights, gram)
-        for message, category in said:
-            self.warn(message, category)
-        return solutions
-
     def _solutions_and_warnings(
         self, path: str, matrices: Sequence[Matrix], weights: Sequence[Tensor], gram: Gram
     ) -> tuple[list[Solution], Said]:

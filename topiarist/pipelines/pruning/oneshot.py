@@ -96,10 +96,10 @@ def prune(
         if output is not None and output.complete:
             source.become(output.folder)
             return Report.from_folder(output.folder)
-        if (rule := options.rule) is not None:
-            found = processes.on_main(lambda: allocated(options, rule, source, windows, output, tell))
-            pruner.patterns, report.allocation = found
         walk = (Walk if grid is None else PackingWalk)(source, pruner, windows.tokens, options, tell)
+        if (rule := options.rule) is not None:
+            found = allocated(options, rule, source, windows, output, tell, processes)
+            pruner.patterns, report.allocation = found
         with at_rest(source.model):
             report.layers = walk.run(output)
         reasons = why_dense(pruner.patterns, options.skip)

@@ -40,7 +40,7 @@ from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.recovering.report import RecoverReport
 from topiarist.pipelines.recovering.trainee import Trainee, blocks_of, computing_in
 from topiarist.pipelines.training.loop import Progress
-from topiarist.pipelines.training.processes import Processes
+from topiarist.pipelines.training.processes import Processes, check_same_run
 from topiarist.pipelines.training.text import Sequences
 from topiarist.pipelines.training.weights import STATE_BYTES
 from topiarist.results.first_version import renewed
@@ -65,7 +65,8 @@ def recover(
 
     The state with the least loss on a held-out slice of the text is the result, the model as it came among them. The
     same call on the same `out` goes on where a killed run saved its state, to the same bits, and returns the report of a
-    finished one. Under `torchrun` the sequences of a step are divided among processes, each with a whole copy.
+    finished one. Under `torchrun` the sequences of a step are divided among processes, each with a whole copy; they compare
+    settings, models, text and versions before any work.
     Raises a TopiaristError for everything a user can mend.
     """
     meter = Meter()
@@ -75,6 +76,7 @@ def recover(
     opened = open_pruned(model, options)
     opened.check_output(out)
     dense = open_teacher(opened, teacher, options)
+    check_same_run(processes, options, opened, {"out": str(out), "teacher": None if dense is None else dense.digest()})
     tell, place = progress or (lambda *_: None), None if out is None else Path(out)
     with ExitStack() as held:
         text = held.enter_context(text_of(opened, options, processes, place, progress=tell))
@@ -91,6 +93,7 @@ def recover(
             "digest": text.digest,
         }
         output = None
+        processes.check_agreement({"text": report.calibration})
         if place is not None:
             fingerprint = {
                 "model": report.base_digest,

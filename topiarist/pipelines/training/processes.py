@@ -25,7 +25,9 @@ from torch import Tensor
 from topiarist.__about__ import __version__
 from topiarist.checkpoints.journal import differences
 from topiarist.core.errors import LostProcess, ProcessError, TopiaristError
+from topiarist.core.options import plain
 from topiarist.core.slots import added
+from topiarist.models.interface import OpenedModel
 
 T = TypeVar("T")
 JOINING = timedelta(minutes=5)
@@ -207,6 +209,17 @@ def computing(device: torch.device) -> dict[str, Any]:
         "processor": processor,
         "threads": torch.get_num_threads(),
     }
+
+
+def check_same_run(processes: Processes, options: Any, model: OpenedModel, more: Mapping[str, Any]) -> None:
+    """Raise ProcessError, naming the first difference, unless all processes have the same settings, model and versions.
+
+    options: an options value, whose text is left out: what is drawn from it is compared by its digest. more: what else
+    must be the same.
+    """
+    if processes.size > 1:
+        said = {key: value for key, value in plain(options).items() if key != "data"}
+        processes.check_agreement({**computing(model.device), "model": model.digest(), **said, **more})
 
 
 @contextmanager

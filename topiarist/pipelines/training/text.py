@@ -80,16 +80,19 @@ def training_text(
     model's limit where that is less. num_windows: sequences that the run will look at, those held out included. out: the
     folder of the run's result; the tokens of text files then stand beside it, in OUT.tokens, until the run ends. Without
     it they are in memory.
-    Raises CalibrationError if there is no text, less than one sequence of it, or if it does not fit the model.
+    Raises CalibrationError if there is no text, less than one sequence of it, or if it does not fit the model; ProcessError
+    if processes see other text.
     """
     limit = model.limit or DEFAULT_WINDOW
     window = min(window_tokens, limit)
     if data is None:
         raise CalibrationError("training needs text: name --data FILE")
+    processes = processes or Processes()
     long = isinstance(data, TextFiles) and is_long(readers(data, CALIBRATION), num_windows * window)
+    processes.check_agreement({"text much longer than the run takes": long})
     if isinstance(data, TextFiles) and out is not None and not long:
-        own, alone = model.tokenizer(tokenizer), processes or Processes()
-        with tokenised(data, own, out, window=window, processes=alone, progress=progress) as text:
+        own = model.tokenizer(tokenizer)
+        with tokenised(data, own, out, window=window, processes=processes, progress=progress) as text:
             check_vocabulary(torch.tensor([[text.highest]]), model.vocabulary, "training")
             yield TrainingText(text.table, window, text.digest, text.passages)
         return

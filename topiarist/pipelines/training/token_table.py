@@ -89,14 +89,17 @@ def tokenised(
 
     The folder is locked inside. It goes when the work inside is done, or refused before OUT was begun; what ends the
     work later leaves it for the call that resumes. window: tokens a sequence; what fills no sequence is dropped.
-    Raises CalibrationError if there is not one sequence, CheckpointError if the disk is full.
+    Raises CalibrationError if there is not one sequence, CheckpointError if the disk is full, ProcessError if not all
+    processes see the folder.
     """
     work = _Work(source, tokenizer, out.with_name(out.name + ".tokens"), window, progress)
     done = False
     try:
         while not processes.on_main(work.go_on):
             pass
-        yield processes.on_main(work.result)
+        text = processes.on_main(work.result)
+        processes.check_shared((work.folder / STATE).read_text, str(work.folder))
+        yield text
         done = True
     except Exception:
         done = not out.exists()
