@@ -21,7 +21,6 @@ _WRAPPERS = {
     "base_model.model.": "was saved inside an adapter's wrapper: save it after merge_and_unload()",
     "module.": "was saved inside a DistributedDataParallel wrapper: save its .module",
 }
-_SHOWN = 3
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

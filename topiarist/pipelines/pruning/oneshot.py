@@ -38,7 +38,7 @@ from topiarist.pipelines.pruning.onto_grid import grid_of, solver_of
 from topiarist.pipelines.pruning.options import PruneOptions
 from topiarist.pipelines.pruning.packing_walk import PackingWalk
 from topiarist.pipelines.pruning.sparsellm import METHODS, Method, SparseLLM
-from topiarist.pipelines.pruning.walk import Walk
+from topiarist.pipelines.pruning.walk import Walk, calibration_of
 from topiarist.pipelines.training.processes import Processes
 from topiarist.quantization import METHODS as QUANTIZERS
 from topiarist.quantization import Grid
@@ -166,17 +166,7 @@ def _report(options: PruneOptions, source: OpenedModel, windows: Windows, grid: 
         settings=method,
         pattern="mixed" if options.allocation is not None else str(options.base_pattern),
         model=source.name,
-        calibration={}
-        if options.data is None
-        else {
-            "num_windows": len(windows.tokens),
-            "window_tokens": windows.window,
-            "seed": options.seed,
-            "digest": windows.digest,
-            "batch_size": options.windows_a_forward,
-            "true_sequential": options.true_sequential,
-            **({} if options.bos == "never" else {"bos": options.bos}),
-        },
+        calibration=calibration_of(options, windows),
         command=words,
         not_in_command=unsaid,
         recipe=recipe("prune", source.said, resolved, always=said),

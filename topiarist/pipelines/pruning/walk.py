@@ -14,19 +14,31 @@ from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.writing import OutputFolder
 from topiarist.core.meter import return_freed_memory
 from topiarist.core.slots import check_slots
+from topiarist.data import Windows
 from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.stream import BlockStream, check_flow
 from topiarist.pipelines.pruning.block import BlockPruner
 from topiarist.results.report import BlockRefinement, JointBlock, LayerReport
 
-OUTER_SHARD_BYTES = 1 << 29
-"""Tensors outside the blocks are copied in shards of about this size, so that copying needs little memory."""
-
 
 @runtime_checkable
 class WalkOptions(Protocol):
     """What a walk asks of the options of its command."""
+
+    @property
+    def data(self) -> Any:
+        """Text; None for a run without."""
+
+    @property
+    def seed(self) -> int:
+        """Of the draw of windows."""
+        ...
+
+    @property
+    def bos(self) -> str:
+        """Whether a window begins with the model's start token: auto, always or never."""
+        ...
 
     @property
     def spill(self) -> str | Path | None:
@@ -41,6 +53,21 @@ class WalkOptions(Protocol):
     def true_sequential(self) -> bool:
         """Whether later matrices of a block see the already changed earlier ones."""
         ...
+
+
+def calibration_of(options: WalkOptions, windows: Windows) -> dict[str, Any]:
+    """What a report says of the text that a walk saw, and a fingerprint compares; {} for a run without text."""
+    if options.data is None:
+        return {}
+    return {
+        "num_windows": len(windows.tokens),
+        "window_tokens": windows.window,
+        "seed": options.seed,
+        "digest": windows.digest,
+        "batch_size": options.windows_a_forward,
+        "true_sequential": options.true_sequential,
+        **({} if options.bos == "never" else {"bos": options.bos}),
+    }
 
 
 class Walk:

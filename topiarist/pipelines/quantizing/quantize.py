@@ -29,6 +29,7 @@ from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.reproduce import command, recipe
 from topiarist.pipelines.common.setup import open_for, open_output, windows_of
 from topiarist.pipelines.pruning.block import BlockPruner
+from topiarist.pipelines.pruning.walk import calibration_of
 from topiarist.pipelines.quantizing.options import QuantizeOptions
 from topiarist.pipelines.quantizing.report import QuantizeReport
 from topiarist.pipelines.quantizing.walk import QuantizingWalk
@@ -128,15 +129,6 @@ def _report(
     said = ["bits", *["num_windows", "window_tokens", "seed"] * (options.data is not None)]
     words, unsaid = command("quantize", source.said, resolved, always=said)
     method = plain(options.chosen_method, METHODS)
-    calibration: dict[str, Any] = {
-        "num_windows": len(windows.tokens),
-        "window_tokens": windows.window,
-        "seed": options.seed,
-        "digest": windows.digest,
-        "batch_size": options.batch_size,
-        "true_sequential": options.true_sequential,
-        **({} if options.bos == "never" else {"bos": options.bos}),
-    }
     return QuantizeReport(
         method=method.pop("name"),
         settings=method,
@@ -146,7 +138,7 @@ def _report(
         format=PACKED if packs else DENSE,
         model=source.name,
         base_digest=source.digest(),
-        calibration={} if options.data is None else calibration,
+        calibration=calibration_of(options, windows),
         command=words,
         not_in_command=unsaid,
         recipe=recipe("quantize", source.said, resolved, always=said),
