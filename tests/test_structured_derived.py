@@ -25,7 +25,7 @@ from topiarist.structured import (
     shrunk,
     units_of,
 )
-from topiarist.structured.derived import proposals
+from topiarist.structured.proposals import proposals
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
