@@ -230,8 +230,8 @@ class _ShardWriter:
     def flush(self) -> None:
         file = self.template.format(len(self.names) + 1)
         header = {"format": "pt"}
-        if any(self._entries.values()):
-            header[KEY] = json.dumps({"version": VERSIONS[-1], "tensors": self._entries})
+        if any(self._entries.values()):  # one value alone, because safetensors writes several in no fixed order
+            header = {KEY: json.dumps({"version": VERSIONS[-1], "tensors": self._entries})}
         save_file(self._stored, self.folder / file, metadata=header)
         self.names[file] = list(self._entries)
         self._start()
