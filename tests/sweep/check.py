@@ -49,7 +49,8 @@ def check_type(folder: Path, out: Path, **options: Any) -> Outcome:
     """
     opened = open_model(folder, device="cpu")
     found = Outcome(type(opened.model).__name__, covered=opened.coverage, dense=opened.left_dense())
-    if error := hidden_error(opened):
+    dense = opened.whole().model.float()
+    if error := hidden_error(opened, dense):
         found.why = error
     found.way = "replayed" if opened.flow is not None and opened.flow.replays else "paused"
     with warnings.catch_warnings():
@@ -59,7 +60,6 @@ def check_type(folder: Path, out: Path, **options: Any) -> Outcome:
         )
     found.matrices = len(report.layers)
     kind = type(opened.model)
-    dense = kind.from_pretrained(folder, dtype=torch.float32).eval()
     again, about = kind.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
     names = {layer.name for layer in report.layers}
     checks = {
@@ -68,7 +68,7 @@ def check_type(folder: Path, out: Path, **options: Any) -> Outcome:
             torch.isfinite(first_of(base_model(again.eval())(tokens()[:2], use_cache=False, return_dict=False))).all()
         ),
         "a pattern does not hold": all(
-            _holds(m, n) for n, m in _matrices(open_model(out, device="cpu").whole()) if n in names
+            tp.NM(2, 4).holds(matrix.weight != 0) for name, matrix in _matrices(open_model(again)) if name in names
         ),
         "something else was changed": not _changed(dense, again, names),
         "nothing was pruned": bool(names),
@@ -77,9 +77,9 @@ def check_type(folder: Path, out: Path, **options: Any) -> Outcome:
     return found
 
 
-def hidden_error(opened: OpenedModel) -> str:
+def hidden_error(opened: OpenedModel, whole: Any) -> str:
     """Run the dense model block by block; empty if every block puts out what it does in the model's own forward."""
-    whole, batch = opened.whole().model, tokens()
+    batch = tokens()
     wanted: dict[int, list[Tensor]] = {}
     hooks = [
         whole.get_submodule(name).register_forward_hook(
@@ -115,10 +115,6 @@ def _matrices(whole: OpenedModel) -> list[tuple[str, Any]]:
         for index, path in enumerate(whole.block_names)
         for matrix in whole.matrices(index)
     ]
-
-
-def _holds(matrix: Any, name: str) -> bool:
-    return tp.NM(2, 4).holds(matrix.weight != 0)
 
 
 def _changed(dense: Any, again: Any, names: set[str]) -> list[str]:
