@@ -65,7 +65,7 @@ def check_type(folder: Path, out: Path, **options: Any) -> Outcome:
     checks = {
         "tensors are missing in the result": not about["missing_keys"],
         "hidden states are not finite": bool(
-            torch.isfinite(first_of(base_model(again.eval())(tokens()[:2], use_cache=False, return_dict=False))).all()
+            torch.isfinite(base_model(again.eval())(input_ids=tokens()[:2], use_cache=False)[0]).all()
         ),
         "a pattern does not hold": all(
             tp.NM(2, 4).holds(matrix.weight != 0) for name, matrix in _matrices(open_model(again)) if name in names
