@@ -52,6 +52,12 @@ def test_the_text_decoder_of_an_image_text_model_is_pruned_and_its_tower_said(tm
     assert check_type(base, tmp_path / "out").why == ""
 
 
+def test_a_model_that_places_tensors_where_its_first_parameter_is_runs_without_its_tower(tmp_path: Path):
+    base = tiny_folder(tmp_path / "base", "idefics3", "image-text")  # that parameter is the tower's
+    report = tp.prune(base, tmp_path / "out", method="wanda", calibration=tokens())
+    assert report.layers and all(layer.name.startswith("model.text_model.layers") for layer in report.layers)
+
+
 def test_a_block_that_runs_twice_a_forward_is_refused_before_anything_is_written(tmp_path: Path):
     base = tiny_folder(tmp_path / "base", "hrm_text")
     with pytest.raises(tp.UnsupportedModel, match="called more than once a forward"):

@@ -277,7 +277,10 @@ class FolderModel(OpenedModel):
         base = base_model(self.model)
         path = next(name for name, module in self.model.named_modules() if module is base)
         names = self._names_below(path) if path else list(self.model.state_dict())
-        return [n for n in names if not n.startswith(self.family.blocks + ".") and not is_tower(n, self.family.blocks)]
+        # A model says that it is where its first parameter is, and may place tensors by that: a tower's will do.
+        first = next(name for name, _ in self.model.named_parameters())
+        around = [n for n in names if not n.startswith(self.family.blocks + ".")]
+        return [n for n in around if n == first or not is_tower(n, self.family.blocks)]
 
     def embedding_parameters(self) -> list[Tensor]:
         """What `load_embeddings` fills, as it is now: on the meta device while nothing is loaded."""
