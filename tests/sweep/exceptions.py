@@ -193,5 +193,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "muse_spark": {"projector_hidden_size": 64, "audio_config": {"hidden_sizes": [16] * 4, "depths": [1] * 4}},
-    "nemotron_h_omni": {"projector_hidden_size": 64, "vision_hidden_size": 64},
+    "nemotron_h_omni": {
+        "projector_hidden_size": 64,
+        "vision_hidden_size": 64,
+        "vision_config": {"video_temporal_patch_size": 2},
+    },
+    "pix2struct": _text(d_kv=16),
 }
