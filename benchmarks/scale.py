@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,27 +59,25 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def pieces() -> Iterator[dict[str, Any]]:
-    """The pieces of a block of the probed size, the quickest first: products and Gram of one window, an addition, solves."""
+    """The pieces of a block of the probed size, input by input, narrow ones first: products and Gram of one window, the
+    addition of two sums, solves. ALPS is left out where it would take longest.
+    """
     generator = torch.Generator().manual_seed(0)
     groups = groups_of(MODELS[PROBED])
-    for name, (rows, width) in groups.items():
+    for name, methods in (("o", METHODS), ("q, k, v", METHODS), ("gate, up", METHODS[:1]), ("down", METHODS[:1])):
+        rows, width = groups[name]
         x = torch.randn(WINDOW, width, generator=generator)
         weight = torch.randn(rows, width, generator=generator)
-        yield {"piece": "forward", "input": name, "seconds": seconds(lambda x=x, weight=weight: x @ weight.T)}
         gram = Gram(width)
+        yield {"piece": "forward", "input": name, "seconds": seconds(lambda x=x, weight=weight: x @ weight.T)}
         yield {"piece": "gram", "input": name, "seconds": seconds(lambda gram=gram, x=x: gram.add(x))}
         sums = gram.take()
         yield {"piece": "addition", "input": name, "seconds": seconds(lambda sums=sums: added(sums, sums.clone()))}
-    for method, chosen in (("sparsegpt", ["o", "q, k, v"]), ("alps", ["o"]), ("sparsegpt", ["down"])):
-        for name in chosen:
-            rows, width = groups[name]
-            gram = Gram(width)
-            for _ in range(-(-width // WINDOW) + 1):
-                gram.add(torch.randn(WINDOW, width, generator=generator))
-            weight = torch.randn(rows, width, generator=generator)
-            solver = SOLVERS[method]()
-            taken = seconds(lambda s=solver, w=weight, g=gram: s(w, g, NM(keep=2, of=4)))
-            yield {"piece": "solve", "method": method, "input": name, "seconds": taken}
+        for _ in range(-(-width // WINDOW) + 1):
+            gram.add(torch.randn(WINDOW, width, generator=generator))
+        for method in methods:
+            solve = partial(SOLVERS[method](), weight, gram, NM(keep=2, of=4))
+            yield {"piece": "solve", "method": method, "input": name, "seconds": seconds(solve)}
 
 
 def measure(out: Path) -> None:

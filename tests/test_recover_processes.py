@@ -64,7 +64,7 @@ def test_two_processes_recover_what_one_recovers(tmp_path: Path, monkeypatch):
     two(tmp_path, "two")
     two(tmp_path, "stopped", kill=4)
     assert not (tmp_path / "stopped" / "config.json").exists() and (tmp_path / "stopped.tokens").is_dir()
-    two(tmp_path, "stopped")
+    run(tmp_path, "stopped")  # one goes on where two stopped
     assert report.best["loss"] < report.before and not (tmp_path / "stopped.tokens").exists()
     wanted = load_file(tmp_path / "one" / "model.safetensors")
     for name in ("two", "stopped"):

@@ -37,7 +37,7 @@ def shrink(
         for column in report.splits[0]:
             tried.add_column(column, justify="right")
         for row in sorted(report.splits, key=lambda row: row["loss"]):
-            tried.add_row(*(f"{value:.4f}" if column == "loss" else f"{value:,}" for column, value in row.items()))
+            tried.add_row(*(f"{value:.4f}" if isinstance(value, float) else f"{value:,}" for value in row.values()))
         out.print(tried)
     numbers = report.parameters
     padding = f", of them {numbers['stored'] - numbers['kept']:,} zeros" if numbers["stored"] != numbers["kept"] else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from topiarist.core.errors import CalibrationError, TopiaristError
 from topiarist.core.options import About, Registered, Settings, options
@@ -50,6 +50,9 @@ class ShrinkOptions(TextOptions):
     target_params: Annotated[PositiveInt | None, BeforeValidator(count), About(metavar="N")] = None
     """Instead of keep: parameters of the whole smaller model, such as 100M. Splits over hidden, kv_groups, channels (and
     block, where units name it) are tried, and the one of the lowest loss on held-out windows is taken."""
+    target_latency: Annotated[PositiveFloat | None, About(metavar="MS")] = None
+    """Instead of keep: milliseconds that a decoded token of one sequence may take, as measured here in transformers' own loop.
+    Splits are tried as for target_params, of as many parameters as meet it."""
     search: Annotated[Search | None, Settings(Search)] = None
     """How splits are tried: values=4,recover_steps=20 sets fields."""
     layout: Literal["uniform", "padded", "hetero", "masked"] = "uniform"
@@ -79,15 +82,22 @@ class ShrinkOptions(TextOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target_params is not None and self.keep != KEEP:
-            raise TopiaristError("keep and target_params both say how much stays: name one of them")
-        if self.search is not None and self.target_params is None:
+        said = {"keep": self.keep != KEEP, "target_params": self.target_params, "target_latency": self.target_latency}
+        named = [name for name, given in said.items() if given]
+        if len(named) > 1:
+            raise TopiaristError(f"{named[0]} and {named[1]} both say how much stays: name one of them")
+        if self.search is not None and not self.searches:
             raise TopiaristError(
-                "search says how splits are tried, and there is no target_params: name it, or leave search out"
+                "search says how splits are tried, and there is no target_params or target_latency: name one, or leave "
+                "search out"
             )
-
-        if self.rotate and self.target_params is not None:
+        if self.rotate and self.searches:
             raise TopiaristError("splits are tried on the model as it is: leave rotate out, or name keep")
+
+    @property
+    def searches(self) -> bool:
+        """Whether splits over the axes are tried."""
+        return self.target_params is not None or self.target_latency is not None
 
     def check_text(self, *, refits: bool) -> None:
         """Raise CalibrationError if there is no text and something needs it. refits: whether a refit has anything to do."""
@@ -95,7 +105,7 @@ class ShrinkOptions(TextOptions):
             return
         if self.recover is not None:
             what, cure = "recovery", ""
-        elif self.target_params is not None:
+        elif self.searches:
             what, cure = "the search for a split", ""
         elif self.rotate:
             what, cure = "rotate", ""

@@ -53,14 +53,19 @@ class ShrinkReport(RunReport):
     layers: list[Refitted] = field(default_factory=list)
     """Of a run with refit: what it did."""
     splits: list[dict[str, Any]] = field(default_factory=list)
-    """Of a run with a target of parameters: every split that was tried, its parameters, and its loss in nats."""
+    """Of a run with a target: every split that was tried, its parameters, its loss in nats, and milliseconds a token where they
+    are the target."""
     recovered: list[dict[str, float]] = field(default_factory=list)
     """Of a run with recovery: step and loss, first and last and some between."""
     result: Any = None
     """The smaller model, if a model object was given."""
 
     def __post_init__(self) -> None:
-        self.pattern = f"keep {self.keep:g}, {self.layout}"
+        self.share_kept(self.keep)
+
+    def share_kept(self, keep: float) -> None:
+        """Say how much is kept: a target of latency shows it when splits have been tried."""
+        self.keep, self.pattern = keep, f"keep {keep:g}, {self.layout}"
 
     @property
     def share(self) -> float:

@@ -7,6 +7,7 @@ section 3.2) tries every combination and trains each; here scores are those of t
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from topiarist.core.losses import next_token_losses
 from topiarist.pipelines.shrinking.cuts import Cut, scorer_of
 from topiarist.pipelines.shrinking.distill import Distill, distill
+from topiarist.pipelines.shrinking.latency import token_milliseconds
 from topiarist.pipelines.shrinking.options import Search
 from topiarist.pipelines.shrinking.splits import Split, Splits
 from topiarist.structured import Scores, Task, choose, plan_layout, shrunk, units_of
@@ -24,16 +26,25 @@ from topiarist.structured.units import HIDDEN
 
 
 class SplitSearch:
-    """One search. run: the model in memory, its text and where states go (a ShrinkRun)."""
+    """One search. run: the model in memory, its text and where states go (a ShrinkRun).
 
-    def __init__(self, run: Any, splits: Splits, settings: Search, round_to: int | None) -> None:
+    latency: milliseconds that a token may take; splits that take longer lose. None: no matter.
+    """
+
+    def __init__(
+        self, run: Any, splits: Splits, settings: Search, round_to: int | None, latency: float | None = None
+    ) -> None:
         self.run, self.splits, self.settings, self.round_to = run, splits, settings, round_to
+        self.latency = latency
         self.tokens, self.held_out = split_windows(run.tokens, settings.held_out)
         self.tried: list[dict[str, Any]] = []
         self._scores: Scores = {}
 
-    def best(self) -> tuple[list[Cut], list[dict[str, Any]]]:
-        """(what to cut, all that was tried): the split of the lowest loss; of equal ones the first. Resumes."""
+    def best(self) -> tuple[list[Cut], float]:
+        """(what to cut, its loss): the split of the lowest loss; of equal ones the first. Resumes.
+
+        The loss is infinite if every split takes longer than it may. What was tried is in `tried`.
+        """
         best = self.splits.start
         lowest, tried = self._loss(best), {tuple(best.values())}
         for kind, counts in self.splits.axes.items():
@@ -43,7 +54,7 @@ class SplitSearch:
                 tried.add(tuple(candidate.values()))
                 if (loss := self._loss(candidate)) < lowest:
                     best, lowest = candidate, loss
-        return self.splits.cuts(best) or [], self.tried
+        return self.splits.cuts(best) or [], lowest
 
     def _loss(self, split: Split) -> float:
         """The loss after the split, in nats; that of an earlier try if it got so far."""
@@ -55,7 +66,7 @@ class SplitSearch:
             row = self._row(split, self.splits.cuts(split) or [])
             state.save({}, {"row": json.dumps(row)})
         self.tried.append(row)
-        return row["loss"]
+        return row["loss"] if self.latency is None or row["milliseconds"] <= self.latency else math.inf
 
     def _row(self, split: Split, cuts: list[Cut]) -> dict[str, Any]:
         model = dense = self.run.source.model
@@ -71,7 +82,8 @@ class SplitSearch:
             distill(model, dense, settings, self.tokens, batch_size=self.run.batch_size, seed=self.run.seed)
         parameters = sum(p.numel() for p in model.parameters())
         loss = mean_loss(model, self.held_out, self.run.batch_size)
-        return {**split, "channels": channels, "parameters": parameters, "loss": loss}
+        told = {} if self.latency is None else {"milliseconds": token_milliseconds(model)}
+        return {**split, "channels": channels, "parameters": parameters, **told, "loss": loss}
 
     def _score(self, key: str) -> Tensor:
         """The dense model's score of a group, all groups scored at once the first time."""

@@ -24,6 +24,7 @@ from topiarist.pipelines.common.setup import open_for, windows_of
 from topiarist.pipelines.shrinking.cuts import check_rotate, plan_cuts, refuse_pruned
 from topiarist.pipelines.shrinking.distill import disk_bytes
 from topiarist.pipelines.shrinking.files import write_shrunk
+from topiarist.pipelines.shrinking.latency import best_within
 from topiarist.pipelines.shrinking.options import Search, ShrinkOptions
 from topiarist.pipelines.shrinking.report import ShrinkReport
 from topiarist.pipelines.shrinking.run import ShrinkRun, frozen, parameter_counts
@@ -67,10 +68,10 @@ def shrink(
     name, in_place = opened.name, opened.in_place
     refuse_pruned(opened.config, name)
     notes: list[str] = []
-    if options.target_params is not None:
+    if options.searches:
         splits = plan_splits(opened.model, options)
         kinds, scope, cuts = splits.kinds, "per_layer", []
-        keep = options.target_params / splits.dense
+        keep = splits.target / splits.dense
     else:
         splits = None
         cuts = plan_cuts(opened.model, scorer, keep, layout, options.units, options.scope, round_to, notes)
@@ -133,7 +134,13 @@ def shrink(
         )
         with frozen(source.model):
             if splits is not None:
-                cuts, report.splits = SplitSearch(run, splits, options.search or Search(), round_to).best()
+                search = SplitSearch(run, splits, options.search or Search(), round_to, options.target_latency)
+                if (limit := options.target_latency) is None:
+                    cuts, _ = search.best()
+                else:
+                    cuts, splits = best_within(search, limit)
+                report.splits, keep = search.tried, splits.target / splits.dense
+                report.share_kept(keep)
             done = [run.cut(cut, options, refit, restore=in_place and layout != "masked") for cut in cuts]
         small = run.source.model
         if recovery is not None:

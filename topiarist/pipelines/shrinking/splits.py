@@ -61,6 +61,10 @@ class Splits:
             )
         self.start = start
 
+    def of(self, target: int) -> Splits:
+        """The splits of the same model that reach another number of parameters. Raises PatternError if there is none."""
+        return Splits(self.model, self.kinds, target, self.round_to)
+
     def cuts(self, split: Split) -> list[Cut] | None:
         """What is to be cut for a split; None if it does not reach the target, or no config states it."""
         key = tuple(split[kind] for kind in self.axes)
@@ -133,20 +137,23 @@ class Splits:
 
 
 def plan_splits(model: Any, options: ShrinkOptions) -> Splits:
-    """The splits that reach `target_params`, on a model without memory. Raises TopiaristError for all that can be refused."""
-    assert options.target_params is not None
+    """The splits that reach `target_params`, on a model without memory; for a target of latency, those nearest the whole.
+
+    Raises TopiaristError for all that can be refused.
+    """
+    flag = "--target-params" if options.target_params is not None else "--target-latency"
     if not has_row(model):
         raise TopiaristError(
             f"a split over the axes of model type {model.config.model_type!r} needs a row of topiarist.models.FAMILIES: say "
-            "--keep instead of --target-params"
+            f"--keep instead of {flag}"
         )
     if options.layout != "uniform":
-        raise TopiaristError("a split over the axes is one for all layers: --target-params needs --layout uniform")
+        raise TopiaristError(f"a split over the axes is one for all layers: {flag} needs --layout uniform")
     kinds = tuple(options.units or (*_wide(model), *default_kinds(model)))
     for together in cut_order(kinds):
         check_kinds(together)
     check_scored(options.chosen_method, [kind for kind in kinds if kind != "block"])
-    return Splits(model, kinds, options.target_params, options.round_to)
+    return Splits(model, kinds, options.target_params or int(NEARLY * parameter_count(model)), options.round_to)
 
 
 def _wide(model: Any) -> tuple[str, ...]:
