@@ -33,11 +33,12 @@ from topiarist.core.options import Registered
 from topiarist.data import Windows, load_tokenizer
 from topiarist.evaluation.perplexity import load_model
 from topiarist.evaluation.tasks import compare_tasks
-from topiarist.runtime.bench import PHASES, generation_seconds, machine
+from topiarist.runtime.bench import generation_seconds, machine
 from topiarist.structured import KINDS, METHODS, Method, PruneSpec, Scores, Task
 from topiarist.structured.trial import short_windows
 
 WINDOWS = (1024, 128)
+PHASES = ("prefill", "decode")
 PROMPT, DECODED, ROUNDS = 128, 32, 3
 VARIANTS = ("cut", "refit", "recover")
 
