@@ -161,12 +161,13 @@ class Checkpoint:
 
     def claims(self) -> dict[str, str]:
         """The pattern that `pruning_config` claims for every matrix; {} if there is none."""
+        refusal = CheckpointError(f"pruning_config in {self.folder}/config.json claims no pattern; copy it again")
         try:
             claims = claimed_patterns(self.config.get("pruning_config") or {})
         except KeyError:
-            claims = {"": None}
+            raise refusal from None
         if not all(isinstance(pattern, str) for pattern in claims.values()):
-            raise CheckpointError(f"pruning_config in {self.folder}/config.json claims no pattern; copy it again")
+            raise refusal
         return claims
 
     def dtype(self) -> torch.dtype:
