@@ -261,7 +261,7 @@ CHECKS: dict[str, Check] = {
         with_config(quantization_config={"quant_method": "awq", "bits": 4}), "quantised|awq", COMPUTING
     ),
     "claims that are a list": Check(with_config(pruning_config=[1]), "damaged", CLAIMING),
-    "claims without a pattern": Check(with_config(pruning_config={"modules": {"a": 1}}), "damaged", CLAIMING),
+    "claims without a pattern": Check(with_config(pruning_config={"modules": {"a": 1}}), "claims no pattern", CLAIMING),
     "an unknown type": Check(with_config(model_type="brand_new"), "brand_new|cannot build", BUILDING),
     "sizes that cannot be": Check(with_config(hidden_size=-1), "cannot build|shape|not", BUILDING),
     "sizes that are text": Check(with_config(hidden_size="wide"), "cannot build", BUILDING),
