@@ -1,7 +1,7 @@
 """What one decoder block costs at the size of Llama-3-8B, piece by piece, and what follows for whole models and more processes.
 
-    python -m benchmarks.scale measure --out benchmarks/results/scale.json [--threads 1]
-    python -m benchmarks.scale table --pieces benchmarks/results/scale.json [--bandwidth 1.25e9] [--windows 128]
+    python -m benchmarks.scale measure --out benchmarks/results/scale-pieces.json [--threads 1]
+    python -m benchmarks.scale table --pieces benchmarks/results/scale-pieces.json [--bandwidth 1.25e9] [--windows 128]
 
 Weights and inputs are random: no time depends on them. With one thread the seconds are those of the processor, so that
 what else runs on the machine does not count. The table scales each piece by its operations and adds the time of the sums

@@ -4,8 +4,8 @@
         [--gigabytes 1]
 
 Makes a `.jsonl` and a `.txt` of one line from the documents of --text, so often repeated as it takes, and draws from each in a
-process of its own. Seconds are those of the processor with one thread; memory is the peak beyond the program with its
-tokenizer, of which one draw from the small text has been made.
+process of its own. Seconds are those of the processor with one thread; memory is the peak of the process, program, tokenizer
+and a draw from the small text included, and what it was after that.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def draw(model: str, small: str, path: str, windows: int, window: int) -> None:
     found = calibration_windows(tp.text_files(path), tokenizer, num_samples=windows, window=window, seed=0)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = time.process_time() - start
-    print(json.dumps({"seconds": seconds, "megabytes": (peak - before) / 1e3, "digest": found.digest[:16]}))
+    print(
+        json.dumps({"seconds": seconds, "before": before / 1e3, "megabytes": peak / 1e3, "digest": found.digest[:16]})
+    )
 
 
 def main() -> None:
@@ -70,14 +72,14 @@ def main() -> None:
     if given.draw is not None:
         draw(given.model, str(given.text), str(given.draw), given.windows, given.window)
         return
-    print("| file | windows | s | MB | digest |")
-    print("|---|---|---|---|---|")
+    print("| file | windows | s | MB before | peak MB | digest |")
+    print("|---|---|---|---|---|---|")
     for path in make(given.text, given.folder, given.gigabytes * 1e9):
         for _ in range(2):
             command = [sys.executable, "-m", "benchmarks.text", *sys.argv[1:], "--draw", str(path)]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             row = json.loads(done.stdout.splitlines()[-1])
-            cells = f"{row['seconds']:.1f} | {row['megabytes']:.0f} | {row['digest']}"
+            cells = f"{row['seconds']:.1f} | {row['before']:.0f} | {row['megabytes']:.0f} | {row['digest']}"
             print(f"| {path.name} | {given.windows} x {given.window} | {cells} |", flush=True)
 
 
