@@ -44,14 +44,6 @@ def write_atomically(path: Path, text: str, *, cure: str = "") -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def check_name(path: Path) -> None:
-    """Raise CheckpointError for a name with bytes that are no UTF-8: safetensors opens no such path."""
-    try:
-        os.fsencode(path).decode()
-    except UnicodeDecodeError:
-        raise CheckpointError(f"{path} has bytes in its name that are no UTF-8: rename it, or choose another") from None
-
-
 def refuse_foreign(path: Path, mark: str) -> None:
     """Raise CheckpointError if there is no folder for a file, or a file without `mark`, which all files of our kind hold."""
     if not path.parent.is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from topiarist.checkpoints.atomic import check_name
 from topiarist.core.errors import CheckpointError, first_line
 
 INDEX = "model.safetensors.index.json"
@@ -249,6 +249,14 @@ def weight_digest(weight: Shaped[Tensor, "..."]) -> str:
     """sha256 of a tensor's bytes in row order, little-endian."""
     raw = weight.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return hashlib.sha256(raw.numpy().data).hexdigest()
+
+
+def check_name(path: Path) -> None:
+    """Raise CheckpointError for a name with bytes that are no UTF-8: safetensors opens no such path."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path} has bytes in its name that are no UTF-8: rename it, or choose another") from None
 
 
 def locate(model: str | Path) -> Path:

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from topiarist.checkpoints.atomic import check_name, disk_errors, fsync
-from topiarist.checkpoints.reading import read_json
+from topiarist.checkpoints.atomic import disk_errors, fsync
+from topiarist.checkpoints.reading import check_name, read_json
 from topiarist.core.errors import CheckpointError
 
 VERSIONS = (1, 2)
