@@ -188,17 +188,13 @@ def test_what_a_stopped_run_left_may_be_damaged(inputs: Path, command, monkeypat
     left = sorted(path for path in out.rglob("*") if path.is_file() and path.stat().st_size)
     assert left
     shutil.copytree(out, "kept")
-    for path in left:
-        for damage in (lambda raw: raw[: len(raw) // 3], lambda raw: raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:]):
-            path.write_bytes(damage(path.read_bytes()))
-            code, _, error = command(*words_of(door))
-            assert (code == 0 and contents(out) == whole) or (code == 2 and "delete" in said(error)), (
-                path,
-                code,
-                error,
-            )
-            shutil.rmtree(out)
-            shutil.copytree("kept", out)
+    damages = [(path, lambda raw: raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:]) for path in (left[0], left[-1])]
+    for path, damage in (*damages, (left[-1], lambda raw: raw[: len(raw) // 3])):
+        path.write_bytes(damage(path.read_bytes()))
+        code, _, error = command(*words_of(door))
+        assert (code == 0 and contents(out) == whole) or (code == 2 and "delete" in said(error)), (path, code, error)
+        shutil.rmtree(out)
+        shutil.copytree("kept", out)
 
 
 @pytest.mark.parametrize("door", [marked(door) for door in DOORS if writes(door) and door != "allocate"])

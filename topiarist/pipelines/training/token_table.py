@@ -192,6 +192,8 @@ class _Work:
         return TokenisedText(table, digest.hexdigest(), highest, frozenset(self.hashes.tolist()))
 
     def close(self, *, remove: bool) -> None:
+        if not self.lock.held:  # refused: what lies there is another run's
+            return
         if remove:
             for name in (TOKENS, STATE, PASSAGES):
                 (self.folder / name).unlink(missing_ok=True)
