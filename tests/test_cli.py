@@ -167,6 +167,10 @@ def damage(name: str):
     def no_weights(folder: Path) -> None:
         (folder / "model" / "model.safetensors").unlink()
 
+    def packed(folder: Path) -> None:
+        (folder / "model" / "model.safetensors").rename(folder / "model" / "packed-00001.safetensors")
+        (folder / "model" / "packed.json").write_text("{}")
+
     def missing(folder: Path) -> None:
         shutil.rmtree(folder / "model")
 
@@ -209,6 +213,7 @@ def damage(name: str):
         ("missing", "does not exist"),
         ("empty", "no config.json"),
         ("no_weights", "no weights to prune"),
+        ("packed", "topiarist unpack model OUT"),
         ("broken_config", "not valid JSON"),
         ("truncate", "truncated or damaged"),
         ("flip_header", "truncated or damaged"),
@@ -259,7 +264,9 @@ def test_pattern_that_does_not_fit_names_the_layer(call, folder: Path):
         (["--method", "nonsense"], "unknown method"),
         (["--method", "alps:nonsense=1"], "has no field"),
         (["--method", "alps:ridge=much"], "ALPS: ridge is 'much'"),
-        (["--window", "4096"], "longer than the model's limit"),
+        (["--method", "alps:preset"], "write it as in alps:preset=best"),
+        (["--window", "4096"], "longer than the model's limit of 64 tokens; ask for 64 or fewer"),
+        (["--samples", "many"], "--samples is 'many', should be a valid integer"),
         (["--nonsense"], "No such option"),
         (["--skip", "("], "regular expressions"),
     ],

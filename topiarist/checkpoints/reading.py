@@ -21,6 +21,8 @@ from topiarist.core.errors import CheckpointError, first_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PACKED = "packed.json"
+"""What a packed folder has in their place; topiarist.runtime reads it."""
 
 KEPT_OPEN = 1 << 28
 """Bytes read through one open file before it is opened anew: until then what was read stays mapped."""
@@ -97,6 +99,8 @@ class Checkpoint:
                 f"{self.folder} holds only pickled weights ({pickles[0]}); unpickling can run any code, so it is refused: "
                 "convert it with from_pretrained(...).save_pretrained(...)"
             )
+        elif (self.folder / PACKED).is_file():
+            raise CheckpointError(f"{self.folder} is packed: write it back with `topiarist unpack {self.folder} OUT`")
         else:
             raise CheckpointError(f"{self.folder} has no {SINGLE} and no {INDEX}: no weights to prune")
         held: set[str] = set()

@@ -11,8 +11,8 @@ from topiarist.cli.common import say
 
 
 def apply(
-    base: Annotated[str, typer.Argument(help="folder or hub id of the dense model")],
-    masks: Annotated[Path, typer.Argument(help="masks.safetensors")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="folder or hub id of the dense model")],
+    masks: Annotated[Path, typer.Argument(metavar="MASKS", help="masks.safetensors")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the pruned checkpoint")],
 ) -> None:
     """Write BASE with its masks applied: one frozen base, many masks. Refuses another base than the masks' own."""

@@ -19,7 +19,7 @@ from rich.table import Table
 
 out = Console()
 err = Console(stderr=True)
-Model = Annotated[str, typer.Argument(help="model folder or hub id")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="model folder or hub id")]
 Plan = Annotated[bool, typer.Option("--plan", help="say what the run will need, from a short probe, and stop")]
 
 PushTo = Annotated[

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from topiarist.core.grammar import OptionError
 from topiarist.core.options import ALIASES, Settings, about, default_of, fields_of, in_order, tables_of, to_text
 from topiarist.pipelines.common.reproduce import flag_of
 
@@ -42,7 +43,12 @@ def flags(options_type: type[Any], stage: str = "") -> Callable[[Callable[..., A
                 from topiarist.pipelines.recipes.recipe import settings_from
 
                 settings = settings_from(source, stage) | settings
-            options = options_type(**settings)
+            try:
+                options = options_type(**settings)
+            except OptionError as fault:  # who typed a flag knows no fields
+                if fault.owner is not options_type or fault.field not in known:
+                    raise
+                raise OptionError(f"{flag_of(fault.field, known[fault.field])} {fault.reason}") from None
             if hasattr(options, "use_threads"):
                 options.use_threads()
             return function(**given, options=options)

@@ -17,7 +17,14 @@ _ASSIGNED = re.compile(r"\s*[A-Za-z_]\w*\s*=")
 
 
 class OptionError(TopiaristError, ValueError):
-    """A setting that does not exist or that cannot have the value given."""
+    """A setting that does not exist or that cannot have the value given.
+
+    owner, field, reason: the class and field at fault and what is wrong with its value, where it is one field.
+    """
+
+    def __init__(self, message: str, *, owner: type | None = None, field: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.owner, self.field, self.reason = owner, field, reason
 
 
 def split_text(text: str) -> tuple[str, dict[str, Any]]:
@@ -48,7 +55,7 @@ def _fields(text: str) -> dict[str, Any]:
     for part in _parts(text):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not name:
-            raise OptionError(f"{part.strip()!r} is no field=value")
+            raise OptionError(f"{part.strip()!r} is no field=value: write it as in alps:preset=best,ridge=0.01")
         if name in found:
             raise OptionError(f"{name} is given twice in {text!r}")
         found[name] = None if value == NOTHING else _bare(value)

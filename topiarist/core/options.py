@@ -102,8 +102,9 @@ def _first_fault(cls: type, error: ValidationError) -> Exception:
     if fault["type"] == "unexpected_keyword_argument":
         known = ", ".join(field.name for field in dataclasses.fields(cls))
         return OptionError(f"{cls.__name__} has no field {name!r}; it has {known}")
-    reason = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return OptionError(f"{cls.__name__}: {name} is {shown(fault['input'])}, {reason[:1].lower()}{reason[1:]}")
+    said = fault["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to parse")[0]
+    reason = f"is {shown(fault['input'])}, {said[:1].lower()}{said[1:]}"
+    return OptionError(f"{cls.__name__}: {name} {reason}", owner=cls, field=name, reason=reason)
 
 
 def shown(value: Any) -> str:

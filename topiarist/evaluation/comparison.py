@@ -121,7 +121,8 @@ def _check_positions(opened: OpenedModel, window: int) -> None:
             f"a window of {window} tokens is longer than the {limit} positions of {opened.name}: pass --window {limit}"
         )
     warnings.warn(
-        f"a window of {window} tokens is longer than the {limit} that {opened.name} was made for",
+        f"a window of {window} tokens is longer than the {limit} that {opened.name} was made for; "
+        f"--window {limit} fits",
         UserWarning,
         stacklevel=3,
     )

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from topiarist.checkpoints.atomic import disk_errors, fsync
-from topiarist.checkpoints.reading import check_name, read_json
+from topiarist.checkpoints.reading import PACKED, check_name, read_json
 from topiarist.core.errors import CheckpointError
 
 VERSIONS = (1, 2)
 """Those that are read; the last one is written."""
-MANIFEST = "packed.json"
+MANIFEST = PACKED
 KEY = "topiarist_packed"
 """The format's name, in the manifest and in the shards' headers."""
 

@@ -83,7 +83,9 @@ def windows_of(options: TextOptions, source: OpenedModel) -> Windows:
     if data is None:
         return Windows(torch.empty(0, 0, dtype=torch.int64), "", frozenset())
     if asked is not None and source.limit is not None and asked > source.limit:
-        raise CalibrationError(f"window {asked} is longer than the model's limit of {source.limit} tokens")
+        raise CalibrationError(
+            f"window {asked} is longer than the model's limit of {source.limit} tokens; ask for {source.limit} or fewer"
+        )
     tokenizer = None if isinstance(data, Tensor) else source.tokenizer(options.tokenizer)
     windows = calibration_windows(
         data,

@@ -125,5 +125,6 @@ class PruneOptions(TextOptions):
             wanting = f"allocation {name_of(ALLOCATIONS, self.rule)}"
         if wanting:
             raise CalibrationError(
-                f"{wanting} looks at what flows through the model: give calibration text (only magnitude does without)"
+                f"{wanting} looks at what flows through the model: give calibration text, --data FILE on the command line "
+                "and data= in Python (only magnitude does without)"
             )
