@@ -225,7 +225,7 @@ def damage(name: str):
         ("huge_activations", "NaN or Inf in the Gram"),
         ("unknown_type", "does not recognize this architecture"),
         ("quantised", "quantised"),
-        ("empty_text", "add text"),
+        ("empty_text", "hold no tokens; name another file"),
         ("short_text", "add text"),
         ("no_text", "does not exist"),
         ("binary_text", "cannot read text"),
