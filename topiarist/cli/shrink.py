@@ -25,7 +25,7 @@ def shrink(
 
     with progress_bar() as progress:
         report = tp.shrink(model, output, options=options, progress=progress)
-    table = Table(title=f"{report.method}: {report.share:.1%} of the parameters stay ({report.layout})")
+    table = Table(title=f"{report.method}: {report.share:.1%} of all parameters stay ({report.layout})")
     for column in ("units", "kept", "of", "in", "fewest", "most"):
         table.add_column(column, justify="left" if column == "units" else "right")
     for kind, (kept, of, groups) in report.counts().items():
