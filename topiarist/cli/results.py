@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,7 +79,8 @@ def evaluate(
             f"{'--save' if save else '--tasks'} out"
         )
     paths, wanted = text or [], [task.strip() for task in (tasks or "").split(",") if task.strip()]
-    sources = [text_files(path, field=text_field, split=split) for path in paths]
+    whole = text_files(paths, field=text_field, split=split) if paths else None
+    sources = [replace(whole, paths=(path,)) for path in whole.paths] if whole else []
     common: dict[str, Any] = {
         "batch_size": batch_size,
         "device": device,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -86,7 +87,8 @@ def run_eval(model: Path | str, place: Path, options: EvalOptions, _: Mapping[st
     }  # fmt: skip
     found: dict[str, Any] = {}
     if options.text:
-        sources = [text_files(path, field=options.text_field, split=options.split) for path in options.text]
+        whole = text_files(options.text, field=options.text_field, split=options.split)
+        sources = [replace(whole, paths=(path,)) for path in whole.paths]
         rows = comparison.compare(
             [str(model)],
             sources,
