@@ -77,6 +77,10 @@ def test_a_killed_search_goes_by_the_times_it_measured(measured: list[float], tm
     [
         ({"target_latency": 1e6}, "meets the target of 1e+06 ms already"),
         ({"target_latency": 2.5}, "no split"),
+        (
+            {"target_latency": 3.4, "units": ["hidden", "channels"]},
+            "no split takes 3.4 ms a token here, the fastest took",
+        ),
         ({"target_latency": 5.0, "target_params": 10_000}, "target_params and target_latency both say how much stays"),
         ({"target_latency": 5.0, "keep": 0.5}, "keep and target_latency both say"),
         ({"target_latency": 5.0, "layout": "hetero"}, "--target-latency needs --layout uniform"),

@@ -52,7 +52,7 @@ def best_within(search: Any, target: float) -> tuple[list[Cut], Splits]:
         try:
             search.splits = search.splits.of(int(min(parameters, MOST * whole)))
         except PatternError:
-            if best is None:
+            if not search.tried:
                 raise
             break
         before = len(search.tried)
