@@ -24,7 +24,7 @@ model: model
 out: out
 stages:
 - shrink: {method: magnitude, keep: 0.7, units: [channels], refit: false}
-- prune: {method: magnitude, pattern: "2:4"}
+- prune: {method: magnitude, pattern: 2:4}
 - eval: {text: [heldout.txt], window_tokens: 32, max_windows: 2}
 - pack
 """

@@ -104,6 +104,8 @@ def test_short_texts_and_empty_ones_have_hashes_too():
 def test_token_windows_must_be_a_matrix(shape):
     with pytest.raises(tp.CalibrationError, match=r"\(num, window\)"):
         calibration_windows(torch.zeros(shape, dtype=torch.long), None, window=4)
+    with pytest.raises(tp.CalibrationError):
+        calibration_windows(torch.zeros(2, 4), None, window=4)  # no token ids but numbers
 
 
 @pytest.mark.parametrize(

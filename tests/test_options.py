@@ -57,6 +57,7 @@ class Outer:
         ({"method": "inner:rang=1"}, "Inner has no field 'rang'; it has rank, share"),
         ({"method": "nothing"}, "unknown method 'nothing'; choose one of inner, other"),
         ({"method": 3}, "3 is no method"),
+        ({"method": Inner}, "is no method: give a value of it"),
         ({"recover": "half"}, "kind is 'half', should be 'full' or 'lora'"),
         ({"refine": "lora"}, "Inner takes field=value"),
         ({"refine": "rank=(2"}, "parenthesis without its partner"),

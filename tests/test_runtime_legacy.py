@@ -88,7 +88,7 @@ def test_a_quantisation_beside_the_sparsity_stays(tmp_path):
 @pytest.mark.parametrize("found", ["marlin-24", "dense", None])
 def test_other_formats_are_refused(tmp_path, found):
     src = legacy_folder(tmp_path / "old", {"a": torch.ones(1)}, found)
-    message = "is in format 'marlin-24'" if found == "marlin-24" else "names no sparse format"
+    message = "is in format 'marlin-24'" if found == "marlin-24" else "is not packed, and names no sparse format"
     with pytest.raises(CheckpointError, match=message):
         legacy.convert_legacy(src, tmp_path / "new")
 

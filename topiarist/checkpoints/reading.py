@@ -265,6 +265,8 @@ def check_name(path: Path) -> None:
 
 def locate(model: str | Path) -> Path:
     """A local folder, or a hub id's snapshot. Raises CheckpointError if neither can be had."""
+    if not isinstance(model, str | os.PathLike):
+        raise CheckpointError(f"{model!r} is no model: give a folder, a hub id or a loaded model")
     path = Path(model)
     if path.exists():
         return path

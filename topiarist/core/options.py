@@ -150,7 +150,8 @@ class Registered:
         elif isinstance(given, Mapping) and "name" in given:
             name, fields = str(given["name"]), {key: value for key, value in given.items() if key != "name"}
         else:
-            raise OptionError(f"{shown(given)} is no {self.what}; choose one of {', '.join(self.table)}")
+            cure = ": give a value of it, with ()" if isinstance(given, type) else ""
+            raise OptionError(f"{shown(given)} is no {self.what}{cure}; choose one of {', '.join(self.table)}")
         return look_up(self.table, name, self.what)(**fields)
 
 

@@ -64,6 +64,8 @@ def calibration_windows(
     if isinstance(source, Tensor):
         if source.ndim != 2 or source.numel() == 0:
             raise CalibrationError(f"calibration tokens must be (num, window), got shape {tuple(source.shape)}")
+        if source.is_floating_point() or source.is_complex():
+            raise CalibrationError(f"calibration tokens must be whole numbers, got {source.dtype}: give token ids")
         return Windows(source.long(), _digest(source.long()), frozenset())
     if num_samples < 1 or window < 2:
         raise CalibrationError(f"need at least 1 sample of 2 tokens, got {num_samples} of {window}")

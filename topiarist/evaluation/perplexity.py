@@ -49,6 +49,12 @@ def perplexity(
     tokens = windows.tokens if isinstance(windows, Windows) else windows
     start = windows.start if isinstance(windows, Windows) else 0
     check_batch_size(batch_size)
+    if not isinstance(model, nn.Module):
+        raise CalibrationError(f"{model!r} is no loaded model: give tp.load_pruned({model!r})")
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
+        raise CalibrationError(
+            "the windows must be a tensor (num, window) of token ids; `topiarist eval` takes text files"
+        )
     if len(tokens) < 1 or tokens.shape[1] < 2:
         raise CalibrationError(
             f"{len(tokens)} windows of {tokens.shape[1]} tokens predict nothing: 1 of 2 is the least"

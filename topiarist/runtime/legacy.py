@@ -54,8 +54,8 @@ def convert_legacy(src: Path | str, out: Path | str, *, shard_bytes: int = SHARD
     src = Path(src)
     found = sparse_format(src)
     if found not in FORMATS:
-        named = f"is in format {found!r}" if found else "names no sparse format in its config.json"
-        raise CheckpointError(f"{src} {named}; this reads {' and '.join(FORMATS)}")
+        named = f"is in format {found!r}" if found else "is not packed, and names no sparse format in its config.json"
+        raise CheckpointError(f"{src} {named}; unpack reads what pack wrote, {' and '.join(FORMATS)}")
     with new_folder(out) as partial:
         write_dense(read_legacy(src), partial, shard_bytes=shard_bytes)
         copy_other_files(src, partial)

@@ -31,7 +31,7 @@ def parse(text: str, source: str) -> tuple[Any, Any]:
     source: the file, for messages. Raises OptionError for what is no plain YAML, for a key that a mapping has twice, for
     aliases that contain themselves or grow beyond `MOST_NODES`.
     """
-    loader = yaml.SafeLoader(text)
+    loader = _Loader(text)
     try:
         tree = loader.get_single_node()
         if tree is None:
@@ -45,6 +45,15 @@ def parse(text: str, source: str) -> tuple[Any, Any]:
         raise OptionError(f"{source} is no YAML: {reason[:200]}") from error
     finally:
         loader.dispose()
+
+
+class _Loader(yaml.SafeLoader):
+    """Without YAML's numbers to the base 60, of which the pattern 2:4 is one (124)."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)
+        based = kind is yaml.ScalarNode and ":" in value and tag.rpartition(":")[2] in ("int", "float")
+        return "tag:yaml.org,2002:str" if based else tag
 
 
 def _size(node: Any, source: str, known: dict[int, int]) -> int:
