@@ -108,6 +108,7 @@ WRONG_STAGES = [
     ("    num_windows: 4", "    num_windows: 0", "line 9: PruneOptions: num_windows is 0"),
     ("    num_windows: 4", "    windows: 4", "PruneOptions has no field 'windows'"),
     ("topiarist: 1", "topiarist: 7", "line 1: recipe version 7"),
+    ("topiarist: 1\n", "", "line 1: no version"),
     ("out: out", "outt: out", "line 3: unknown key 'outt'"),
     (
         "- recover: {tokens: 512,",

@@ -58,5 +58,5 @@ class QuantizeOptions(TextOptions):
         if self.chosen_method.needs_data or self.correct is not None:
             what = "error correction" if self.correct is not None else "gptq"
             raise CalibrationError(
-                f"{what} looks at what flows through the model: give text with data (method round does without)"
+                f"{what} looks at what flows through the model: give text with --data FILE (--method round does without)"
             )

@@ -147,9 +147,11 @@ def _parsed(source: str, plain: Any, tree: Any, given: Mapping[str, Any]) -> Rec
                 f"{source} line {lines.get(str(key), 1)}: unknown key {key!r}; a recipe has {', '.join(KEYS)}"
             )
     if plain.get("topiarist") != RECIPE_VERSION:
-        line = lines.get("topiarist", 1)
+        if "topiarist" not in plain:
+            raise OptionError(f"{source} line 1: no version; a recipe begins with the line topiarist: {RECIPE_VERSION}")
         raise OptionError(
-            f"{source} line {line}: recipe version {plain.get('topiarist')!r}; this topiarist reads version {RECIPE_VERSION}"
+            f"{source} line {lines['topiarist']}: recipe version {shown(plain['topiarist'])}; this topiarist reads "
+            f"version {RECIPE_VERSION}"
         )
     for key in ("model", "out"):
         if not isinstance(plain.get(key), str | int | float | None):
