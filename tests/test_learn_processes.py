@@ -125,6 +125,7 @@ def test_two_killed_processes_resume(shard: bool, kill: Kill, tmp_path: Path, mo
 def test_sequences_that_cannot_be_divided_are_refused(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(Processes, "join", classmethod(lambda cls: Processes(0, 3)))
     monkeypatch.setattr(Processes, "on_main", lambda self, what: what())
+    monkeypatch.setattr(Processes, "check_agreement", lambda self, about: None)
     base = tiny.tiny_checkpoint(tmp_path / "base")
     with pytest.raises(tp.CalibrationError, match="4 sequences a step cannot be divided among 3 processes"):
         run(base, tmp_path / "out", RECIPE)
