@@ -109,6 +109,11 @@ def test_plan_writes_nothing(call, folder: Path):
     assert code == 0 and "peak memory" in printed and "disk" in printed and not (folder / "out").exists()
 
 
+def test_packing_a_dense_model_says_that_nothing_got_smaller(call):
+    code, printed, _ = call("pack", "model", "packed")
+    assert code == 0 and printed.startswith("0 of 21 tensors packed") and "Prune it first" in printed
+
+
 def test_module_and_version_in_a_process_of_its_own():
     done = subprocess.run([sys.executable, "-m", "topiarist", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "0.2.0"

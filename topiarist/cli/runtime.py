@@ -52,6 +52,8 @@ def pack(
         f"{report.num_packed} of {report.num_tensors} tensors packed, those to {report.ratio:.3f} x their size; "
         f"{report.dense_bytes / 1e6:.1f} MB -> {report.packed_bytes / 1e6:.1f} MB in all; written to {output}"
     )
+    if not report.num_packed:
+        say("nothing got smaller: no matrix has enough zeros. Prune it first, or round it with --values")
 
 
 def unpack(
