@@ -79,7 +79,7 @@ def calibration_windows(
         return _windows(drawn, start, passage_hashes(texts))
     stream, hashes = _tokenize(pieces(source, tokenizer=tokenizer, usual=CALIBRATION), tokenizer)
     available = len(stream) // length
-    _check_any(stream)
+    check_any(len(stream))
     if available < num_samples:
         raise CalibrationError(
             f"calibration text holds {len(stream):,} tokens = {available} windows of {window}, {num_samples} were asked "
@@ -114,7 +114,7 @@ def evaluation_windows(
     texts = pieces(source, tokenizer=tokenizer, usual=usual)
     stream, hashes = _tokenize(texts, tokenizer, None if max_windows is None else max_windows * length)
     available = len(stream) // length
-    _check_any(stream)
+    check_any(len(stream))
     if available == 0:
         raise CalibrationError(f"text holds {len(stream):,} tokens, less than one window of {window}; shorten --window")
     available = min(available, max_windows or available)
@@ -130,9 +130,9 @@ def check_vocabulary(tokens: Int[Tensor, "num window"], size: int, what: str = "
         )
 
 
-def _check_any(stream: np.ndarray) -> None:
+def check_any(num_tokens: int) -> None:
     """Raise CalibrationError for a text without tokens, which no shorter window helps."""
-    if not len(stream):
+    if not num_tokens:
         raise CalibrationError("the text is empty: its documents hold no tokens; name another file, field or split")
 
 

@@ -29,6 +29,7 @@ from topiarist.core.errors import CalibrationError
 from topiarist.data.overlap import ONE_OF, passage_hashes
 from topiarist.data.text import CALIBRATION, TextFiles, pieces
 from topiarist.data.tokens import token_parts
+from topiarist.data.windows import check_any
 from topiarist.pipelines.training.loop import Progress
 from topiarist.pipelines.training.processes import Processes
 
@@ -176,6 +177,7 @@ class _Work:
             self.hashes = self.hashes[self.hashes % np.uint64(self.sampled) == 0]
 
     def result(self) -> TokenisedText:
+        check_any(self.tokens)
         num = self.tokens // self.window
         if num < 1:
             raise CalibrationError(
