@@ -103,7 +103,7 @@ def test_a_bad_input_at_a_door(inputs: Path, command, door: str, check: str):
 
 
 @pytest.mark.parametrize(
-    ("door", "place"), [marked(door, place) for door in NAMES if writes_folder(door) for place in places(door)]
+    ("door", "place"), [marked(door, place) for door in DOORS if writes_folder(door) for place in places(door)]
 )
 def test_a_strange_place_for_the_output(inputs: Path, command, door: str, place: str):
     """It is written there and nowhere else, and the last line names it; a command that resumes finds it finished."""
