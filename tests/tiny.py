@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
+disable_progress_bar()  # of saving: it would stand in what a test reads of a command
 VOCAB = 260
 _BASE = {
     "vocab_size": VOCAB,
