@@ -32,13 +32,16 @@ def operands(*shapes):
         (lambda x, w: torch.einsum("bi,oi->bo", x, w), [(5, 40), (24, 40)]),
         (lambda x, w: torch.einsum("bi,oi->bo", [x, w]), [(5, 40), (24, 40)]),
         (lambda b, x, w: torch.addmm(b, x, w), [(5, 24), (5, 40), (40, 24)]),
+        (lambda b, x, w: torch.addmm(b, x, w), [(24,), (5, 40), (40, 24)]),  # as GPT-2's Conv1D
     ],
 )
-def test_a_product_is_the_rounded_product_in_fp32(product, shapes):
-    given = operands(*shapes)
+def test_a_product_is_the_rounded_product_in_fp32(product, shapes, monkeypatch):
+    given, cast = operands(*shapes), []
+    within = products._in_float32
+    monkeypatch.setattr(products, "_in_float32", lambda *args, **kwargs: cast.append(1) or within(*args, **kwargs))
     with quick_products():
         found = product(*given)
-    assert found.dtype == torch.bfloat16
+    assert cast == [1] and found.dtype == torch.bfloat16
     assert torch.equal(found, product(*[g.float() for g in given]).bfloat16())
 
 
@@ -84,6 +87,12 @@ def test_perplexity_of_a_16_bit_model_is_close_to_that_of_its_values_in_fp32():
     found = tp.perplexity(model.bfloat16(), windows)
     assert found.dtype == "bfloat16"
     assert found.value == pytest.approx(exact, rel=1e-2)
+
+
+def test_operands_given_by_name_are_left_to_torch():
+    x, w = operands((5, 40), (24, 40))
+    with quick_products():
+        assert F.linear(input=x, weight=w).shape == (5, 24)
 
 
 def test_a_quick_processor_is_left_alone(monkeypatch):

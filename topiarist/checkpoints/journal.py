@@ -16,7 +16,11 @@ SEAL = "line_sha256"
 
 def sealed(line: Mapping[str, Any]) -> str:
     """The text of a journal's line, with its digest."""
-    return json.dumps({**line, SEAL: hashlib.sha256(json.dumps(line).encode()).hexdigest()})
+    return json.dumps({**line, SEAL: _digest(line)})
+
+
+def _digest(line: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(line).encode()).hexdigest()
 
 
 def complete_lines(path: Path) -> list[dict[str, Any]]:
@@ -34,11 +38,7 @@ def complete_lines(path: Path) -> list[dict[str, Any]]:
             line = None
         if number == 0 and isinstance(line, dict) and SEAL not in line:
             return [line]
-        if (
-            not isinstance(line, dict)
-            or (number and not _is_known(line))
-            or line.pop(SEAL, None) != hashlib.sha256(json.dumps(line).encode()).hexdigest()
-        ):
+        if not isinstance(line, dict) or (number and not _is_known(line)) or line.pop(SEAL, None) != _digest(line):
             raise CheckpointError(f"line {number + 1} of {path} is damaged: delete {path.parent} and start again")
         lines.append(line)
     return lines

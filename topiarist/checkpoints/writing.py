@@ -176,13 +176,12 @@ class OutputFolder:
         write_atomically(self._journal, "".join(sealed(line) + "\n" for line in lines), cure=KEPT)
 
     def _append(self, line: Mapping[str, Any]) -> dict[str, Any]:
-        text = json.dumps(line)
-        whole = sealed(json.loads(text))
+        plain = json.loads(json.dumps(line))  # as a resumed run will read it
         with disk_errors(f"cannot write to {self.folder}", cure=KEPT), self._journal.open("a") as journal:
-            journal.write(whole + "\n")
+            journal.write(sealed(plain) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
-        return json.loads(text)
+        return plain
 
     def done(self) -> list[dict[str, Any]]:
         """Journal lines of the blocks that need not be done again, from the first on; the others are forgotten."""

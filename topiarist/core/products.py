@@ -14,11 +14,12 @@ from torch.utils._pytree import tree_map_only
 
 from topiarist.core import linalg
 
-_PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
-    {F.linear, torch.einsum}
-    | {getattr(torch, name) for name in ("matmul", "mm", "bmm", "addmm", "baddbmm")}
-    | {getattr(Tensor, name) for name in ("matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm")}
-)
+_OPERAND: dict[Callable[..., Any], int] = {F.linear: 0, torch.einsum: -1, Tensor.__matmul__: 0} | {
+    getattr(owner, name): int(name in ("addmm", "baddbmm"))
+    for owner in (torch, Tensor)
+    for name in ("matmul", "mm", "bmm", "addmm", "baddbmm")
+}
+"""The products, and which argument's rows are multiplied: the first of addmm is what is added, a bias perhaps."""
 _SLICE = 1 << 26
 """Weights of a linear that are cast at once: an output layer of a large vocabulary is not copied whole."""
 
@@ -40,7 +41,8 @@ def quick_products() -> Iterator[None]:
 class _InFloat32(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _PRODUCTS or not _is_slow(args[-1] if func is torch.einsum else args[0]):
+        place = _OPERAND.get(func, len(args))
+        if place >= len(args) or not _is_slow(args[place]):  # operands given by name are left to torch
             return func(*args, **kwargs)
         if func is F.linear:
             return _linear(*args, **kwargs)

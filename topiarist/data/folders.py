@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from topiarist.core.errors import CalibrationError
+from topiarist.core.errors import CalibrationError, first_line
 from topiarist.data.kinds import reader_of
 from topiarist.data.readers import Reader
 from topiarist.data.tables import ColumnReader
@@ -42,7 +42,7 @@ class HubRows:
             except StopIteration:
                 return
             except Exception as error:  # the library raises many types: network, rights, formats
-                raise CalibrationError(f"cannot read {self.path}: {_reason(error)}") from error
+                raise CalibrationError(f"cannot read {self.path}: {first_line(error)}") from error
             if self.field not in row:
                 raise CalibrationError(
                     f"{self.path} has no field `{self.field}`; it has {', '.join(row)}: name one with --text-field"
@@ -67,7 +67,7 @@ def folder_readers(path: Path, field: str, split: str | None, usual: Sequence[st
     except CalibrationError:
         raise
     except Exception as error:  # the library raises many types; all mean that the folder is not a dataset
-        raise CalibrationError(f"{path} is not a datasets folder: {_reason(error)}") from error
+        raise CalibrationError(f"{path} is not a datasets folder: {first_line(error)}") from error
     if not files:
         raise CalibrationError(f"{path} is not a datasets folder: it holds no data files")
     named = {str(name): [Path(file) for file in found] for name, found in files.items()}
@@ -86,7 +86,7 @@ def hub_rows(name: str, field: str, split: str | None, usual: Sequence[str]) -> 
     except CalibrationError:
         raise
     except Exception as error:  # network, rights, no such dataset or configuration
-        raise CalibrationError(f"cannot read {name}: {_reason(error)}") from error
+        raise CalibrationError(f"cannot read {name}: {first_line(error)}") from error
 
 
 def choose_split(name: str, known: Sequence[str], split: str | None, usual: Sequence[str]) -> str:
@@ -98,8 +98,3 @@ def choose_split(name: str, known: Sequence[str], split: str | None, usual: Sequ
             f"{name} has no split {' or '.join(wanted)}; it has {', '.join(known)}: name one with --split"
         )
     return found
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error, which may have none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from topiarist.__about__ import __version__
 from topiarist.checkpoints.atomic import save_tensors
 from topiarist.checkpoints.reading import Checkpoint, locate, weight_digest
-from topiarist.core.errors import CheckpointError, PatternError
+from topiarist.core.errors import CheckpointError, PatternError, first_line
 from topiarist.core.patterns import Pattern, parse_pattern
 from topiarist.masklearn.candidates import ORDER
 from topiarist.masks.bitpack import pack, unpack
@@ -93,8 +93,7 @@ class MaskFile(Mapping[str, Tensor]):
             version, order, self.base_model = (str(self.metadata[key]) for key in ("version", "order", "base_model"))
             self.entries = {name: read_entry(stated) for name, stated in self.metadata["masks"].items()}
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-            raise CheckpointError(f"{path} has damaged metadata ({reason}); copy it again") from error
+            raise CheckpointError(f"{path} has damaged metadata ({first_line(error)[:200]}); copy it again") from error
         if (version, order) != ("1", ORDER):
             raise CheckpointError(
                 f"{path} has version {version} and row order {order}; this topiarist reads version 1, {ORDER}: update it"

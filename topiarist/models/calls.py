@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from topiarist.core.errors import UnsupportedModel
+from topiarist.core.errors import UnsupportedModel, first_line
 from topiarist.models.derive import base_model
 from topiarist.models.families import Family
 from topiarist.models.hooks import EndForward, StandIn
@@ -169,7 +169,7 @@ def probe_flow(
 
 def _why_not(model: Any, error: Exception) -> str:
     """What a model needs beside token ids."""
-    reason = str(error).strip().partition("\n")[0]
+    reason = first_line(error)
     if getattr(model.config, "is_encoder_decoder", False):
         return "it is an encoder-decoder"
     if re.search(r"\bmeta\b", reason):  # what text does not pass is not loaded

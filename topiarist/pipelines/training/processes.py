@@ -24,7 +24,7 @@ from torch import Tensor
 
 from topiarist.__about__ import __version__
 from topiarist.checkpoints.journal import differences
-from topiarist.core.errors import LostProcess, ProcessError, TopiaristError
+from topiarist.core.errors import LostProcess, ProcessError, TopiaristError, first_line
 from topiarist.core.options import plain
 from topiarist.core.slots import added
 from topiarist.models.interface import OpenedModel
@@ -230,9 +230,8 @@ def _connected() -> Iterator[None]:
     except TopiaristError:
         raise
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise LostProcess(
-            f"lost a process of this run ({reason}): what is finished is kept, and the same command resumes"
+            f"lost a process of this run ({first_line(error)}): what is finished is kept, and the same command resumes"
         ) from error
 
 
