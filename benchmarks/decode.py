@@ -4,8 +4,10 @@
     python -m benchmarks.decode --shape demo          the shape of SmolLM2-135M
 
 Weights are random integers, which take as long as others. Ours: dense, 2:4 and 70 % zeros in int8 and int4 with groups of 64,
-by the C++ loop; llama.cpp: dense Q8_0 and Q4_0 files, by xllamacpp. Head and embeddings are tied and 8-bit everywhere. Blocks
-share weights as soon as different ones take four times the last-level cache, so that each token still streams all of them.
+by the C++ loop; llama.cpp: dense Q8_0 and Q4_0 files, by xllamacpp, whose wheel is built for AVX2, and by llama-cpp-python
+where it is installed, built by pip for the processor at hand. Head and embeddings are tied and 8-bit everywhere. Blocks share
+weights as soon as different ones take four times the last-level cache, so that each token still streams all of them. Of one
+thread the processor's time counts, of several the time that passed.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +41,10 @@ TOKENIZER = Path(".assets/smollm2-135m")
 SHAPES = {"1b": (2048, 8192, 16, 32, 8), "demo": (576, 1536, 30, 9, 3)}
 """Width, channels of a feed-forward network, blocks, heads, key-value heads."""
 ZEROS = ("none", "2:4", "0.7")
+WHEEL, NATIVE = "llama.cpp, wheel", "llama.cpp, native"
 RIVAL = {8: "q8_0", 4: "q4_0"}
 GROUP = 64
-CACHE_BYTES = 32 << 20
-"""Four times the last-level cache of one core complex of a Zen."""
+SHARED_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 START, WARM = 8, 4
 """Position of the first token that is timed; tokens before llama.cpp's timed ones, which pay for the prompt."""
 
@@ -69,7 +72,8 @@ def main() -> None:
         for bits, kind in RIVAL.items():
             path = Path(folder) / f"{kind}.gguf"
             write_gguf(path, config, kind)
-            calls[bits, "llama.cpp"], sizes[bits, "llama.cpp"] = llama_cpp(path, args), path.stat().st_size
+            for name, rival in rivals().items():
+                calls[bits, name], sizes[bits, name] = rival(path, args), path.stat().st_size
         for bits in RIVAL:
             for zeros in ZEROS:
                 calls[bits, zeros], sizes[bits, zeros] = ours(config, bits, zeros, args)
@@ -93,8 +97,15 @@ def matrices(config: Any) -> dict[str, tuple[int, int]]:
 
 
 def distinct(config: Any, bytes_of_block: int) -> int:
-    """Blocks with weights of their own."""
-    return min(config.num_hidden_layers, -(-CACHE_BYTES // bytes_of_block))
+    """Blocks with weights of their own: more than four times the last-level cache, or all."""
+    if not SHARED_CACHE.exists():
+        return config.num_hidden_layers
+    kilobytes = int(SHARED_CACHE.read_text().strip().removesuffix("K"))
+    return min(config.num_hidden_layers, -(-4 * 1024 * kilobytes // bytes_of_block))
+
+
+def clock(args: Any) -> float:
+    return time.process_time() if args.threads == 1 else time.perf_counter()
 
 
 def codes_of(shape: tuple[int, int], bits: int, zeros: str = "none") -> Tensor:
@@ -122,10 +133,10 @@ def ours(config: Any, bits: int, zeros: str, args: Any) -> tuple[Callable[[], fl
     decoder = Decoder(model, batch=1, max_tokens=256)
 
     def call() -> float:
-        begin = time.process_time()
+        begin = clock(args)
         for token in range(args.tokens):
             decoder.step(torch.tensor([token + 100]), START + token)
-        return 1e3 * (time.process_time() - begin) / args.tokens
+        return 1e3 * (clock(args) - begin) / args.tokens
 
     blocks = (made[index % len(made)] for index in range(config.num_hidden_layers))
     return call, head.packed_bytes + sum(module.packed_bytes for block in blocks for module in block.values())
@@ -188,32 +199,56 @@ def llama_cpp(path: Path, args: Any) -> Callable[[], float]:
     server = xllamacpp.Server(about)
 
     def seconds(tokens: int) -> float:
-        begin = time.process_time()
+        begin = clock(args)
         found = server.handle_completions(
             {"prompt": list(range(100, 100 + START)), "n_predict": tokens, "ignore_eos": True, "temperature": -1.0}
         )
-        taken = time.process_time() - begin
+        taken = clock(args) - begin
         assert found["usage"]["completion_tokens"] == tokens, found
         return taken
 
     return lambda: 1e3 * (seconds(WARM + args.tokens) - seconds(WARM)) / args.tokens
 
 
+def native(path: Path, args: Any) -> Callable[[], float]:
+    """What times tokens of the llama.cpp that was built here, token by token as our loop is."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(
+        str(path), n_ctx=256, n_batch=64, n_threads=args.threads, n_threads_batch=args.threads, verbose=False
+    )
+
+    def call() -> float:
+        model.reset()
+        model.eval(list(range(100, 100 + START)))
+        begin = clock(args)
+        for token in range(args.tokens):
+            model.eval([token + 100])
+        return 1e3 * (clock(args) - begin) / args.tokens
+
+    return call
+
+
+def rivals() -> dict[str, Callable[[Path, Any], Callable[[], float]]]:
+    found: dict[str, Callable[[Path, Any], Callable[[], float]]] = {WHEEL: llama_cpp}
+    return found | ({NATIVE: native} if find_spec("llama_cpp") else {})
+
+
 def table(times: dict[tuple[int, str], list[float]], sizes: dict[tuple[int, str], int], args: Any) -> str:
     """Medians, and how many times as fast each is as llama.cpp's dense file of as many bits."""
     known = f"kernels {LEVELS[load_kernels().level]}, xllamacpp {version('xllamacpp')}"
+    if rival := (NATIVE if (8, NATIVE) in times else ""):
+        known += f", llama-cpp-python {version('llama_cpp_python')}"
     lines = [
         f"## {args.shape}: {machine()}, {known}\n",
-        "| bits | weights | MB | ms a token | least | x llama.cpp |",
-        "|---|---|---|---|---|---|",
+        "| bits | weights | MB | ms a token | least | x the wheel | x native |",
+        "|---|---|---|---|---|---|---|",
     ]
     for (bits, name), taken in times.items():
         middle = statistics.median(taken)
-        gain = statistics.median(times[bits, "llama.cpp"]) / middle
-        what = (
-            f"llama.cpp {RIVAL[bits].upper()}, dense" if name == "llama.cpp" else f"{name} zeros".replace("none", "no")
-        )
-        cells = (str(bits), what, f"{sizes[bits, name] / 1e6:.0f}", f"{middle:.1f}", f"{min(taken):.1f}", f"{gain:.2f}")
+        gains = [f"{statistics.median(times[bits, of]) / middle:.2f}" if of else "" for of in (WHEEL, rival)]
+        what = f"{name} {RIVAL[bits].upper()}" if name in (WHEEL, NATIVE) else f"{name} zeros".replace("none", "no")
+        cells = (str(bits), what, f"{sizes[bits, name] / 1e6:.0f}", f"{middle:.1f}", f"{min(taken):.1f}", *gains)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n\n"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -64,6 +66,12 @@ def test_equal_to_the_literal_product(rows, blocks, group, ragged, batch, bits, 
     for level in levels():
         assert (packed.multiply(x, level=level).double() - expected).abs().max() <= tolerance, LEVELS[level]
     assert torch.equal(packed.codes, codes)
+    product = torch.nn.functional.linear(x.double(), packed.weight.double(), bias.double())
+    products = torch.nn.functional.linear(x.double().abs(), packed.weight.double().abs(), bias.double().abs())
+    for tokens in (linear.OWN_TOKENS, 0):  # up to these our own code multiplies panels, torch more of them
+        with mock.patch.object(linear, "OWN_TOKENS", tokens):
+            panels = packed.multiply_by_panels(x).double()
+        assert (panels - product).abs().max() <= 2 * torch.finfo(dtype).eps * products.max()
     spread = scales.repeat_interleave(cols // scales.shape[1], dim=1)
     assert torch.equal(packed.weight, codes.to(dtype) * spread), "code times scale, rounded once, as others do it"
 

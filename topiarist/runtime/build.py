@@ -109,6 +109,18 @@ class Kernels:
             self.level if level is None else level, threads,
         )  # fmt: skip
 
+    def has_panels(self, weight: Weight) -> bool:
+        """Whether `multiply_by_panels` is there, and faster than torch's product of what `expand` writes."""
+        return bool(self.code.topiarist_has_panels(ctypes.byref(weight)))
+
+    def multiply_by_panels(
+        self, weight: Weight, x: Float[Tensor, "batch cols"], y: Float[Tensor, "batch rows"], threads: int
+    ) -> None:
+        """y = x W^T + bias, x and y contiguous bf16; the weight is expanded once for all of x."""
+        self.code.topiarist_multiply_by_panels(
+            ctypes.byref(weight), x.data_ptr(), x.shape[0], y.data_ptr(), threads
+        )  # fmt: skip
+
     def expand(
         self, weight: Weight, tiles: range, out: Shaped[Tensor, "..."], threads: int, level: int | None = None
     ) -> None:
@@ -145,6 +157,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "find_integer_masks": [whole, whole, long, long, pointer, pointer, pointer, whole],
         "gather_integers": [whole, whole, long, long, pointer, pointer, pointer, pointer, whole],
         "multiply": [pointer, pointer, whole, long, pointer, whole, whole, whole],
+        "multiply_by_panels": [pointer, pointer, long, pointer, whole],
         "expand": [pointer, long, long, pointer, whole, whole, whole],
         "rows": [pointer, pointer, long, pointer, whole],
         "step": [pointer, pointer, long, long, pointer, pointer],
@@ -153,5 +166,6 @@ def _declare(library: ctypes.CDLL) -> None:
         function = getattr(library, f"topiarist_{name}")
         function.argtypes, function.restype = types, None
     library.topiarist_level.restype = whole
+    library.topiarist_has_panels.argtypes, library.topiarist_has_panels.restype = [pointer], whole
     library.topiarist_workspace_size.argtypes = [pointer, long]
     library.topiarist_workspace_size.restype = long

@@ -15,14 +15,15 @@ from topiarist.runtime.build import FORMS, INTEGERS, TILE_ROWS, TYPES, Weight, l
 CPU = torch.device("cpu")
 BYTES_PER_THREAD = 1 << 17  # waking another thread costs about as much as reading this
 EXPANDING_LEVEL = 2  # of LEVELS: the first with an instruction that spreads bytes by a mask
-PANEL_BYTES = 1 << 20  # of dense weight that a large batch works on at a time: stays in L2 or L3
+PANEL_BYTES = 1 << 21  # of dense weight that a large batch works on at a time: stays in L2 or L3
+OWN_TOKENS = 160  # more are multiplied faster by torch
 
 
 class PackedLinear(nn.Module):
     """y = x W^T + b with W packed: bits that say where, and the values. For inference; any batch, same results.
 
     Up to `max_batch` tokens the kernel expands the weight in registers. Larger batches expand one panel of rows after
-    the other into cache and multiply it with torch, or use `dense`, the original weight, if that was kept.
+    the other into cache and multiply it there, or use `dense`, the original weight, if that was kept.
     """
 
     masks: Tensor
@@ -79,18 +80,32 @@ class PackedLinear(nn.Module):
         return y
 
     def multiply_by_panels(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """torch's product with one panel of dense rows after the other, whatever the number of tokens."""
+        """The product with one panel of dense rows after the other, whatever the number of tokens.
+
+        Panels are multiplied by torch; by our own code those that few tokens meet, on a processor with bf16 products and
+        without AMX.
+        """
+        weight, kernels = self.described(), load_kernels()
+        inputs = x.reshape(-1, self.in_features)
+        few = len(inputs) <= OWN_TOKENS and x.dtype == self.dtype == torch.bfloat16
+        if few and kernels.has_panels(weight):
+            out = torch.empty(len(inputs), self.out_features, dtype=self.dtype)
+            kernels.multiply_by_panels(weight, inputs.contiguous(), out, torch.get_num_threads())
+            return out.view(*x.shape[:-1], self.out_features)
         dtype = fastest_dtype(self.dtype)
         step = max(1, PANEL_BYTES // (self.in_features * dtype.itemsize * TILE_ROWS))
         num_tiles = -(-self.out_features // TILE_ROWS)
-        inputs = x.to(dtype)
+        inputs = inputs.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        out = torch.empty(*x.shape[:-1], self.out_features, dtype=self.dtype)
+        out = torch.empty(len(inputs), self.out_features, dtype=self.dtype)
+        panel = torch.empty(min(step, num_tiles) * TILE_ROWS, self.in_features, dtype=dtype)
         for first in range(0, num_tiles, step):
             tiles = range(first, min(first + step, num_tiles))
-            rows = slice(first * TILE_ROWS, tiles.stop * TILE_ROWS)
-            out[..., rows] = F.linear(inputs, self._rows(tiles, dtype), None if bias is None else bias[rows])
-        return out
+            rows = slice(first * TILE_ROWS, min(tiles.stop * TILE_ROWS, self.out_features))
+            dense = panel[: rows.stop - rows.start]
+            kernels.expand(weight, tiles, dense, torch.get_num_threads())
+            out[:, rows] = F.linear(inputs, dense, None if bias is None else bias[rows])
+        return out.view(*x.shape[:-1], self.out_features)
 
     def described(self) -> Weight:
         """The weight as the kernels want it; valid as long as the module's buffers stay where they are."""

@@ -15,9 +15,11 @@
 #include <immintrin.h>
 #define X86 1
 #define AVX512 \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,avx2,bmi,bmi2,popcnt,fma,f16c")))
-#define AVX512_BF16 \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,bmi,bmi2,popcnt,fma,f16c")))
+    __attribute__((                                                                                                     \
+        target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,avx2,bmi,bmi2,popcnt,fma,f16c")))
+#define AVX512_BF16                                                                                                     \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,avx512bf16,avx2,bmi,bmi2," \
+                          "popcnt,fma,f16c")))
 #define AVX2 __attribute__((target("avx2,bmi,bmi2,popcnt,fma,f16c")))
 #else
 #define AVX2
@@ -103,6 +105,12 @@ void write(char* at, int64_t index, Type type, float value) {
     else reinterpret_cast<uint16_t*>(at)[index] = type == BF16 ? to_bf16(value) : to_f16(value);
 }
 
+// A finished sum, with its bias, as element `at` of y.
+void finish(const Weight& w, int64_t row, float sum, char* y, int64_t at, Type y_type) {
+    if (w.bias) sum += read(static_cast<const char*>(w.bias), row, Type(w.bias_type));
+    write(y, at, y_type, sum);
+}
+
 size_t size_of(Type type) { return type == F32 ? 4 : 2; }
 
 // x as kernels read it: a copy in memory of our own, at a multiple of 64 bytes.
@@ -115,6 +123,12 @@ struct Aligned {
 };
 
 #if X86
+AVX2 inline float sum_of_four(__m128 v) {
+    alignas(16) float lane[4];
+    _mm_store_ps(lane, v);
+    return (lane[0] + lane[1]) + (lane[2] + lane[3]);
+}
+
 AVX2 inline float sum_of_eight(__m256 v) {
     alignas(32) float lane[8];
     _mm256_store_ps(lane, v);

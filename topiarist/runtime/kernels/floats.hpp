@@ -228,14 +228,30 @@ void expand_block(const Element* values, uint32_t bits, Element* out, int width)
 }
 
 #if X86
-AVX512 void expand_block_avx512(const uint16_t* values, uint32_t bits, uint16_t* out, int width) {
-    __m512i v = _mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(values));
-    _mm512_mask_storeu_epi16(out, uint32_t((uint64_t(1) << width) - 1), v);
+// A tile's rows, of bf16 or fp16, `stride` apart; rows beyond the last are left as they are.
+AVX512 void rows_of_16_bits(const Matrix& m, int64_t tile, uint16_t* out, int64_t stride) {
+    const uint32_t* mask = m.masks + tile * m.blocks * R;
+    const uint16_t* values = reinterpret_cast<const uint16_t*>(m.values) + m.starts[tile];
+    const int rows = int(std::min<int64_t>(R, m.rows - tile * R));
+    for (int64_t col = 0; col < m.cols; col += 32)
+        for (int r = 0; r < R; r++, mask++) {
+            __m512i block = _mm512_maskz_expand_epi16(*mask, _mm512_loadu_si512(values));
+            values += _mm_popcnt_u32(*mask);
+            _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
+            if (r >= rows) continue;
+            uint16_t* to = out + r * stride + col;
+            if (m.cols - col >= 32) _mm512_storeu_si512(to, block);
+            else _mm512_mask_storeu_epi16(to, (__mmask32(1) << (m.cols - col)) - 1, block);
+        }
 }
 #endif
 
 template <class Element>
 void expand_tile(const Matrix& m, int64_t tile, Element* out, Level level) {
+#if X86
+    if (sizeof(Element) == 2 && level >= LEVEL_AVX512)
+        return rows_of_16_bits(m, tile, reinterpret_cast<uint16_t*>(out), m.cols);
+#endif
     const uint32_t* masks = m.masks + tile * m.blocks * R;
     const Element* values = reinterpret_cast<const Element*>(m.values) + m.starts[tile];
     int rows = int(std::min<int64_t>(R, m.rows - tile * R));
@@ -243,14 +259,8 @@ void expand_tile(const Matrix& m, int64_t tile, Element* out, Level level) {
         for (int r = 0; r < R; r++) {
             uint32_t bits = *masks++;
             if (r >= rows) continue;
-            Element* to = out + r * m.cols + block * 32;
             int width = int(std::min<int64_t>(32, m.cols - block * 32));
-#if X86
-            if (sizeof(Element) == 2 && level >= LEVEL_AVX512)
-                expand_block_avx512(reinterpret_cast<const uint16_t*>(values), bits, reinterpret_cast<uint16_t*>(to), width);
-            else
-#endif
-                expand_block(values, bits, to, width);
+            expand_block(values, bits, out + r * m.cols + block * 32, width);
             values += __builtin_popcount(bits);
         }
 }

@@ -10,7 +10,8 @@ int topiarist_level() {
     __builtin_cpu_init();
     bool has_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                   __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
+                   __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+                   __builtin_cpu_supports("avx512vnni");
     if (has_512) return __builtin_cpu_supports("avx512bf16") ? LEVEL_AVX512_BF16 : LEVEL_AVX512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return LEVEL_AVX2;
 #endif
@@ -58,6 +59,22 @@ void topiarist_multiply(const Weight* w, const void* x, int x_type, int64_t batc
     multiply(*w, x, Type(x_type), batch, y, Type(y_type), Level(level), threads);
 }
 
+// Whether `topiarist_multiply_by_panels` is there and the fastest way for this weight.
+int topiarist_has_panels(const Weight* w) {
+#if X86
+    static const bool fast = topiarist_level() >= LEVEL_AVX512_BF16 && !has_amx();
+    return fast && (w->type >= INT8 || (w->type == BF16 && w->form != FULL));
+#endif
+    return 0;
+}
+
+// y [batch][rows] = x [batch][cols] W^T + bias, x and y bf16; for many rows of x.
+void topiarist_multiply_by_panels(const Weight* w, const uint16_t* x, int64_t batch, uint16_t* y, int threads) {
+#if X86
+    multiply_by_panels(*w, x, batch, y, threads);
+#endif
+}
+
 // Tiles [begin, end) as dense rows: floats of the weight's own type or fp32, integers as `out_type` says.
 void topiarist_expand(const Weight* w, int64_t begin, int64_t end, void* out, int out_type, int level_, int threads) {
     Type type = Type(w->type), to = Type(out_type);
@@ -66,6 +83,10 @@ void topiarist_expand(const Weight* w, int64_t begin, int64_t end, void* out, in
     parallel_tiles(end - begin, threads, [&](int64_t i) {
         char* at = static_cast<char*>(out) + i * step;
         int64_t tile = begin + i;
+#if X86
+        if (type >= INT8 && to == BF16 && level == LEVEL_AVX512_BF16)
+            return expand_rows(*w, tile, reinterpret_cast<uint16_t*>(at), w->cols);
+#endif
         if (type >= INT8) expand_integers(Integers(*w), tile, type, Form(w->form), at, to, level);
         else if (type == F32) expand_tile(Matrix(*w), tile, reinterpret_cast<uint32_t*>(at), level);
         else if (to != F32) expand_tile(Matrix(*w), tile, reinterpret_cast<uint16_t*>(at), level);

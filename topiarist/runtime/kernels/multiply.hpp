@@ -3,17 +3,12 @@
 
 #include "dense.hpp"
 #include "floats.hpp"
-#include "packing.hpp"
+#include "panels.hpp"
 
 namespace {
 
 // How many rows of x the next kernel takes.
 int step(int64_t left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
-
-void finish(const Weight& w, int64_t row, float sum, char* y, int64_t at, Type y_type) {
-    if (w.bias) sum += read(static_cast<const char*>(w.bias), row, Type(w.bias_type));
-    write(y, at, y_type, sum);
-}
 
 // y [batch][rows] = x [batch][cols] W^T + bias
 void multiply(const Weight& w, const void* x_, Type x_type, int64_t batch, void* y_, Type y_type, Level level, int threads) {
@@ -28,7 +23,7 @@ void multiply(const Weight& w, const void* x_, Type x_type, int64_t batch, void*
     };
     if (type >= INT8) {
         Integers m(w);
-        IntegerInputs inputs(x, x_type, batch, m, level);
+        IntegerInputs inputs(x, x_type, batch, m, type);
         parallel_tiles(tiles, threads, [&](int64_t tile) {
             for (int64_t first = 0; first < batch; first += step(batch - first)) {
                 int now = step(batch - first);

@@ -5,10 +5,18 @@
 
 namespace {
 
-// The bits of 64 codes that are stored. 2:4 fills groups of four up to two, with codes that are zero.
-uint64_t stored_bits(const int8_t* codes, int width, Form form) {
+// The codes of a run, zeros where the matrix has ended.
+void read_run(const int8_t* codes, int64_t rows, int64_t cols, int64_t tile, int64_t block, int run, Form form, int8_t* out) {
+    for (int at = 0; at < 64; at++) {
+        int64_t row = tile * R + row_of(form, run, at), col = block * 64 + column_of(form, run, at);
+        out[at] = row < rows && col < cols ? codes[row * cols + col] : int8_t(0);
+    }
+}
+
+// Which of a run's codes are stored. 2:4 fills groups of four up to two, with codes that are zero.
+uint64_t stored_bits(const int8_t* run, Form form) {
     uint64_t bits = 0;
-    for (int j = 0; j < width; j++) bits |= uint64_t(codes[j] != 0) << j;
+    for (int j = 0; j < 64; j++) bits |= uint64_t(run[j] != 0) << j;
     if (form == TWO_FOUR)
         for (int group = 0; group < 64; group += 4)
             for (int j = group; j < group + 4 && __builtin_popcountll(bits >> group & 15) < 2; j++) bits |= uint64_t(1) << j;
@@ -32,12 +40,12 @@ int64_t bytes_of(int stored, Type type) { return type == INT8 ? stored : (stored
 int64_t find_integer_masks(const int8_t* codes, int64_t rows, int64_t cols, int64_t tile, Type type, Form form,
                            uint64_t* masks) {
     int64_t blocks = (cols + 63) / 64, bytes = 0;
+    int8_t codes_of_run[64];
     for (int64_t block = 0; block < blocks; block++)
-        for (int r = 0; r < R; r++) {
-            int64_t row = tile * R + r;
-            int width = row < rows ? int(std::min<int64_t>(64, cols - block * 64)) : 0;
-            uint64_t bits = stored_bits(codes + row * cols + block * 64, width, form);
-            if (form != FULL) masks[(tile * blocks + block) * R + r] = form == TWO_FOUR ? two_four_index(bits) : bits;
+        for (int run = 0; run < R; run++) {
+            read_run(codes, rows, cols, tile, block, run, form, codes_of_run);
+            uint64_t bits = stored_bits(codes_of_run, form);
+            if (form != FULL) masks[(tile * blocks + block) * R + run] = form == TWO_FOUR ? two_four_index(bits) : bits;
             bytes += bytes_of(__builtin_popcountll(bits), type);
         }
     return bytes;
@@ -47,25 +55,22 @@ int64_t find_integer_masks(const int8_t* codes, int64_t rows, int64_t cols, int6
 void gather_integers(const int8_t* codes, int64_t rows, int64_t cols, int64_t tile, Type type, Form form,
                      const uint64_t* masks, uint8_t* values) {
     int64_t blocks = (cols + 63) / 64;
+    int8_t codes_of_run[64];
     for (int64_t block = 0; block < blocks; block++)
-        for (int r = 0; r < R; r++) {
-            int64_t row = tile * R + r;
-            uint64_t mask = form == FULL ? ~uint64_t(0) : masks[(tile * blocks + block) * R + r];
-            auto code = [&](int at) {
-                int64_t col = block * 64 + at;
-                return row < rows && col < cols ? uint8_t(codes[row * cols + col]) : uint8_t(0);
-            };
+        for (int run = 0; run < R; run++) {
+            uint64_t mask = form == FULL ? ~uint64_t(0) : masks[(tile * blocks + block) * R + run];
+            read_run(codes, rows, cols, tile, block, run, form, codes_of_run);
             int next = 0;
-            auto put = [&](int place, uint8_t value) {
-                if (type == INT8) values[place] = value;
-                else values[place / 2] |= uint8_t((value & 15) << (place % 2 ? 4 : 0));
+            auto put = [&](int place, int8_t value) {
+                if (type == INT8) values[place] = uint8_t(value);
+                else values[place / 2] |= uint8_t((uint8_t(value) & 15) << (place % 2 ? 4 : 0));
                 next++;
             };
             if (form == TWO_FOUR)
                 for (int slot = 0; slot < 32; slot++)
-                    put(type == INT8 ? slot : 2 * (slot & 15) + slot / 16, code(two_four_column(mask, slot)));
+                    put(type == INT8 ? slot : 2 * (slot & 15) + slot / 16, codes_of_run[two_four_column(mask, slot)]);
             else
-                for (; mask; mask &= mask - 1) put(next, code(__builtin_ctzll(mask)));
+                for (; mask; mask &= mask - 1) put(next, codes_of_run[__builtin_ctzll(mask)]);
             values += bytes_of(next, type);
         }
 }
@@ -119,15 +124,20 @@ template <int BITS, int FORM>
 void expand_integer_tile(const Integers& m, int64_t tile, char* out, Type type, Level level) {
     const uint64_t* mask = m.masks + tile * m.blocks * R;
     const uint8_t* values = m.values + m.starts[tile];
-    for (int64_t block = 0; block < m.blocks; block++)
-        for (int r = 0; r < R; r++, mask++) {
-            int8_t codes[64];
+    for (int64_t block = 0; block < m.blocks; block++) {
+        int8_t codes[R][64];
+        for (int run = 0; run < R; run++, mask++) {
+            int8_t codes_of_run[64];
 #if X86
-            if (level >= LEVEL_AVX2) expand_run_avx2<BITS, FORM>(values, mask, codes);
+            if (level >= LEVEL_AVX2) expand_run_avx2<BITS, FORM>(values, mask, codes_of_run);
             else
 #endif
-                expand_plain<BITS, FORM>(values, mask, codes);
-            if (tile * R + r >= m.rows) continue;
+                expand_plain<BITS, FORM>(values, mask, codes_of_run);
+            constexpr int piece = FORM == TWO_FOUR ? 64 : 16;
+            for (int at = 0; at < 64; at += piece)
+                std::memcpy(codes[row_of(Form(FORM), run, at)] + column_of(Form(FORM), run, at), codes_of_run + at, piece);
+        }
+        for (int r = 0; r < R && tile * R + r < m.rows; r++)
             for (int half = 0; half < 2; half++) {
                 int64_t first = block * 64 + half * 32;
                 int width = int(std::min<int64_t>(32, m.cols - first));
@@ -136,14 +146,14 @@ void expand_integer_tile(const Integers& m, int64_t tile, char* out, Type type, 
 #if X86
                 if (level >= LEVEL_AVX2 && width == 32 && (type == F32 || type == BF16)) {
                     int64_t at = r * m.cols + first;
-                    if (type == F32) write_floats_avx2(codes + 32 * half, scale, reinterpret_cast<float*>(out) + at);
-                    else write_bf16_avx2(codes + 32 * half, scale, reinterpret_cast<uint16_t*>(out) + at);
+                    if (type == F32) write_floats_avx2(codes[r] + 32 * half, scale, reinterpret_cast<float*>(out) + at);
+                    else write_bf16_avx2(codes[r] + 32 * half, scale, reinterpret_cast<uint16_t*>(out) + at);
                     continue;
                 }
 #endif
-                write_scaled(codes + 32 * half, width, scale, out, r * m.cols + first, type);
+                write_scaled(codes[r] + 32 * half, width, scale, out, r * m.cols + first, type);
             }
-        }
+    }
 }
 
 void expand_integers(const Integers& m, int64_t tile, Type from, Form form, char* out, Type type, Level level) {

@@ -5,11 +5,13 @@
 // of 32 selected inputs meets 32 stored values, in four chunks of sixteen columns: 0, 2 in its lower half, 1, 3 in its upper.
 #pragma once
 
-#include "integers.hpp"
+#include "integers_x86.hpp"
 
 namespace {
 
 #if X86
+
+constexpr int64_t EACH_WORD = 0x0000000100000001;
 
 AVX2 inline __m256i places(uint64_t index) {
     __m256i shifted = _mm256_srlv_epi64(_mm256_set1_epi64x(int64_t(index)), _mm256_setr_epi64x(0, 2, 4, 6));
@@ -57,61 +59,116 @@ AVX2 inline __m256 of_halves(const float* low, const float* high) {
     return _mm256_blend_ps(_mm256_broadcast_ss(low), _mm256_broadcast_ss(high), 0xCC);
 }
 
-struct ProductAvx2 {
-    __m256i values, absolute;
-    AVX2 explicit ProductAvx2(__m256i values) : values(values), absolute(_mm256_abs_epi8(values)) {}
-    AVX2 __m256i operator()(__m256i x) const {
-        __m256i pairs = _mm256_maddubs_epi16(absolute, _mm256_sign_epi8(x, values));
-        return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+template <int BITS, int N>
+AVX2 void two_four_tile_avx2(const Integers& m, int64_t tile, const IntegerInputs& in, int64_t first, float* sums) {
+    const uint64_t* index = m.masks + tile * m.blocks * R;
+    const uint8_t* values = m.values + m.starts[tile];
+    const char* x = in.data + first * in.stride;
+    const float* x_scales = in.scales + first * in.scale_stride;
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256 acc[R][N];
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < N; b++) acc[r][b] = _mm256_setzero_ps();
+    ScaleSteps steps(m, tile);
+    for (int64_t block = 0; block < m.blocks; block++, x += 64, x_scales += 2, index += R) {
+        alignas(16) float scales[2][R];
+        for (int half = 0; half < 2; half++) _mm_store_ps(scales[half], four_scales(m, steps.next()));
+        __m256 of_x[N];
+        for (int b = 0; b < N; b++)
+            of_x[b] = of_halves(x_scales + b * in.scale_stride, x_scales + b * in.scale_stride + 1);
+        _mm_prefetch(reinterpret_cast<const char*>(values + AHEAD), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(values + AHEAD + 64), _MM_HINT_T0);
+        for (int r = 0; r < R; r++, values += 4 * BITS) {
+            __m256i order = selection(index[r]), codes = stored_values<BITS>(values), absolute = _mm256_abs_epi8(codes);
+            __m256 of_row = of_halves(&scales[0][r], &scales[1][r]);
+            for (int b = 0; b < N; b++) {
+                __m256i signed_inputs = _mm256_sign_epi8(select_inputs(x + b * in.stride, order), codes);
+                __m256i pairs = _mm256_maddubs_epi16(absolute, signed_inputs);
+                __m256 sum = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones));
+                acc[r][b] = _mm256_fmadd_ps(sum, _mm256_mul_ps(of_row, of_x[b]), acc[r][b]);
+            }
+        }
     }
-};
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < N; b++) sums[r * N + b] = sum_of_eight(acc[r][b]);
+}
 
-struct ProductVnni {
-    __m256i values, begin;
-    AVX512 explicit ProductVnni(__m256i values) : values(values) {
-        __m256i surplus = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(-128), values);
-        begin = _mm256_sub_epi32(_mm256_setzero_si256(), surplus);
+// AVX-512 takes two rows at a time, one in each half of a vector.
+
+// One number in the lower half, another in the upper.
+AVX512 inline __m512i two_halves(int64_t low, int64_t high) {
+    return _mm512_inserti64x4(_mm512_set1_epi64(low), _mm256_set1_epi64x(high), 1);
+}
+
+// 32 values of each of two rows.
+template <int BITS>
+AVX512 inline __m512i stored_values_of_two(const uint8_t* values) {
+    if constexpr (BITS == 8) return _mm512_loadu_si512(values);
+    __m512i both = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+    both = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3), both);
+    both = _mm512_srlv_epi64(both, _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4));
+    both = _mm512_and_si512(both, _mm512_set1_epi8(15));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(signed_nibbles()), both);
+}
+
+// The scales of four rows: of columns 0 to 31 of the next block, then of 32 to 63.
+AVX512 inline __m512 eight_scales(const Integers& m, ScaleSteps& steps) {
+    __m128 low = four_scales(m, steps.next()), high = four_scales(m, steps.next());
+    return _mm512_castps256_ps512(_mm256_set_m128(high, low));
+}
+
+template <int BITS, int N>
+AVX512 void two_four_tile_avx512(const Integers& m, int64_t tile, const IntegerInputs& in, int64_t first, float* sums) {
+    const uint64_t* index = m.masks + tile * m.blocks * R;
+    const uint8_t* values = m.values + m.starts[tile];
+    const char* x = in.data + first * in.stride;
+    const float* x_scales = in.scales + first * in.scale_stride;
+    const __m512i surplus = _mm512_set1_epi8(-128), begins = _mm512_set1_epi64(0x0C0C080804040000);
+    const __m512i shifts = _mm512_setr_epi64(0, 2, 4, 6, 0, 2, 4, 6), place = _mm512_set1_epi8(3);
+    const __mmask64 from_high = 0xFF00FF00FF00FF00;
+    __m512 acc[R / 2][N];
+    for (int pair = 0; pair < R / 2; pair++)
+        for (int b = 0; b < N; b++) acc[pair][b] = _mm512_setzero_ps();
+    ScaleSteps steps(m, tile);
+    for (int64_t block = 0; block < m.blocks; block++, x += 64, x_scales += 2, index += R) {
+        const __m512 of_rows = eight_scales(m, steps);
+        const __m512i indices = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)));
+        __m512i low[N], high[N];
+        __m512 of_x[N];
+        for (int b = 0; b < N; b++) {
+            const __m256i* from = reinterpret_cast<const __m256i*>(x + b * in.stride);
+            // Unsigned, as the instruction wants one factor.
+            low[b] = _mm512_xor_si512(_mm512_broadcast_i64x4(_mm256_load_si256(from)), surplus);
+            high[b] = _mm512_xor_si512(_mm512_broadcast_i64x4(_mm256_load_si256(from + 1)), surplus);
+            const float* two = x_scales + b * in.scale_stride;
+            of_x[b] = _mm512_mask_blend_ps(0xCCCC, _mm512_set1_ps(two[0]), _mm512_set1_ps(two[1]));
+        }
+        for (int pair = 0; pair < R / 2; pair++, values += 8 * BITS) {
+            const int row = 2 * pair;
+            _mm_prefetch(reinterpret_cast<const char*>(values + AHEAD), _MM_HINT_T0);
+            __m512i order = _mm512_permutexvar_epi64(two_halves(row, row + 1), indices);
+            order = _mm512_ternarylogic_epi64(_mm512_srlv_epi64(order, shifts), place, begins, 0xEA);  // (a & b) | c
+            __m512i codes = stored_values_of_two<BITS>(values);
+            // Inputs carry 128 more than they are: 128 times the sum of the weights is taken away.
+            __m512i excess = _mm512_dpbusd_epi32(_mm512_setzero_si512(), surplus, codes);
+            __m512i begin = _mm512_sub_epi32(_mm512_setzero_si512(), excess);
+            __m512i of_pair = two_halves(row * EACH_WORD, (row + 1) * EACH_WORD);
+            of_pair = _mm512_add_epi32(of_pair, _mm512_maskz_set1_epi32(0xCCCC, R));
+            __m512 of_row = _mm512_permutexvar_ps(of_pair, of_rows);
+            for (int b = 0; b < N; b++) {
+                __m512i inputs = _mm512_shuffle_epi8(low[b], order);
+                inputs = _mm512_mask_shuffle_epi8(inputs, from_high, high[b], order);
+                __m512 sum = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(begin, inputs, codes));
+                acc[pair][b] = _mm512_fmadd_ps(sum, _mm512_mul_ps(of_row, of_x[b]), acc[pair][b]);
+            }
+        }
     }
-    AVX512 __m256i operator()(__m256i x) const { return _mm256_dpbusd_epi32(begin, x, values); }
-};
-
-// The loop of both instruction sets, which differ in `Product`; `target` lets the compiler inline it.
-#define TWO_FOUR_TILE(NAME, TARGET, PRODUCT)                                                                            \
-    template <int BITS, int N>                                                                                          \
-    TARGET void NAME(const Integers& m, int64_t tile, const IntegerInputs& in, int64_t first, float* sums) {            \
-        const uint64_t* index = m.masks + tile * m.blocks * R;                                                          \
-        const uint8_t* values = m.values + m.starts[tile];                                                              \
-        const char* x = in.data + first * in.stride;                                                                    \
-        const float* x_scales = in.scales + first * in.scale_stride;                                                    \
-        __m256 acc[R][N];                                                                                               \
-        for (int r = 0; r < R; r++)                                                                                     \
-            for (int b = 0; b < N; b++) acc[r][b] = _mm256_setzero_ps();                                                \
-        for (int64_t block = 0; block < m.blocks; block++, x += 64, x_scales += 2, index += R) {                        \
-            alignas(16) float scales[2][R];                                                                             \
-            const bool one_scale = m.group % 64 == 0;                                                                   \
-            for (int half = 0; half < 2; half++)                                                                        \
-                _mm_store_ps(scales[half], four_scales(m, m.scale_index(tile, block, half)));                           \
-            __m256 of_x[N];                                                                                             \
-            for (int b = 0; b < N; b++)                                                                                 \
-                of_x[b] = of_halves(x_scales + b * in.scale_stride, x_scales + b * in.scale_stride + 1);                \
-            _mm_prefetch(reinterpret_cast<const char*>(values + AHEAD), _MM_HINT_T0);                                   \
-            _mm_prefetch(reinterpret_cast<const char*>(values + AHEAD + 64), _MM_HINT_T0);                              \
-            for (int r = 0; r < R; r++, values += 4 * BITS) {                                                           \
-                __m256i order = selection(index[r]);                                                                    \
-                PRODUCT product(stored_values<BITS>(values));                                                           \
-                __m256 of_row = one_scale ? _mm256_broadcast_ss(&scales[0][r]) : of_halves(&scales[0][r], &scales[1][r]); \
-                for (int b = 0; b < N; b++) {                                                                           \
-                    __m256 sum = _mm256_cvtepi32_ps(product(select_inputs(x + b * in.stride, order)));                  \
-                    acc[r][b] = _mm256_fmadd_ps(sum, _mm256_mul_ps(of_row, of_x[b]), acc[r][b]);                        \
-                }                                                                                                       \
-            }                                                                                                           \
-        }                                                                                                               \
-        for (int r = 0; r < R; r++)                                                                                     \
-            for (int b = 0; b < N; b++) sums[r * N + b] = sum_of_eight(acc[r][b]);                                      \
-    }
-
-TWO_FOUR_TILE(two_four_tile_avx2, AVX2, ProductAvx2)
-TWO_FOUR_TILE(two_four_tile_avx512, AVX512, ProductVnni)
+    for (int pair = 0; pair < R / 2; pair++)
+        for (int b = 0; b < N; b++) {
+            sums[2 * pair * N + b] = sum_of_eight(_mm512_castps512_ps256(acc[pair][b]));
+            sums[(2 * pair + 1) * N + b] = sum_of_eight(_mm512_extractf32x8_ps(acc[pair][b], 1));
+        }
+}
 
 #endif
 
