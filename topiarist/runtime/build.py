@@ -54,11 +54,12 @@ class Weight(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Kernels:
-    """The loaded library and the best instruction set of this processor, an index of LEVELS."""
+    """The loaded library, the best instruction set of this processor, an index of LEVELS, and the digest of the sources."""
 
     code: ctypes.CDLL
     level: int
     threaded: bool
+    digest: str
 
     def pack(self, weight: Float[Tensor, "rows cols"], threads: int) -> tuple[Tensor, Tensor, Tensor]:
         """(masks int32, values as raw integers, starts int64) of a dense contiguous weight; order as in floats.hpp.
@@ -142,11 +143,11 @@ class Kernels:
 def load_kernels() -> Kernels:
     """Compile if need be, and load. Raises NoKernels with the reason and the cure."""
     # The compiled library is known by its main source and the flags, so the digest of the headers is one of them.
-    headers = b"".join(path.read_bytes() for path in sorted(SOURCE.parent.glob("*.hpp")))
-    digest = hashlib.sha256(headers).hexdigest()[:16]
-    library, threaded = loaded(SOURCE, (*_FLAGS, f"-DTOPIARIST_HEADERS=0x{digest}"))
+    sources = b"".join(path.read_bytes() for path in sorted(SOURCE.parent.glob("*.?pp")))
+    digest = hashlib.sha256(sources).hexdigest()[:16]
+    library, threaded = loaded(SOURCE, (*_FLAGS, f"-DTOPIARIST_SOURCES=0x{digest}"))
     _declare(library)
-    return Kernels(library, level=library.topiarist_level(), threaded=threaded)
+    return Kernels(library, level=library.topiarist_level(), threaded=threaded, digest=digest)
 
 
 def _declare(library: ctypes.CDLL) -> None:

@@ -29,7 +29,8 @@ class Limits:
         kind: what the number depends on beside the machine, the number of threads, torch and the kernels.
         """
         kernels = load_kernels()
-        key = json.dumps([machine, torch.get_num_threads(), torch.__version__, LEVELS[kernels.level], *map(str, kind)])
+        about = (torch.get_num_threads(), torch.__version__, LEVELS[kernels.level], kernels.digest)
+        key = json.dumps([machine, *about, *map(str, kind)])
         if key not in self._known:
             self._known = {**self._stored(), **self._known}
         if key not in self._known:
