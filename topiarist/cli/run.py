@@ -52,7 +52,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="print this one whol
             say(line)
         return
     for key, text in found.items():
-        say(f"{key:<14} {text.partition(chr(10))[0].removeprefix('# ')}")
+        say(f"{key:<18} {text.partition(chr(10))[0].removeprefix('# ')}")
 
 
 def methods() -> None:
