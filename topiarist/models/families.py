@@ -28,6 +28,11 @@ class Attention:
     norm: str = ""
     """The norm that this sublayer alone reads through, where there is one: it leaves with the sublayer."""
 
+    @property
+    def values(self) -> frozenset[str]:
+        """The name, in the block, of the matrix of values; none where it is part of another."""
+        return frozenset({f"{self.module}.{self.qkv[2]}"} if len(self.qkv) == 3 else ())
+
 
 @dataclass(frozen=True)
 class FeedForward:

@@ -47,7 +47,11 @@ class GramCollector:
     """Accumulates one Gram for every distinct input of `matrices` while a block runs."""
 
     matrices: Sequence[Matrix]
+    by_attention: frozenset[str] = frozenset()
+    """Names of matrices in whose Gram each token counts by the attention that it is given (`watch_attention`)."""
     groups: list[GramGroup] = field(default_factory=list)
+    _waiting: list[tuple[GramGroup, Tensor]] = field(default_factory=list)
+    """Inputs of a forward whose attention is not known yet."""
     _group_of: dict[Matrix, GramGroup] = field(default_factory=dict)
     _inputs: list[tuple[Tensor, GramGroup]] = field(default_factory=list)
     _sums: list[PairwiseSum] = field(default_factory=list)
@@ -58,20 +62,39 @@ class GramCollector:
 
     def on_input(self, matrix: Matrix, x: Float[Tensor, "*batch in"]) -> None:
         """Note that `matrix` reads x; the first matrix of a group brings its tokens."""
-        group = self._group_of.get(matrix)
+        group, waits = self._group_of.get(matrix), matrix.name in self.by_attention
         if group is None:
-            group = next((g for seen, g in self._inputs if seen is x), None)
+            alike = (g for seen, g in self._inputs if seen is x and waits == (g.matrices[0].name in self.by_attention))
+            group = next(alike, None)
             if group is None:
                 group = GramGroup([], Gram(matrix.shape[1], device=x.device))
                 self.groups.append(group)
             group.matrices.append(matrix)
             self._group_of[matrix] = group
             self._inputs.append((x, group))
-        if group.matrices[0] is matrix:
+        if group.matrices[0] is not matrix:
+            return
+        if waits:
+            self._waiting.append((group, x))
+        else:
             group.gram.add(x)
+
+    def on_attention(self, received: Float[Tensor, "batch tokens"]) -> None:
+        """Note what attention the tokens of the inputs that wait were given: x x^T counts so many times."""
+        for group, x in self._waiting:
+            group.gram.add(x.float() * received.sqrt()[..., None] if x.shape[:-1] == received.shape else x)
+        self._waiting.clear()
+
+    @property
+    def waits(self) -> bool:
+        """Whether an input waits for `on_attention`."""
+        return bool(self._waiting)
 
     def end_of_forward(self) -> None:
         """Inputs of one forward are compared by identity, so they are held until it ends and dropped here."""
+        for group, x in self._waiting:  # attention that nobody saw
+            group.gram.add(x)
+        self._waiting.clear()
         self._inputs.clear()
 
     def end_of_slot(self) -> None:

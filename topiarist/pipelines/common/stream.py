@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from topiarist.core.errors import UnsupportedModel
 from topiarist.core.slots import slot_batches
+from topiarist.models.attention import watch_attention
 from topiarist.models.calls import BlockCall, capture_calls, equal, first_of
 from topiarist.models.families import Matrix
 from topiarist.models.hooks import EndForward, watch_inputs
@@ -228,22 +229,31 @@ class BlockStream:
         *,
         stop_early: bool = False,
         one_batch: bool = False,
+        by_attention: bool = False,
     ) -> list[GramGroup]:
         """Run the block over the hidden states and return a Gram for every distinct input of `matrices`.
 
         Groups come in the order in which the forward reaches them. `stop_early` ends each forward once every matrix
         has been seen; `one_batch` looks at the first batch only, whole: some families' masks have its size.
+        `by_attention`: in the Gram of a matrix of values each token counts by the attention that it is given.
         """
-        collector = GramCollector(matrices)
+        collector = GramCollector(matrices, self.source.family.attention.values if by_attention else frozenset())
         remaining: set[Matrix] = set()
+
+        def end_if_done() -> None:
+            if stop_early and not remaining and not collector.waits:
+                raise EndForward
 
         def on_input(matrix: Matrix, x: Tensor) -> None:
             collector.on_input(matrix, x)
             remaining.discard(matrix)
-            if stop_early and not remaining:
-                raise EndForward
+            end_if_done()
 
-        with watch_inputs(matrices, on_input):
+        def on_attention(received: Tensor) -> None:
+            collector.on_attention(received)
+            end_if_done()
+
+        with watch_inputs(matrices, on_input), watch_attention(on_attention) if by_attention else nullcontext():
             for slot in [range(1)] if one_batch else self.slots:
                 for batch in slot:
                     remaining.update(matrices)

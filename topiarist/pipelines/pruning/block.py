@@ -32,6 +32,8 @@ class BlockPruner(GroupSolver):
     correct: Correct | None = None
     joint: SparseLLM | None = None
     """Prunes feed-forward networks as a whole; `solver` is then its local solver."""
+    by_attention: bool = False
+    """In the Grams of values tokens count by the attention that they are given; not where losses are made good."""
     refined: list[BlockRefinement] = field(default_factory=list)
     joined: list[JointBlock] = field(default_factory=list)
 
@@ -109,7 +111,8 @@ class BlockPruner(GroupSolver):
                 if corrector is not None:
                     groups = corrector.groups(stage)
                 else:
-                    groups = stream.grams(index, block, stage, stop_early=all(m.expert is None for m in stage))
+                    early = all(m.expert is None for m in stage)
+                    groups = stream.grams(index, block, stage, stop_early=early, by_attention=self.by_attention)
             layers += self.solve(groups, stage, path)
         if network is not None:
             layers += self._prune_jointly(stream, index, block, network, before, path)

@@ -38,6 +38,8 @@ class QuantizeOptions(TextOptions):
     """Later matrices of a block see the already quantised earlier ones."""
     correct: Annotated[Correct | None, Settings(Correct)] = None
     """Each matrix also makes good what those before it lost of the model as it was (share=0.5 sets a field)."""
+    attention: bool = True
+    """To a matrix of values a token counts by the attention that it is given; not with correct."""
     spill: Annotated[Path | None, HOW] = None
     """Folder for hidden states that do not fit in memory."""
 

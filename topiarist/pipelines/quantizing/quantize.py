@@ -71,7 +71,7 @@ def quantize(
     pruner = BlockPruner.of(
         solver, patterns, None, options.correct, sequential=options.true_sequential, processes=processes
     )
-    pruner.meter = meter
+    pruner.meter, pruner.by_attention = meter, options.attention
     for expression in unmatched:
         pruner.warn(f"--skip {expression!r} matches no layer", UserWarning)
     report = _report(options, source, grid, windows, packs=out is not None)
@@ -157,6 +157,7 @@ def _fingerprint(options: QuantizeOptions, report: QuantizeReport) -> dict[str, 
         "skip": list(options.skip),
         "calibration": report.calibration,
         "correct": plain(options.correct),
+        "attention": options.attention,
     }
 
 
