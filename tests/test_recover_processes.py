@@ -22,7 +22,7 @@ from topiarist.pipelines.training import loop
 pytestmark = pytest.mark.distributed
 
 
-def run(folder: Path, out: str, kill: int | None = None) -> tp.RecoverReport:
+def run(folder: Path, out: str, kill: int | None = None, **options: Any) -> tp.RecoverReport:
     def progress(what: str, done: int, total: int) -> None:
         if what.startswith("recovery") and done == kill:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -30,23 +30,23 @@ def run(folder: Path, out: str, kill: int | None = None) -> tp.RecoverReport:
     # Of two micro-batches the sum is the same in any order; more may differ in the last bit of an fp32 sum.
     return tp.recover(
         folder / "pruned", folder / out, data=tp.text_files(folder / "text.txt"), window_tokens=32, tokens=6 * 64,
-        sequences=2, batch_size=1, learning_rate=3e-3, held_out=4, evaluate_every=2, progress=progress,
+        sequences=2, batch_size=1, learning_rate=3e-3, held_out=4, evaluate_every=2, progress=progress, **options,
     )  # fmt: skip
 
 
-def one_of_two(rank: int, port: int, folder: Path, out: str, kill: int | None) -> None:
+def one_of_two(rank: int, port: int, folder: Path, out: str, kill: int | None, options: dict[str, Any]) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
-    run(folder, out, kill)
+    run(folder, out, kill, **options)
     dist.destroy_process_group()
 
 
-def two(folder: Path, out: str, kill: int | None = None) -> None:
+def two(folder: Path, out: str, kill: int | None = None, **options: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = mp.get_context("fork")  # torch and transformers are there already
-    workers = [context.Process(target=one_of_two, args=(r, port, folder, out, kill)) for r in range(2)]
+    workers = [context.Process(target=one_of_two, args=(r, port, folder, out, kill, options)) for r in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -72,6 +72,73 @@ def test_two_processes_recover_what_one_recovers(tmp_path: Path, monkeypatch):
         assert all(torch.equal(wanted[key], found[key]) for key in wanted), name
         again = tp.RecoverReport.from_folder(tmp_path / name)
         assert [e["loss"] for e in again.evaluations] == pytest.approx([e["loss"] for e in report.evaluations])
+
+
+SHARDED: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
+    "bf16": ("llama", torch.bfloat16, {"dtype": "stored"}),
+    "tied, hidden states": ("gpt2", torch.float32, {"loss": "kl+hidden", "activation_checkpointing": True}),
+    "experts, norms as they are": ("mixtral", torch.bfloat16, {"dtype": "float32", "norms": False}),
+    "uneven rows, no teacher": ("llama", torch.float32, {"loss": "lm", "embeddings": False}),
+}
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_shards_recover_what_one_process_recovers(case: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(loop, "SAVED_AFTER", 0.0)
+    monkeypatch.setattr(loop, "SHARE", 1e9)
+    family, dtype, options = SHARDED[case]
+    odd = {"vocab_size": tiny.VOCAB + 1} if "uneven" in case else {}
+    base = tiny.tiny_checkpoint(tmp_path / "base", family, dtype=dtype, **odd)
+    tp.prune(base, tmp_path / "pruned", method="magnitude")
+    tiny.tiny_text(tmp_path)
+    report = run(tmp_path, "one", **options)
+    two(tmp_path, "two", shard=True, **options)
+    two(tmp_path, "stopped", kill=4, shard=True, **options)
+    assert not (tmp_path / "stopped" / "config.json").exists()
+    two(tmp_path, "stopped", shard=True, **options)
+    assert report.best["loss"] < report.before
+    start, wanted, found, stopped = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "one", "two", "stopped")
+    )
+    assert not (tmp_path / "stopped" / ".topiarist").exists()
+    for name in wanted:
+        assert torch.equal(found[name], stopped[name]) and found[name].dtype == dtype, name
+        assert found[name].ndim == 1 or torch.equal(found[name] == 0, start[name] == 0), name
+    # Together: where a gradient is rounding alone, as that of a key's bias, Adam makes steps of it.
+    apart, moved = (
+        sum(float((one[name] - other[name]).float().square().sum()) for name in wanted) ** 0.5
+        for one, other in ((found, wanted), (wanted, start))
+    )
+    assert moved > 0 and apart <= 0.01 * moved
+    again = tp.RecoverReport.from_folder(tmp_path / "two")
+    assert again.weights == report.weights
+    assert [e["loss"] for e in again.evaluations] == pytest.approx([e["loss"] for e in report.evaluations], rel=1e-3)
+
+
+def test_what_cannot_be_sharded_is_refused(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    tp.prune(base, tmp_path / "pruned", method="magnitude")
+    with pytest.raises(tp.TopiaristError, match="shards need several processes"):
+        run(tmp_path, "out", shard=True)
+    mixed = tp.load_pruned(tmp_path / "pruned").bfloat16()
+    mixed.model.norm.float()
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        (tmp_path / "pruned", {"kind": "lora"}, "use kind full, or leave --shard out"),
+        (mixed, {}, "a model object cannot be sharded"),
+        (tmp_path / "pruned", {"teacher": tiny.tiny_model()}, "a model object cannot be sharded"),
+    ]
+
+    def work(_: int) -> None:
+        for model, options, message in cases:
+            with pytest.raises(tp.TopiaristError, match=message):
+                tp.recover(
+                    model,
+                    tmp_path / "out",
+                    **{"teacher": base, "data": tiny.tiny_tokens(20, 32), "shard": True, **options},
+                )
+
+    assert run_in(2, work) == {}
+    assert not (tmp_path / "out").exists()
 
 
 TRAININGS: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -140,6 +140,14 @@ class ObjectModel(OpenedModel):
         return copy.deepcopy(self.model).eval()
 
 
+def shell(opened: OpenedModel) -> ObjectModel:
+    """A model folder's modules and shapes without its weights, for a process that gets its share of them from another."""
+    opened.model.tie_weights()  # what was made without memory has forgotten which parameters are one
+    found = ObjectModel(opened.model, origin=opened)
+    found.device = opened.device
+    return found
+
+
 def open_model(
     model: str | Path | nn.Module | OpenedModel,
     *,

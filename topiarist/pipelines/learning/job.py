@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from topiarist.core.errors import CalibrationError, TopiaristError
 from topiarist.core.patterns import Pattern
 from topiarist.masklearn import PRESETS, Preset
-from topiarist.models.opened import ObjectModel
+from topiarist.models.opened import ObjectModel, shell
 from topiarist.pipelines.common.setup import open_for, resolve_patterns
 from topiarist.pipelines.learning.masking import Target, targets
 from topiarist.pipelines.learning.options import LearnOptions
@@ -117,12 +117,8 @@ def open_whole(model: str | Path | nn.Module, options: LearnOptions, device: str
 
 
 def open_shell(model: str | Path | nn.Module, options: LearnOptions) -> ObjectModel:
-    """A model folder's modules and shapes without its weights, for a process that gets its share of them from another."""
-    opened = open_for(replace(options, device="cpu"), model)
-    opened.model.tie_weights()  # what was made without memory has forgotten which parameters are one
-    shell = ObjectModel(opened.model, origin=opened)
-    shell.device = opened.device
-    return shell
+    """A model folder without its weights, for a process that gets its share of them from another."""
+    return shell(open_for(replace(options, device="cpu"), model))
 
 
 def _batch_size(asked: int | None, sequences: int, processes: int) -> int:

@@ -18,9 +18,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from topiarist.core.errors import PatternError
@@ -29,6 +26,7 @@ from topiarist.models.families import block_names
 from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.learning.masking import MaskedModel, Target
 from topiarist.pipelines.training.processes import Processes
+from topiarist.pipelines.training.sharding import shard
 
 
 class MaskShard(LearnedMask):
@@ -90,26 +88,16 @@ class ShardedModel(MaskedModel):
         self.source, self.targets, self.processes = source, list(wanted), processes
         kinds = [relaxation_for(target.pattern, relaxation) for target in wanted]
         self._check(kinds)
-        self.mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (processes.size,))
         turned = {id(t.parameter_itself) for t in wanted if t.transposed and t.matrices[0].expert is None}
         for target in wanted:
             target.parameter_itself.requires_grad_(True)
-        options: dict[str, Any] = {
-            "mesh": self.mesh,
-            "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+        self.mesh = shard(
+            self.model,
+            block_names(self.model, source.family),
+            processes,
             # Always along the mask's rows: no group is cut, and logits are sharded like their weight.
-            "shard_placement_fn": lambda parameter: Shard(1) if id(parameter) in turned else Shard(0),
-        }
-        whole = self.model.state_dict() if processes.is_main else {}
-        for name in block_names(self.model, source.family):
-            fully_shard(self.model.get_submodule(name), **options)
-        fully_shard(self.model, **options)
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):  # a sum, as in one process, where FSDP would average
-                module.set_force_sum_reduction_for_comms(True)
-                module.set_gradient_divide_factor(1.0)
-        self._share(whole)
-        del whole
+            placement=lambda parameter: Shard(1) if id(parameter) in turned else Shard(0),
+        )
         self.layers, self.prior_bits = [], []
         for index, (target, kind) in enumerate(zip(wanted, kinds, strict=True)):
             parameter = target.parameter_itself
@@ -124,17 +112,6 @@ class ShardedModel(MaskedModel):
             )  # fmt: skip
             self.layers.append(layer.to(rows.device))
             self.prior_bits.append(np.packbits(mask.contiguous().cpu().numpy(), axis=1))
-
-    def _share(self, whole: dict[str, Any]) -> None:
-        """Give every process its rows of the main one's weights, `whole`; the others have none yet."""
-        if not self.processes.is_main:
-            buffers = dict(self.model.named_buffers())  # computed, not stored, so they are here
-            self.model.to_empty(device=self.mesh.device_type)
-            for name, buffer in buffers.items():
-                path, _, leaf = name.rpartition(".")
-                self.model.get_submodule(path)._buffers[leaf] = buffer.to(self.mesh.device_type)
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(self.model, whole, options=options)
 
     def _check(self, kinds: Sequence[Any]) -> None:
         for target, kind in zip(self.targets, kinds, strict=True):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from topiarist.checkpoints.dequantised import DequantisedCheckpoint
 from topiarist.checkpoints.reading import claimed_patterns
-from topiarist.core.errors import CalibrationError, CheckpointError, UnsupportedModel
+from topiarist.core.errors import CalibrationError, CheckpointError, TopiaristError, UnsupportedModel
 from topiarist.core.patterns import parse_pattern
 from topiarist.masks import zeros_of
 from topiarist.models.opened import OpenedModel
@@ -96,6 +96,26 @@ def check_tokenizers(student: OpenedModel, teacher: OpenedModel) -> None:
         )
     if own(PROBE, add_special_tokens=False)["input_ids"] != other(PROBE, add_special_tokens=False)["input_ids"]:
         raise UnsupportedModel(f"the teacher {teacher.name} cuts text into other tokens than {student.name}; {cure}")
+
+
+def check_divisible(
+    opened: OpenedModel, dense: OpenedModel | None, options: RecoverOptions, processes: Processes
+) -> None:
+    """Raise TopiaristError unless the processes can divide the models, before any of their weights is read."""
+    if processes.size == 1:
+        raise TopiaristError(
+            "shards need several processes: start with torchrun --nproc-per-node N -m topiarist recover"
+        )
+    if opened.in_place or (dense is not None and dense.in_place):
+        raise TopiaristError("a model object cannot be sharded and given back: pass its folder, or shard=False")
+    if options.kind == "lora":
+        raise TopiaristError("low-rank updates are cut by masks of whole matrices: use kind full, or leave --shard out")
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in opened.model.parameters() if p.is_floating_point()})
+    if len(kinds) > 1 and options.dtype != "float32":
+        raise TopiaristError(
+            f"{opened.name} stores weights as {' and '.join(kinds)}, and shards are gathered as one of them: use --dtype "
+            "float32, or leave --shard out"
+        )
 
 
 def tokenizer_of(model: OpenedModel) -> Any:

@@ -54,6 +54,8 @@ class RecoverOptions(DataOptions):
     without instructions for bf16, where it is several times as fast."""
     activation_checkpointing: Annotated[bool, HOW] = False
     """A third more time, far less memory."""
+    shard: bool = False
+    """Under torchrun, divide the weights of both models, masters and optimiser too (FSDP2)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

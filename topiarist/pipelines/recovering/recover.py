@@ -29,6 +29,7 @@ from topiarist.pipelines.common.reproduce import command, recipe
 from topiarist.pipelines.recovering.files import write_recovered
 from topiarist.pipelines.recovering.inputs import (
     check_dense,
+    check_divisible,
     check_teacher,
     cut_text,
     held_masks,
@@ -41,6 +42,7 @@ from topiarist.pipelines.recovering.report import RecoverReport
 from topiarist.pipelines.recovering.trainee import Trainee, blocks_of, computing_in
 from topiarist.pipelines.training.loop import Progress
 from topiarist.pipelines.training.processes import Processes, check_same_run
+from topiarist.pipelines.training.sharded_state import ShardedState
 from topiarist.pipelines.training.text import Sequences
 from topiarist.pipelines.training.weights import STATE_BYTES
 from topiarist.results.first_version import renewed
@@ -65,8 +67,8 @@ def recover(
 
     The state with the least loss on a held-out slice of the text is the result, the model as it came among them. The
     same call on the same `out` goes on where a killed run saved its state, to the same bits, and returns the report of a
-    finished one. Under `torchrun` the sequences of a step are divided among processes, each with a whole copy; they compare
-    settings, models, text and versions before any work.
+    finished one. Under `torchrun` the sequences of a step are divided among processes, each with a whole copy or, with
+    `shard`, its rows of all weights; they compare settings, models, text and versions before any work.
     Raises a TopiaristError for everything a user can mend.
     """
     meter = Meter()
@@ -76,6 +78,8 @@ def recover(
     opened = open_pruned(model, options)
     opened.check_output(out)
     dense = open_teacher(opened, teacher, options)
+    if options.shard:
+        check_divisible(opened, dense, options, processes)
     check_same_run(processes, options, opened, {"out": str(out), "teacher": None if dense is None else dense.digest()})
     tell, place = progress or (lambda *_: None), None if out is None else Path(out)
     with ExitStack() as held:
@@ -106,18 +110,27 @@ def recover(
             if output.complete:
                 opened.become(output.folder)
                 return RecoverReport.from_folder(output.folder)
-        student = opened.whole()
-        masks = held_masks(student)
-        teacher_model = None if dense is None else dense.whole()
-        if teacher_model is not None:
-            check_dense(teacher_model)
         computing = held.enter_context(ExitStack())
-        computing.enter_context(computing_in(options.dtype, student, teacher_model))
-        trainee = Trainee(student, masks, options)
+        divided = None
+        if options.shard:
+            # Here alone, for what it needs of torch.distributed takes a quarter of the package's time to import.
+            from topiarist.pipelines.recovering.sharding import Divided
+
+            divided = Divided(opened, dense, options, processes)
+            student, teacher_model, trainee = divided.student, divided.teacher, divided.trainee
+        else:
+            student = opened.whole()
+            masks = held_masks(student)
+            teacher_model = None if dense is None else dense.whole()
+            if teacher_model is not None:
+                check_dense(teacher_model)
+            computing.enter_context(computing_in(options.dtype, student, teacher_model))
+            trainee = Trainee(student, masks, options)
         objective = make_objective(student, teacher_model, tokens, held_out, options, processes)
-        state = SavedState()
+        state: SavedState | ShardedState = SavedState()
         if output is not None:
-            folder, state = output, output.state("recovery")
+            folder, name = output, "recovery"
+            state = ShardedState(folder.states / name, processes) if options.shard else folder.state(name)
             # A new state is whole before the old one goes.
             due = bytes_to_write(opened.nbytes) + 2 * (STATE_BYTES + 2) * trainee.count
 
@@ -135,15 +148,16 @@ def recover(
         computing.close()  # the weights are in their own dtypes again when they are written
         report.log(history.losses)
         report.evaluations = [{"step": step, "loss": loss} for step, loss in history.evaluations]
-        zeros = sum(int((~mask).sum()) for mask in masks.values())
+        zeros = trainee.held if divided is None else divided.held
         report.weights = {**weights_of(opened), "trained": trainee.count, "held": zeros}
         report.warnings = [*trainee.notes, *_left_behind(opened)]
         report.run = {**meter.run(student.device), "processes": processes.size}
         if output is not None:
             report.output, folder = str(out), output
             report.result_digest = opened.result_digest()
+            model, changed = (student.model, trainee.changed) if divided is None else divided.result()
             processes.on_main(  # nobody returns before the folder is whole
-                lambda: write_recovered(folder, opened, student.model, trainee.changed, report, text)
+                lambda: write_recovered(folder, opened, model, changed, report, text)
             )
     return report
 
@@ -195,7 +209,7 @@ def open_pruned(model: str | Path | nn.Module, options: RecoverOptions) -> Opene
     local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     opened = open_model(
         model,
-        device=options.device or local,
+        device="cpu" if options.shard else options.device or local,  # FSDP moves the shards to the accelerator
         trust_remote_code=options.trust_remote_code,
         tokenizer=options.tokenizer,
         stands_for=options.stands_for,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -23,17 +23,24 @@ from topiarist.pipelines.training.loop import FineTuning, History, Progress
 from topiarist.pipelines.training.low_rank import LowRankUpdate
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.recompute import recomputing
+from topiarist.pipelines.training.sharded_state import ShardedState
 from topiarist.pipelines.training.weights import TrainedWeights
 
 
 class Trainee:
     """A pruned model in memory and the weights of it that learn.
 
-    masks: by parameter name, True = kept; what they drop stays zero.
+    masks: by parameter name, True = kept; what they drop stays zero. weights: of what kind they are while they learn.
     """
 
-    def __init__(self, model: ObjectModel, masks: dict[str, Bool[Tensor, "..."]], options: RecoverOptions) -> None:
-        self.model, self.options = model, options
+    def __init__(
+        self,
+        model: ObjectModel,
+        masks: Mapping[str, Bool[Tensor, "..."]],
+        options: RecoverOptions,
+        weights: Callable[..., TrainedWeights] = TrainedWeights,
+    ) -> None:
+        self.model, self.masks, self.options = model, masks, options
         self.notes: list[str] = []
         self.changed: dict[str, nn.Parameter] = trained_parameters(model.model, options)
         """Parameters of the model that are other ones at the end, by name."""
@@ -41,9 +48,9 @@ class Trainee:
         parameters = dict(self.changed)
         if options.kind == "lora":
             self._add_updates(masks, parameters)
-        self.weights = TrainedWeights(parameters, masks)
+        self.weights = weights(parameters, masks)
 
-    def _add_updates(self, masks: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
+    def _add_updates(self, masks: Mapping[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
         named = {id(p): name for name, p in self.model.model.named_parameters()}
         generator = torch.Generator().manual_seed(self.options.seed)
         skipped = 0
@@ -66,6 +73,11 @@ class Trainee:
             warnings.warn(self.notes[-1], UserWarning, stacklevel=4)
 
     @property
+    def held(self) -> int:
+        """Zeros that are held."""
+        return sum(int((~mask).sum()) for mask in self.masks.values())
+
+    @property
     def count(self) -> int:
         """Weights that learn."""
         return sum(parameter.numel() for parameter in self.weights.parameters.values())
@@ -77,7 +89,7 @@ class Trainee:
         sequences: int,
         processes: Processes,
         progress: Progress,
-        state: SavedState,
+        state: SavedState | ShardedState,
     ) -> History:
         """Train the model in place, so many sequences a step; low-rank updates are merged at the end."""
         options, module = self.options, self.model.model
@@ -115,7 +127,7 @@ def computing_in(dtype: str, *models: ObjectModel | None) -> Iterator[None]:
     """Let 16-bit models compute in fp32 inside, where `RecoverOptions.dtype` says so; their dtypes come back at the end."""
     stored: list[tuple[nn.Parameter, torch.dtype]] = []
     for model in models:
-        if model is None or dtype == "stored" or (dtype == "auto" and _fast_in_16_bits(model.device)):
+        if model is None or not in_float32(dtype, model.device):
             continue
         for parameter in model.model.parameters():
             if parameter.dtype in (torch.bfloat16, torch.float16):
@@ -128,8 +140,9 @@ def computing_in(dtype: str, *models: ObjectModel | None) -> Iterator[None]:
             parameter.data = parameter.data.to(own)
 
 
-def _fast_in_16_bits(device: torch.device) -> bool:
-    return device.type != "cpu" or search_dtype(device) != torch.float32
+def in_float32(dtype: str, device: torch.device) -> bool:
+    """Whether `RecoverOptions.dtype` lets 16-bit models compute in fp32 there."""
+    return dtype == "float32" or (dtype == "auto" and device.type == "cpu" and search_dtype(device) == torch.float32)
 
 
 def blocks_of(model: OpenedModel) -> list[nn.Module]:

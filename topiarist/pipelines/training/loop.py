@@ -18,6 +18,7 @@ from topiarist.checkpoints.writing import SavedState
 from topiarist.core.errors import NumericalError
 from topiarist.pipelines.training.batches import accumulate_gradients
 from topiarist.pipelines.training.processes import Processes
+from topiarist.pipelines.training.sharded_state import ShardedState
 from topiarist.pipelines.training.weights import TrainedWeights
 
 SAVED_AFTER, SHARE = 120.0, 0.05
@@ -65,7 +66,8 @@ class FineTuning:
     owner_of: Callable[[Any], int] | None = None
     """The process that has the inputs of a micro-batch; gradients are then added in the order of micro-batches. None: all have
     all inputs and take turns, and the order of a sum depends on how many they are."""
-    state: SavedState = field(default_factory=SavedState)
+    state: SavedState | ShardedState = field(default_factory=SavedState)
+    """Of the second kind where every process has rows of the weights: each saves its own."""
 
     def rate(self, step: int) -> float:
         """Factor of the learning rate at `step`, counted from 0."""
@@ -91,7 +93,7 @@ class FineTuning:
         Raises NumericalError, naming the step, for a loss or gradient that is not finite.
         """
         run = _Run(self, weights)
-        history = run.resume()
+        history = run.resume(held_out is not None)
         saved, pause = time.monotonic(), SAVED_AFTER
         with weights.training(module), run.best_at_the_end(held_out):
             if not history.evaluations:
@@ -101,7 +103,7 @@ class FineTuning:
                 if step + 1 == self.steps or (self.evaluate_every and (step + 1) % self.evaluate_every == 0):
                     run.evaluate(step + 1, held_out)
                 self.progress(f"{self.name}, loss {history.losses[-1]:.3f}", step + 1, self.steps)
-                if self.processes.is_main and step + 1 < self.steps and time.monotonic() - saved >= pause:
+                if step + 1 < self.steps and run.saves_now(time.monotonic() - saved >= pause):
                     started = time.monotonic()
                     run.save()
                     saved = time.monotonic()
@@ -136,7 +138,7 @@ class _Run:
             self.weights.finish_gradients(Processes())
         norm = 0.0
         if settings.max_norm is not None:
-            norm = float(nn.utils.clip_grad_norm_(self.masters, settings.max_norm))
+            norm = self._clip(settings.max_norm)
         if not (math.isfinite(total) and math.isfinite(norm)):
             what = "gradient" if math.isfinite(total) else "loss"
             raise NumericalError(
@@ -146,6 +148,13 @@ class _Run:
         self.optimizer.zero_grad()
         self.weights.write_back()
         return total
+
+    def _clip(self, most: float) -> float:
+        """Scale the gradients so that their norm is `most` at most; what it was."""
+        grads = [master.grad for master in self.masters if master.grad is not None]
+        norm = self.weights.whole_norm(nn.utils.get_total_norm(grads))
+        nn.utils.clip_grads_with_norm_(self.masters, most, norm)
+        return float(norm)
 
     def _in_order(
         self, micro_batches: Sequence[Any], loss: Callable[[Any], Tensor], owner_of: Callable[[Any], int]
@@ -181,25 +190,53 @@ class _Run:
             if held_out is not None and self.best is not None:
                 self.weights.restore(self.best)
 
+    def saves_now(self, due: bool) -> bool:
+        """Whether this process saves a state now. due: whether it is time, by its own clock."""
+        if isinstance(self.settings.state, ShardedState):  # all do, by the main one's clock
+            return self.processes.on_main(lambda: due)
+        return due and self.processes.is_main
+
     def save(self) -> None:
-        tensors = {
-            f"{name} {key}": value.detach().cpu().contiguous()
+        loop = {"history": json.dumps({"losses": self.history.losses, "evaluations": self.history.evaluations})}
+        state = self.settings.state
+        if isinstance(state, ShardedState):
+            state.save(len(self.history.losses), self._tensors(), loop)
+        else:
+            state.save({name: tensor.cpu().contiguous() for name, tensor in self._tensors().items()}, loop)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What this process holds of the masters, their moments and the best state so far."""
+        rows = self.weights.rows
+        found = {
+            f"{name} {key}": rows(value.detach())
             for name, master in self.weights.masters.items()
             for key, value in {"weight": master, **self.optimizer.state[master]}.items()
         }
-        best = {f"{name} best": value.cpu().contiguous() for name, value in (self.best or {}).items()}
-        history = {"losses": self.history.losses, "evaluations": self.history.evaluations}
-        self.settings.state.save(tensors | best, {"history": json.dumps(history)})
+        return found | {f"{name} best": value for name, value in (self.best or {}).items()}
 
     @torch.no_grad()
-    def resume(self) -> History:
-        """Put the main process' saved state, if it has one, into every process. Its history."""
-        found = self.settings.state.load() if self.processes.is_main else None
+    def resume(self, watched: bool) -> History:
+        """Put the saved state, if there is one, into every process. Its history.
+
+        watched: whether there is a held-out loss, and so a best state.
+        """
+        state = self.settings.state
+        if isinstance(state, ShardedState):
+            for master in self.masters:
+                moments = {key: torch.zeros_like(master, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[master] = {"step": torch.zeros((), device=master.device), **moments}
+            self.best = self.weights.snapshot() if watched else None
+            loop = state.load(self._tensors())
+            if loop is None:
+                self.optimizer.state.clear()
+                self.best = None
+                return self.history
+            return self._told(json.loads(loop["history"]))
+        found = state.load() if self.processes.is_main else None
         history = self.processes.on_main(lambda: json.loads(found[1]["history"]) if found else None)
         if history is None:
             return self.history
-        self.history.losses = history["losses"]
-        self.history.evaluations = [(step, loss) for step, loss in history["evaluations"]]
+        self._told(history)
 
         def told(key: str, like: Tensor) -> Tensor:
             value = torch.empty_like(like, requires_grad=False)
@@ -213,4 +250,9 @@ class _Run:
         if self.history.evaluations:
             self.best = {name: told(f"{name} best", p) for name, p in self.weights.parameters.items()}
         self.weights.write_back()
+        return self.history
+
+    def _told(self, history: Mapping[str, Any]) -> History:
+        self.history.losses = history["losses"]
+        self.history.evaluations = [(step, loss) for step, loss in history["evaluations"]]
         return self.history

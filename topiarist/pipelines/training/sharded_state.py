@@ -88,8 +88,11 @@ class ShardedState:
                 if tensor.ndim == 0:
                     tensor.copy_(files[0].get_tensor(key))
                     continue
-                first = self.processes.rank * len(tensor)
-                tensor.copy_(_rows([file.get_slice(key) for file in files], first, len(tensor)))
+                slices = [file.get_slice(key) for file in files]
+                # As FSDP cuts: every process has as many rows as the first, but for those that find fewer left, or none.
+                rows = sum(part.get_shape()[0] for part in slices)
+                first = min(self.processes.rank * -(-rows // self.processes.size), rows)
+                tensor.copy_(_rows(slices, first, len(tensor)))
 
     def _together(self, work: Callable[[], None], what: str, cure: str) -> None:
         """Do `work` in every process; raise CheckpointError in all of them if it fails in one."""
@@ -116,4 +119,4 @@ def _rows(slices: list[Any], first: int, count: int) -> Tensor:
         if begin < end:
             pieces.append(part[begin:end])
         start += length
-    return torch.cat(pieces)
+    return torch.cat(pieces or [slices[0][:0]])

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from topiarist.pipelines.training.processes import Processes
@@ -93,9 +93,21 @@ class TrainedWeights:
         for name, master in self.masters.items():
             if master.grad is None:  # no token reached it
                 master.grad = torch.zeros_like(master)
-            processes.all_reduce(master.grad)
+            grad = self._over_processes(master.grad, processes)
             if name in self._pruned:
-                master.grad.masked_fill_(self._pruned[name], 0.0)
+                grad.masked_fill_(self._pruned[name], 0.0)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """What this process holds of a parameter, or of what the optimiser has of it: here all of it."""
+        return tensor
+
+    def whole_norm(self, norm: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """The norm of all gradients, from what torch makes of them."""
+        return norm
+
+    def _over_processes(self, grad: Tensor, processes: Processes) -> Tensor:
+        """Sum a gradient over processes, in place; what this process holds of it."""
+        return processes.all_reduce(grad)
 
     @torch.no_grad()
     def write_back(self) -> None:
