@@ -17,6 +17,7 @@ from killing import contents
 from several import run_in, start_command
 
 import topiarist as tp
+from topiarist.cli import together
 
 pytestmark = pytest.mark.distributed
 
@@ -163,6 +164,50 @@ def test_what_processes_cannot_share_is_refused(
 
     assert run_in(size, work) == {}
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("differently", "message"),
+    [
+        ("versions", "transformers version was .* and is '4.0'"),
+        ("threads", "threads was 1 and is 2"),
+        ("files", "model was"),
+    ],
+)
+def test_processes_of_other_versions_threads_and_files_are_named(
+    differently: str, message: str, tmp_path: Path, monkeypatch
+):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    other = tiny.tiny_checkpoint(tmp_path / "other", seed=1)
+
+    def work(rank: int) -> None:
+        if rank and differently == "versions":
+            monkeypatch.setattr("topiarist.pipelines.training.processes.version", lambda _: "4.0")
+        if rank and differently == "threads":
+            torch.set_num_threads(2)
+        with pytest.raises(tp.ProcessError, match=f"process 1 on .* than process 0: {message}"):
+            prune(other if rank and differently == "files" else base, tmp_path / "out", method="wanda")
+
+    assert run_in(2, work) == {}
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_process_that_gives_no_sign_of_life_is_named(tmp_path: Path, monkeypatch):
+    """One that is stopped looks to the others like one behind a lost network."""
+    monkeypatch.setattr(together, "SILENCE", 6.0)
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    tiny.tiny_text(tmp_path)
+    words = ("prune", base, tmp_path / "out", "--data", tmp_path / "text.txt", "--samples", "16", "--window", "32")
+    workers = start_command(2, words, tmp_path / "printed")
+    wait_for_watch(workers)
+    os.kill(workers[1].pid, signal.SIGSTOP)
+    try:
+        workers[0].join(120)
+        assert workers[0].exitcode == together.ENDED
+    finally:
+        os.kill(workers[1].pid, signal.SIGKILL)
+    said = [line for line in (tmp_path / "printed" / "0.txt").read_text().splitlines() if line.startswith("error ")]
+    assert len(said) == 1 and "process 1 of 2 on " in said[0] and "has given no sign of life for 6 s" in said[0], said
 
 
 def test_an_output_that_is_not_shared_is_refused(tmp_path: Path):

@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 import topiarist as tp
-from topiarist.data import read_documents
+from topiarist.data import calibration_windows, read_documents
 
 TEXTS = ["first\ndocument", 'the "second", with ünïcode', "third"]
 PACK = {
@@ -77,6 +77,20 @@ def test_a_long_text_file_is_one_document_too(tmp_path: Path, monkeypatch):
     text = "some words of a text\n" * 40
     (tmp_path / "a.txt").write_text(text)
     assert list(read_documents(tp.text_files(tmp_path / "a.txt"))) == [text]
+
+
+@pytest.mark.parametrize("blank", [" ", ""], ids=["words", "not even a blank"])
+def test_a_long_text_file_may_be_one_line(tmp_path: Path, monkeypatch, blank: str):
+    monkeypatch.setattr("topiarist.data.readers.LONG_TEXT", 100)
+    monkeypatch.setattr("topiarist.data.draw.SMALL", 0)
+    monkeypatch.setattr("topiarist.data.draw.SPARSE", 0)
+    text = blank.join(["word", "wörd", "文字"] * 3000)
+    (tmp_path / "a.txt").write_text(text)
+    assert "".join(read_documents(tp.text_files(tmp_path / "a.txt"))) == text
+    tokenizer = tiny.tiny_tokenizer()
+    drawn = calibration_windows(tp.text_files(tmp_path / "a.txt"), tokenizer, num_samples=5, window=64).tokens
+    assert drawn.shape == (5, 64)
+    assert all(bytes(text, "utf-8").find(tokenizer.decode(row).strip("\ufffd").encode()) >= 0 for row in drawn)
 
 
 def test_rows_may_stand_in_an_array_or_after_a_byte_order_mark(tmp_path: Path):
