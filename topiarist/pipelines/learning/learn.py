@@ -170,6 +170,7 @@ def _learn(
         report.layers = layer_reports(wanted, final, trainer.flips_by_layer())
     finally:
         masked.restore()
+    del trainer, masked  # logits and moments make room for the weights that are read again
     run.note_if_useless(report)
     masked_names = {name for layer in report.layers for name in layer.matrices}
     report.dense = left_dense(source, masked_names, why_dense(job.patterns, options.skip, LAST_BLOCK))

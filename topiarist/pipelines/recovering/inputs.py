@@ -110,12 +110,6 @@ def check_divisible(
         raise TopiaristError("a model object cannot be sharded and given back: pass its folder, or shard=False")
     if options.kind == "lora":
         raise TopiaristError("low-rank updates are cut by masks of whole matrices: use kind full, or leave --shard out")
-    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in opened.model.parameters() if p.is_floating_point()})
-    if len(kinds) > 1 and options.dtype != "float32":
-        raise TopiaristError(
-            f"{opened.name} stores weights as {' and '.join(kinds)}, and shards are gathered as one of them: use --dtype "
-            "float32, or leave --shard out"
-        )
 
 
 def tokenizer_of(model: OpenedModel) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,11 @@ def plan_recover(
 ) -> RecoverPlan:
     """Load the models, take two micro-batches through them (the first warms up), and extrapolate. Writes nothing.
 
-    Without the looks at the held-out loss (about a tenth) and saved states (a twentieth).
+    Without the looks at the held-out loss (about a tenth) and saved states (a twentieth). With `shard`, the memory is
+    that of one of the processes that torchrun started, as it will be; this call itself holds the whole models.
     """
     options = given_or_made(RecoverOptions, options, settings)
-    opened = open_pruned(model, options)
+    opened = open_pruned(model, replace(options, shard=False))
     dense = open_teacher(opened, teacher, options)
     student = opened.whole()
     masks, teacher_model = held_masks(student), None if dense is None else dense.whole()
@@ -71,13 +73,17 @@ def plan_recover(
             SavedState(),
         )
     step_tokens = sequences * text.window
+    peak = peak_memory_bytes()
+    if options.shard:  # divided: both models, and what is kept of trained weights
+        divided = trainee.weights.resident_bytes * trainee.count + (dense.nbytes if dense is not None else 0)
+        peak -= round(divided * (1 - 1 / int(os.environ.get("WORLD_SIZE", "1"))))
     return RecoverPlan(
         weights=trainee.count,
         step_tokens=step_tokens,
         steps=steps,
         epochs=steps * sequences / len(tokens),
         bytes_per_weight=trainee.weights.resident_bytes,
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=peak,
         disk_bytes=opened.nbytes + 2 * (STATE_BYTES + 2) * trainee.count,
         step_seconds=(times[1] - times[0]) * sequences / micro_batch,
     )

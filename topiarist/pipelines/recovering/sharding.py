@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from topiarist.core.errors import UnsupportedModel
 from topiarist.models.opened import ObjectModel, OpenedModel, shell
 from topiarist.pipelines.recovering.inputs import check_dense, held_masks
 from topiarist.pipelines.recovering.options import RecoverOptions
@@ -43,6 +44,12 @@ class Divided:
         names = processes.on_main(lambda: names)
         parameters = dict(self.student.model.named_parameters())
         stored = processes.on_main(lambda: {name: parameter.dtype for name, parameter in parameters.items()})
+        if not wide and len(kinds := {dtype for dtype in stored.values() if dtype.is_floating_point}) > 1:
+            found = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in kinds))
+            raise UnsupportedModel(
+                f"{opened.name} has weights in {found}, and shards are gathered in one dtype: use --dtype float32, or leave "
+                "--shard out"
+            )
         computes = None if wide else next((dtype for dtype in stored.values() if dtype in HALVES), None)
         _widen(self.student.model)
         shard(self.student.model, self.student.block_names, processes, computes=computes)
