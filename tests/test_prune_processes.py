@@ -185,7 +185,7 @@ def test_processes_of_other_versions_threads_and_files_are_named(
             monkeypatch.setattr("topiarist.pipelines.training.processes.version", lambda _: "4.0")
         if rank and differently == "threads":
             torch.set_num_threads(2)
-        with pytest.raises(tp.ProcessError, match=f"process 1 on .* than process 0: {message}"):
+        with pytest.raises(tp.TopiaristError, match=f"process 1 on .* than process 0: {message}"):
             prune(other if rank and differently == "files" else base, tmp_path / "out", method="wanda")
 
     assert run_in(2, work) == {}

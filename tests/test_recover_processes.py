@@ -118,6 +118,7 @@ def test_shards_recover_what_one_process_recovers(case: str, tmp_path: Path, mon
 def test_what_cannot_be_sharded_is_refused(tmp_path: Path):
     base = tiny.tiny_checkpoint(tmp_path / "base")
     tp.prune(base, tmp_path / "pruned", method="magnitude")
+    tiny.tiny_text(tmp_path)
     with pytest.raises(tp.TopiaristError, match="shards need several processes"):
         run(tmp_path, "out", shard=True)
     cases: list[tuple[Any, dict[str, Any], str]] = [
