@@ -76,7 +76,7 @@ class Divided:
     def result(self) -> tuple[Any, dict[str, nn.Parameter]]:
         """(a model without memory but for what was trained, its trained parameters by name) in the main process.
 
-        All processes must call it; the others get an empty model.
+        All processes must call it; the others get (None, {}).
         """
         weights = self.trainee.weights
         assert isinstance(weights, ShardedWeights)

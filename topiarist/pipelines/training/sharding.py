@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -70,7 +70,7 @@ def _hand_out(model: nn.Module, whole: dict[str, Any], mesh: DeviceMesh, process
     set_model_state_dict(model, whole, options=options)
 
 
-def rows_of(parameter: Tensor) -> Tensor:
+def rows_of(parameter: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     """This process' rows of a divided parameter, as a view."""
     assert isinstance(parameter, DTensor)
     return parameter.to_local()
@@ -98,11 +98,11 @@ class ShardedWeights(TrainedWeights):
                 self._pruned[name] = ~mask
                 rows_of(self.parameters[name]).detach().masked_fill_(self._pruned[name], 0.0)
 
-    def rows(self, tensor: Tensor) -> Tensor:
+    def rows(self, tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """This process' rows of a parameter, or of what the optimiser has of it."""
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
-    def whole_norm(self, norm: Tensor) -> Tensor:
+    def whole_norm(self, norm: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """The norm over the rows of all processes."""
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 

@@ -97,7 +97,7 @@ class TrainedWeights:
             if name in self._pruned:
                 grad.masked_fill_(self._pruned[name], 0.0)
 
-    def rows(self, tensor: Tensor) -> Tensor:
+    def rows(self, tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """What this process holds of a parameter, or of what the optimiser has of it: here all of it."""
         return tensor
 
