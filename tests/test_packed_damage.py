@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from topiarist.core.errors import CheckpointError
 from topiarist.core.patterns import NM
 from topiarist.quantization.grid import Grid, round_to_nearest
-from topiarist.runtime import entries, packed
+from topiarist.runtime import entries, manifest, packed
 
 
 @pytest.fixture
@@ -113,12 +114,36 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(packed_folder: Path, tmp_pat
 def test_what_a_killed_run_left_is_removed(packed_folder: Path, tmp_path: Path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    left = tmp_path / f".back.partial-{platform.node()}-{gone.pid}"
-    running = tmp_path / f".back.partial-{platform.node()}-{os.getppid()}"
-    for folder in (left, running):
-        folder.mkdir()
+    here, elsewhere = (f".partial-{node}-" for node in (platform.node(), "another-machine"))
+    left = [tmp_path / f"{name}{here}{gone.pid}" for name in (".back", ".beside", ".odd [name]")]
+    stay = [
+        f".back{here}{os.getppid()}",
+        f".back{elsewhere}{gone.pid}",
+        f"back{here}{gone.pid}",
+        f".back{here}{gone.pid}x",
+    ]
+    for name in (*left, *(tmp_path / name for name in stay)):
+        name.mkdir()
+    (file := tmp_path / f".model.gguf{here}{gone.pid}").touch()
     packed.unpack_folder(packed_folder, tmp_path / "back")
-    assert not left.exists() and running.exists() and (tmp_path / "back" / "model.safetensors").is_file()
+    assert not any(place.exists() for place in (*left, file)) and all((tmp_path / name).exists() for name in stay)
+    assert (tmp_path / "back" / "model.safetensors").is_file()
+
+
+def test_a_killed_command_leaves_nothing_for_the_next(packed_folder: Path, tmp_path: Path):
+    def killed(name: str) -> None:
+        pid = os.fork()
+        if pid == 0:
+            with manifest.new_folder(tmp_path / name) as partial:
+                (partial / "half").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+    killed("a")
+    killed("b")
+    assert len(list(tmp_path.glob(".*.partial-*"))) == 1, "the second removed what the first left"
+    packed.unpack_folder(packed_folder, tmp_path / "back")
+    assert not list(tmp_path.glob(".*.partial-*"))
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "README.md", "config.json", "pruning_report.json"])

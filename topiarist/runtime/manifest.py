@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import platform
 import shutil
@@ -72,17 +73,18 @@ def new_folder(out: Path | str) -> Iterator[Path]:
 def new_place(out: Path | str, *, cure: str = "") -> Iterator[Path]:
     """Where to make the file or the folder that becomes `out` if the block succeeds; nothing stays if it does not.
 
-    Every process has a place of its own; what earlier ones left when they were killed on this machine is removed.
+    Every process has a place of its own; what others, for this `out` or one beside it, left when they were killed on this
+    machine is removed.
     cure: what a user can do about a full disk. Raises CheckpointError if `out` exists or cannot be written.
     """
     out = Path(out)
-    stem = f".{out.name}.partial-{platform.node()}-"
     _check_free(out)
-    for left in out.parent.iterdir() if out.parent.is_dir() else ():
-        process = left.name.removeprefix(stem)
-        if left.name.startswith(stem) and process.isdigit() and not _runs(int(process)):
+    mark = f".partial-{platform.node()}-"
+    for left in out.parent.glob(f".*{glob.escape(mark)}*"):
+        process = left.name.rpartition(mark)[2]
+        if process.isdecimal() and not _runs(int(process)):
             _remove(left)
-    partial = out.with_name(f"{stem}{os.getpid()}")
+    partial = out.with_name(f".{out.name}{mark}{os.getpid()}")
     with disk_errors(f"cannot write {out}", cure=cure):
         try:
             yield partial
@@ -115,6 +117,6 @@ def _runs(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, OverflowError):  # another user's; a number that no process has is no name of ours
         return True
     return True
