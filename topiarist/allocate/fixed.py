@@ -61,7 +61,7 @@ def read_file(
     """`from_file`, and the layers that no budget counts because the allocation was made without them."""
     try:
         stored = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PatternError(f"cannot read the allocation {path}: {error}") from error
     if not isinstance(stored, dict):
         raise PatternError(f"allocation {path} must be a JSON object of layer name -> pattern")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from jaxtyping import Shaped
 from torch import Tensor
 
 from topiarist.checkpoints.atomic import disk_errors, save_tensors
@@ -48,7 +49,7 @@ class FileState(SavedState):
                 metadata = dict(reader.metadata() or {})
         except CheckpointError as error:
             raise CheckpointError(f"{self._damaged()}: {error.__cause__}") from error
-        if metadata.pop(DIGEST, "") != _digest(tensors, metadata):
+        if metadata.pop(DIGEST, "") != state_digest(tensors, tensors.__getitem__, metadata):
             raise CheckpointError(f"{self._damaged()}: it is not what the run wrote")
         return tensors, metadata
 
@@ -59,14 +60,20 @@ class FileState(SavedState):
         """Replace the file atomically. Raises CheckpointError if it cannot be written."""
         with disk_errors(f"cannot write to {self.path.parent}", cure=KEPT):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(self.path, tensors, {**metadata, DIGEST: _digest(tensors, metadata)}, cure=KEPT)
+        digest = state_digest(tensors, tensors.__getitem__, metadata)
+        save_tensors(self.path, tensors, {**metadata, DIGEST: digest}, cure=KEPT)
 
 
-def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """sha256 over names, shapes and values: a state with one bit turned would go on to other bytes, unnoticed."""
+def state_digest(
+    names: Iterable[str], read: Callable[[str], Shaped[Tensor, "..."]], metadata: Mapping[str, str]
+) -> str:
+    """sha256 over names, shapes and values: a state with one bit turned would go on to other bytes, unnoticed.
+
+    read: gives a tensor by its name; they are asked for one after the other.
+    """
     total = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for name in sorted(names):
+        tensor = read(name)
         total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         total.update(tensor_bytes(tensor))
     return total.hexdigest()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from topiarist.checkpoints.atomic import TEMPORARY, disk_errors, fsync, save_tensors, write_atomically
 from topiarist.checkpoints.finished import REPORT, check_files, read_finished
-from topiarist.checkpoints.journal import complete_lines, differences, sealed
+from topiarist.checkpoints.journal import complete_lines, differences, listed, sealed
 from topiarist.checkpoints.locking import LOCK, FolderLock
 from topiarist.checkpoints.reading import INDEX, Checkpoint, StoredTensor, check_name, file_digest
 from topiarist.checkpoints.side_files import copy_side_files
@@ -31,8 +31,6 @@ from topiarist.core.errors import CheckpointError, DamagedWeights
 FORMAT = 2
 """Of journal and report. Format 1, of topiarist 0.1, is read but not resumed."""
 JOURNAL = "pruning_journal.jsonl"
-SHOWN = 3
-"""Differences between two runs that a refusal names."""
 STATES = "run_state"
 """Folder of OUT, gone when the run is finished."""
 STAGES = "stages"
@@ -41,7 +39,14 @@ MASKS = "masks.safetensors"
 """Beside a model whose masks were learned, or for another copy of its base."""
 ADAPTER = "adapter"
 """Folder beside a pruned model with its low-rank companion."""
-_CHECKED = (INDEX, MASKS, "pruning_spec.json", "modeling_pruned.py", f"{ADAPTER}/adapter_model.safetensors")
+_CHECKED = (
+    INDEX,
+    MASKS,
+    "pruning_spec.json",
+    "pruning_allocation.json",
+    "modeling_pruned.py",
+    f"{ADAPTER}/adapter_model.safetensors",
+)
 """Files beside weights and config without which a result is not what its report says."""
 
 
@@ -148,9 +153,8 @@ class OutputFolder:
             )
         differing = list(differences(found, self.fingerprint))
         if differing:
-            more = f" (and {len(differing) - SHOWN} more)" if len(differing) > SHOWN else ""
             raise CheckpointError(
-                f"{self.folder} holds another run: {'; '.join(differing[:SHOWN])}{more}. Choose another output, or delete it"
+                f"{self.folder} holds another run: {listed(differing)}. Choose another output, or delete it"
             )
 
     def _remove_strays(self) -> None:

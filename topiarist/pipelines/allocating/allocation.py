@@ -14,13 +14,15 @@ from typing import Any
 from torch import nn
 
 from topiarist import allocate
-from topiarist.allocate import Rule, Scores, Search, Sensitivity
+from topiarist.allocate import Rule, Scores, Search, Sensitivity, Uniform
 from topiarist.allocate.fixed import kept_by
 from topiarist.checkpoints.atomic import refuse_foreign, write_atomically
+from topiarist.checkpoints.journal import read_sealed, sealed
 from topiarist.checkpoints.writing import OutputFolder
-from topiarist.core.errors import NumericalWarning
+from topiarist.core.errors import CheckpointError, NumericalWarning
 from topiarist.core.options import given_or_made, takes
-from topiarist.core.patterns import Pattern
+from topiarist.core.patterns import NM, Pattern, TransposableNM
+from topiarist.core.registry import name_of
 from topiarist.core.slots import check_slots
 from topiarist.data import Windows
 from topiarist.models.opened import OpenedModel, at_rest
@@ -82,7 +84,11 @@ class FoundAllocation:
     def save(self, path: str | Path) -> None:
         """Write the allocation as a file that `allocation=` takes. Raises CheckpointError before a file of another kind."""
         refuse_foreign(Path(path), MARK)
-        write_atomically(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
+        write_atomically(Path(path), self.as_text())
+
+    def as_text(self) -> str:
+        """The content of that file, sealed: a run that resumes goes on from nothing else. Who edits it needs no seal."""
+        return sealed(self.to_dict(), indent=2) + "\n"
 
 
 def fixed_patterns(options: PruneOptions, source: OpenedModel) -> tuple[dict[str, Pattern | None], list[str]]:
@@ -126,17 +132,21 @@ def allocated(
 
         def write() -> None:
             source.begin(folder)
-            folder.write_text(FILE, json.dumps(found.to_dict(), indent=2) + "\n")
+            folder.write_text(FILE, found.as_text())
 
         processes.on_main(write)
     kept = stored
     assert kept is not None
-    return processes.on_main(
-        lambda: (allocate.from_file(shapes, kept), _facts(json.loads(kept.read_text(encoding="utf-8"))))
-    )
+
+    def read() -> tuple[dict[str, Pattern | None], dict[str, Any]]:
+        if (plain := read_sealed(kept)) is None:
+            raise CheckpointError(f"{kept} is damaged: delete it and run the same command again")
+        return allocate.from_file(shapes, kept), _facts(plain)
+
+    return processes.on_main(read)
 
 
-def _facts(plain: dict[str, Any]) -> dict[str, Any]:
+def _facts(plain: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if key != "patterns"}
 
 
@@ -195,6 +205,15 @@ def apply_rule(
             stacklevel=2,
         )
     patterns = rule.patterns(counted, depths, pattern, scores.values)
+    same = len(set(patterns.values())) == 1 < len(patterns)
+    if same and isinstance(pattern, NM | TransposableNM) and not isinstance(rule, Uniform):
+        name = name_of(allocate.ALLOCATIONS, rule)
+        warnings.warn(
+            f"{name} gives every layer {pattern}, as uniform would: what it wishes is nearer to that than to other patterns "
+            "of its kind. Widen its half_width, or give a share of zeros such as 0.5",
+            UserWarning,
+            stacklevel=2,
+        )
     return FoundAllocation(
         rule=allocate.recipe(rule),
         pattern=str(pattern),
@@ -241,12 +260,13 @@ def _scores(
     )
     if stored is not None and processes.is_main:
         stored.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(stored, json.dumps(asdict(scores)))
+        write_atomically(stored, sealed(asdict(scores)))
     return scores
 
 
 def _read(stored: Path) -> Scores | None:
-    return Scores(**json.loads(stored.read_text(encoding="utf-8"))) if stored.is_file() else None
+    """What was measured before; None, so that it is measured again, if that is damaged."""
+    return None if (plain := read_sealed(stored)) is None else Scores(**plain)
 
 
 def _batches_of(options: AllocateOptions, windows: Windows) -> int:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
 from torch import Tensor
 
 from topiarist.checkpoints.atomic import save_tensors, write_atomically
-from topiarist.core.errors import CalibrationWarning
+from topiarist.checkpoints.reading import opened
+from topiarist.checkpoints.states import DIGEST, state_digest
+from topiarist.core.errors import CalibrationWarning, CheckpointError
 from topiarist.core.patterns import Pattern, Unstructured
 from topiarist.masks.bitpack import BITMAP, pack, unpack
 from topiarist.models.opened import OpenedModel
@@ -37,7 +38,7 @@ class Database:
     appear whole or not at all, so a run that was stopped goes on with the first one missing, and another sparsity adds
     the levels that it needs.
 
-    made_of: JSON values that identify model, method and text.
+    made_of: JSON values that identify model, method and text. Raises CheckpointError where a file that is read is damaged.
     """
 
     def __init__(self, work: Path, made_of: Mapping[str, Any]) -> None:
@@ -45,6 +46,7 @@ class Database:
         self.folder = work / f"solutions-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "database.json", text)
+        self._checked: set[tuple[Path, str]] = set()
 
     def path(self, block: int, pattern: Pattern) -> Path:
         """The file of one block at one level."""
@@ -53,16 +55,28 @@ class Database:
     def write(self, block: int, pattern: Pattern, solutions: Mapping[str, Solution]) -> None:
         """Save the solutions of one block at one level, by layer name."""
         tensors: dict[str, Tensor] = {}
+        digests: dict[str, str] = {}
         for name, solution in solutions.items():
             mask = solution.mask.cpu()
-            tensors[f"{name}|values"] = solution.weight.cpu()[mask]
-            tensors[f"{name}|mask"] = pack(mask, _ANY)[0]
-        save_tensors(self.path(block, pattern), tensors, {})
+            of_layer = {f"{name}|values": solution.weight.cpu()[mask], f"{name}|mask": pack(mask, _ANY)[0]}
+            digests[name] = state_digest(of_layer, of_layer.__getitem__, {})
+            tensors |= of_layer
+        save_tensors(self.path(block, pattern), tensors, {DIGEST: json.dumps(digests)})
 
     def read(self, block: int, pattern: Pattern, name: str, shape: tuple[int, int]) -> Float[Tensor, "out in"]:
         """The pruned weight of a layer, (out, in)."""
-        with safe_open(self.path(block, pattern), framework="pt") as reader:
-            values, packed = reader.get_tensor(f"{name}|values"), reader.get_tensor(f"{name}|mask")
+        path, parts = self.path(block, pattern), (f"{name}|values", f"{name}|mask")
+        try:
+            with opened(path) as reader:
+                values, packed = map(reader.get_tensor, parts)
+                found = dict(zip(parts, (values, packed), strict=True))
+                if (path, name) not in self._checked and json.loads(reader.metadata()[DIGEST])[name] != state_digest(
+                    parts, found.__getitem__, {}
+                ):
+                    raise ValueError("it is not what the search wrote")
+        except (CheckpointError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"delete {path} and run the same command again, for it is damaged") from error
+        self._checked.add((path, name))
         return torch.zeros(shape, dtype=values.dtype).masked_scatter_(unpack(packed, shape, _ANY, BITMAP), values)
 
     def missing(self, blocks: Iterable[int], patterns: Sequence[Pattern]) -> dict[int, list[Pattern]]:

@@ -24,6 +24,8 @@ from torch import Tensor
 from topiarist.allocate import Scores, Search, recipe
 from topiarist.allocate.budget import Shapes, budget
 from topiarist.allocate.evolve import Genome, mutate, starts
+from topiarist.checkpoints.atomic import write_atomically
+from topiarist.checkpoints.journal import sealed, unsealed_text
 from topiarist.checkpoints.locking import LOCK, FolderLock
 from topiarist.core.errors import CalibrationError, NumericalError
 from topiarist.core.losses import divergence
@@ -34,7 +36,7 @@ from topiarist.pipelines.allocating.database import Database, fill
 from topiarist.pipelines.allocating.measure import layers_of
 from topiarist.pipelines.allocating.options import AllocateOptions
 from topiarist.pipelines.common.options import Progress
-from topiarist.pipelines.pruning.sparsellm import METHODS, SparseLLM
+from topiarist.pipelines.pruning.sparsellm import METHODS, Method, SparseLLM
 from topiarist.pipelines.training.processes import Processes
 from topiarist.solvers import SOLVERS, Solver
 
@@ -55,6 +57,12 @@ def levels_of(rule: Search, pattern: Pattern) -> list[Pattern | None]:
 
 def _sparsity(pattern: Pattern | None) -> float:
     return 0.0 if pattern is None else pattern.sparsity_of((2**10, 2**10))
+
+
+def database_solver(rule: Search, method: Method) -> Solver:
+    """What solves the database; of a joint method its local solver, for solutions of single layers are what is stored."""
+    chosen = Registered(METHODS, base=(Solver,)).parse(rule.solver) if rule.solver else method
+    return chosen.local if isinstance(chosen, SparseLLM) else chosen
 
 
 def search(
@@ -82,9 +90,7 @@ def search(
     levels = levels_of(rule, options.base_pattern)
     with ExitStack() as stack:
         folder = processes.on_main(lambda: work or Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        chosen = Registered(METHODS, base=(Solver,)).parse(rule.solver) if rule.solver else options.method
-        # Solutions of single layers are what is stored, so of a joint method the local solver makes them.
-        solver = chosen.local if isinstance(chosen, SparseLLM) else chosen
+        solver = database_solver(rule, options.method)
         method = plain(solver, SOLVERS)
         solved = {**made_of, "method": method, "layers": sorted(shapes), "windows": len(tokens) - rule.sequences}
 
@@ -206,7 +212,8 @@ class CandidateModel:
 class Journal:
     """A line for every generation: the parent that came out of it, its divergence, the seconds it took.
 
-    made_of: JSON values that identify the search; lines of an earlier try of the same one are read.
+    made_of: JSON values that identify the search; lines of an earlier try of the same one are read, up to the first that
+    is not what was written.
     processes: all have the lines of the main one, which writes them.
     """
 
@@ -217,11 +224,13 @@ class Journal:
         self.lines: list[dict[str, Any]] = processes.on_main(self._read)
 
     def _read(self) -> list[dict[str, Any]]:
-        if not self.path.is_file():
-            return []
-        whole, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")  # a kill may have left half a line
-        lines = [json.loads(line) for line in whole.splitlines()]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        lines: list[dict[str, Any]] = []
+        if self.path.is_file():
+            for raw in self.path.read_bytes().split(b"\n"):
+                if (line := unsealed_text(raw)) is None:  # a kill may have left half a line
+                    break
+                lines.append(line)
+            write_atomically(self.path, "".join(sealed(line) + "\n" for line in lines))
         return lines
 
     def add(self, **line: Any) -> None:
@@ -229,7 +238,7 @@ class Journal:
 
         def write() -> dict[str, Any]:
             with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+                stream.write(sealed(line) + "\n")
                 stream.flush()
                 os.fsync(stream.fileno())
             return line

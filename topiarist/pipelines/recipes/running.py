@@ -12,6 +12,7 @@ from typing import Any
 
 from topiarist.checkpoints.atomic import write_atomically
 from topiarist.checkpoints.finished import check_finished
+from topiarist.checkpoints.journal import differences, listed, read_sealed
 from topiarist.checkpoints.locking import FolderLock
 from topiarist.checkpoints.writing import REPORT
 from topiarist.checkpoints.writing import STAGES as STAGES_FOLDER
@@ -35,8 +36,9 @@ def run_recipe(recipe: Recipe, *, keep_stages: bool = False, progress: Progress 
     said = {**recipe.plain, "out": str(out)}
     if (out / RECIPE).is_file() and (out / REPORT).is_file() and not (out / STAGES_FOLDER).exists():
         written, _ = parse(read_text(out / RECIPE), str(out / RECIPE))
-        if written != json.loads(json.dumps(said, default=str)):
-            raise TopiaristError(f"{out} holds another run: its {RECIPE} differs. Choose another output, or delete it")
+        named = list(differences(_by_stage(written), _by_stage(json.loads(json.dumps(said, default=str)))))
+        if named:
+            raise TopiaristError(f"{out} holds another run: {listed(named)}. Choose another output, or delete it")
         _check_finished(out)
     else:
         with _stages_folder(out) as places:
@@ -45,6 +47,12 @@ def run_recipe(recipe: Recipe, *, keep_stages: bool = False, progress: Progress 
             if not keep_stages:
                 shutil.rmtree(places, ignore_errors=True)
     return recipe.steps[recipe.final].stage.report.from_folder(out)
+
+
+def _by_stage(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe with its stages by number, as differences between two are told."""
+    stages = {f"stage {number}": stage for number, stage in enumerate(plain["stages"], start=1)}
+    return {key: value for key, value in plain.items() if key != "stages"} | stages
 
 
 def _check_finished(out: Path) -> None:
@@ -93,7 +101,9 @@ def _run_stages(
             options = replace(options, allocation=allocation)
         if model != recipe.model:
             options = replace(options, stands_for=recipe.model)
-        if not (finished or (step.stage.to_file and place.is_file())):
+        if not (finished or (step.stage.to_file and read_sealed(place) is not None)):
+            if step.stage.to_file:
+                place.unlink(missing_ok=True)  # not what an earlier try wrote
             step.stage.run(model, place, options, step.more, progress)
         if step.stage.to_file:
             allocation = place

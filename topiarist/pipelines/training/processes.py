@@ -23,7 +23,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from topiarist.__about__ import __version__
-from topiarist.checkpoints.journal import differences
+from topiarist.checkpoints.journal import differences, listed
 from topiarist.core.errors import LostProcess, ProcessError, TopiaristError, first_line
 from topiarist.core.options import plain
 from topiarist.core.slots import added
@@ -34,8 +34,6 @@ JOINING = timedelta(minutes=5)
 """How long a process waits for the others to start."""
 PATIENCE = timedelta(hours=12)
 """How long a process waits for another that is alive: one may solve, or measure, while the others have nothing to do."""
-SHOWN = 3
-"""Differences between two processes that a refusal names."""
 
 
 @dataclass(frozen=True)
@@ -169,10 +167,9 @@ class Processes:
         everyone = self.gather((socket.gethostname(), dict(about)))
         for rank, (host, its) in enumerate(everyone):
             if named := list(differences(everyone[0][1], its)):
-                more = f" (and {len(named) - SHOWN} more)" if len(named) > SHOWN else ""
                 raise ProcessError(
-                    f"process {rank} on {host} works on something else than process 0: {'; '.join(named[:SHOWN])}{more}. "
-                    "Give all processes the same files, settings and versions"
+                    f"process {rank} on {host} works on something else than process 0: {listed(named)}. Give all processes "
+                    "the same files, settings and versions"
                 )
 
     def check_shared(self, text: Callable[[], str], what: str) -> None:

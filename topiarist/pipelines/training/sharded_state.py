@@ -1,12 +1,11 @@
 """A saved state of which every process writes its own rows: safetensors and JSON, so that reading it runs no code.
 
-FOLDER/LATEST names the last whole state, FOLDER/00000042/ holds it: rank-0.safetensors, ... and state.json. Any number
-of processes can read what another number wrote.
+FOLDER/LATEST names the last whole state, FOLDER/00000042/ holds it: rank-0.safetensors, ... and state.json, each with a
+digest. Any number of processes can read what another number wrote.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -19,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from topiarist.checkpoints.atomic import save_tensors, write_atomically
+from topiarist.checkpoints.journal import read_sealed, sealed
+from topiarist.checkpoints.states import DIGEST, state_digest
 from topiarist.core.errors import CheckpointError
 from topiarist.pipelines.training.processes import Processes
 
@@ -41,13 +42,14 @@ class ShardedState:
 
         def write() -> None:
             place.mkdir(parents=True, exist_ok=True)
-            save_tensors(place / _file(self.processes.rank), own, {})
+            digest = state_digest(own, own.__getitem__, {})
+            save_tensors(place / _file(self.processes.rank), own, {DIGEST: digest})
 
         self._together(write, f"write {place}", "; the state before it is kept")
 
         def point() -> None:
             state = {"processes": self.processes.size, "loop": dict(loop)}
-            write_atomically(place / STATE, json.dumps(state))
+            write_atomically(place / STATE, sealed(state))
             write_atomically(self.folder / LATEST, place.name)
             for other in self.folder.iterdir():
                 if other.is_dir() and other != place:
@@ -65,7 +67,8 @@ class ShardedState:
         if found is None:
             return None
         place, size, loop = found
-        self._together(lambda: self._read(place, size, tensors), f"read {place}", "; delete it to begin again")
+        for work in (lambda: self._check(place, size), lambda: self._read(place, size, tensors)):
+            self._together(work, f"read {place}", f"; delete {self.folder} to begin again")
         return loop
 
     def _find(self) -> tuple[Path, int, dict[str, str]] | None:
@@ -73,13 +76,21 @@ class ShardedState:
         if not latest.is_file():
             return None
         try:
-            place = self.folder / f"{int(latest.read_text()):08d}"
-            state = json.loads((place / STATE).read_text())
-            return place, int(state["processes"]), {key: str(value) for key, value in state["loop"].items()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(
-                f"the saved state in {self.folder} is damaged ({error!r}): delete it to begin again"
-            ) from error
+            place = self.folder / f"{int(latest.read_bytes()):08d}"
+        except ValueError:
+            place = self.folder / "none"
+        state = read_sealed(place / STATE)
+        if state is None:
+            raise CheckpointError(f"the saved state is damaged: delete {self.folder} to begin again")
+        return place, state["processes"], state["loop"]
+
+    def _check(self, place: Path, size: int) -> None:
+        """Hold the files against their digests, each in one process. Raises CheckpointError if one differs."""
+        for rank in range(self.processes.rank, size, self.processes.size):
+            with safe_open(place / _file(rank), framework="pt") as file:
+                metadata = dict(file.metadata() or {})
+                if metadata.pop(DIGEST, "") != state_digest(file.keys(), file.get_tensor, metadata):
+                    raise CheckpointError(f"{_file(rank)} is not what the run wrote")
 
     def _read(self, place: Path, size: int, tensors: Mapping[str, Tensor]) -> None:
         with ExitStack() as stack:
@@ -99,7 +110,7 @@ class ShardedState:
         reason = ""
         try:
             work()
-        except (OSError, SafetensorError, RuntimeError) as error:
+        except (OSError, SafetensorError, RuntimeError, CheckpointError) as error:
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         failed = self.processes.all_reduce(torch.tensor(float(bool(reason))))
         if float(failed):

@@ -1,7 +1,8 @@
 """Training text of any length as token sequences in a file: tokenised once, by one process, read by rows.
 
 FOLDER/tokens.bin holds ids of two bytes, or four for vocabularies above 65,536, one after the other; FOLDER/state.json
-says how much of it is whole, of what text and by which tokenizer. A killed run goes on behind the last whole part.
+says how much of it is whole, of what text and by which tokenizer, sealed with the digests of both files. A killed run goes
+on behind the last whole part, and begins anew if a file is not what it wrote.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from topiarist.checkpoints.atomic import disk_errors, write_atomically
+from topiarist.checkpoints.journal import read_sealed, sealed
 from topiarist.checkpoints.locking import FolderLock
-from topiarist.checkpoints.reading import read_json
+from topiarist.checkpoints.reading import file_digest
 from topiarist.core.errors import CalibrationError
 from topiarist.data.overlap import ONE_OF, passage_hashes
 from topiarist.data.text import CALIBRATION, TextFiles, pieces
@@ -134,23 +136,24 @@ class _Work:
     def _write(self) -> Iterator[None]:
         """Append part after part; yield after each."""
         identity = {"source": _identity(self.source), "tokenizer": _tokenizer_digest(self.tokenizer), "item": self.item}
-        state = read_json(self.folder / STATE) if (self.folder / STATE).is_file() else {}
-        if state.get("identity") != identity:
-            state = {}
-        done, self.tokens = int(state.get("parts", 0)), int(state.get("tokens", 0))
-        if state.get("whole"):
+        state = read_sealed(self.folder / STATE)
+        path, digest = self.folder / TOKENS, hashlib.sha256()
+        if state is None or state["identity"] != identity or not self._holds(state, path, digest):
+            state, digest = {"parts": 0, "tokens": 0, "passages": None}, hashlib.sha256()
+        done, self.tokens = state["parts"], state["tokens"]
+        if state["passages"] is not None:
             self.hashes = np.load(self.folder / PASSAGES, allow_pickle=False)
             return
-        path, parts, read = self.folder / TOKENS, 0, 0
+        parts, read = 0, 0
         size = max(1, sum(p.stat().st_size for p in self.source.paths if p.is_file()))
 
         def encode(text: str, **options: Any) -> Any:
             """Ids of a part; none of one that is in the file already."""
             return {"input_ids": []} if parts < done else self.tokenizer(text, **options)
 
-        def save(**more: bool) -> None:
-            state = {"identity": identity, "parts": parts, "tokens": self.tokens, **more}
-            write_atomically(self.folder / STATE, json.dumps(state))
+        def save(passages: str | None = None) -> None:
+            state = {"identity": identity, "parts": parts, "tokens": self.tokens, "sha256": digest.hexdigest()}
+            write_atomically(self.folder / STATE, sealed({**state, "passages": passages}))
 
         with disk_errors(f"cannot write {path}"), path.open("r+b" if path.exists() else "w+b") as file:
             file.truncate(self.tokens * self.item)
@@ -160,7 +163,9 @@ class _Work:
                 read += len(text)
                 parts += 1
                 if parts > done:
-                    file.write(ids.astype(f"<u{self.item}").tobytes())
+                    raw = ids.astype(f"<u{self.item}").tobytes()
+                    digest.update(raw)
+                    file.write(raw)
                     file.flush()
                     os.fsync(file.fileno())
                     self.tokens += len(ids)
@@ -168,7 +173,20 @@ class _Work:
                 self.progress(f"tokenised {self.tokens / 1e6:.1f}M", min(read, size), size)
                 yield
             np.save(self.folder / PASSAGES, self.hashes)
-            save(whole=True)
+            save(file_digest(self.folder / PASSAGES))
+
+    def _holds(self, state: dict[str, Any], tokens: Path, digest: Any) -> bool:
+        """Whether the files are what an earlier call wrote. digest: gets the tokens' bytes."""
+        left = state["tokens"] * self.item
+        passages = self.folder / PASSAGES
+        if not tokens.is_file() or (state["passages"] is not None and not passages.is_file()):
+            return False
+        with tokens.open("rb") as file:
+            while left and (raw := file.read(min(left, DIGESTED * self.item))):
+                digest.update(raw)
+                left -= len(raw)
+        whole = state["passages"] is None or file_digest(passages) == state["passages"]
+        return whole and digest.hexdigest() == state["sha256"]
 
     def _remember(self, text: str) -> None:
         self.hashes = np.union1d(self.hashes, passage_hashes([text]))
