@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,10 @@ def test_stages_follow_one_another_and_the_recipe_beside_the_result_repeats_them
     assert (
         same(folder / "out", folder / "again") and (folder / "again" / "stages" / "01-prune" / "config.json").is_file()
     )
+    recipe = (folder / "recipe.yaml").read_text()
+    (folder / "other.yaml").write_text(recipe.replace("512", "640"))
+    code, _, error = command("run", "other.yaml")
+    assert code == 2 and "out holds another run: stage 2 recover tokens was 512 and is 640. Choose" in error
     before = (folder / "out" / "pruning_run.json").read_bytes()
     assert command("run", "recipe.yaml")[0] == 0 and (folder / "out" / "pruning_run.json").read_bytes() == before
 
@@ -167,17 +172,15 @@ def test_a_stage_that_does_not_fit_the_model_is_refused(folder: Path, command):
 
 
 def test_a_plan_says_what_every_stage_will_need_and_writes_nothing(folder: Path, command):
-    (folder / "recipe.yaml").write_text(STAGES + "- eval: {text: [text.txt]}\n")
+    (folder / "recipe.yaml").write_text(STAGES + "- eval: {text: [text.txt], window_tokens: 64}\n- pack\n")
     before = sorted(folder.rglob("*"))
     code, printed, error = command("run", "recipe.yaml", "--plan")
     assert code == 0 and sorted(folder.rglob("*")) == before, error
-    prune, recover, end = (
-        printed.partition("2 recover, at most")[0],
-        *printed.partition("2 recover, at most")[2].split("3 eval"),
-    )
+    prune, recover, measured, packed = re.split(r"(?m)^[234] \w+, at most.*\n", printed)
     assert prune.startswith("1 prune\n") and "solver, about" in prune and "2 x 7" in prune
     assert "tokens a step x steps              64 x 8" in recover and "peak memory" in recover and "disk" in recover
-    assert end.split() == ["no", "estimate", "what", "it", "needs", "is", "known", "only", "as", "it", "runs"]
+    assert re.search(r"windows x models +\d+ x 2\n", measured) and "forward passes, about" in measured
+    assert "size at 2:4, about" in packed and "packing, about" in packed
     alone = command("prune", "model", "alone", "--method", "wanda", "--samples", "4", "--window", "32", "--data", "text.txt",
                     "--plan")[1]  # fmt: skip
     assert [line[:35] for line in prune.splitlines()[1:]] == [line[:35] for line in alone.splitlines()]

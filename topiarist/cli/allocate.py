@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from topiarist.cli.common import Model, out, progress_bar, say
+from topiarist.cli.common import Model, Plan, out, print_plan, progress_bar, say
 from topiarist.cli.from_options import flags
 from topiarist.pipelines.allocating.options import AllocateOptions
 
@@ -22,13 +22,18 @@ def allocate(
     model: Model,
     output: Annotated[Path, typer.Argument(metavar="OUT.json", help="the file that prune --allocation takes")],
     options: AllocateOptions,
+    plan: Plan = False,
 ) -> None:
     """Say how much each layer of MODEL should get, exact by parameter count. The same command resumes a search."""
     import topiarist as tp
     from topiarist.checkpoints.atomic import refuse_foreign
     from topiarist.pipelines.allocating.allocation import MARK
+    from topiarist.pipelines.allocating.plan import plan_allocate
     from topiarist.pipelines.training.processes import Processes
 
+    if plan:
+        print_plan(plan_allocate(model, options))
+        return
     refuse_foreign(output, MARK)
     work = options.work or output.with_name(output.name + ".work")
     with progress_bar() as progress:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from topiarist.cli.common import Model, PushTo, out, print_dense, print_run, progress_bar
+from topiarist.cli.common import Model, Plan, PushTo, out, print_dense, print_plan, print_run, progress_bar
 from topiarist.cli.from_options import flags
 from topiarist.pipelines.shrinking.options import ShrinkOptions
 
@@ -18,11 +18,16 @@ def shrink(
     model: Model,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the smaller model")],
     options: ShrinkOptions,
+    plan: Plan = False,
     push_to_hub: PushTo = None,
 ) -> None:
     """Cut whole heads, channels, experts or blocks out of MODEL: a smaller dense OUT. The same command resumes."""
     import topiarist as tp
+    from topiarist.pipelines.shrinking.plan import plan_shrink
 
+    if plan:
+        print_plan(plan_shrink(model, options))
+        return
     with progress_bar() as progress:
         report = tp.shrink(model, output, options=options, progress=progress)
     table = Table(title=f"{report.method}: {report.share:.1%} of all parameters stay ({report.layout})")

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxtyping import Shaped
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -119,6 +120,13 @@ def _content(
         return integers
     tensor = checkpoint.read(name)
     check_finite_tensor(name, tensor)
+    return rounded(name, tensor, known, values, group, head)
+
+
+def rounded(
+    name: str, tensor: Shaped[Tensor, "..."], known: Roles, values: str | None, group: int, head: str | None
+) -> Content:
+    """A tensor on the grid that its role asks for, if it asks for one."""
     if head and name in known.heads:
         return round_to_nearest(tensor, Grid(bits=8, group=None), search=False)
     if values and name in known.linears:

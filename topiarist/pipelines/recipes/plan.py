@@ -5,8 +5,6 @@ from __future__ import annotations
 from topiarist.core.meter import reset_peak_memory
 from topiarist.pipelines.recipes.recipe import Recipe
 
-NO_PROBE = ("no estimate", "what it needs is known only as it runs")
-
 
 def plan_recipe(recipe: Recipe) -> list[tuple[str, list[tuple[str, str]]]]:
     """Say for every stage, in order, what it will need: (its title, lines of what and how much). Writes nothing.
@@ -19,13 +17,9 @@ def plan_recipe(recipe: Recipe) -> list[tuple[str, list[tuple[str, str]]]]:
     found: list[tuple[str, list[tuple[str, str]]]] = []
     changed = False
     for number, step in enumerate(recipe.steps, start=1):
-        title, plan = f"{number} {step.name}", step.stage.plan
-        if plan is None:
-            found.append((title, [NO_PROBE]))
-        else:
-            title += ", at most: as on the model that the recipe starts from" if changed else ""
-            dense = {"teacher": recipe.model} if changed and "teacher" in step.stage.more else {}
-            reset_peak_memory()
-            found.append((title, plan(recipe.model, step.options, {**dense, **step.more})))
+        title = f"{number} {step.name}" + (", at most: as on the model that the recipe starts from" if changed else "")
+        dense = {"teacher": recipe.model} if changed and "teacher" in step.stage.more else {}
+        reset_peak_memory()
+        found.append((title, step.stage.plan(recipe.model, step.options, {**dense, **step.more})))
         changed |= step.changes
     return found

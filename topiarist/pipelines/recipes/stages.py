@@ -10,6 +10,7 @@ from typing import Any
 from topiarist.models.modeling_pruned import PREFIX
 from topiarist.pipelines.allocating.allocation import FoundAllocation, find_allocation
 from topiarist.pipelines.allocating.options import AllocateOptions
+from topiarist.pipelines.allocating.plan import plan_allocate
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.learning.learn import learn
 from topiarist.pipelines.learning.options import LearnOptions
@@ -22,12 +23,14 @@ from topiarist.pipelines.quantizing.options import QuantizeOptions
 from topiarist.pipelines.quantizing.plan import plan_quantize
 from topiarist.pipelines.quantizing.quantize import quantize
 from topiarist.pipelines.quantizing.report import QuantizeReport
+from topiarist.pipelines.recipes.end_plans import plan_eval, plan_pack
 from topiarist.pipelines.recipes.ends import EvalOptions, PackOptions, run_eval, run_pack
 from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.recovering.plan import plan_recover
 from topiarist.pipelines.recovering.recover import recover
 from topiarist.pipelines.recovering.report import RecoverReport
 from topiarist.pipelines.shrinking.options import ShrinkOptions
+from topiarist.pipelines.shrinking.plan import plan_shrink
 from topiarist.pipelines.shrinking.report import ShrinkReport
 from topiarist.pipelines.shrinking.shrink import shrink
 from topiarist.results.report import Report
@@ -56,8 +59,8 @@ class Stage:
     """What the model is after it, from what it was and the options."""
     report: Any
     """The class of its report; None for one that ends a recipe."""
-    plan: Plan | None = None
-    """What its command's own --plan says; None where the command has none."""
+    plan: Plan
+    """What it will need, from a short probe: what `--plan` of its command says."""
     more: tuple[str, ...] = ()
     """Settings that are no fields of the options."""
     to_file: bool = False
@@ -81,7 +84,8 @@ def _pruned(_: str, options: PruneOptions) -> str:
 
 
 STAGES: dict[str, Stage] = {
-    "allocate": Stage(AllocateOptions, _allocate, (DENSE, SMALL), lambda was, _: was, FoundAllocation, to_file=True),
+    "allocate": Stage(AllocateOptions, _allocate, (DENSE, SMALL), lambda was, _: was, FoundAllocation,
+        plan=lambda model, options, _: plan_allocate(model, options), to_file=True),
     "prune": Stage(
         PruneOptions, lambda model, out, options, _, tell: prune(model, out, options=options, progress=tell),
         (DENSE, SMALL), _pruned, Report,
@@ -95,6 +99,7 @@ STAGES: dict[str, Stage] = {
     "shrink": Stage(
         ShrinkOptions, lambda model, out, options, _, tell: shrink(model, out, options=options, progress=tell),
         (DENSE, SMALL), _shrunk, ShrinkReport,
+        plan=lambda model, options, _: plan_shrink(model, options),
     ),
     "recover": Stage(
         RecoverOptions, lambda model, out, options, more, tell: recover(model, out, options=options, progress=tell, **more),
@@ -106,8 +111,8 @@ STAGES: dict[str, Stage] = {
         (DENSE, SPARSE, SMALL, UNEVEN), lambda *_: QUANTISED, QuantizeReport,
         plan=lambda model, options, _: plan_quantize(model, options).lines(),
     ),
-    "eval": Stage(EvalOptions, run_eval, ANY, lambda was, _: was, None, ends=True),
-    "pack": Stage(PackOptions, run_pack, ANY, lambda *_: PACKED, None, ends=True),
+    "eval": Stage(EvalOptions, run_eval, ANY, lambda was, _: was, None, plan_eval, ends=True),
+    "pack": Stage(PackOptions, run_pack, ANY, lambda *_: PACKED, None, plan_pack, ends=True),
 }  # fmt: skip
 
 

@@ -1,0 +1,58 @@
+"""What `--plan` of shrink and allocate says: a line a need, whatever the method or the rule, and nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+TEXT = ("--data", "text.txt", "--samples", "8", "--window", "32", "--plan")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    tiny.tiny_checkpoint(tmp_path / "model")
+    tiny.tiny_text(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--rule", "linear"), ["measuring", "none: the rule looks at shapes alone"]),
+        (("--rule", "owl"), ["8 x 32 tokens, 8\n", "peak memory, about", "measuring, about"]),
+        (("--rule", "sensitivity:sequences=4,tokens=16"), ["8 x 16 tokens, 12\n"]),
+        (("--rule", "sensitivity:estimate=hutchinson,sequences=2,probes=3"), ["8 x 32 tokens, 36\n"]),
+        (("--rule", "search:generations=2,children=3,finalists=2,sequences=2", "--pattern", "2:4", "--method", "wanda"),
+         ["levels, candidates x windows       3, 20 at most", "solving every level, about", "disk, about"]),
+    ],
+)  # fmt: skip
+def test_allocate(folder: Path, command, words: tuple[str, ...], said: list[str]):
+    before = sorted(folder.rglob("*"))
+    code, printed, error = command("allocate", "model", "out.json", *words, *TEXT)
+    assert code == 0 and sorted(folder.rglob("*")) == before, error
+    assert all(text in printed for text in said), printed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), ["scores, taylor, about", "refit, about", "peak memory, about", "disk, at most"]),
+        (("--method", "wanda-sp", "--no-refit"), ["scores, wanda-sp, about"]),
+        (("--method", "occlusion"), ["no estimate: how many forwards it takes depends on the units"]),
+        (("--target-params", "30k", "--recover", "lora:steps=4"), ["trying a split, at most about", "recovery, about"]),
+    ],
+)
+def test_shrink(folder: Path, command, words: tuple[str, ...], said: list[str]):
+    before = sorted(folder.rglob("*"))
+    code, printed, error = command("shrink", "model", "out", *words, *TEXT)
+    assert code == 0 and sorted(folder.rglob("*")) == before, error
+    assert all(text in printed for text in said), printed
+    assert ("refit, about" in printed) == ("--no-refit" not in words)
+
+
+def test_shrink_without_text(folder: Path, command):
+    code, printed, error = command("shrink", "model", "out", "--method", "magnitude", "--no-refit", "--plan")
+    assert code == 0 and "none: no text is looked at" in printed, error
