@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,16 @@ def test_an_nm_pattern_gives_its_own_mixture():
     # Linear asks for densities of 1, 3/4, 1/2, 1/4 and 0; the mixture ends at 1:4 and must pay for it elsewhere.
     assert [str(p) for p in found.values()] == ["3:4", "3:4", "2:4", "1:4", "1:4"]
     assert kept_by(layers, found) == 5 * 64
+
+
+def test_an_allocation_that_turns_out_uniform_is_said():
+    with pytest.warns(UserWarning, match="linear gives every layer 2:4, as uniform would.*Widen its half_width"):
+        tp.find_allocation(tiny.tiny_model(), "linear", pattern="2:4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = tp.find_allocation(tiny.tiny_model(), "linear:half_width=0.3", pattern="2:4")
+        tp.find_allocation(tiny.tiny_model(), "uniform", pattern="2:4")
+    assert len(set(map(str, found.patterns.values()))) > 1
 
 
 # What the rules make of their scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,20 @@ def test_magnitude_needs_no_text(family: str, tmp_path: Path):
     layer = next(m for m in report.layers if m.name.endswith(("q_proj", "c_attn")))
     before, after = (net.get_submodule(layer.name).weight.detach().double() for net in (model, pruned))
     assert layer.error == pytest.approx(float((before - after).square().sum() / before.square().sum()))
+
+
+def test_zeros_of_a_model_that_was_pruned_are_said(tmp_path: Path):
+    base, tokens = tiny.tiny_checkpoint(tmp_path / "base"), tiny.tiny_tokens(4, 16)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tp.prune(base, tmp_path / "once", method="wanda", pattern="2:4", calibration=tokens)
+    assert not any("already" in str(warning.message) for warning in caught)
+    said = r"pruned already: 50\.0% of the first block's weights are zeros, by wanda 2:4\. They count"
+    with pytest.warns(UserWarning, match=said):
+        twice = tp.prune(tmp_path / "once", tmp_path / "twice", method="wanda", pattern="1:4", calibration=tokens)
+    assert any("They count" in note for note in twice.warnings) and twice.sparsity == pytest.approx(0.75)
+    unsaid = tp.prune(tiny.tiny_model(), method="magnitude", pattern="0.7")
+    assert not unsaid.warnings
 
 
 def test_any_torch_module_can_be_pruned():

@@ -179,6 +179,9 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     source = tiny_checkpoint(tmp_path / "llama")
     with pytest.raises(OptionError, match="'q6_k' is not written"):
         export_gguf(source, tmp_path / "a.gguf", type="q6_k")
+    for name in ("out.bin", "out", "folder.gguf.tmp"):
+        with pytest.raises(CheckpointError, match=r"programs know by its name: call it .*\.gguf$"):
+            export_gguf(source, tmp_path / name)
     (tmp_path / "b.gguf").touch()
     with pytest.raises(CheckpointError, match="exists"):
         export_gguf(source, tmp_path / "b.gguf")

@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 import tiny
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -43,6 +44,19 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
     for path in ("./org/model", "/org/model", "a/b/c"):
         with pytest.raises(tp.CheckpointError, match=r"does not exist$"):
             locate(path)
+
+
+@pytest.mark.parametrize(("offline", "why"), [("1", "HF_HUB_OFFLINE is set"), ("0", "there is no network")])
+def test_a_model_that_is_nowhere_says_what_to_do(tmp_path: Path, monkeypatch, offline: str, why: str):
+    def fails(*_, **__):
+        raise LocalEntryNotFoundError("ConnectError\nCheck your internet connection")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    with pytest.raises(tp.CheckpointError) as refused:
+        locate("org/model")
+    said = str(refused.value)
+    assert f"neither a folder nor in the cache of the hub, which cannot be asked ({why})" in said and "\n" not in said
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool])

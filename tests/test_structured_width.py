@@ -220,7 +220,7 @@ def test_hidden_states_of_few_directions_are_cut_without_loss(tmp_path: Path):
 @pytest.mark.parametrize("target", [None, 20_000])
 def test_a_killed_run_ends_in_the_same_bytes(target: int | None, tmp_path: Path):
     base = tiny.tiny_checkpoint(tmp_path / "base", num_hidden_layers=3)
-    options = {"units": ALL} if target is None else {"units": [*ALL, "block"], "target_params": target, "keep": 0.8}
+    options = {"units": ALL} if target is None else {"units": [*ALL, "block"], "target_params": target}
     run(base, tmp_path / "whole", **options)
 
     def kill_at(step: int):
@@ -247,7 +247,7 @@ def test_a_target_is_reached_by_the_split_of_lowest_loss():
     model = tiny.tiny_model(num_hidden_layers=4, intermediate_size=128)
     dense = sum(p.numel() for p in model.parameters())
     target = int(0.6 * dense)
-    report = run(model, None, units=[*ALL, "block"], target_params=target, keep=0.8, search={"values": 3})
+    report = run(model, None, units=[*ALL, "block"], target_params=target, search={"values": 3})
     stored = sum(p.numel() for p in report.result.parameters())
     assert 0.9 * target < stored <= target and stored == report.parameters["stored"]
     assert len(report.splits) >= 3 and all(row["parameters"] <= target for row in report.splits)
@@ -282,15 +282,15 @@ def test_every_planned_split_has_the_parameters_that_it_says():
         ("llama", {"units": ["hidden"], "method": "wanda-sp"}, "wanda-sp cannot score hidden"),
         ("opt", {"units": ["hidden"]}, "no opt config can hold"),
         ("llama", {"units": ALL, "keep": 0.02}, "leaves"),
-        ("llama", {"target_params": 10**9, "keep": 0.8}, "no more than the target"),
-        ("llama", {"target_params": 100, "keep": 0.8}, "no split over"),
-        ("llama", {"target_params": 10_000}, "name one of them"),
-        ("llama", {"target_params": 20_000, "keep": 0.8, "units": ["hidden"]}, "needs channels"),
-        ("llama", {"target_params": 20_000, "keep": 0.8, "layout": "hetero"}, "needs --layout uniform"),
-        ("llama", {"target_params": 20_000, "keep": 0.8, "data": TEXT[:3]}, "too few to hold some out"),
+        ("llama", {"target_params": 10**9}, "no more than the target"),
+        ("llama", {"target_params": 100}, "no split over"),
+        ("llama", {"target_params": 10_000, "keep": 0.8}, "keep and target_params both say how much stays"),
+        ("llama", {"target_params": 20_000, "units": ["hidden"]}, "needs channels"),
+        ("llama", {"target_params": 20_000, "layout": "hetero"}, "needs --layout uniform"),
+        ("llama", {"target_params": 20_000, "data": TEXT[:3]}, "too few to hold some out"),
         ("llama", {"search": {"values": 3}}, "no target_params"),
         ("llama", {"rotate": True}, "add hidden"),
-        ("llama", {"rotate": True, "target_params": 20_000, "keep": 0.8}, "leave rotate out"),
+        ("llama", {"rotate": True, "target_params": 20_000}, "leave rotate out"),
         ("gemma", {"rotate": True, "units": ["hidden"]}, "one matrix"),
         ("cohere", {"rotate": True, "units": ["hidden"], "tied": False}, "no RMS norm"),
     ],

@@ -274,10 +274,19 @@ def locate(model: str | Path) -> Path:
     if text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/"):
         raise CheckpointError(f"model folder {model} does not exist")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(text, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf"]))
-    except Exception as error:  # the hub client raises many types: no network, no such repository, no rights
+    except LocalEntryNotFoundError as error:
+        why = (
+            "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else "there is no network"
+        )
+        raise CheckpointError(
+            f"{model} is neither a folder nor in the cache of the hub, which cannot be asked ({why}): give the folder of a "
+            "model, or run the same command where the hub can be reached"
+        ) from error
+    except Exception as error:  # the hub client raises many types: no such repository, no rights, no room
         raise CheckpointError(
             f"model folder {model} does not exist, and the hub gives no model of that name ({first_line(error)})"
         ) from error

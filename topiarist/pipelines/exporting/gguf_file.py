@@ -81,6 +81,10 @@ def export_gguf(
     if type is not None and type not in get_args(Type):
         raise OptionError(f"a GGUF file of type {type!r} is not written; {', '.join(get_args(Type))} are")
     path, target = locate(folder), Path(out)
+    if target.suffix != ".gguf":
+        raise CheckpointError(
+            f"{target} would be a GGUF file, which programs know by its name: call it {target.stem}.gguf"
+        )
     if target.exists():
         raise CheckpointError(f"{target} exists; choose another name")
     opened = open_model(path)  # every tensor is there, with its shape

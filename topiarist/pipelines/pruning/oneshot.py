@@ -45,6 +45,9 @@ from topiarist.quantization import Grid
 from topiarist.results.report import Report
 from topiarist.solvers import Solver
 
+FEW_ZEROS, MANY_ZEROS = 0.001, 0.2
+"""Shares of zeros above which a model is taken for pruned: of one that says so, and of any; rounding to 4 bits makes some."""
+
 
 @takes(PruneOptions)
 def prune(
@@ -100,6 +103,8 @@ def prune(
         if (rule := options.rule) is not None:
             found = allocated(options, rule, source, windows, output, tell, processes)
             pruner.patterns, report.allocation = found
+        if note := _zeros_before(source, pruner.patterns):
+            pruner.warn(note, UserWarning)
         with at_rest(source.model):
             report.layers = walk.run(output)
         reasons = why_dense(pruner.patterns, options.skip)
@@ -125,6 +130,22 @@ def _finish(
         config = quantized_config(source.as_folder(), grid, sizes)
     report.result_digest = source.result_digest()
     finish(output, report, source, text=windows, config=config, written=written)
+
+
+def _zeros_before(source: OpenedModel, patterns: Mapping[str, Pattern | None]) -> str:
+    """What of the model is zeros already, as its first block tells; nothing of a dense one."""
+    known = getattr(source.config, "pruning_config", None) or {}
+    source.load(0)
+    weights = [m.weight for m in source.matrices(0) if patterns[f"{source.block_names[0]}.{m.name}"] is not None]
+    zeros, total = sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)
+    source.release(0)
+    if zeros <= (FEW_ZEROS if known else MANY_ZEROS) * total:
+        return ""
+    by = f", by {known.get('method', 'pruning')} {known.get('pattern', '')}".rstrip() if known else ""
+    return (
+        f"the model is pruned already: {zeros / total:.1%} of the first block's weights are zeros{by}. They count: the result "
+        "has the zeros that are asked for in all, not on top"
+    )
 
 
 def _companion(

@@ -45,8 +45,8 @@ class ShrinkOptions(TextOptions):
     method: Annotated[Method | None, Registered(METHODS, base=(Method,), other=lambda given: given is None)] = None
     """What scores the units; default reap for experts, taylor for all else; `topiarist methods` lists all;
     policy-gradient:steps=500 sets a field."""
-    keep: Annotated[float, Field(gt=0, le=1)] = KEEP
-    """Share of the units' parameters that stays, never exceeded."""
+    keep: Annotated[float | None, Field(gt=0, le=1)] = None
+    """Share of the units' parameters that stays, never exceeded; default 0.8."""
     target_params: Annotated[PositiveInt | None, BeforeValidator(count), About(metavar="N")] = None
     """Instead of keep: parameters of the whole smaller model, such as 100M. Splits over hidden, kv_groups, channels (and
     block, where units name it) are tried, and the one of the lowest loss on held-out windows is taken."""
@@ -80,10 +80,14 @@ class ShrinkOptions(TextOptions):
         """The method that was given, or the one for these units."""
         return self.method or (Reap() if list(self.units or ()) == ["experts"] else Taylor())
 
+    @property
+    def chosen_keep(self) -> float:
+        """The share that was given, or the default one."""
+        return KEEP if self.keep is None else self.keep
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        said = {"keep": self.keep != KEEP, "target_params": self.target_params, "target_latency": self.target_latency}
-        named = [name for name, given in said.items() if given]
+        named = [name for name in ("keep", "target_params", "target_latency") if getattr(self, name) is not None]
         if len(named) > 1:
             raise TopiaristError(f"{named[0]} and {named[1]} both say how much stays: name one of them")
         if self.search is not None and not self.searches:

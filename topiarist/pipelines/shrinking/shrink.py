@@ -61,7 +61,7 @@ def shrink(
     meter = Meter()
     reset_peak_memory()
     scorer, keep, layout, recovery, round_to = (
-        options.chosen_method, options.keep, options.layout, options.recover, options.round_to,
+        options.chosen_method, options.chosen_keep, options.layout, options.recover, options.round_to,
     )  # fmt: skip
     opened = open_for(options, model)
     opened.check_output(out)
@@ -89,7 +89,8 @@ def shrink(
         split(windows.tokens, 1)  # refuses too few
     calibration = _calibration(windows, options.seed, options.batch_size)
     resolved = replace(
-        options, method=scorer, units=kinds, scope=None if layout == "uniform" else scope, refit=refit,
+        options, method=scorer, keep=None if options.searches else keep, units=kinds, refit=refit,
+        scope=None if layout == "uniform" else scope,
         num_windows=calibration.get("num_windows", options.num_windows), window_tokens=calibration.get("window_tokens"),
     )  # fmt: skip
     words, unsaid = command("shrink", opened.said, resolved, always=SAID)
