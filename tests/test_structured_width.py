@@ -131,7 +131,8 @@ def test_the_map_is_the_least_squares_optimum():
 
 
 def run(base, out, **options) -> tp.ShrinkReport:
-    return tp.shrink(base, out, **({"method": "activation", "keep": 0.7, "data": TEXT, "batch_size": 4} | options))
+    share = {} if "target_params" in options else {"keep": 0.7}
+    return tp.shrink(base, out, **({"method": "activation", "data": TEXT, "batch_size": 4} | share | options))
 
 
 @pytest.mark.parametrize("units", [["hidden"], ALL])
