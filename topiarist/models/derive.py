@@ -48,8 +48,9 @@ def family_of(model: Any) -> Family:
     path = row.blocks or decoder_blocks(model)
     dense: dict[str, str] = {}
     experts: dict[str, bool] = {}
+    few = _few(model)
     for block in model.get_submodule(path):
-        for name, reason in _dense_parts(block, _few(model)):
+        for name, reason in _dense_parts(block, few):
             dense.setdefault(name, reason)
         experts.update(_fused_experts(block))
     return replace(row, blocks=path, dense={**dense, **row.dense}, experts={**experts, **row.experts})

@@ -109,9 +109,8 @@ def _edited(
     return with_type(config, target)
 
 
-def head_dim(model: Any) -> int:
+def head_dim(model: Any, family: Family) -> int:
     """Channels of one attention head, from the shape of the matrix that reads all heads."""
-    family = family_of(model)
     out = model.get_submodule(f"{family.blocks}.0.{family.attention.module}.{family.attention.out}")
     return out.weight.shape[0 if is_transposed(out) else 1] // int(model.config.num_attention_heads)
 

@@ -97,7 +97,8 @@ def output_parameters(model: Any, group: UnitGroup) -> list[str]:
         raise UnsupportedModel(
             f"zeros cannot stand for a whole {group.kind} of model type {model.config.model_type!r}: choose --layout uniform"
         )
-    family, path = family_of(model), f"{family_of(model).blocks}.{group.block}"
+    family = family_of(model)
+    path = f"{family.blocks}.{group.block}"
     parameters = dict(model.get_submodule(path).named_parameters())
     attention = f"{family.attention.module}.{family.attention.out}"
     ffn = [layer.down for layer in family.feed_forward]

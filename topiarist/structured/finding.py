@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from topiarist.core.errors import UnsupportedModel
-from topiarist.models.derive import has_row
+from topiarist.models.derive import family_of, has_row
 from topiarist.structured import derived
 from topiarist.structured.row_units import heads_of, seen_units
 from topiarist.structured.units import UnitGroup, check_kinds
@@ -20,7 +20,7 @@ def default_kinds(model: nn.Module) -> tuple[str, ...]:
     """
     if not has_row(model):
         return derived.default_kinds(model)
-    attention = heads_of(model)
+    attention = heads_of(model, family_of(model))
     return ("heads" if attention.kv == 1 < attention.query else "kv_groups", "channels")
 
 

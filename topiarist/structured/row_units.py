@@ -44,11 +44,11 @@ class Heads:
         return self.query // self.kv
 
 
-def heads_of(model: Any) -> Heads:
+def heads_of(model: Any, family: Family) -> Heads:
     """The heads that the config counts."""
     query = int(model.config.num_attention_heads)
     kv = int(getattr(model.config, "num_key_value_heads", None) or query)
-    return Heads(query, kv, head_dim(model))
+    return Heads(query, kv, head_dim(model, family))
 
 
 class BlockUnits:
@@ -116,14 +116,14 @@ class BlockUnits:
 
     def kv_groups(self) -> list[UnitGroup]:
         """KV groups of the block, one group of units. Raises UnsupportedModel where all queries share one KV head."""
-        heads = heads_of(self.model)
+        heads = heads_of(self.model, self.family)
         if heads.kv == 1:
             raise UnsupportedModel("one KV head for all queries (multi-query attention): choose --units heads")
         return [self._head_group("kv_groups", heads, None)]
 
     def heads(self) -> list[UnitGroup]:
         """Query heads, a group of units for every KV head. Raises UnsupportedModel where each has its own KV head."""
-        heads = heads_of(self.model)
+        heads = heads_of(self.model, self.family)
         if heads.per_group == 1:
             raise UnsupportedModel("every query head has its own KV head: choose --units kv_groups")
         return [self._head_group("heads", heads, kv) for kv in range(heads.kv)]

@@ -60,7 +60,7 @@ def width_config(model: Any, channels: int) -> WidthConfig:
 
 def _edited(model: Any, channels: int, target: str) -> Any:
     config = copy.deepcopy(model.config)
-    config.hidden_size, config.head_dim = channels, head_dim(model)
+    config.hidden_size, config.head_dim = channels, head_dim(model, structure_of(model))
     return with_type(config, target)
 
 
