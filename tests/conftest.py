@@ -1,4 +1,4 @@
-"""Shapes in the annotations are checked while the tests run, and only then."""
+"""Shapes in the annotations are checked while the tests run, and only then (typecheck.py)."""
 
 import os
 import sys
@@ -11,11 +11,11 @@ import hypothesis
 import pytest
 import rounding
 import torch
-from jaxtyping import install_import_hook
+import typecheck
 
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")  # the same examples in every run
-install_import_hook("topiarist", "typecheck.tower")
+typecheck.install("topiarist")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,8 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread(request: pytest.FixtureRequest):
-    """One thread, so that workers do not fight over cores; on the processor asked for."""
+    """One thread, so that workers do not fight over cores; on the processor asked for. Every test checks annotations."""
     torch.set_num_threads(1)
+    typecheck.forget_calls()
     with rounding.processor(request.config.getoption("--processor")):
         yield
 
