@@ -101,6 +101,57 @@ def test_names_of_older_and_of_newer_transformers_are_read_and_written_as_they_w
     assert tp.NM(2, 4).holds(second["model.language_model.layers.0.mlp.up_proj.weight"] != 0)
 
 
+def test_the_decoder_of_an_encoder_decoder_is_pruned_on_what_its_encoder_reads(tmp_path: Path):
+    base = tiny_folder(tmp_path / "base", "florence2", "image-text")
+    outcome = check_type(base, tmp_path / "out")
+    assert outcome.why == "" and outcome.covered == 1
+    names = tp.Report.from_folder(tmp_path / "out").layers
+    assert any("encoder_attn.k_proj" in layer.name for layer in names)  # it sees what the encoder puts out
+    assert all(layer.name.startswith("model.language_model.decoder.layers") for layer in names)
+    assert any("language_model.encoder.layers" in note for note in open_model(base).unpruned())
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        (lambda base, out: tp.learn(base, out, pattern="2:4", data=tokens(), held_out=4), "learning masks"),
+        (lambda base, out: tp.shrink(base, out, data=tokens()), "shrinking"),
+        (lambda base, out: tp.recover(base, out, data=tokens()), "recovery"),
+        (
+            lambda base, out: tp.find_allocation(base, "sensitivity", pattern="0.5", data=tokens()),
+            "a rule by curvature",
+        ),
+    ],
+)
+def test_what_needs_a_loss_of_text_alone_refuses_an_encoder_decoder(call, what: str, tmp_path: Path):
+    base = tiny_folder(tmp_path / "base", "t5gemma2", "image-text")
+    with pytest.raises(tp.UnsupportedModel, match=f"{what} needs the loss of text .* 't5gemma2' is an encoder-decoder"):
+        call(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "cure"),
+    [
+        ("vision-encoder-decoder", r"save its decoder alone \(model\.decoder\."),
+        ("udop", "prune its modules with prune_module"),
+    ],
+)
+def test_an_encoder_of_other_inputs_is_refused_with_what_would_work(model_type: str, cure: str, tmp_path: Path):
+    base = tiny_folder(tmp_path / "base", model_type, "image-text")
+    with pytest.raises(tp.UnsupportedModel, match=rf"its encoder takes other inputs than token ids\): {cure}"):
+        tp.prune(base, tmp_path / "out", method="wanda", calibration=tokens())
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_another_class_are_refused_with_one_of_them(tmp_path: Path):
+    base = tiny_folder(tmp_path / "base", "shieldgemma2", "image-text")  # transformers itself finds none of its tensors
+    with pytest.raises(
+        tp.CheckpointError, match=r"lacks lm_head\.weight and 28 more, and holds model\..* no place for: "
+    ):
+        open_model(base)
+
+
 def test_what_is_never_called_stays_dense_and_is_named(tmp_path: Path):
     base = tiny_folder(tmp_path / "base", "bart")
     with pytest.warns(tp.errors.CalibrationWarning, match=r"never called .*, so dense: encoder_attn\.k_proj"):

@@ -14,7 +14,7 @@ from torch import Tensor
 import topiarist as tp
 from sweep.tiny_types import VOCAB
 from topiarist.models.calls import first_of
-from topiarist.models.derive import base_model
+from topiarist.models.derive import base_model, text_inputs
 from topiarist.models.opened import OpenedModel, at_rest, open_model
 from topiarist.pipelines.common.stream import BlockStream, PausedStream
 
@@ -65,7 +65,7 @@ def check_type(folder: Path, out: Path, **options: Any) -> Outcome:
     checks = {
         "tensors are missing in the result": not about["missing_keys"],
         "hidden states are not finite": bool(
-            torch.isfinite(base_model(again.eval())(input_ids=tokens()[:2], use_cache=False)[0]).all()
+            torch.isfinite(base_model(again.eval())(**text_inputs(again, tokens()[:2]))[0]).all()
         ),
         "a pattern does not hold": all(
             tp.NM(2, 4).holds(matrix.weight != 0) for name, matrix in _matrices(open_model(again)) if name in names
@@ -90,7 +90,7 @@ def hidden_error(opened: OpenedModel, whole: Any) -> str:
     with at_rest(whole), at_rest(opened.model):
         stream = BlockStream.of(opened, batch, batch_size=4)  # a model that cannot run on text is refused here
         for rows in batch.split(4):
-            base_model(whole)(input_ids=rows, use_cache=False)
+            base_model(whole)(**text_inputs(whole, rows))
         for hook in hooks:
             hook.remove()
         for index in range(len(opened.block_names)):

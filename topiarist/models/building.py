@@ -29,7 +29,8 @@ def without_memory(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         if "tie_word_embeddings" in checkpoint.config:
             config.tie_word_embeddings = checkpoint.config["tie_word_embeddings"]
             text = config.get_text_config(decoder=True)
-            if text is not config:
+            # The decoder of an encoder-decoder is tied as its own config says.
+            if text is not config and not getattr(config, "is_encoder_decoder", False):
                 text.tie_word_embeddings = config.tie_word_embeddings
         if hasattr(config, "quantization_config"):
             delattr(config, "quantization_config")  # the weights are given as what they stand for

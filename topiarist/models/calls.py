@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from topiarist.core.errors import UnsupportedModel, first_line
-from topiarist.models.derive import base_model
+from topiarist.models.derive import base_model, has_encoder, text_inputs
 from topiarist.models.families import Family
 from topiarist.models.hooks import EndForward, StandIn
 
@@ -73,7 +73,7 @@ def run_over_stubs(
     try:
         for i, block in enumerate(originals):
             blocks[i] = StandIn(block, lambda *args, _i=i, **kwargs: note(_i, *args, **kwargs))
-        base_model(model)(input_ids=tokens, use_cache=False)
+        base_model(model)(**text_inputs(model, tokens))
     except EndForward:
         pass
     finally:
@@ -118,7 +118,7 @@ def probe_flow(
         ) from None
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise UnsupportedModel(
-            f"the model cannot run on text alone ({_why_not(model, error)}): prune its modules with prune_module"
+            f"the model cannot run on text alone ({_why_not(model, error)}): {_instead(model)}"
         ) from error
     kinds = {type(block): index for index, block in reversed(list(enumerate(blocks)))}
     output = real(0, first)
@@ -170,11 +170,20 @@ def probe_flow(
 def _why_not(model: Any, error: Exception) -> str:
     """What a model needs beside token ids."""
     reason = first_line(error)
-    if getattr(model.config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder"
+    if has_encoder(model):
+        return "its encoder takes other inputs than token ids"
     if re.search(r"\bmeta\b", reason):  # what text does not pass is not loaded
         return "its forward runs parts that are for other inputs"
     return reason
+
+
+def _instead(model: Any) -> str:
+    """What can be pruned of a model that needs more than token ids."""
+    decoder = getattr(model, "decoder", None)
+    whole = has_encoder(model) and isinstance(decoder, nn.Module) and hasattr(decoder, "get_output_embeddings")
+    if whole and decoder.get_output_embeddings() is not None:  # a causal language model by itself
+        return "save its decoder alone (model.decoder.save_pretrained(DIR)) and prune that, or its modules with prune_module"
+    return "prune its modules with prune_module"
 
 
 def _ended(*_: Any) -> Any:

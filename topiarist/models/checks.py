@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,13 @@ def check_unquantised(checkpoint: Checkpoint) -> None:
         raise UnsupportedModel(f"{checkpoint.folder} is quantised; prune the original weights, then quantise")
 
 
-def check_complete(folder: Path, missing: Iterable[str], on_disk: Iterable[str]) -> None:
-    """Raise CheckpointError for parameters that the files do not hold; without them the model would invent weights."""
+def check_complete(
+    folder: Path, missing: Iterable[str], on_disk: Iterable[str], unclaimed: Collection[str] = ()
+) -> None:
+    """Raise CheckpointError for parameters that the files do not hold; without them the model would invent weights.
+
+    unclaimed: tensors of the files that the model has no place for.
+    """
     lacking = sorted(missing)
     if not lacking:
         return
@@ -120,6 +125,12 @@ def check_complete(folder: Path, missing: Iterable[str], on_disk: Iterable[str])
     for wrapper, cure in _WRAPPERS.items():
         if named := next((name for name in on_disk if name.startswith(wrapper)), None):
             raise CheckpointError(f"{text}: it holds {named}, so it {cure}")
+    if unclaimed:
+        rest = f" and {len(unclaimed) - 1} more" if len(unclaimed) > 1 else ""
+        raise CheckpointError(
+            f"{text}, and holds {min(unclaimed)}{rest} that the model has no place for: they may be names of another class or "
+            "version of transformers; load it with the one that saved it, and save it again"
+        )
     raise CheckpointError(f"{text}: download it again, or save the whole model")
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from topiarist.core.errors import UnsupportedModel
@@ -113,11 +114,40 @@ def base_model(model: Any) -> Any:
     return model.get_decoder() if hasattr(model, "get_decoder") else model
 
 
-def is_tower(name: str, blocks: str) -> bool:
+def has_encoder(model: Any) -> bool:
+    """Whether the decoder reads what an encoder makes of other tokens."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    return "decoder_input_ids" in inspect.signature(type(base_model(model)).forward).parameters
+
+
+def check_without_encoder(model: Any, what: str) -> None:
+    """Raise UnsupportedModel for an encoder-decoder, which has no next-token loss on text by itself.
+
+    what: the work that needs it.
+    """
+    if has_encoder(model):
+        raise UnsupportedModel(
+            f"{what} needs the loss of text by itself, and model type {model.config.model_type!r} is an encoder-decoder: "
+            "prune its decoder one-shot, or quantise it"
+        )
+
+
+def text_inputs(model: Any, tokens: Int[Tensor, "batch window"]) -> dict[str, Any]:
+    """Arguments of the base model's forward for text. The encoder of an encoder-decoder reads the same tokens."""
+    return {"input_ids": tokens, "use_cache": False} | ({"decoder_input_ids": tokens} if has_encoder(model) else {})
+
+
+def is_tower(name: str, blocks: str, pattern: re.Pattern[str] = _TOWER) -> bool:
     """Whether a parameter is that of another input than text: one of a tower, beside the decoder that holds `blocks`."""
     parts, beside = name.split("."), blocks.split(".")
     common = next((i for i, (a, b) in enumerate(zip(parts, beside, strict=False)) if a != b), 0)
-    return _TOWER.search(".".join(parts[common:])) is not None
+    return pattern.search(".".join(parts[common:])) is not None
+
+
+def is_unread(model: Any, name: str, blocks: str) -> bool:
+    """Whether a parameter beside the decoder's blocks plays no part where the input is text; an encoder of text does."""
+    return is_tower(name, blocks, _OTHER_INPUT if has_encoder(model) else _TOWER)
 
 
 def is_transposed(module: Any) -> bool:

@@ -16,7 +16,7 @@ from topiarist.checkpoints.streaming import tensor_bytes
 from topiarist.checkpoints.writing import OutputFolder, bytes_to_write
 from topiarist.core.errors import CheckpointError, UnsupportedModel
 from topiarist.models import building, checks
-from topiarist.models.derive import base_model, is_tower
+from topiarist.models.derive import base_model, is_unread
 from topiarist.models.families import Matrix
 from topiarist.models.names import DiskNames, summary
 from topiarist.models.opened import ObjectModel, OpenedModel
@@ -67,7 +67,7 @@ class FolderModel(OpenedModel):
         folder, state = self.checkpoint.folder, self.model.state_dict()
         optional = building.optional_names(self.model)
         missing = [name for name in state if name not in self.names and not optional(name) and not self._partner(name)]
-        checks.check_complete(folder, missing, self.checkpoint.files)
+        checks.check_complete(folder, missing, self.checkpoint.files, self.names.unclaimed)
         shapes = self.names.shapes(self.checkpoint)
         checks.check_shapes(folder, ((n, shape, tuple(state[n].shape)) for n, shape in shapes.items() if n in state))
         floating = (name for name, value in state.items() if value.is_floating_point())
@@ -280,7 +280,7 @@ class FolderModel(OpenedModel):
         # A model says that it is where its first parameter is, and may place tensors by that: a tower's will do.
         first = next(name for name, _ in self.model.named_parameters())
         around = [n for n in names if not n.startswith(self.family.blocks + ".")]
-        return [n for n in around if n == first or not is_tower(n, self.family.blocks)]
+        return [n for n in around if n == first or not is_unread(self.model, n, self.family.blocks)]
 
     def embedding_parameters(self) -> list[Tensor]:
         """What `load_embeddings` fills, as it is now: on the meta device while nothing is loaded."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from topiarist.core.errors import UnsupportedModel
 from topiarist.models.calls import BlockCall
-from topiarist.models.derive import base_model
+from topiarist.models.derive import base_model, text_inputs
 from topiarist.models.hooks import EndForward
 
 END = "end"
@@ -46,7 +46,7 @@ class PausedForward:
         self._own.batch = batch
         try:
             with torch.no_grad():
-                base_model(self._model)(input_ids=tokens, use_cache=False)
+                base_model(self._model)(**text_inputs(self._model, tokens))
             self._at[batch] = END
         except EndForward:
             self._at[batch] = END

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from topiarist.core.patterns import Pattern
-from topiarist.models.derive import OUTSIDE, is_tower
+from topiarist.models.derive import OUTSIDE, is_unread
 from topiarist.models.opened import OpenedModel
 
 HEAD = "the output head"
@@ -75,7 +75,7 @@ def _around(source: OpenedModel) -> dict[str, str]:
 def _reason(source: OpenedModel, name: str) -> str:
     """Why a parameter that is no prunable matrix is none."""
     if not name.startswith(f"{source.family.blocks}."):
-        return TOWER if is_tower(name, source.family.blocks) else BESIDE
+        return TOWER if is_unread(source.model, name, source.family.blocks) else BESIDE
     inside = _kind(source, name, numbers=True)
     known = source.family.dense
     return known.get(inside) or known.get(inside.removesuffix(".weight")) or OUTSIDE

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from topiarist.core.errors import CalibrationError, TopiaristError
 from topiarist.core.patterns import Pattern
 from topiarist.masklearn import PRESETS, Preset
+from topiarist.models.derive import check_without_encoder
 from topiarist.models.opened import ObjectModel, shell
 from topiarist.pipelines.common.setup import open_for, resolve_patterns
 from topiarist.pipelines.learning.masking import Target, targets
@@ -113,7 +114,9 @@ def shortened(recipe: Preset, steps: int) -> Preset:
 def open_whole(model: str | Path | nn.Module, options: LearnOptions, device: str | None) -> ObjectModel:
     """The whole model in memory, on `device` or the accelerator of this process."""
     local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    return open_for(replace(options, device=device or local), model).whole()
+    opened = open_for(replace(options, device=device or local), model)
+    check_without_encoder(opened.model, "learning masks")
+    return opened.whole()
 
 
 def open_shell(model: str | Path | nn.Module, options: LearnOptions) -> ObjectModel:

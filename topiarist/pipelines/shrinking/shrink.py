@@ -16,7 +16,7 @@ from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import given_or_made, plain, takes
 from topiarist.core.registry import name_of
 from topiarist.data import Windows
-from topiarist.models.derive import has_row
+from topiarist.models.derive import check_without_encoder, has_row
 from topiarist.pipelines.common.dense import NO_UNIT, left_dense
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.reproduce import command, recipe
@@ -64,6 +64,7 @@ def shrink(
         options.chosen_method, options.chosen_keep, options.layout, options.recover, options.round_to,
     )  # fmt: skip
     opened = open_for(options, model)
+    check_without_encoder(opened.model, "shrinking")
     opened.check_output(out)
     name, in_place = opened.name, opened.in_place
     refuse_pruned(opened.config, name)
