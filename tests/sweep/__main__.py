@@ -39,7 +39,8 @@ Every type of transformers {version}'s {mappings}, as a tiny random model with i
 random. *Works* means: pruned to 2:4 by `wanda` from its files and opened again by plain transformers, nothing missing and
 nothing else changed; every matrix holds 2:4 in the files; every block, run alone, puts out what it does in the model's own
 forward (relative error below 1e-3). *Covered*: share of the weights of the blocks that are prunable matrices; the rest is
-named. *Way*: blocks are replayed one by one, or the model's own forward is paused at each (`models/calls.py`).
+named. *Way*: blocks are replayed one by one, or the model's own forward is paused at each (`models/calls.py`). Of an
+encoder-decoder the decoder is pruned: its encoder reads the same tokens and stays dense.
 
 This page is written by `make sweep`{commit}.
 

@@ -109,6 +109,8 @@ def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
     fields = {k: v for k, v in vars(config).items() if not k.startswith("_")}
     tiny: dict[str, Any] = {}
     for key, value in fields.items():
+        if key == "qk_head_dim" and "qk_nope_head_dim" in fields:  # the sum of two
+            continue
         if isinstance(value, PretrainedConfig):
             tiny[key] = {**_shrunk(value), "model_type": value.model_type}
         elif re.search(r"token_(id|index)\Z|_id\Z", key):

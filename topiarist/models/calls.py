@@ -179,9 +179,11 @@ def _why_not(model: Any, error: Exception) -> str:
 
 def _instead(model: Any) -> str:
     """What can be pruned of a model that needs more than token ids."""
-    decoder = getattr(model, "decoder", None)
-    whole = has_encoder(model) and isinstance(decoder, nn.Module) and hasattr(decoder, "get_output_embeddings")
-    if whole and decoder.get_output_embeddings() is not None:  # a causal language model by itself
+    from transformers import GenerationMixin
+
+    if has_encoder(model) and isinstance(
+        getattr(model, "decoder", None), GenerationMixin
+    ):  # a language model by itself
         return "save its decoder alone (model.decoder.save_pretrained(DIR)) and prune that, or its modules with prune_module"
     return "prune its modules with prune_module"
 

@@ -111,14 +111,12 @@ def base_model(model: Any) -> Any:
     for name in (getattr(model, "base_model_prefix", ""), "model", "transformer"):
         if name and isinstance(getattr(model, name, None), nn.Module):
             return getattr(model, name)
-    return model.get_decoder() if hasattr(model, "get_decoder") else model
+    return model.get_decoder() if hasattr(model, "get_decoder") and not has_encoder(model) else model
 
 
 def has_encoder(model: Any) -> bool:
     """Whether the decoder reads what an encoder makes of other tokens."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return False
-    return "decoder_input_ids" in inspect.signature(type(base_model(model)).forward).parameters
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def check_without_encoder(model: Any, what: str) -> None:
