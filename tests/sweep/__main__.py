@@ -28,6 +28,8 @@ import sweep.check  # noqa: F401  (before any process is forked)
 
 LIMIT = 180
 """CPU seconds of one part of one type."""
+LONGEST = 320
+"""Characters of a reason."""
 PARTS = ("prune", "cuts", "uses")
 USES = ("sparsegpt", "alps", "learn", "int8")
 TITLES = {"causal": "Causal language models", "image-text": "Image and text: the text decoder"}
@@ -151,6 +153,7 @@ def marks(found: dict[str, str], columns: Sequence[str], notes: list[str]) -> st
             cells.append(text)
             continue
         reason = re.sub(r"\d+", "N", text)
+        reason = reason if len(reason) <= LONGEST else reason[: LONGEST - 4] + " ..."
         if reason not in notes:
             notes.append(reason)
         cells.append(f"{'**fails**' if text.startswith('fails') else '–'} [{notes.index(reason) + 1}](#reasons)")
@@ -188,6 +191,8 @@ def counted(mapping: str, found: dict[str, dict[str, Any]]) -> list[str]:
     """How many types each of the other columns works on, a line; none if they were not run."""
     cells = {name: cells_of(result) for name, result in found.items() if "cuts" in result or "uses" in result}
     good = {column: sum(cell.get(column) == "yes" for cell in cells.values()) for column in columns_of(cells)}
+    if "heads" in good:
+        good["kv_groups or heads"] = sum("yes" in (c.get("kv_groups"), c.get("heads")) for c in cells.values())
     return [f"{mapping}, of {len(cells)} types: {', '.join(f'{c} {n}' for c, n in good.items())}."] if good else []
 
 
