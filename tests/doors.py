@@ -19,7 +19,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "prune": ("prune", "base", "out", "--method", "wanda", *TEXT),
     "learn": ("learn", "base", "out", *TRAINING, "--preset", "quick", "--steps", "1"),
     "apply": ("apply", "base", "masks.safetensors", "out"),
-    "shrink": ("shrink", "base", "out", "--method", "magnitude", "--keep", "0.8", *TEXT),
+    "shrink": ("shrink", "base", "out", "--method", "magnitude", *TEXT),
     "recover": ("recover", "model", "out", *TRAINING, "--teacher", "base", "--tokens", "128", "--window", "16"),
     "quantize": ("quantize", "model", "out", "--bits", "8", "--group", "32", *TEXT),
     "allocate": ("allocate", "base", "out.json", "--rule", "owl", "--pattern", "0.5", *TEXT),

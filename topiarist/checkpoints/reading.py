@@ -283,8 +283,8 @@ def locate(model: str | Path) -> Path:
             "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else "there is no network"
         )
         raise CheckpointError(
-            f"{model} is neither a folder nor in the cache of the hub, which cannot be asked ({why}): give the folder of a "
-            "model, or run the same command where the hub can be reached"
+            f"model folder {model} does not exist, and no model of that name is in the cache of the hub, which cannot be asked "
+            f"({why}): give a folder, or run the same command where the hub can be reached"
         ) from error
     except Exception as error:  # the hub client raises many types: no such repository, no rights, no room
         raise CheckpointError(
