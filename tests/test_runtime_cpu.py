@@ -4,6 +4,7 @@ swaps, keeps and says. No time is ever asserted."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 import pickle
@@ -374,7 +375,7 @@ def test_source_that_does_not_compile(monkeypatch, tmp_path):
 
 @needs_kernels
 def test_an_old_processor(monkeypatch):
-    monkeypatch.setattr(cpu, "load_kernels", lambda: build.Kernels(load_kernels().code, level=0, threaded=True))
+    monkeypatch.setattr(cpu, "load_kernels", lambda: dataclasses.replace(load_kernels(), level=0))
     with pytest.warns(UserWarning, match="neither AVX2 nor AVX-512"):
         report = cpu.accelerate(toy_model())
     assert report.num_packed == 0 and report.instruction_set == "plain C++"
