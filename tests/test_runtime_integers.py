@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -13,7 +14,7 @@ from reference import q8
 from topiarist.core.compiled import NoKernels
 from topiarist.core.patterns import NM
 from topiarist.runtime import linear
-from topiarist.runtime.build import LEVELS, Kernels, load_kernels
+from topiarist.runtime.build import LEVELS, load_kernels
 from topiarist.runtime.linear import QuantisedLinear, form_of
 
 
@@ -93,7 +94,7 @@ def test_bytes_a_weight(zeros, bits, form):
 def test_the_form_that_is_chosen(monkeypatch, zeros, bits, with_expansion, without):
     codes, _ = integers(16, 512, bits, zeros, 1, torch.bfloat16)
     for level, form in ((1, without), (2, with_expansion)):
-        kernels = Kernels(load_kernels().code, level=level, threaded=True)
+        kernels = replace(load_kernels(), level=level)
         monkeypatch.setattr(linear, "load_kernels", lambda kernels=kernels: kernels)
         assert form_of(codes, bits) == form
 
