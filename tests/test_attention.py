@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen3MoeConfig
 
 import topiarist as tp
 from topiarist.core.gram import Gram
@@ -82,6 +82,18 @@ def test_a_gram_counts_tokens_by_their_attention():
         collector.on_input(matrix, x)
     collector.end_of_forward()  # attention of a kind that is not seen: tokens count alike
     assert torch.allclose(weighted.matrix, flat.T @ (flat * (1 + received.flatten()[:, None])), atol=1e-4)
+
+
+def test_where_attention_is_not_seen_a_warning_says_so():
+    sizes = SIZES | {"head_dim": 8, "sliding_window": 8}
+    models = [made(Gemma2Config(**sizes), attn_implementation="eager") for _ in range(2)]
+    tokens = torch.randint(0, 97, (8, 16))
+    with pytest.warns(UserWarning, match="tokens count alike in the matrices of values"):
+        report = tp.quantize(models[0], bits=4, group=32, data=tokens, batch_size=4)
+    assert sum("count alike" in warning for warning in report.warnings) == 1
+    tp.quantize(models[1], bits=4, group=32, data=tokens, batch_size=4, attention=False)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_values_alone_are_quantised_by_it():

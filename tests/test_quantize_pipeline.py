@@ -181,6 +181,7 @@ def test_a_solver_and_a_grid_make_up_for_each_other():
         ({"bits": 4}, CalibrationError, "gptq looks at what flows"),
         ({"bits": 8, "group": 24}, QuantizationError, r"layers\.0\.self_attn\.q_proj: groups of 24 do not divide"),
         ({"bits": 8, "correct": True}, CalibrationError, "error correction looks"),
+        ({"bits": 8, "skip": [".*"]}, QuantizationError, "skip leaves no matrix to quantise"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(tmp_path, pruned, settings, error, message):

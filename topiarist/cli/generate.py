@@ -45,9 +45,12 @@ def generate(
             sys.stdout.write(text[len(before.rstrip("\N{REPLACEMENT CHARACTER}")) :])
             sys.stdout.flush()
     sys.stdout.write("\n")
-    speed = (len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else 0.0
-    err.print(f"{ids.shape[1]} tokens of prompt in {times[1] - times[0]:.2f} s", highlight=False)
-    err.print(f"{len(written)} tokens written" + (f", {speed:.1f} a second" if speed else ""), highlight=False)
+    if generator.reason:  # all tokens come at once, when the last is there
+        speed = f", {len(written) / (times[-1] - times[0]):.1f} a second, the prompt's {ids.shape[1]} tokens included"
+    else:
+        err.print(f"{ids.shape[1]} tokens of prompt in {times[1] - times[0]:.2f} s", highlight=False)
+        speed = f", {(len(times) - 2) / (times[-1] - times[1]):.1f} a second" if len(times) > 2 else ""
+    err.print(f"{len(written)} tokens written{speed}", highlight=False)
 
 
 COMMANDS = {"generate": generate}

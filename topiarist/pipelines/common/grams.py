@@ -59,6 +59,8 @@ class GramCollector:
     _counted: list[int] = field(default_factory=list)
     """Tokens in `_sums`."""
     _slots: int = 0
+    attention_unseen: bool = False
+    """Whether a forward ended without `on_attention`: tokens then count alike."""
 
     def on_input(self, matrix: Matrix, x: Float[Tensor, "*batch in"]) -> None:
         """Note that `matrix` reads x; the first matrix of a group brings its tokens."""
@@ -92,7 +94,8 @@ class GramCollector:
 
     def end_of_forward(self) -> None:
         """Inputs of one forward are compared by identity, so they are held until it ends and dropped here."""
-        for group, x in self._waiting:  # attention that nobody saw
+        self.attention_unseen |= self.waits
+        for group, x in self._waiting:
             group.gram.add(x)
         self._waiting.clear()
         self._inputs.clear()

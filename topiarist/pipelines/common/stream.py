@@ -65,6 +65,8 @@ class BlockStream:
         """The windows in each slot of this process, counted among those of all."""
         tokens = tokens[first * batch_size : slots[-1].stop * batch_size]
         self._batches = [slice(s, min(s + batch_size, len(tokens))) for s in range(0, len(tokens), batch_size)]
+        self.attention_unseen = False
+        """Whether Grams that go by attention were taken where none could be seen."""
         self.dense: HiddenStates | None = None
         """The dense model's own hidden states after the block that `follow_dense` saw last."""
         self._entering: HiddenStates | None = None
@@ -262,6 +264,7 @@ class BlockStream:
                     collector.end_of_forward()
                 if not one_batch:
                     collector.end_of_slot()
+        self.attention_unseen |= collector.attention_unseen
         return collector.groups if one_batch else collector.of_all(self.processes)
 
     def stages(self, index: int, block: nn.Module, matrices: Sequence[Matrix]) -> list[list[Matrix]]:

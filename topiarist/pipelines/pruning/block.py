@@ -114,6 +114,9 @@ class BlockPruner(GroupSolver):
                     early = all(m.expert is None for m in stage)
                     groups = stream.grams(index, block, stage, stop_early=early, by_attention=self.by_attention)
             layers += self.solve(groups, stage, path)
+        if stream.attention_unseen:
+            why = "the model does not compute attention where it can be seen (sdpa)"
+            self.warn(f"tokens count alike in the matrices of values: {why}", UserWarning)
         if network is not None:
             layers += self._prune_jointly(stream, index, block, network, before, path)
         if self.refine is not None and targets is not None:

@@ -15,7 +15,7 @@ from topiarist.checkpoints.dequantised import QUANTIZATION
 from topiarist.checkpoints.reading import Checkpoint, locate
 from topiarist.checkpoints.references import reference, resolved
 from topiarist.checkpoints.writing import OutputFolder
-from topiarist.core.errors import CheckpointError, UnsupportedModel
+from topiarist.core.errors import CheckpointError, QuantizationError, UnsupportedModel
 from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import given_or_made, plain, takes
 from topiarist.core.patterns import Pattern, Unstructured
@@ -106,6 +106,8 @@ def opened_for(
     shapes = source.shapes()
     patterns, unmatched = allocate.without(dict.fromkeys(shapes, Unstructured(0.0)), options.skip)
     wanted = {name: shapes[name] for name, pattern in patterns.items() if pattern is not None}
+    if not wanted:
+        raise QuantizationError("skip leaves no matrix to quantise: skip fewer")
     grid = Grid.fitting(options.bits, options.group, wanted)
     source.check_packed(wanted, out)
     return source, patterns, unmatched, grid
