@@ -32,7 +32,7 @@ Cell = dict[str, float | str]
 
 
 def main() -> None:
-    """Run every method at every pattern; nine minutes on two quiet cores with AVX-512, longer without."""
+    """Run every method at every pattern; minutes on two quiet cores with AVX-512, longer without."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=12, help="calibration windows")
     parser.add_argument("--window", type=int, default=512, help="tokens a calibration window")
