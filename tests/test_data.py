@@ -226,6 +226,8 @@ def test_what_is_long(tmp_path: Path):
 
 def test_documents_of_memory_skip_what_is_empty():
     with pytest.warns(UserWarning, match=r"2 of 4 rows hold no text"):
-        assert list(read_documents(["a", None, " ", "b"])) == ["a", "b"]
+        assert list(read_documents(["a", "", " ", "b"])) == ["a", "b"]
     with pytest.raises(tp.CalibrationError, match="holds int where text is expected"):
         list(read_documents([3]))
+    with pytest.raises(tp.CalibrationError, match="calibration text 2 holds null where text is expected"):
+        list(read_documents(["a", None]))

@@ -42,3 +42,10 @@ def test_the_table_is_printed_and_kept(tmp_path: Path, monkeypatch, command):
     assert "What stayed as it was" in (tmp_path / "out" / "pruning_report.html").read_text()
     folder = tp.prune("model", "again", method="magnitude", skip=["v_proj"])
     assert folder.dense == rows == tp.prune(tiny.tiny_model(), method="magnitude", skip=["v_proj"]).dense
+
+
+def test_a_run_that_would_prune_nothing_is_refused(tmp_path: Path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    tiny.tiny_checkpoint(tmp_path / "model")
+    code, _, error = command("prune", "model", "out", "--method", "magnitude", "--skip", ".*")
+    assert code == 2 and "nothing is left to prune" in error and not (tmp_path / "out").exists()

@@ -53,6 +53,21 @@ def test_shrink(folder: Path, command, words: tuple[str, ...], said: list[str]):
     assert ("refit, about" in printed) == ("--no-refit" not in words)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--units", "experts"), "experts"),
+        (("--target-params", "30M"), "lower it"),
+        (("--units", "hidden", "--rotate", "--layout", "hetero"), "hidden"),
+    ],
+)
+def test_what_shrink_refuses_its_plan_refuses(folder: Path, command, words: tuple[str, ...], said: str):
+    run = command("shrink", "model", "out", *words, *TEXT[:-1])
+    plan = command("shrink", "model", "out", *words, *TEXT)
+    assert plan[0] == run[0] == 2 and said in plan[2] and plan[2] == run[2]
+    assert not (folder / "out").exists()
+
+
 def test_shrink_without_text(folder: Path, command):
     code, printed, error = command("shrink", "model", "out", "--method", "magnitude", "--no-refit", "--plan")
     assert code == 0 and "none: no text is looked at" in printed, error

@@ -17,6 +17,7 @@ import tiny
 
 import topiarist as tp
 from topiarist.data import calibration_windows, read_documents
+from topiarist.data.text import readers
 
 TEXTS = ["first\ndocument", 'the "second", with ünïcode', "third"]
 PACK = {
@@ -143,9 +144,21 @@ def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, name: str, raw
 
 @pytest.mark.parametrize("kind", [".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".json"])
 def test_empty_rows_are_skipped_and_counted(tmp_path: Path, kind: str):
-    (tmp_path / f"a{kind}").write_bytes(raw_rows(kind, ["one", None, "  ", "two"]))
+    (tmp_path / f"a{kind}").write_bytes(raw_rows(kind, ["one", "", "  ", "two"]))
     with pytest.warns(UserWarning, match=r"2 of 4 rows hold no text and were skipped"):
         assert list(read_documents(tp.text_files(tmp_path / f"a{kind}"))) == ["one", "two"]
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet", ".arrow", ".array"])
+def test_null_is_refused_with_its_file_and_row(tmp_path: Path, kind: str):
+    path = tmp_path / f"a{kind.replace('.array', '.json')}"
+    path.write_bytes(raw_rows(kind, ["one", "two", None, "four"]))
+    refused = pytest.raises(tp.CalibrationError, match=rf"{path.name} (row|line) 3 holds null where text is expected")
+    with refused:
+        list(read_documents(tp.text_files(path)))
+    (reader,) = readers(tp.text_files(path), ())
+    assert reader.value(2) is None  # a draw from a long file sees the same
+    getattr(reader, "close", lambda: None)()
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet", ".arrow"])

@@ -123,6 +123,7 @@ def test_what_cannot_be_sharded_is_refused(tmp_path: Path):
         run(tmp_path, "out", shard=True)
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (tmp_path / "pruned", {"kind": "lora"}, "use kind full, or leave --shard out"),
+        (tmp_path / "pruned", {"sequences": 3, "data": [[1]]}, "3 sequences a step cannot be divided among 2"),
         (tp.load_pruned(tmp_path / "pruned"), {}, "a model object cannot be sharded"),
         (tmp_path / "pruned", {"teacher": tiny.tiny_model()}, "a model object cannot be sharded"),
     ]

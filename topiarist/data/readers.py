@@ -27,7 +27,7 @@ _MAX_ARRAY = 1 << 28  # bytes; a JSON array is parsed whole, at about five times
 
 
 class Reader(ABC):
-    """One file. A row's value is what stands in the field: a text, chat messages, or None."""
+    """One file. A row's value is what stands in the field: a text, or chat messages."""
 
     separator = SEPARATOR
     """What stands between two rows."""
@@ -157,11 +157,11 @@ class LineReader(ByteReader):
         return np.where(lengths > len("\r\n"), lengths, 0)  # blank lines are no rows
 
     def value(self, row: int) -> Any:
-        """The field of one line, None if it is blank. Raises CalibrationError as `values` does."""
+        """The field of one line, "" if it is blank. Raises CalibrationError as `values` does."""
         begin = int(self._ends[row - 1]) if row else 0
         self.stream.seek(begin)
         line = self.stream.read(int(self._ends[row]) - begin)
-        return self._parse(row, line) if line.strip() else None
+        return self._parse(row, line) if line.strip() else ""
 
     def _parse(self, row: int, line: bytes) -> Any:
         try:

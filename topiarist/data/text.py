@@ -94,13 +94,15 @@ class Rows:
         self.tokenizer, self.empty, self.seen = tokenizer, 0, 0
 
     def text(self, value: Any, where: str) -> str:
-        """The text of a value, "" if it has none. Raises CalibrationError for a value that is no text."""
+        """The text of a value, "" if it is blank. Raises CalibrationError for a value that is no text, null among them."""
         self.seen += 1
         if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
             value = self._conversation(value, where)
-        if value is None or (isinstance(value, str) and not value.strip()):
+        if isinstance(value, str) and not value.strip():
             self.empty += 1
             return ""
+        if value is None:
+            raise CalibrationError(f'{where} holds null where text is expected: leave such rows out, or put "" there')
         if not isinstance(value, str):
             raise CalibrationError(f"{where} holds {type(value).__name__} where text is expected")
         # Half of a surrogate pair, which JSON can spell, is no character; a tokenizer refuses it.
@@ -125,7 +127,7 @@ class Rows:
 def read_documents(
     source: TextFiles | Sequence[Any], *, tokenizer: Any = None, usual: Sequence[str] = CALIBRATION
 ) -> Iterator[str]:
-    """Every document, in order. Rows without text are skipped, and counted in a warning at the end.
+    """Every document, in order. Blank rows are skipped, and counted in a warning at the end.
 
     tokenizer: its chat template makes text of chat messages. usual: splits that are read when the source names none.
     Raises CalibrationError for an unreadable file and for a row that is no text.

@@ -38,6 +38,7 @@ def resolve_patterns(
     if allocation is None:
         dense, unmatched = allocate.without(dict.fromkeys(shapes, pattern), skip)
         fitting = allocate.uniform({n: shapes[n] for n, p in dense.items() if p is not None}, pattern)
+        _check_any(fitting)
         return {name: fitting.get(name) for name in shapes}, unmatched
     if isinstance(allocation, Mapping):
         patterns, uncounted, what = allocate.given(shapes, allocation, source.stays_dense), [], "the allocation"
@@ -51,7 +52,14 @@ def resolve_patterns(
     if budgeted:
         counted, _ = allocate.without(dict.fromkeys(sorted(set(shapes) - set(uncounted)), pattern), skip)
         check_budget({n: shapes[n] for n in shapes if counted.get(n) is not None}, patterns, pattern, what)
-    return allocate.without(patterns, skip)
+    left, unmatched = allocate.without(patterns, skip)
+    _check_any(left)
+    return left, unmatched
+
+
+def _check_any(patterns: Mapping[str, Pattern | None]) -> None:
+    if all(pattern is None for pattern in patterns.values()):
+        raise PatternError("nothing is left to prune: --skip or the allocation leaves every matrix dense")
 
 
 def open_for(options: DataOptions, model: str | Path | nn.Module | OpenedModel) -> OpenedModel:

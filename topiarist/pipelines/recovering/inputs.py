@@ -112,6 +112,12 @@ def check_divisible(
         raise TopiaristError("low-rank updates are cut by masks of whole matrices: use kind full, or leave --shard out")
 
 
+def check_sequences(options: RecoverOptions, processes: int) -> None:
+    """Raise CalibrationError unless the processes can divide the sequences of a step, before any text is read."""
+    if options.sequences is not None and options.sequences % processes:
+        raise CalibrationError(f"{options.sequences} sequences a step cannot be divided among {processes} processes")
+
+
 def tokenizer_of(model: OpenedModel) -> Any:
     """The model's own tokenizer; None if it has none."""
     try:
@@ -144,7 +150,7 @@ def text_of(
 
 
 def cut_text(
-    text: TrainingText, options: RecoverOptions, sequences: int, processes: int
+    text: TrainingText, options: RecoverOptions, sequences: int
 ) -> tuple[Sequences, Int[Tensor, "held window"], int]:
     """Return (training sequences, held-out sequences, steps).
 
@@ -162,8 +168,6 @@ def cut_text(
             f"a budget of {options.tokens:,} tokens is below one step of {sequences} x {text.window} = "
             f"{step:,}: raise --tokens, or lower --sequences"
         )
-    if sequences % processes:
-        raise CalibrationError(f"{sequences} sequences a step cannot be divided among {processes} processes")
     return trained, held_out, options.tokens // step
 
 

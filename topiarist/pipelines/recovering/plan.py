@@ -60,7 +60,7 @@ def plan_recover(
         held.enter_context(computing_in(options.dtype, student, teacher_model))
         trainee = Trainee(student, masks, options)
         sequences = options.sequences_a_step(text.window, 1)
-        tokens, held_out, steps = cut_text(text, options, sequences, 1)
+        tokens, held_out, steps = cut_text(text, options, sequences)
         micro_batch = math.gcd(sequences, options.batch_size)
         objective = make_objective(student, teacher_model, tokens, held_out[:1], options, alone)
         times: list[float] = []

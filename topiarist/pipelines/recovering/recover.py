@@ -31,6 +31,7 @@ from topiarist.pipelines.recovering.files import write_recovered
 from topiarist.pipelines.recovering.inputs import (
     check_dense,
     check_divisible,
+    check_sequences,
     check_teacher,
     cut_text,
     held_masks,
@@ -79,6 +80,7 @@ def recover(
     opened = open_pruned(model, options)
     opened.check_output(out)
     dense = open_teacher(opened, teacher, options)
+    check_sequences(options, processes.size)
     if options.shard:
         check_divisible(opened, dense, options, processes)
     check_same_run(processes, options, opened, {"out": str(out), "teacher": None if dense is None else dense.digest()})
@@ -87,7 +89,7 @@ def recover(
         text = held.enter_context(text_of(opened, options, processes, place, progress=tell))
         sequences = options.sequences_a_step(text.window, processes.size)
         options = replace(options, sequences=sequences)
-        tokens, held_out, steps = cut_text(text, options, sequences, processes.size)
+        tokens, held_out, steps = cut_text(text, options, sequences)
         report = _report(opened, dense, teacher, options, place)
         report.steps, report.tokens = steps, steps * sequences * text.window
         report.calibration = {

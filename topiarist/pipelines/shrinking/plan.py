@@ -13,6 +13,7 @@ from topiarist.models.opened import OpenedModel, at_rest
 from topiarist.pipelines.common.probe import timed, window_seconds
 from topiarist.pipelines.common.setup import open_for, windows_of
 from topiarist.pipelines.common.stream import BlockStream
+from topiarist.pipelines.shrinking.decide import decide
 from topiarist.pipelines.shrinking.options import Search, ShrinkOptions
 from topiarist.structured import METHODS
 
@@ -32,9 +33,12 @@ STEP = 4
 
 
 def plan_shrink(model: str | Path, options: ShrinkOptions) -> list[tuple[str, str]]:
-    """Take a window through the first block, and its Grams, and extrapolate. Writes nothing."""
+    """Take a window through the first block, and its Grams, and extrapolate. Writes nothing.
+
+    Raises what the run itself would raise of the model's shapes.
+    """
     source = open_for(options, model)
-    options.check_text(refits=options.refit)
+    decided = decide(source, options, [])
     name = name_of(METHODS, options.chosen_method)
     lines = [("peak memory, about", f"{(resident_bytes() + 2 * source.nbytes) / 1e9:.2f} GB")]
     lines.append(("disk, at most", f"{1.1 * source.nbytes / 1e9:.2f} GB"))
@@ -47,7 +51,7 @@ def plan_shrink(model: str | Path, options: ShrinkOptions) -> list[tuple[str, st
         lines.append((f"scores, {name}", "no estimate: how many forwards it takes depends on the units"))
     else:
         lines.append((f"scores, {name}, about", duration(passes * num * forward)))
-    if options.refit:
+    if decided.refit:
         lines.append(("refit, about", duration(num * _refit_seconds(source, tokens[:1]))))
     if options.searches:
         settings = options.search or Search()

@@ -16,12 +16,12 @@ from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import given_or_made, plain, takes
 from topiarist.core.registry import name_of
 from topiarist.data import Windows
-from topiarist.models.derive import check_without_encoder, has_row
+from topiarist.models.derive import has_row
 from topiarist.pipelines.common.dense import NO_UNIT, left_dense
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.reproduce import command, recipe
 from topiarist.pipelines.common.setup import open_for, windows_of
-from topiarist.pipelines.shrinking.cuts import check_rotate, plan_cuts, refuse_pruned
+from topiarist.pipelines.shrinking.decide import decide
 from topiarist.pipelines.shrinking.distill import disk_bytes
 from topiarist.pipelines.shrinking.files import write_shrunk
 from topiarist.pipelines.shrinking.latency import best_within
@@ -29,11 +29,10 @@ from topiarist.pipelines.shrinking.options import Search, ShrinkOptions
 from topiarist.pipelines.shrinking.report import ShrinkReport
 from topiarist.pipelines.shrinking.run import ShrinkRun, frozen, parameter_counts
 from topiarist.pipelines.shrinking.search import SplitSearch
-from topiarist.pipelines.shrinking.splits import plan_splits
 from topiarist.structured import METHODS, PruneSpec
 from topiarist.structured.derived import tried
 from topiarist.structured.trial import split
-from topiarist.structured.units import COLUMN_KINDS, DEPTH_KINDS, HIDDEN
+from topiarist.structured.units import DEPTH_KINDS
 
 SAID = ("method", "keep", "layout", "units", "seed")
 """Settings that the command says even at their defaults."""
@@ -60,31 +59,19 @@ def shrink(
     options = given_or_made(ShrinkOptions, options, settings)
     meter = Meter()
     reset_peak_memory()
-    scorer, keep, layout, recovery, round_to = (
-        options.chosen_method, options.chosen_keep, options.layout, options.recover, options.round_to,
-    )  # fmt: skip
+    scorer, layout, recovery, round_to = options.chosen_method, options.layout, options.recover, options.round_to
     opened = open_for(options, model)
-    check_without_encoder(opened.model, "shrinking")
     opened.check_output(out)
     name, in_place = opened.name, opened.in_place
-    refuse_pruned(opened.config, name)
     notes: list[str] = []
-    if options.searches:
-        splits = plan_splits(opened.model, options)
-        kinds, scope, cuts = splits.kinds, "per_layer", []
-        keep = splits.target / splits.dense
-    else:
-        splits = None
-        cuts = plan_cuts(opened.model, scorer, keep, layout, options.units, options.scope, round_to, notes)
-        kinds, scope = tuple(dict.fromkeys(group.kind for cut in cuts for group in cut.groups)), cuts[-1].scope
-    if options.rotate:
-        check_rotate(opened.model, kinds)
+    decided = decide(opened, options, notes)
+    kinds, scope, cuts, splits, keep, refit = (
+        decided.kinds, decided.scope, decided.cuts, decided.splits, decided.keep, decided.refit,
+    )  # fmt: skip
     if recovery is not None and layout == "masked" and in_place:
         raise TopiaristError(
             "a model object that is masked in place cannot teach itself: give its folder, or another layout"
         )
-    refit = options.refit and bool({*COLUMN_KINDS, HIDDEN} & {*kinds})
-    options.check_text(refits=refit)
     windows = windows_of(options, opened) if options.data is not None else None
     if splits is not None and windows is not None:
         split(windows.tokens, 1)  # refuses too few
