@@ -65,14 +65,14 @@ def test_conv1d_is_masked_along_its_inputs():
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_experts_keep_their_module(transposed):
-    """A 3-D parameter is masked where it stands; its own module goes on multiplying by it."""
+@pytest.mark.parametrize("stacked", [(3,), ()], ids=["experts", "one matrix"])
+def test_a_parameter_is_masked_where_it_stands(transposed, stacked):
+    """Its own module goes on multiplying by it."""
     experts = nn.Module()
-    shape = (3, 48, 16) if transposed else (3, 16, 48)
-    experts.gate = nn.Parameter(torch.randn(shape))
-    rows = (experts.gate.transpose(1, 2) if transposed else experts.gate).detach().flatten(0, 1)
-    mask = PATTERN.mask(rows.abs())
-    mask = mask.view(3, 16, 48).transpose(1, 2) if transposed else mask.view(3, 16, 48)
+    experts.gate = nn.Parameter(torch.randn(*stacked, *((48, 16) if transposed else (16, 48))))
+    rows = (experts.gate.mT if transposed else experts.gate).detach().flatten(0, -2)
+    mask = PATTERN.mask(rows.abs()).view(*stacked, 16, 48)
+    mask = mask.mT if transposed else mask
     dense = experts.gate.detach().clone()
     learned = mask_parameter(experts, "gate", Categorical(NM(2, 4)), mask, index=0, transposed=transposed)
     assert torch.equal(experts.gate, dense * mask) and learned_masks(experts) == [learned]

@@ -151,6 +151,28 @@ SHORT: dict[str, Any] = {"steps": 6, "evaluate_every": 2, "held_out": 2}
 
 
 @pytest.mark.slow
+def test_a_linear_with_a_forward_of_its_own_keeps_it(base: Path):
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = load_model(base)
+    plain = model.model.layers[0].self_attn.o_proj
+    plain.__class__ = Doubled
+    dense = plain.weight.detach().clone()
+    report = tp.learn(model, pattern="2:4", prior="magnitude", steps=2, held_out=2, data=language(12, 16))
+    assert model.model.layers[0].self_attn.o_proj is plain and report.layers
+    kept = plain.weight != 0
+    assert bool((kept.view(-1, 4).sum(-1) == 2).all()) and torch.equal(plain.weight[kept], dense[kept])
+
+
+def test_a_model_that_cuts_the_gradient_off_is_refused(base: Path):
+    model = load_model(base)
+    model.model.layers[-1].register_forward_hook(lambda module, args, out: out.detach())
+    with pytest.raises(tp.UnsupportedModel, match="the loss has no gradient"):
+        tp.learn(model, pattern="2:4", prior="magnitude", steps=2, held_out=2, data=language(12, 16))
+
+
 def test_killed_at_random_points_ends_in_the_same_bytes(base: Path, tmp_path: Path):
     assert_kills_change_nothing(lambda out: learn(base, out, **SHORT), tmp_path, kills=4, each=3)
 

@@ -176,7 +176,7 @@ class MaskedLinear(LearnedMask):
 
 
 class MaskedExperts(LearnedMask):
-    """A learned mask of a 3-D parameter: (experts, out, in), or (experts, in, out) if `transposed`.
+    """A learned mask of a parameter (experts, out, in), or (experts, in, out) if `transposed`; without experts, of (out, in).
 
     Registered as a parametrization, so the module that owns the parameter stays as it is: `mask_parameter` below.
     """
@@ -189,19 +189,19 @@ class MaskedExperts(LearnedMask):
         self._weight = [weight]  # in a list: the parameter stays registered where it was
 
     def _rows(self, tensor: Tensor) -> Tensor:
-        return (tensor.transpose(1, 2) if self.transposed else tensor).flatten(0, 1).contiguous()
+        return (tensor.mT if self.transposed else tensor).flatten(0, -2).contiguous()
 
     def _unrows(self, rows: Tensor, shape: torch.Size) -> Tensor:
         if not self.transposed:
             return rows.view(shape)
-        return rows.view(shape[0], shape[2], shape[1]).transpose(1, 2)
+        return rows.view(*shape[:-2], shape[-1], shape[-2]).mT
 
     @property
     def matrix(self) -> Float[Tensor, "rows in"]:
         """The experts' rows below each other; a copy if the parameter is stored transposed."""
         return self._rows(self._weight[0].detach())
 
-    def forward(self, weight: Float[Tensor, "experts rows cols"]) -> Float[Tensor, "experts rows cols"]:
+    def forward(self, weight: Float[Tensor, "*experts rows cols"]) -> Float[Tensor, "*experts rows cols"]:
         """W * M in the parameter's own layout, with the current draw's mask or the hard one; W while `bypassed`."""
         if self.bypassed:
             return weight
@@ -218,7 +218,7 @@ class MaskedExperts(LearnedMask):
 
 
 def mask_parameter(module: nn.Module, name: str, relaxation: Relaxation, mask, **kwargs) -> MaskedExperts:
-    """Give the 3-D parameter `name` of a module a learned mask. Undo with `parametrize.remove_parametrizations`."""
+    """Give a parameter a learned mask, whatever its module does with it. Undo with `parametrize.remove_parametrizations`."""
     weight = getattr(module, name)
     weight.requires_grad_(False)
     learned = MaskedExperts(weight, relaxation, mask, **kwargs)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Shaped, UInt8
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
 
 from topiarist.core.errors import PatternError
 from topiarist.core.patterns import Pattern
@@ -28,6 +29,9 @@ from topiarist.masklearn import (
 from topiarist.models.families import Matrix, block_names
 from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.training.recompute import recomputed
+
+PLAIN = (nn.Linear.forward, Conv1D.forward)
+"""What multiplies by the weight alone: a masked layer can take its place."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,11 @@ class Target:
         """Full names of its matrices, as reports and audits of a pruned checkpoint call them."""
         experts = [m.expert for m in self.matrices]
         return [self.label] if experts == [None] else [f"{self.label}.{e}" for e in experts]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the module stays, because it does more with the parameter than a linear layer: experts, grouped rows."""
+        return self.matrices[0].expert is not None or type(self.matrices[0].module).forward not in PLAIN
 
     def rows(self, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "rows in"]:
         """A tensor in the parameter's shape as the (rows, in) matrix whose rows the groups run along."""
@@ -155,7 +164,7 @@ class MaskedModel:
 
     def _mask(self, target: Target, relaxation: Any, mask: Tensor, options: dict[str, Any]) -> LearnedMask:
         matrix = target.matrices[0]
-        if matrix.expert is not None:
+        if target.in_place:
             return mask_parameter(
                 matrix.module, matrix.parameter, relaxation, mask, transposed=target.transposed, **options
             )
@@ -214,7 +223,7 @@ class MaskedModel:
             self.model.set_submodule(path, module)
         for target in self.targets:
             matrix = target.matrices[0]
-            if matrix.expert is not None:
+            if target.in_place:
                 parametrize.remove_parametrizations(matrix.module, matrix.parameter, leave_parametrized=False)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._trained[name])

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from topiarist.core.errors import CalibrationError
+from topiarist.core.errors import CalibrationError, UnsupportedModel
 from topiarist.pipelines.training.processes import Processes
 
 MicroBatch = TypeVar("MicroBatch")
@@ -60,6 +60,11 @@ def accumulate_gradients(
     total = torch.zeros((), device=device)
     for index in range(processes.rank, len(micro_batches), processes.size):
         share = loss(micro_batches[index]) / len(micro_batches)
+        if not share.requires_grad:
+            raise UnsupportedModel(
+                "the loss has no gradient: the model's own code cuts it off from the weights, so it can be pruned but not "
+                "trained"
+            )
         share.backward()
         after_backward()
         total += share.detach()
