@@ -10,7 +10,7 @@ from topiarist.core.errors import TopiaristError
 from topiarist.core.options import About, options
 from topiarist.pipelines.common.options import HOW, DataOptions, count
 
-MOST_SEQUENCES, FEWEST_STEPS = 8, 200
+MOST_SEQUENCES, FEWEST_STEPS = 8, 500
 """Of a step and of a run, if nothing is said."""
 LOOKS, SHARE = 10, 0.1
 """At the held-out loss, if nothing is said: so many, but no more than this share of the training's cost."""
@@ -38,7 +38,7 @@ class RecoverOptions(DataOptions):
     window_tokens: Annotated[int, About(flag="window"), Field(gt=1)] = 512
     """Tokens a sequence, at most the model's limit."""
     sequences: Annotated[int | None, Field(gt=0)] = None
-    """Sequences a step; default: 8, or fewer so that the budget makes 200 steps."""
+    """Sequences a step; default: 8, or fewer so that the budget makes 500 steps."""
     batch_size: Annotated[int, Field(gt=0)] = 4
     """Sequences a forward, at most."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
