@@ -19,6 +19,11 @@ CUT = "yes"
 def cuts(model: Any) -> dict[str, str]:
     """{kind of unit: "yes", or why it cannot be cut}. What is neither begins with "fails"."""
     found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(Path(folder))
+        _, about = type(model).from_pretrained(folder, output_loading_info=True)
+    if about["missing_keys"] or about["unexpected_keys"]:
+        return dict.fromkeys(UNITS, f"{type(model).__name__} does not open again, whole as it is, what it stored")
     for kind in UNITS:
         try:
             found[kind] = CUT if not (why := _cut(model, kind)) else f"fails: {why}"

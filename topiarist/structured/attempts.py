@@ -73,7 +73,11 @@ def _head_size(model: Any) -> tuple[Stated, ...]:
     """The size of a head, stated where the config leaves it to width / heads: it has to stay when heads go."""
     text = text_of(model.config)
     query = head_counts(model)[0]
-    if getattr(text, "head_dim", None) is not None:
+    try:
+        said = getattr(text, "head_dim", None) is not None
+    except Exception:  # said layer by layer: such configs raise an error of their own for it
+        said = True
+    if said:
         return ()
     return (Stated("head_dim", 0, int(text.hidden_size) // query),)
 

@@ -169,6 +169,12 @@ def shrunk(
     for consumer, bias in biases.items():
         name = f"{consumer}.bias"
         state[name] = (state[name].float() + bias.to(state[name].device)).to(state[name].dtype)
+    for name, tensor in new.state_dict().items():
+        if name in state and state[name].shape != tensor.shape:
+            raise UnsupportedModel(
+                f"the number in a {model.config.model_type} config that says how much was cut says the size of {name} too, "
+                "which was not: choose other --units, or --layout masked"
+            )
     new.load_state_dict(state, assign=True)
     new.tie_weights()
     new.generation_config = model.generation_config
