@@ -95,8 +95,8 @@ class ShardedWeights(TrainedWeights):
         self._stored = stored
         for name, mask in masks.items():
             if name in self.parameters:
-                self._pruned[name] = ~mask
-                rows_of(self.parameters[name]).detach().masked_fill_(self._pruned[name], 0.0)
+                self._kept[name] = mask
+                rows_of(self.parameters[name]).detach().masked_fill_(~mask, 0.0)
 
     def rows(self, tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """This process' rows of a parameter, or of what the optimiser has of it."""
