@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import topiarist as tp
+from topiarist.data import Windows
 from topiarist.models import quick_attention as module
 from topiarist.models.attention import WATCHED
 from topiarist.models.opened import evaluated
@@ -69,17 +71,32 @@ def test_everything_else_goes_the_usual_way(change, monkeypatch):
     assert not called
 
 
-def test_a_model_in_bf16_uses_it_and_no_other_does(monkeypatch):
-    seen, usual = [], ALL_ATTENTION_FUNCTIONS[WATCHED]
-    monkeypatch.setattr(module, "causal_attention", lambda *args: (seen.append(0), causal_attention(*args))[1])
+def test_its_logits_are_those_of_the_model():
     tokens = tiny.tiny_tokens(2, 80)
     model = tiny.tiny_model()
-    with evaluated(model):
-        wanted = model(tokens).logits
-    assert not seen
     half = tiny.tiny_model().bfloat16()
     half.load_state_dict(model.state_dict())
-    with evaluated(half):
+    with evaluated(half), quick_attention():
         found = half(tokens).logits.float()
-    assert len(seen) == half.config.num_hidden_layers and ALL_ATTENTION_FUNCTIONS[WATCHED] is usual
+    with evaluated(model):
+        wanted = model(tokens).logits
     assert (found - wanted).norm() < 0.03 * wanted.norm()
+
+
+def test_trainings_use_it_and_nothing_else_does(monkeypatch):
+    seen, usual = [], ALL_ATTENTION_FUNCTIONS[WATCHED]
+    monkeypatch.setattr(module, "causal_attention", lambda *args: (seen.append(0), causal_attention(*args))[1])
+    tokens = tiny.tiny_tokens(12, 32)
+    dense, model = tiny.tiny_model().bfloat16(), tiny.tiny_model().bfloat16()
+    tp.prune(model, method="wanda", pattern="2:4", calibration=tokens)
+    tp.perplexity(model, Windows(tokens, "", frozenset()))
+    assert not seen
+    trainings = (
+        lambda: tp.recover(model, teacher=dense, data=tokens, window_tokens=32, tokens=64, held_out=1, dtype="stored"),
+        lambda: tp.learn(tiny.tiny_model().bfloat16(), prior="magnitude", steps=1, held_out=1, data=tokens),
+        lambda: tp.prune(tiny.tiny_model().bfloat16(), method="magnitude", refine="epochs=1", calibration=tokens),
+    )  # fmt: skip
+    for training in trainings:
+        seen.clear()
+        training()
+        assert seen and ALL_ATTENTION_FUNCTIONS[WATCHED] is usual

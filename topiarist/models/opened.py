@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from topiarist.core.errors import CheckpointError
 from topiarist.core.products import quick_products
 from topiarist.models.checks import check_folder, check_object, device_or_default
 from topiarist.models.interface import OpenedModel
-from topiarist.models.quick_attention import quick_attention
 from topiarist.models.saving import save_model, write_model
 
 
@@ -188,17 +187,14 @@ def open_model(
 
 @contextmanager
 def evaluated(*models: nn.Module | None) -> Iterator[None]:
-    """Nothing is dropped out inside, and products and attention are quick; afterwards every module is in its own mode again."""
+    """Nothing is dropped out inside, and products are quick; afterwards every module is in its own mode again."""
     given = [model for model in models if model is not None]
     training = [module for model in given for module in model.modules() if module.training]
     for model in given:
         model.eval()
     halves = any(parameter.itemsize == 2 for model in given for parameter in model.parameters())
     try:
-        with ExitStack() as quick:
-            if halves:  # a mode costs every call some microseconds
-                quick.enter_context(quick_products())
-                quick.enter_context(quick_attention())
+        with quick_products() if halves else nullcontext():  # a mode costs every call some microseconds
             yield
     finally:
         for module in training:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from topiarist.checkpoints.writing import SavedState
 from topiarist.core.errors import NumericalError
+from topiarist.models.quick_attention import quick_attention
 from topiarist.pipelines.training.batches import accumulate_gradients
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.sharded_state import ShardedState
@@ -95,7 +96,7 @@ class FineTuning:
         run = _Run(self, weights)
         history = run.resume(held_out is not None)
         saved, pause = time.monotonic(), SAVED_AFTER
-        with weights.training(module), run.best_at_the_end(held_out):
+        with weights.training(module), run.best_at_the_end(held_out), quick_attention():
             if not history.evaluations:
                 run.evaluate(0, held_out)
             for step in range(len(history.losses), self.steps):
