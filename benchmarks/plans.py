@@ -104,10 +104,10 @@ print(json.dumps(tp.prune(folder, out, calibration=tokens, batch_size=1, **json.
 """
 
 
-def verify(folder: Path, what: str, windows: int, window: int) -> None:
-    """Plan a whole run of 1.2B weights, run it, and print both."""
-    blocks, config = MODELS["Llama-3.2-1B"]
-    base, run = folder / "whole", RUNS[what]
+def verify(folder: Path, what: str, blocks: int, windows: int, window: int) -> None:
+    """Plan a run over so many blocks of Llama-3.2-1B's shape, run it, and print both."""
+    config, run = MODELS["Llama-3.2-1B"][1], RUNS[what]
+    base = folder / f"{blocks}-blocks"
     if not (base / "config.json").exists():
         make_checkpoint(base, config, blocks)
     said = plan(run, base, tokens_of(config, windows, window), 1)
@@ -129,6 +129,8 @@ def main() -> None:
         one.add_argument("--folder", type=Path, required=True)
         one.add_argument("--windows", type=int, default=windows)
         one.add_argument("--window", type=int, default=window)
+        if command == "verify":
+            one.add_argument("--blocks", type=int, default=16, help="16 are the whole of it, 1.2B weights")
         if command == "table":
             one.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
         else:
@@ -138,7 +140,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.command == "verify":
-        verify(options.folder, options.run, options.windows, options.window)
+        verify(options.folder, options.run, options.blocks, options.windows, options.window)
         return
     for row in rows(options.folder, options.models, options.windows, options.window):
         print(row, flush=True)

@@ -35,6 +35,8 @@ class Solver(ABC):
 
     needs_data: ClassVar[bool] = True
     """Whether it looks at the Gram."""
+    copies: ClassVar[tuple[int, int]] = (5, 12)
+    """fp32 matrices of its Gram's size and of its weights' size that it holds at once, at most: for plans."""
 
     def __call__(self, weight: Float[Tensor, "out in"], gram: Gram, pattern: Pattern) -> Solution:
         """Prune one weight (out, in), any float dtype and device.

@@ -20,6 +20,7 @@ class Magnitude(GramSolver):
     """
 
     needs_data: ClassVar[bool] = False
+    copies: ClassVar[tuple[int, int]] = (0, 3)
 
     def solve(
         self, state: Any, W: Float[Tensor, "out in"], pattern: Pattern

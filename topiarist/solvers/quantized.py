@@ -54,6 +54,7 @@ class Unchanged(Solver):
     """Gives every weight back, with the mask of its pattern: a later step makes up for what the mask removes."""
 
     needs_data: ClassVar[bool] = False
+    copies: ClassVar[tuple[int, int]] = (0, 3)
 
     def together(self, weights: Sequence[Tensor], gram: Gram, patterns: Sequence[Pattern]) -> list[Solution]:
         """Each weight with its magnitude mask; the Gram is not looked at."""
@@ -82,6 +83,12 @@ class Quantized(Solver):
     def needs_data(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the solver or the method looks at the Gram."""
         return self.solver.needs_data or self.method.needs_data
+
+    @property
+    def copies(self) -> tuple[int, int]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What the solver holds, and what rounding in turns does."""
+        grams, weights = self.solver.copies
+        return max(grams, 3), max(weights, 8)
 
     def together(self, weights: Sequence[Tensor], gram: Gram, patterns: Sequence[Pattern]) -> list[Solution]:
         """Prune by the solver, then quantise its weights and the given ones; of both the one of lower error is kept."""

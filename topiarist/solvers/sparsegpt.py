@@ -6,6 +6,7 @@ W  weight (out, in)     U  upper Cholesky factor of (H + damping)^-1, U[j, j]^2 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -37,6 +38,8 @@ class SparseGPT(GramSolver):
     Differs from the authors' code in: 1. exact counts: the matrix's budget is divided over the blocks to the weight.
     2. Nothing given is changed. 3. The inverse is fp32 with damping that escalates loudly instead of failing.
     """
+
+    copies: ClassVar[tuple[int, int]] = (3, 4)
 
     damping: PositiveFloat = 0.01
     """Added to the diagonal of H, as a fraction of its mean."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -21,6 +23,8 @@ class Wanda(GramSolver):
     each row's down). 2. `per_row=False` compares over the whole matrix. Like theirs, an
     unstructured pattern is applied row by row unless told otherwise.
     """
+
+    copies: ClassVar[tuple[int, int]] = (0, 3)
 
     per_row: bool = True
     """Compare within each output row (the paper's choice) or over the matrix."""

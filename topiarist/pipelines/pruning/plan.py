@@ -29,10 +29,9 @@ from topiarist.pipelines.pruning.sparsellm import Method, SparseLLM
 from topiarist.pipelines.pruning.walk import WalkOptions
 from topiarist.pipelines.training.processes import Processes
 from topiarist.quantization import Grid
+from topiarist.solvers import Solver
 
 PROBE_WINDOWS = 2
-SOLVER_COPIES = 10
-"""fp32 copies of its weight and of its Gram that a solver may hold at once; an upper bound over the table."""
 GRAM_COPIES = 1 + SLOTS.bit_length() // 2
 """Squares a Gram: the sum of a slot, and sums of slots that wait for their neighbours, half a square each."""
 
@@ -152,7 +151,7 @@ def plan_walk(
     return Plan(
         blocks=blocks,
         matrices=len(matrices),
-        peak_memory_bytes=resident_bytes() + _working_set(source, stream, groups, own, options, refine, joint),
+        peak_memory_bytes=resident_bytes() + _working_set(source, stream, groups, solver, own, options, refine, joint),
         disk_bytes=_disk_bytes(source, patterns, grid),
         forward_seconds=blocks * passes * own / len(probe),
         solver_seconds=blocks * rate * solves * max(load) / sum(load),
@@ -190,25 +189,33 @@ def _working_set(
     source: Any,
     stream: BlockStream,
     groups: Sequence[GramGroup],
+    solver: Method,
     samples: int,
     options: PlannedOptions,
     refine: Refine | None,
     joint: SparseLLM | None,
 ) -> int:
-    """Bytes that come on top of the process as it is: hidden states, Grams, the solver's copies, the embeddings."""
+    """Bytes that come on top of the process as it is: hidden states, and beside them the most of what follows one another:
+    sums of Grams, the whole Grams with a solver's copies, a block in training, the embeddings.
+    """
     spilled = options.spill is not None
     states = hidden = 0 if spilled else stream.hidden[0].numel() * stream.hidden.element_size() * samples
     if joint is not None:  # inputs and fp32 outputs of a network, and its fp32 auxiliaries if rounds follow one another
         tokens = 0 if spilled else samples * stream.hidden.shape[1]
         rows = max(sum(m.shape[0] for m in g.matrices) for g in groups) if joint.epochs > 1 else 0
         hidden += (1 + joint.needs_dense_inputs) * states + 4 * tokens * (stream.hidden.shape[2] + rows)
-    grams = sum(GRAM_COPIES * 4 * g.gram.in_features**2 for g in groups)
+    grams = sum(4 * g.gram.in_features**2 for g in groups)
     if options.correct is not None or (refine is not None and refine.target == "dense"):
         hidden += 2 * states  # the dense model's, on both sides of a block
     if refine is not None and refine.target == "current":  # targets
         hidden += states
     if options.correct is not None:  # the block as it was, and sums over two inputs beside the Grams
         grams += grams + sum(m.tensor.numel() * m.tensor.element_size() for g in groups for m in g.matrices)
-    largest = max(4 * (g.gram.in_features**2 + sum(m.weight.numel() for m in g.matrices)) for g in groups)
+    local = solver.local if isinstance(solver, SparseLLM) else solver
+    squares, weights = Solver.copies if getattr(local, "refit", False) else local.copies
+    solving = max(
+        4 * (squares * g.gram.in_features**2 + weights * sum(m.weight.numel() for m in g.matrices)) for g in groups
+    )
     embeddings = sum(p.numel() * p.element_size() for p in source.embedding_parameters())
-    return max(hidden + grams + SOLVER_COPIES * largest, hidden + embeddings)
+    trained = sum(m.weight.numel() for g in groups for m in g.matrices) * (16 + 2) if refine is not None else 0
+    return hidden + max(GRAM_COPIES * grams, grams + solving, trained, embeddings)
