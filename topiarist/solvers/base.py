@@ -36,7 +36,7 @@ class Solver(ABC):
     needs_data: ClassVar[bool] = True
     """Whether it looks at the Gram."""
     copies: ClassVar[tuple[int, int]] = (5, 12)
-    """fp32 matrices of its Gram's size and of its weights' size that it holds at once, at most: for plans."""
+    """fp32 matrices of its Gram's size that it holds at most, and of its weights' size: for plans."""
 
     def __call__(self, weight: Float[Tensor, "out in"], gram: Gram, pattern: Pattern) -> Solution:
         """Prune one weight (out, in), any float dtype and device.
