@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -14,6 +15,7 @@ from sweep.check import check_type, tokens
 from sweep.tiny_types import tiny_folder
 
 import topiarist as tp
+from topiarist.models import derive
 from topiarist.models.families import FAMILIES, Family
 from topiarist.models.names import DiskNames
 from topiarist.models.opened import open_model
@@ -62,6 +64,44 @@ def test_a_block_that_runs_twice_a_forward_is_refused_before_anything_is_written
     base = tiny_folder(tmp_path / "base", "hrm_text")
     with pytest.raises(tp.UnsupportedModel, match="called more than once a forward"):
         tp.prune(base, tmp_path / "out", method="wanda", calibration=tokens(), refine=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("gpt_oss", {}),  # by matmul
+        ("llama4_text", {}),  # all experts in one product
+        ("mixtral", {"intermediate_size": 32}),  # gate above up is square: no shape would tell
+    ],
+)
+def test_experts_stored_otherwise_than_their_class_says_are_refused(
+    model_type: str, fields: Any, tmp_path: Path, monkeypatch
+):
+    base = tiny_folder(tmp_path / "base", model_type, **fields)
+    known = derive.is_transposed
+    monkeypatch.setattr(derive, "is_transposed", lambda module: not known(module))
+    with pytest.raises(
+        tp.UnsupportedModel, match=r"experts\.\w+ is multiplied as \(expert, .* say so in a row of .*: (Tru|Fals)e"
+    ):
+        tp.prune(base, tmp_path / "out", method="wanda", calibration=tokens())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["Llama4TextExperts", "AriaGroupedExpertsGemm"])  # the second up to transformers 5.0
+def test_experts_of_classes_that_do_not_say_how_they_are_stored(name: str):
+    assert derive.is_transposed(type(name, (torch.nn.Module,), {})())
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])  # as Jamba's without a GPU and xLSTM's in transformers 5.0
+def test_a_block_that_cannot_run_here_is_refused_with_its_own_reason(kind: type, tmp_path: Path, monkeypatch):
+    def forward(*_: Any) -> None:
+        raise kind("fast kernels are not available\nand more lines")
+
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", forward)
+    with pytest.raises(tp.UnsupportedModel, match=r"layers\.0 cannot run here \(fast kernels are not available\): "):
+        tp.prune(base, tmp_path / "out", method="wanda", calibration=tokens()[:, :16])
     assert not (tmp_path / "out").exists()
 
 

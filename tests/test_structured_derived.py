@@ -111,6 +111,9 @@ def test_a_folder_is_shrunk_and_opens_by_transformers_alone(model_type: str, tmp
         ("mamba", "kv_groups", "cannot be cut"),
         ("bloom", "channels", "no number of its config states them"),
         ("gemma3n_text", "channels", "it computes something else"),  # the largest of all channels stay
+        ("hrm_text", "block", r"\(hrm_text: it would have 2 of them\): choose"),
+        ("blt", "block", r"\(blt: it would have 2 of them\): choose"),  # another number counts them
+        ("minimax", "kv_groups", r"cut: \S+ would be \(1, 4, .*\), and its config asks for \(1, 2, .*\); "),  # a buffer
         ("minicpm3", "block", "residual_scale of block 0 would be"),  # it follows the number of blocks
     ],
 )

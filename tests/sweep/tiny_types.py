@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.modeling_auto import (
@@ -85,7 +86,7 @@ def tiny_model(model_type: str, mapping: str = "causal", **fields: Any) -> Any:
         build = getattr(transformers, NAMES[mapping][model_type])._from_config
         model_type = OWN_CONFIG[model_type]
     config = tiny_config(model_type, **fields)
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False):  # some code reads its buffers while it is built
         size = sum(p.numel() for p in build(config).parameters())
     if size > 30_000_000:
         raise ValueError(f"the tiny model has {size / 1e6:.0f} M parameters")
@@ -108,6 +109,8 @@ def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
     """Keyword arguments that make a config of this class tiny."""
     fields = {k: v for k, v in vars(config).items() if not k.startswith("_")}
     tiny: dict[str, Any] = {}
+    if "vocab_size" in fields and not hasattr(config, "pad_token_id"):  # transformers 5.0 reads it all the same
+        tiny["pad_token_id"] = 0
     for key, value in fields.items():
         if key == "qk_head_dim" and "qk_nope_head_dim" in fields:  # the sum of two
             continue

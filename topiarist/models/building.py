@@ -20,12 +20,12 @@ def without_memory(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
 
     Raises UnsupportedModel if it needs code of its own and may not run it, CheckpointError if transformers cannot build it.
     """
+    import transformers
     from accelerate import init_empty_weights
-    from transformers import AutoConfig
 
     modeling_pruned.register(checkpoint.config)
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
         if "tie_word_embeddings" in checkpoint.config:
             config.tie_word_embeddings = checkpoint.config["tie_word_embeddings"]
             text = config.get_text_config(decoder=True)
@@ -41,8 +41,9 @@ def without_memory(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     except Exception as error:  # configurations are checked by several libraries, each with errors of its own
         if checks.needs_remote_code(error) and not trust_remote_code:
             raise checks.remote_code_error(checkpoint.folder) from error
+        why = " ".join(str(error).split())
         raise CheckpointError(
-            f"transformers cannot build a model from {checkpoint.folder}: {' '.join(str(error).split())}"
+            f"transformers {transformers.__version__} cannot build a model from {checkpoint.folder}: {why}"
         ) from error
     _keep_in_fp32(model, checkpoint.dtype())
     return model.eval().requires_grad_(False)

@@ -34,7 +34,7 @@ _ROUTER_CLASS = re.compile(r"Router|TopK|M[oO]EGate$|MoeGate$")
 _ROUTER_NAME = re.compile(r"(^|\.)(gate|wg|classifier|\w*router|\w*experts?_gate)$")
 _HEADS = re.compile(r"(^|_)(num|n)_(\w+_)?heads?$|^n_head$")
 _WEIGHT_USED = re.compile(r"self\.(\w+)\.weight\b(?!\s*\.\s*(dtype|device|shape|size|is_\w+|ndim|numel|data_ptr)\b)")
-_TRANSPOSED = {"Llama4TextExperts"}
+_TRANSPOSED = {"Llama4TextExperts", "AriaGroupedExpertsGemm"}
 """Classes whose experts are stored (in, out) and do not say so by `is_transposed`."""
 
 

@@ -181,7 +181,7 @@ class FolderModel(OpenedModel):
 
         Raises CheckpointError if weights are missing or it cannot load them, DamagedWeights for NaN or Inf in them.
         """
-        from transformers import GenerationConfig
+        import transformers
 
         folder = self.checkpoint.folder
         # The tensors are handed over, so that adapters beside them, or a second set of weights, play no part.
@@ -191,13 +191,14 @@ class FolderModel(OpenedModel):
                 None, config=self.model.config, state_dict=state, dtype=self.dtype, output_loading_info=True
             )
         except (ValueError, KeyError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
+            why = " ".join(str(error).split())
+            raise CheckpointError(f"transformers {transformers.__version__} cannot load {folder}: {why}") from error
         checks.check_complete(folder, about["missing_keys"], self.checkpoint.files)
         checks.check_finite(model)
         if self.trust_remote_code:
             building.restore_computed(model, self.model)
         with suppress(OSError):  # few folders have none
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         return ObjectModel(model.to(self.device).eval(), origin=self)
 
     def fresh(self) -> Any:

@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from topiarist.core.errors import UnsupportedModel
+
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from topiarist.models.families import Matrix
 
 Handler = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
-"""(input, weight as the product takes it, function that multiplies an input by it) -> the product."""
+"""(input, weight as (..., out, in), function that multiplies an input by it) -> the product."""
 
 
 class EndForward(Exception):
@@ -63,7 +65,8 @@ class ProductMode(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in self.PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor):
-            return self._handle(args[0], args[1], lambda x: func(x, *args[1:], **kwargs))
+            weight = args[1] if func is F.linear or args[1].ndim < 2 else args[1].mT
+            return self._handle(args[0], weight, lambda x: func(x, *args[1:], **kwargs))
         return func(*args, **kwargs)
 
 
@@ -111,10 +114,22 @@ def _expert_inputs(experts: Sequence[Matrix], on_input: Callable[[Matrix, Tensor
 
     def handle(x: Tensor, weight: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
         if weight.ndim == 2 and (matrix := slices.get(weight.data_ptr())) is not None:
+            _check_layout(matrix, weight)
             on_input(matrix, x)
         elif weight.ndim == 3 and x.ndim == 3:
             for matrix in whole.get(weight.data_ptr(), ()):
+                _check_layout(matrix, weight)
                 on_input(matrix, x[matrix.expert])
         return multiply(x)
 
     return handle
+
+
+def _check_layout(matrix: Matrix, weight: Tensor) -> None:
+    """Raise UnsupportedModel if the product reads an expert's rows as columns: of square ones no shape would tell."""
+    if weight.stride()[-2:] != matrix.weight.stride():
+        orders = ("(expert, out, in)", "(expert, in, out)")
+        raise UnsupportedModel(
+            f"{matrix.path} is multiplied as {orders[not matrix.transposed]}, and taken to be {orders[matrix.transposed]}: say "
+            f"so in a row of topiarist.models.FAMILIES (Family(experts={{{matrix.path!r}: {not matrix.transposed}}}))"
+        )

@@ -47,6 +47,8 @@ def stock_config(
             names = {name for name in found if not (biased and name.endswith(".bias"))} | set(expected)
             if wrong := sorted(name for name in names if found.get(name) != expected.get(name)):
                 raise ValueError(f"{wrong[0]} would be {found.get(wrong[0])}, not {expected.get(wrong[0])}")
+            if (count := len(built.get_submodule(family.blocks))) != len(blocks):  # another number states it
+                raise ValueError(f"it would have {count} of them")
             every = range(len(model.get_submodule(family.blocks)))
             if target == model.config.model_type and len(blocks) < len(every):
                 # Of the new widths too: what they change in a block is no other kind of block.
@@ -62,9 +64,10 @@ def stock_config(
             f"{config.num_attention_heads} heads of {config.head_dim} at width {config.hidden_size}"
         ]
     what = ", ".join(f"{count} {place.rsplit(':', 1)[1]}" for place, count in widest.items())
+    hetero = ", or --layout hetero" if what else ""  # which states widths, and no number of blocks
     raise UnsupportedModel(
         f"no {model.config.model_type} config can hold {what or f'{len(blocks)} blocks'} ({'; '.join(reasons)}): choose "
-        "other --units, or --layout hetero"
+        f"other --units{hetero}"
     )
 
 

@@ -169,16 +169,19 @@ def shrunk(
     for consumer, bias in biases.items():
         name = f"{consumer}.bias"
         state[name] = (state[name].float() + bias.to(state[name].device)).to(state[name].dtype)
-    for name, tensor in new.state_dict().items():
-        if name in state and state[name].shape != tensor.shape:
-            raise UnsupportedModel(
-                f"the number in a {model.config.model_type} config that says how much was cut says the size of {name} too, "
-                "which was not: choose other --units, or --layout masked"
-            )
+    _check_fits(state, new)
     new.load_state_dict(state, assign=True)
     new.tie_weights()
     new.generation_config = model.generation_config
     return new.to(next(model.parameters()).device).eval().requires_grad_(False)
+
+
+def _check_fits(state: Mapping[str, Tensor], new: Any) -> None:
+    """Raise UnsupportedModel for the first tensor that the model of the new config holds otherwise."""
+    found, wanted = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (state, new.state_dict()))
+    for name in sorted(found.keys() | wanted.keys()):
+        if (cut := found.get(name, "missing")) != (asked := wanted.get(name, "none")):
+            raise UnsupportedModel(f"{name} would be {cut}, and its config asks for {asked}: choose other --units")
 
 
 def _renumbered(state: dict[str, Tensor], family: Family, blocks: Sequence[int]) -> dict[str, Tensor]:
