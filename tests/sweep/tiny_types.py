@@ -109,7 +109,9 @@ def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
     """Keyword arguments that make a config of this class tiny."""
     fields = {k: v for k, v in vars(config).items() if not k.startswith("_")}
     tiny: dict[str, Any] = {}
-    if "vocab_size" in fields and not hasattr(config, "pad_token_id"):  # transformers 5.0 reads it all the same
+    if {"vocab_size", "text_config"} & fields.keys() and not hasattr(
+        config, "pad_token_id"
+    ):  # which 5.0 reads all the same
         tiny["pad_token_id"] = 0
     for key, value in fields.items():
         if key == "qk_head_dim" and "qk_nope_head_dim" in fields:  # the sum of two
