@@ -112,6 +112,7 @@ def verify(folder: Path, what: str, blocks: int, windows: int, window: int) -> N
         make_checkpoint(base, config, blocks)
     said = plan(run, base, tokens_of(config, windows, window), 1)
     print("planned:", dict(said.lines()), flush=True)
+    shutil.rmtree(folder / "pruned", ignore_errors=True)
     words = [str(base), str(folder / "pruned"), json.dumps(run), str(config["vocab_size"]), str(windows), str(window)]
     done = subprocess.run([sys.executable, "-c", RUN, *words], stdout=subprocess.PIPE, text=True, check=True)
     took = json.loads(done.stdout.splitlines()[-1])
