@@ -15,6 +15,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,10 @@ RUNS: dict[str, dict[str, Any]] = {
 def plan(run: dict[str, Any], base: Path, tokens: torch.Tensor, processes: int) -> Plan:
     """Plan one run as so many processes would; only this one is there."""
     settings = {**run, "data": tokens, "num_windows": len(tokens), "window_tokens": tokens.shape[1], "batch_size": 1}
-    with patch.object(Processes, "join", classmethod(lambda cls: cls(0, processes))):
+    alone = patch.object(Processes, "join", classmethod(lambda cls: cls(0, processes)))
+    # Of the processor with one thread: what else runs on the machine does not count.
+    clock = patch("topiarist.pipelines.pruning.plan.time.perf_counter", time.process_time)
+    with alone, clock:
         return (
             plan_quantize(base, QuantizeOptions(**settings))
             if "bits" in run
