@@ -11,7 +11,7 @@ import functools
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -54,6 +54,8 @@ class ALPS(GramSolver):
     4. Residual form, so that products tolerate bf16. 5. Thresholds by selection; one product per refit step.
     6. Dead inputs take no part.
     """
+
+    copies: ClassVar[tuple[int, int]] = (4, 8)
 
     preset: Literal["fast", "best"] = "fast"
     """`fast` or `best`: gives every field below that is not set its value."""

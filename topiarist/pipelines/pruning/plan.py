@@ -216,7 +216,7 @@ def _working_set(
     solving = 0
     for group in groups:  # a solver first works on the Gram, then on the weights
         gram, own = 4 * group.gram.in_features**2, 4 * sum(m.weight.numel() for m in group.matrices)
-        solving = max(solving, squares * gram + 2 * own, min(2, squares) * gram + weights * own)
+        solving = max(solving, squares * gram + 3 * own, min(2, squares) * gram + weights * own)
     embeddings = sum(p.numel() * p.element_size() for p in source.embedding_parameters())
     trained = sum(m.weight.numel() for g in groups for m in g.matrices) * (16 + 2) if refine is not None else 0
     return hidden + max(GRAM_COPIES * grams, grams + solving, trained, embeddings)
