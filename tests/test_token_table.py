@@ -121,3 +121,23 @@ def test_text_far_longer_than_the_run_is_drawn_from(texts: Any, tmp_path: Path, 
     model = open_model(tiny.tiny_checkpoint(tmp_path / "base"))
     with training_text(model, texts, window_tokens=32, num_windows=4, seed=0, out=tmp_path / "out") as text:
         assert len(text.table) == 4 and not (tmp_path / "out.tokens").exists()
+
+
+@pytest.mark.parametrize("way", ["beside the result", "in memory", "drawn"])
+def test_every_sequence_begins_with_the_start_token_if_asked(texts: Any, tmp_path: Path, monkeypatch, way: str):
+    from topiarist.data import draw
+
+    if way == "drawn":
+        monkeypatch.setattr(draw, "SMALL", 100)
+    model = open_model(tiny.tiny_checkpoint(tmp_path / "base"))
+    out = None if way == "in memory" else tmp_path / "out"
+    digests = set()
+    for bos in ("never", "always"):
+        with training_text(model, texts, window_tokens=32, num_windows=4, seed=0, out=out, bos=bos) as text:
+            trained, held_out = text.split(1)
+            digests.add(text.digest)
+            assert text.window == 32 == held_out.shape[1]
+            for rows in (trained[[0, 1]], held_out):
+                assert rows.shape[1] == 32 and bool((rows[:, 0] == 1).all()) == (bos == "always")
+                assert not bool((rows[:, 1:] == 1).any())
+    assert len(digests) == 2

@@ -88,6 +88,8 @@ class DataOptions(RunOptions):
     """Of datasets; default train."""
     tokenizer: Annotated[Any, About(metavar="DIR", result=False)] = None
     """A tokenizer, or the folder of one; default the model's own."""
+    bos: Bos = "never"
+    """Whether a window begins with the model's start token: auto (as its tokenizer does), always or never."""
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     """Chooses the text, and all noise."""
 
@@ -109,5 +111,3 @@ class TextOptions(DataOptions):
     """Windows of text."""
     window_tokens: Annotated[int | None, Field(ge=2), About(flag="window")] = None
     """Tokens a window; default min(2048, the model's limit)."""
-    bos: Bos = "never"
-    """Whether a window begins with the model's start token: auto (as its tokenizer does), always or never."""

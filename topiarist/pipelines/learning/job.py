@@ -73,7 +73,7 @@ def prepare(
     text = held.enter_context(
         training_text(
             source, options.data, window_tokens=recipe.length, num_windows=num, seed=0, tokenizer=options.tokenizer,
-            out=out, processes=processes, progress=progress,
+            bos=options.bos, out=out, processes=processes, progress=progress,
         )
     )  # fmt: skip
     training, evaluated = text.split(aside)

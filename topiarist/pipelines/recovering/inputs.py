@@ -144,7 +144,7 @@ def text_of(
     window = min(options.window_tokens, model.limit or options.window_tokens)
     with training_text(
         model, options.data, window_tokens=options.window_tokens, num_windows=options.tokens // window + options.held_out,
-        seed=options.seed, tokenizer=options.tokenizer, processes=processes, out=out, **more,
+        seed=options.seed, tokenizer=options.tokenizer, bos=options.bos, processes=processes, out=out, **more,
     ) as text:  # fmt: skip
         yield text
 

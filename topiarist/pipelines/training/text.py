@@ -14,7 +14,15 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from topiarist.core.errors import CalibrationError
-from topiarist.data import TextFiles, Windows, calibration_windows, check_vocabulary, evaluation_windows
+from topiarist.data import (
+    Bos,
+    TextFiles,
+    Windows,
+    calibration_windows,
+    check_vocabulary,
+    evaluation_windows,
+    start_tokens,
+)
 from topiarist.data.draw import is_long
 from topiarist.data.text import CALIBRATION, readers
 from topiarist.models.interface import DEFAULT_WINDOW, OpenedModel
@@ -35,11 +43,16 @@ class TrainingText:
     """sha256 of all tokens."""
     passages: frozenset[int] = frozenset()
     """Hashes of a sample of the text's passages, to tell it from held-out text."""
+    start: tuple[int, ...] = ()
+    """Tokens that every sequence begins with, before those of the table."""
 
     def split(self, held_out: int) -> tuple[Sequences, Int[Tensor, "held window"]]:
         """Return (training sequences, at most `held_out` others). Raises CalibrationError if there are too few."""
-        trained, others = split_held_out(len(self.table), held_out)
-        return Sequences(self.table, trained.nonzero()[:, 0]), self.table[others.nonzero()[:, 0]].long()
+        trained, others = (
+            Sequences(self.table, mask.nonzero()[:, 0], self.start)
+            for mask in split_held_out(len(self.table), held_out)
+        )
+        return trained, others[torch.arange(len(others))]
 
     def record(self) -> str:
         """JSON of what an evaluation needs to tell its text from this one; kept beside the result."""
@@ -52,13 +65,16 @@ class Sequences:
 
     table: Int[Tensor, "num window"] | TokenTable
     rows: Int[Tensor, " some"]
+    start: tuple[int, ...] = ()
+    """Tokens that stand before those of a row."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, wanted: Sequence[int] | Tensor) -> Int[Tensor, "wanted window"]:
         """Read some of the sequences, int64."""
-        return self.table[self.rows[wanted]].long()
+        found = self.table[self.rows[wanted]].long()
+        return torch.cat([torch.tensor(self.start).expand(len(found), -1), found], 1) if self.start else found
 
 
 @contextmanager
@@ -70,6 +86,7 @@ def training_text(
     num_windows: int,
     seed: int,
     tokenizer: Any = None,
+    bos: Bos = "never",
     out: Path | None = None,
     processes: Processes | None = None,
     progress: Progress = lambda *_: None,
@@ -77,9 +94,9 @@ def training_text(
     """All sequences of the text, or of text far longer than `num_windows` of them as many, drawn by the seed.
 
     data: text, or token ids (num, window) whose windows are taken as they are. window_tokens: tokens a sequence, or the
-    model's limit where that is less. num_windows: sequences that the run will look at, those held out included. out: the
-    folder of the run's result; the tokens of text files then stand beside it, in OUT.tokens, until the run ends. Without
-    it they are in memory.
+    model's limit where that is less, the start token among them where `bos` asks for one. num_windows: sequences that the
+    run will look at, those held out included. out: the folder of the run's result; the tokens of text files then stand
+    beside it, in OUT.tokens, until the run ends. Without it they are in memory.
     Raises CalibrationError if there is no text, less than one sequence of it, or if it does not fit the model; ProcessError
     if processes see other text.
     """
@@ -92,9 +109,12 @@ def training_text(
     processes.check_agreement({"text much longer than the run takes": long})
     if isinstance(data, TextFiles) and out is not None and not long:
         own = model.tokenizer(tokenizer)
-        with tokenised(data, own, out, window=window, processes=processes, progress=progress) as text:
-            check_vocabulary(torch.tensor([[text.highest]]), model.vocabulary, "training")
-            yield TrainingText(text.table, window, text.digest, text.passages)
+        start = start_tokens(own, bos)
+        room = window - len(start)
+        with tokenised(data, own, out, window=room, processes=processes, progress=progress) as text:
+            check_vocabulary(torch.tensor([[text.highest, *start]]), model.vocabulary, "training")
+            digest = hashlib.sha256(f"{text.digest} {start}".encode()).hexdigest() if start else text.digest
+            yield TrainingText(text.table, window, digest, text.passages, tuple(start))
         return
     if isinstance(data, Tensor):
         if data.ndim != 2 or data.numel() == 0:
@@ -104,9 +124,9 @@ def training_text(
     else:
         own = model.tokenizer(tokenizer)
         if long:
-            windows = calibration_windows(data, own, num_samples=num_windows, window=window, seed=seed)
+            windows = calibration_windows(data, own, num_samples=num_windows, window=window, seed=seed, bos=bos)
         else:
-            windows = evaluation_windows(data, own, window=window, usual=CALIBRATION)
+            windows = evaluation_windows(data, own, window=window, bos=bos, usual=CALIBRATION)
         tokens, digest, passages = windows.tokens, windows.digest, windows.passages
     if not 2 <= tokens.shape[1] <= limit:
         raise CalibrationError(f"sequences of {tokens.shape[1]} tokens do not fit the model: it takes 2 to {limit}")
