@@ -251,6 +251,11 @@ CHECKS: dict[str, Check] = {
         "stored as I8|another base",
         COMPUTING | {"apply", "export", "pack"},
     ),
+    "weights in 8 bits without scales": Check(
+        with_tensors(lambda tensors: tensors.update({UP: tensors[UP].to(torch.float8_e4m3fn)})),
+        "stored as F8|another base",
+        COMPUTING | {"apply", "export", "pack"},
+    ),
     "weights that are complex numbers": Check(
         with_tensors(lambda tensors: tensors.update({UP: tensors[UP].to(torch.complex64)})),
         "stored as C64",

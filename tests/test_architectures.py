@@ -216,6 +216,9 @@ def test_tensors_that_no_module_uses_are_copied_and_named(tmp_path: Path):
         tp.prune(base, tmp_path / "out", method="wanda", calibration=tokens()[:, :16])
     out = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(out["mtp.layers.0.proj.weight"], extra["mtp.layers.0.proj.weight"])
+    with pytest.warns(UserWarning, match=r"does not use are left out: mtp\.layers\.N\.proj\.weight"):
+        report = tp.shrink(base, tmp_path / "small", method="magnitude", refit=False)
+    assert any("are left out" in note for note in report.warnings)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe", "gpt2"])

@@ -140,6 +140,7 @@ def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, name: str, raw
     with pytest.raises(tp.CalibrationError, match=f"cannot read text from .*{name}") as refused:
         list(read_documents(tp.text_files(tmp_path / name)))
     assert "\n" not in str(refused.value)
+    assert ("convert it to UTF-8" in str(refused.value)) == ("codec" in str(refused.value))
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".json"])
@@ -264,3 +265,6 @@ def test_a_hub_dataset_that_cannot_be_had_is_one_line(monkeypatch):
     monkeypatch.setattr(datasets, "get_dataset_split_names", fails)
     with pytest.raises(tp.CalibrationError, match=r"^cannot read hub:a/b: no network$"):
         list(read_documents(tp.text_files("hub:a/b")))
+    for source, message in (("hub:", "names no dataset"), ("", "a text file without a name")):
+        with pytest.raises(tp.CalibrationError, match=message):
+            list(read_documents(tp.text_files(source)))

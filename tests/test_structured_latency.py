@@ -77,6 +77,7 @@ def test_a_killed_search_goes_by_the_times_it_measured(measured: list[float], tm
     [
         ({"target_latency": 1e6}, "meets the target of 1e+06 ms already"),
         ({"target_latency": 2.5}, "no split"),
+        ({"target_latency": 1e-9}, "no split takes 1e-09 ms a token here, where the dense model takes"),
         (
             {"target_latency": 3.4, "units": ["hidden", "channels"]},
             "no split takes 3.4 ms a token here, the fastest took",

@@ -79,6 +79,8 @@ def hub_rows(name: str, field: str, split: str | None, usual: Sequence[str]) -> 
     import datasets
 
     repository, _, config = name.removeprefix(HUB).partition(":")
+    if not repository:
+        raise CalibrationError(f"{name} names no dataset: write {HUB}NAME or {HUB}NAME:CONFIG")
     try:
         known = list(map(str, datasets.get_dataset_split_names(repository, config or None)))
         chosen = choose_split(name, known, split, usual)

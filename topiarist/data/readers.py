@@ -166,6 +166,8 @@ class LineReader(ByteReader):
     def _parse(self, row: int, line: bytes) -> Any:
         try:
             found = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise CalibrationError(f"cannot read text from {self.where(row)}: {error}: convert it to UTF-8") from None
         except (ValueError, RecursionError) as error:
             raise CalibrationError(f"cannot read text from {self.where(row)}: it is not JSON ({error})") from None
         return self._in_field(row, found)
@@ -192,6 +194,8 @@ class ArrayReader(LineReader):
         with open_bytes(self.path) as stream:
             try:
                 return json.loads(stream.read().decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise CalibrationError(f"cannot read text from {self.path}: {error}: convert it to UTF-8") from None
             except (ValueError, RecursionError) as error:
                 raise CalibrationError(f"cannot read text from {self.path}: it is not JSON ({error})") from None
 

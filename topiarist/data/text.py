@@ -43,6 +43,8 @@ def text_files(paths: str | Path | Iterable[str | Path], *, field: str = "text",
     for path in listed:
         if str(path).startswith(HUB):
             continue
+        if not str(path):
+            raise CalibrationError("a text file without a name: name a .txt, .jsonl, .parquet or datasets folder")
         if not Path(path).exists():
             raise CalibrationError(f"text file {path} does not exist")
         if not Path(path).is_dir():
@@ -84,7 +86,8 @@ def reading(path: object) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
-        raise CalibrationError(f"cannot read text from {path}: {error}") from error
+        cure = ": convert it to UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        raise CalibrationError(f"cannot read text from {path}: {error}{cure}") from error
 
 
 class Rows:

@@ -145,12 +145,12 @@ def check_shapes(folder: Path, found: Iterable[tuple[str, tuple[int, ...], tuple
 
 
 def check_floating(checkpoint: Checkpoint, names: Iterable[str]) -> None:
-    """Raise CheckpointError for the first tensor that is stored as integers, truth values or complex numbers.
+    """Raise CheckpointError for the first tensor that is stored as integers, truth values, complex numbers or 8-bit floats.
 
-    Cast to what the config asks for, whole numbers without their scales would pass for weights.
+    Cast to what the config asks for, numbers without their scales would pass for weights.
     """
     for name in names:
-        if not (kind := checkpoint.stored(name).dtype).startswith(("F", "BF")):
+        if (kind := checkpoint.stored(name).dtype) not in _FLOATS:
             raise CheckpointError(
                 f"tensor {name} of {checkpoint.folder} is stored as {kind}, which is no type of weights: if they are "
                 "quantised, take the original weights; otherwise save the model again"

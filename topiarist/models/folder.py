@@ -205,11 +205,15 @@ class FolderModel(OpenedModel):
         """The model loaded anew from the files."""
         return self.whole().model
 
+    @property
+    def unused(self) -> str:
+        """Kinds of tensors of the files that the model does not use, as text; "" if there are none."""
+        kinds = summary(self.names.unclaimed)
+        return ", ".join(kinds[:SHOWN]) + (f" and {len(kinds) - SHOWN} more kinds" if len(kinds) > SHOWN else "")
+
     def unpruned(self) -> list[str]:
         """What the base class says, and the tensors of the files that the model does not use."""
-        unused = summary(self.names.unclaimed)
-        shown = ", ".join(unused[:SHOWN]) + (f" and {len(unused) - SHOWN} more kinds" if len(unused) > SHOWN else "")
-        note = [f"tensors that the model does not use are copied as they are: {shown}"] if unused else []
+        note = [f"tensors that the model does not use are copied as they are: {self.unused}"] if self.unused else []
         return super().unpruned() + note
 
     def _names_below(self, path: str) -> list[str]:

@@ -113,6 +113,11 @@ class OpenedModel(ABC):
         dense = self.family.dense.items()
         return {f"{path}.{name.removesuffix('.weight')}": reason for path in self.block_names for name, reason in dense}
 
+    @property
+    def unused(self) -> str:
+        """Kinds of tensors of the files that the model does not use, as text; "" if there are none."""
+        return ""
+
     def unpruned(self) -> list[str]:
         """Sentences on what a user may think is pruned and is not: large parts of blocks, other inputs' towers."""
         found = []

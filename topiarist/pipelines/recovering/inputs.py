@@ -16,7 +16,7 @@ from topiarist.core.errors import CalibrationError, CheckpointError, TopiaristEr
 from topiarist.core.patterns import parse_pattern
 from topiarist.masks import zeros_of
 from topiarist.models.opened import OpenedModel
-from topiarist.pipelines.recovering.options import RecoverOptions
+from topiarist.pipelines.recovering.options import WINDOW, RecoverOptions
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.text import Sequences, TrainingText, training_text
 
@@ -140,10 +140,18 @@ def check_dense(teacher: OpenedModel) -> None:
 def text_of(
     model: OpenedModel, options: RecoverOptions, processes: Processes, out: Path | None = None, **more: Any
 ) -> Iterator[TrainingText]:
-    """The training text: of text that is far longer than the budget, no more than the budget takes."""
-    window = min(options.window_tokens, model.limit or options.window_tokens)
+    """The training text: of text that is far longer than the budget, no more than the budget takes.
+
+    Raises CalibrationError for a window that is longer than the model's limit.
+    """
+    asked = options.window_tokens
+    if asked is not None and model.limit is not None and asked > model.limit:
+        raise CalibrationError(
+            f"window {asked} is longer than the model's limit of {model.limit} tokens; ask for {model.limit} or fewer"
+        )
+    window = asked or min(WINDOW, model.limit or WINDOW)
     with training_text(
-        model, options.data, window_tokens=options.window_tokens, num_windows=options.tokens // window + options.held_out,
+        model, options.data, window_tokens=window, num_windows=options.tokens // window + options.held_out,
         seed=options.seed, tokenizer=options.tokenizer, bos=options.bos, processes=processes, out=out, **more,
     ) as text:  # fmt: skip
         yield text

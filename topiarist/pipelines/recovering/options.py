@@ -10,8 +10,8 @@ from topiarist.core.errors import TopiaristError
 from topiarist.core.options import About, options
 from topiarist.pipelines.common.options import HOW, DataOptions, count
 
-MOST_SEQUENCES, FEWEST_STEPS = 8, 500
-"""Of a step and of a run, if nothing is said."""
+WINDOW, MOST_SEQUENCES, FEWEST_STEPS = 512, 8, 500
+"""Tokens of a sequence, sequences of a step, steps of a run, if nothing is said."""
 LOOKS, SHARE = 10, 0.1
 """At the held-out loss, if nothing is said: so many, but no more than this share of the training's cost."""
 
@@ -35,8 +35,8 @@ class RecoverOptions(DataOptions):
     """Norms and biases are trained too."""
     embeddings: bool | None = None
     """Embeddings and head are trained too; by default they are in `full`, where alone they can be."""
-    window_tokens: Annotated[int, About(flag="window"), Field(gt=1)] = 512
-    """Tokens a sequence, at most the model's limit."""
+    window_tokens: Annotated[int | None, About(flag="window"), Field(gt=1)] = None
+    """Tokens a sequence; default: 512, or the model's limit where that is less."""
     sequences: Annotated[int | None, Field(gt=0)] = None
     """Sequences a step; default: 8, or fewer so that the budget makes 500 steps."""
     batch_size: Annotated[int, Field(gt=0)] = 4

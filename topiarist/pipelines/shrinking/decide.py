@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from topiarist.models.derive import check_without_encoder
 from topiarist.models.opened import OpenedModel
-from topiarist.pipelines.shrinking.cuts import Cut, check_rotate, plan_cuts, refuse_pruned
+from topiarist.pipelines.shrinking.cuts import Cut, check_rotate, plan_cuts, refuse_pruned, remember
 from topiarist.pipelines.shrinking.options import ShrinkOptions
 from topiarist.pipelines.shrinking.splits import Splits, plan_splits
 from topiarist.structured.units import COLUMN_KINDS, HIDDEN
@@ -30,6 +30,8 @@ def decide(opened: OpenedModel, options: ShrinkOptions, notes: list[str]) -> Dec
     """Return what will be cut. notes: takes the warnings. Raises a TopiaristError for what the model cannot lose."""
     check_without_encoder(opened.model, "shrinking")
     refuse_pruned(opened.config, opened.name)
+    if opened.unused:
+        remember(notes, f"tensors that the model does not use are left out: {opened.unused}")
     keep, cuts, splits = options.chosen_keep, list[Cut](), None
     if options.searches:
         splits = plan_splits(opened.model, options)

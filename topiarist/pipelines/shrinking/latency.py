@@ -51,9 +51,12 @@ def best_within(search: Any, target: float) -> tuple[list[Cut], Splits]:
     for _ in range(TRIES):
         try:
             search.splits = search.splits.of(int(min(parameters, MOST * whole)))
-        except PatternError:
+        except PatternError as error:
             if not search.tried:
-                raise
+                raise PatternError(
+                    f"no split takes {target:g} ms a token here, where the dense model takes {dense:.2f}: raise the target, "
+                    "or add units"
+                ) from error
             break
         before = len(search.tried)
         cuts, loss = search.best()

@@ -143,7 +143,8 @@ class _Run:
         if not (math.isfinite(total) and math.isfinite(norm)):
             what = "gradient" if math.isfinite(total) else "loss"
             raise NumericalError(
-                f"the {what} of {settings.name} step {step + 1} is not finite: lower its learning rate"
+                f"the {what} of {settings.name} step {step + 1} is not finite: lower its learning rate, and give the "
+                "run another output"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
