@@ -352,7 +352,7 @@ def test_user_errors(base: Path, learned: Path, tmp_path: Path):
         (tp.PatternError, "no mask for", {"prior": {}}),
         (tp.TopiaristError, "unknown preset", {"preset": "instant"}),
         (tp.TopiaristError, "steps is 0, should be greater than 0", {"steps": 0}),
-        (tp.TopiaristError, "every layer is skipped", {"skip": ["."]}),
+        (tp.TopiaristError, "nothing is left to prune", {"skip": ["."]}),
         (tp.PatternError, "divisible by 5", {"pattern": "2:5"}),
         (tp.CalibrationError, "a step takes 4", {"data": DATA[:4]}),
         (tp.CalibrationError, "too few", {"data": DATA[:1]}),

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from topiarist.core.errors import CalibrationError, TopiaristError
+from topiarist.core.errors import CalibrationError
 from topiarist.core.patterns import Pattern
 from topiarist.masklearn import PRESETS, Preset
 from topiarist.models.derive import check_without_encoder
@@ -65,8 +65,6 @@ def prepare(
         skip.append(f"^{re.escape(source.block_names[-1])}\\.")
     patterns, unmatched = resolve_patterns(source, options.base_pattern, None, skip)
     blocks = targets(source, patterns)
-    if not any(blocks):
-        raise TopiaristError("every layer is skipped: nothing to learn")
     notes = [f"--skip {expression!r} matches no layer" for expression in unmatched]
     aside = held_out or options.held_out
     num = recipe.steps * recipe.sequences + aside
