@@ -170,6 +170,9 @@ def test_what_a_kill_after_the_last_file_left_goes(base: Path, tmp_path: Path):
     (tmp_path / "out" / STATES / "kept.safetensors").touch()
     prune(base, tmp_path / "out")
     assert contents(tmp_path / "out") == before
+    (tmp_path / "out" / LOCK).touch()
+    prune(base, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
 
 
 def test_a_kill_at_the_very_first_line_leaves_a_folder_that_can_be_used(tmp_path: Path):

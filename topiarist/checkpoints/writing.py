@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,11 @@ class OutputFolder:
             except BaseException:
                 self._lock.release()
                 raise
-        elif self.states.exists():  # killed between the last file and this
+        elif self.states.exists() or (self.folder / LOCK).exists():  # killed between the last file and this
             shutil.rmtree(self.states, ignore_errors=True)
+            with suppress(CheckpointError):  # who holds it removes it
+                self._lock.acquire()
+                self._lock.release()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -89,7 +89,7 @@ class _Causal(torch.autograd.Function):
             wanted = wanted.reshape(batch * groups, -1, values.shape[-1])
             of_values[:, :end] += torch.bmm(shares.mT, wanted)
             of_shares = torch.bmm(wanted, values[:, :end].mT)
-            of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype).mul_(ctx.scaling)
+            of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares, -1, shares.dtype).mul_(ctx.scaling)
             found = torch.bmm(of_scores, keys[:, :end])
             of_query[:, :, :, start:end] = found.view(batch, groups, heads // groups, end - start, size)
             of_keys[:, :end] += torch.bmm(of_scores.mT, queries)
