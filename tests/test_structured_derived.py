@@ -128,4 +128,8 @@ def test_what_cannot_be_cut_is_refused_with_the_reason_before_any_work(
 
 def test_default_units_are_those_that_the_config_can_state():
     assert default_kinds(open_model(tiny_model("qwen3_next")).model) == ("kv_groups", "channels")
+    with pytest.raises(
+        tp.UnsupportedModel, match=r"^kv_groups of model type .mamba2. cannot be cut .*channels of model type"
+    ):
+        default_kinds(open_model(tiny_model("mamba2")).model)
     assert default_kinds(open_model(tiny_model("bart")).model) == ("channels",)

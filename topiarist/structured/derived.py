@@ -28,7 +28,7 @@ def default_kinds(model: Any) -> tuple[str, ...]:
     found: list[str] = []
     reasons: list[str] = []
     for kind in (KV_GROUPS, HEADS, "channels"):
-        if kind == HEADS and (KV_GROUPS in found or head_counts(model)[1] != 1):
+        if kind == HEADS and (KV_GROUPS in found or not _has_one_kv_head(model)):
             continue
         try:
             proposals(model, kind)
@@ -39,6 +39,13 @@ def default_kinds(model: Any) -> tuple[str, ...]:
     if not found:
         raise UnsupportedModel("; ".join(reasons))
     return tuple(found)
+
+
+def _has_one_kv_head(model: Any) -> bool:
+    try:
+        return head_counts(model)[1] == 1
+    except UnsupportedModel:  # no heads at all
+        return False
 
 
 def units_of(model: Any, kinds: Sequence[str]) -> list[UnitGroup]:
