@@ -192,10 +192,9 @@ class ArrayReader(LineReader):
                 f"{self.path} is one array of over {_MAX_ARRAY >> 20} MB; write a row a line (.jsonl)"
             )
         with open_bytes(self.path) as stream:
+            text = stream.read().decode("utf-8-sig")  # what is not UTF-8 is named by `reading`
             try:
-                return json.loads(stream.read().decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise CalibrationError(f"cannot read text from {self.path}: {error}: convert it to UTF-8") from None
+                return json.loads(text)
             except (ValueError, RecursionError) as error:
                 raise CalibrationError(f"cannot read text from {self.path}: it is not JSON ({error})") from None
 

@@ -85,15 +85,20 @@ def open_output(
     return output
 
 
+def check_window(asked: int | None, source: OpenedModel) -> None:
+    """Raise CalibrationError for a window that is longer than the model's limit. asked: tokens; None: nothing was asked for."""
+    if asked is not None and source.limit is not None and asked > source.limit:
+        raise CalibrationError(
+            f"window {asked} is longer than the model's limit of {source.limit} tokens; ask for {source.limit} or fewer"
+        )
+
+
 def windows_of(options: TextOptions, source: OpenedModel) -> Windows:
     """The windows that the options ask for, within the model's limits; none at all if they name no text."""
     data, asked = options.data, options.window_tokens
     if data is None:
         return Windows(torch.empty(0, 0, dtype=torch.int64), "", frozenset())
-    if asked is not None and source.limit is not None and asked > source.limit:
-        raise CalibrationError(
-            f"window {asked} is longer than the model's limit of {source.limit} tokens; ask for {source.limit} or fewer"
-        )
+    check_window(asked, source)
     tokenizer = None if isinstance(data, Tensor) else source.tokenizer(options.tokenizer)
     windows = calibration_windows(
         data,

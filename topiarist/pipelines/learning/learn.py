@@ -23,6 +23,7 @@ from topiarist.core.errors import TopiaristError
 from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import given_or_made, plain, takes
 from topiarist.models.opened import evaluated
+from topiarist.models.quick_attention import quick_attention
 from topiarist.pipelines.common.dense import LAST_BLOCK, left_dense, why_dense
 from topiarist.pipelines.common.finish import finish, weights_of
 from topiarist.pipelines.common.reproduce import command
@@ -163,7 +164,7 @@ def _learn(
             batch_size=job.batch_size, seed=seed, distill=options.distill, processes=processes,
         )  # fmt: skip
         run.resume(trainer, output, state)
-        with masked.running(recompute=options.activation_checkpointing), scalars:
+        with masked.running(recompute=options.activation_checkpointing), scalars, quick_attention():
             run.loop(trainer, every, options.stop, output, scalars)
         report.history = trainer.history
         final = masked.masks(trainer.best_bits)

@@ -16,7 +16,6 @@ from topiarist.checkpoints.writing import OutputFolder
 from topiarist.core.errors import NumericalError
 from topiarist.masklearn import Prior
 from topiarist.models.opened import ObjectModel
-from topiarist.models.quick_attention import quick_attention
 from topiarist.pipelines.learning.files import SHARDS, STATE, Scalars, packed_prior
 from topiarist.pipelines.learning.job import Job
 from topiarist.pipelines.learning.masking import MaskedModel
@@ -127,12 +126,6 @@ class Run:
 
     def loop(self, trainer: MaskTrainer, every: int, stop: bool, output: OutputFolder | None, scalars: Scalars) -> None:
         """Steps, evaluations and saved states until the end or the stop rule."""
-        with quick_attention():
-            self._loop(trainer, every, stop, output, scalars)
-
-    def _loop(
-        self, trainer: MaskTrainer, every: int, stop: bool, output: OutputFolder | None, scalars: Scalars
-    ) -> None:
         total, on_cpu = trainer.preset.steps, self.source.device.type == "cpu"
         if not trainer.history:
             self._look(trainer, output, scalars)

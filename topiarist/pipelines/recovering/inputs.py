@@ -16,6 +16,7 @@ from topiarist.core.errors import CalibrationError, CheckpointError, TopiaristEr
 from topiarist.core.patterns import parse_pattern
 from topiarist.masks import zeros_of
 from topiarist.models.opened import OpenedModel
+from topiarist.pipelines.common.setup import check_window
 from topiarist.pipelines.recovering.options import WINDOW, RecoverOptions
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.text import Sequences, TrainingText, training_text
@@ -144,12 +145,8 @@ def text_of(
 
     Raises CalibrationError for a window that is longer than the model's limit.
     """
-    asked = options.window_tokens
-    if asked is not None and model.limit is not None and asked > model.limit:
-        raise CalibrationError(
-            f"window {asked} is longer than the model's limit of {model.limit} tokens; ask for {model.limit} or fewer"
-        )
-    window = asked or min(WINDOW, model.limit or WINDOW)
+    check_window(options.window_tokens, model)
+    window = options.window_tokens or min(WINDOW, model.limit or WINDOW)
     with training_text(
         model, options.data, window_tokens=window, num_windows=options.tokens // window + options.held_out,
         seed=options.seed, tokenizer=options.tokenizer, bos=options.bos, processes=processes, out=out, **more,
