@@ -1,4 +1,4 @@
-"""16-bit products in fp32, where the processor has no instructions for them."""
+"""16-bit products in fp32, where the processor multiplies those faster."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import topiarist as tp
 from tests.tiny import tiny_model
-from topiarist.core import linalg, products
+from topiarist.core import linalg, processor, products
 from topiarist.core.products import quick_products
 
 
@@ -100,3 +100,20 @@ def test_a_quick_processor_is_left_alone(monkeypatch):
     monkeypatch.setattr(products, "_in_float32", lambda *_: pytest.fail("bfloat16 is quick here"))
     with quick_products():
         nn.Linear(40, 24).bfloat16()(torch.ones(5, 40, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512_bf16", "vendor", "quick"),
+    [
+        (True, True, "GenuineIntel", True),
+        (False, True, "GenuineIntel", False),  # multiplies fp32 one and a half times as fast
+        (False, True, "AuthenticAMD", True),
+        (False, False, "AuthenticAMD", False),
+        (False, False, None, False),
+    ],
+)
+def test_processors_that_multiply_bf16_faster(monkeypatch, amx, avx512_bf16, vendor, quick):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(processor, "said", lambda *_: vendor)
+    assert processor.multiplies_bf16() == quick

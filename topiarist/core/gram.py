@@ -18,6 +18,7 @@ from torch import Tensor
 
 from topiarist.core.compiled import NoKernels, loaded
 from topiarist.core.errors import NumericalError
+from topiarist.core.processor import quick_bf16_vectors
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 BLOCK = 192  # rows per tile of the upper triangle: 1.6 x faster than one full product (one core, 576 to 4096 inputs)
@@ -151,10 +152,8 @@ class Gram:
 
 @functools.cache
 def _kernel() -> Any:
-    """The sum for bf16 inputs in C++, more than twice as fast; None on processors that do not multiply bf16, or without a
-    compiler.
-    """
-    if not getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
+    """The sum for bf16 inputs in C++, more than twice as fast; None on processors where it is not, or without a compiler."""
+    if not quick_bf16_vectors():
         return None
     try:
         library, _ = loaded(SOURCE, ("-std=c++17", "-O3"))

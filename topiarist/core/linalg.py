@@ -14,6 +14,7 @@ from torch import Tensor
 
 from topiarist.core.errors import NumericalError, NumericalWarning
 from topiarist.core.gram import Gram
+from topiarist.core.processor import multiplies_bf16
 
 MAX_ESCALATIONS = 5
 
@@ -54,10 +55,8 @@ def inverse(H: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 
 def search_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where products in it are at least as fast as in fp32, else float32. All sums are fp32 either way."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    on_gpu = device.type == "cuda"
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else multiplies_bf16()
     return torch.bfloat16 if fast else torch.float32
 
 

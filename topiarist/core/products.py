@@ -1,4 +1,4 @@
-"""16-bit matrix products on processors that have no instructions for them."""
+"""16-bit matrix products on processors that multiply fp32 faster."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _SLICE = 1 << 26
 
 @contextmanager
 def quick_products() -> Iterator[None]:
-    """Let 16-bit matrix products on the CPU run in fp32 inside, where the processor has no instructions for them.
+    """Let 16-bit matrix products on the CPU run in fp32 inside, where the processor is faster so.
 
-    PyTorch emulates them there, five times slower. Each result is rounded to the dtype that it would have anyway, and sums
-    are fp32 either way: what changes is their order. Weights and activations stay in 16 bits.
+    Without instructions for them PyTorch emulates them, five times slower. Each result is rounded to the dtype that it
+    would have anyway, and sums are fp32 either way: what changes is their order. Weights and activations stay in 16 bits.
     """
     if linalg.search_dtype(torch.device("cpu")) == torch.float32:
         with _InFloat32():

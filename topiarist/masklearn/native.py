@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from topiarist.core.compiled import NoKernels, compiled
+from topiarist.core.processor import said
 from topiarist.masklearn.noise import Key
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -71,11 +72,7 @@ def load() -> ctypes.CDLL | None:
 
 def _cpu() -> str:
     """What -march=native depends on: a cache on a shared home must not serve another machine's instructions."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return platform.machine() + next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return platform.machine() + platform.processor()
+    return platform.machine() + (said("flags", "Features") or platform.processor())
 
 
 def _load(path: Path) -> ctypes.CDLL:

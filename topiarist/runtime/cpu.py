@@ -15,13 +15,13 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from topiarist.core.compiled import NoKernels
+from topiarist.core.processor import said
 from topiarist.runtime.bits import describe
 from topiarist.runtime.build import LEVELS, TYPES, load_kernels
 from topiarist.runtime.limits import Limits
@@ -242,11 +242,7 @@ def judge(dense: Sequence[nn.Module], packed: Sequence[PackedLinear], *, keep_de
 
 def processor() -> str:
     """The processor's own name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return said("model name") or platform.processor() or platform.machine()
 
 
 def clock() -> float:
