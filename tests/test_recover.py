@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,19 @@ def test_a_teacher_with_zeros_is_refused_though_it_says_nothing():
     tp.prune(pruned, method="magnitude")
     with pytest.raises(tp.UnsupportedModel, match="is itself pruned: 50% of"):
         tp.recover(pruned, teacher=pruned, **SETTINGS)
+
+
+def test_a_teacher_may_come_from_four_bits():
+    dense = tiny.tiny_model()
+    with torch.no_grad():
+        for weight in (w for w in dense.parameters() if w.ndim == 2):
+            step = weight.abs().amax(1, keepdim=True) / 7
+            weight.copy_((weight / step).round() * step)
+    assert max(float((w == 0).float().mean()) for w in dense.parameters() if w.ndim == 2) > 0.1
+    pruned = copy.deepcopy(dense)
+    tp.prune(pruned, method="magnitude", pattern="2:4")
+    tp.recover(pruned, teacher=dense, **SETTINGS)
+    assert all((w == 0).float().mean() >= 0.5 for name, w in pruned.named_parameters() if "proj" in name)
 
 
 def test_options_give_the_defaults_of_their_kind():
