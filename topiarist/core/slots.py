@@ -32,11 +32,15 @@ def check_slots(num_batches: int, size: int) -> None:
         )
 
 
+def slots_of(rank: int, size: int) -> range:
+    """The slots of process `rank` of `size`."""
+    each = SLOTS // size
+    return range(rank * each, (rank + 1) * each)
+
+
 def slot_batches(num_batches: int, rank: int, size: int) -> list[range]:
     """The batches, of `num_batches`, in each slot of process `rank` of `size`; slots follow one another."""
-    each = SLOTS // size
-    slots = range(rank * each, (rank + 1) * each)
-    return [range(slot * num_batches // SLOTS, (slot + 1) * num_batches // SLOTS) for slot in slots]
+    return [range(slot * num_batches // SLOTS, (slot + 1) * num_batches // SLOTS) for slot in slots_of(rank, size)]
 
 
 def added(

@@ -130,11 +130,13 @@ class BlockStream:
         """Number of batches that this process' windows are divided into."""
         return len(self._batches)
 
-    def owner_of(self, batch: int) -> int:
-        """The process that has a batch, counted among those of all processes."""
-        size = self.processes.size
-        shares = (slot_batches(self.num_all_batches, rank, size) for rank in range(size))
-        return next(rank for rank, slots in enumerate(shares) if slots[0].start <= batch < slots[-1].stop)
+    def slot_of(self, batch: int) -> int:
+        """The slot that a batch lies in, counted among those of all processes."""
+        return next(slot for slot, its in enumerate(slot_batches(self.num_all_batches, 0, 1)) if batch in its)
+
+    def has(self, batch: int) -> bool:
+        """Whether a batch, counted among those of all processes, is this one's."""
+        return 0 <= self.own(batch) < self.num_batches
 
     def own(self, batch: int) -> int:
         """The number among this process' batches of one counted among those of all."""

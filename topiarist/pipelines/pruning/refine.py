@@ -76,14 +76,17 @@ def refine_block(
 
     @torch.no_grad()
     def held_out_error() -> float:
-        own = {batch: squared_error(batch) for batch in checking if stream.owner_of(batch) == processes.rank}
+        own = {batch: squared_error(batch) for batch in checking if stream.has(batch)}
         of_all = {batch: sums for its in processes.gather(own) for batch, sums in its.items()}
         sums = [of_all[batch] for batch in checking]
         return float(sum(s for s, _ in sums)) / max(float(sum(t for _, t in sums)), 1e-30)
 
     num_batches, processes = stream.num_all_batches, stream.processes
     held = max(1, round(settings.held_out * num_batches)) if num_batches > 1 else 0
-    training, checking = list(range(num_batches - held)), list(range(num_batches - held, num_batches)) or [0]
+    # Spread over all: every process then has about as many of either kind.
+    checking = [(2 * i + 1) * num_batches // (2 * held) for i in range(held)]
+    training = [batch for batch in range(num_batches) if batch not in checking]
+    checking = checking or training
     steps = -(-len(training) // settings.accumulate)
     tuning = FineTuning(
         name=f"{name} refinement",
@@ -95,7 +98,7 @@ def refine_block(
         max_norm=None,
         evaluate_every=steps,
         processes=processes,
-        owner_of=stream.owner_of,
+        slot_of=stream.slot_of,
     )
     # The forwards of a step lie far apart, so that they are different processes'.
     history = tuning.run(block, weights, lambda step: training[step % steps :: steps], loss, held_out_error)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from topiarist.checkpoints.writing import SavedState
 from topiarist.core.errors import NumericalError
+from topiarist.core.slots import SLOTS, PairwiseSum, added, slots_of
 from topiarist.models.quick_attention import quick_attention
 from topiarist.pipelines.training.batches import accumulate_gradients
 from topiarist.pipelines.training.processes import Processes
@@ -64,8 +65,8 @@ class FineTuning:
     """What progress lines and errors call this training."""
     progress: Progress = lambda *_: None
     processes: Processes = field(default_factory=Processes)
-    owner_of: Callable[[Any], int] | None = None
-    """The process that has the inputs of a micro-batch; gradients are then added in the order of micro-batches. None: all have
+    slot_of: Callable[[Any], int] | None = None
+    """The slot of a micro-batch, whose process has the inputs; gradients are then added pairwise over slots. None: all have
     all inputs and take turns, and the order of a sum depends on how many they are."""
     state: SavedState | ShardedState = field(default_factory=SavedState)
     """Of the second kind where every process has rows of the weights: each saves its own."""
@@ -131,11 +132,11 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * self.scales[group["params"][0]] * settings.rate(step)
         device = self.masters[0].device
-        if settings.owner_of is None:
+        if settings.slot_of is None:
             total = float(accumulate_gradients(micro_batches, loss, self.processes, device))
             self.weights.finish_gradients(self.processes)
         else:
-            total = float(self._in_order(micro_batches, loss, settings.owner_of))
+            total = float(self._by_slots(micro_batches, loss, settings.slot_of))
             self.weights.finish_gradients(Processes())
         norm = 0.0
         if settings.max_norm is not None:
@@ -158,22 +159,26 @@ class _Run:
         nn.utils.clip_grads_with_norm_(self.masters, most, norm)
         return float(norm)
 
-    def _in_order(
-        self, micro_batches: Sequence[Any], loss: Callable[[Any], Tensor], owner_of: Callable[[Any], int]
+    def _by_slots(
+        self, micro_batches: Sequence[Any], loss: Callable[[Any], Tensor], slot_of: Callable[[Any], int]
     ) -> Float[Tensor, ""]:
-        """Mean loss; the gradients of every micro-batch come from the process that has it, in the same order everywhere."""
-        own: list[tuple[Tensor, list[Tensor | None]]] = []
-        for micro_batch in micro_batches:
-            if owner_of(micro_batch) == self.processes.rank:
+        """Mean loss; its gradients, and it, are sums whose bits are the same for any number of processes."""
+        slots = [[m for m in micro_batches if slot_of(m) == slot] for slot in range(SLOTS)]
+        rank, size = self.processes.rank, self.processes.size
+        sums = [PairwiseSum() for _ in range(1 + len(self.masters))]
+        for slot in slots_of(rank, size):
+            value = None
+            for micro_batch in slots[slot]:
                 part = loss(micro_batch) / len(micro_batches)
                 part.backward()
-                own.append((part.detach(), self.weights.take_gradients()))
-        total, handed = torch.zeros((), device=self.masters[0].device), iter(own)
-        for micro_batch in micro_batches:
-            owner = owner_of(micro_batch)
-            value, grads = self.processes.share(next(handed) if owner == self.processes.rank else (total, []), owner)
-            total = total + value
-            self.weights.add_gradients(grads)
+                value = added(value, part.detach())
+            for total, term in zip(sums, [value, *self.weights.take_gradients()], strict=True):
+                total.push(term)
+        having = [any(slots[slot] for slot in slots_of(other, size)) for other in range(size)]
+        like = [torch.zeros((), device=self.masters[0].device), *self.masters]
+        total, *grads = self.processes.totals([total.total for total in sums], like, having)
+        self.weights.put_gradients(grads)
+        assert total is not None
         return total
 
     def evaluate(self, steps: int, held_out: Callable[[], float] | None) -> None:

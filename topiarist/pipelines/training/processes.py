@@ -162,6 +162,36 @@ class Processes:
 
             return total(0, self.size)
 
+    def totals(
+        self, own: Sequence[Float[Tensor, "..."] | None], like: Sequence[Float[Tensor, "..."]], having: Sequence[bool]
+    ) -> list[Float[Tensor, "..."] | None]:
+        """The sums of all processes' tensors in all of them, added as `PairwiseSum` adds: neighbours exchange what they have.
+
+        own: fp32; None is zero. like: tensors of their shapes. having: which processes have any.
+        """
+        if self.size == 1:
+            return list(own)
+        sizes = [tensor.numel() for tensor in like]
+        flat = None
+        if having[self.rank]:
+            parts = [torch.zeros_like(ours) if mine is None else mine for mine, ours in zip(own, like, strict=True)]
+            flat = torch.cat([part.detach().flatten() for part in parts])
+        width = 1
+        while width < self.size:
+            # All processes of a half hold its sum.
+            first, upper = self.rank // (2 * width) * 2 * width, bool(self.rank & width)
+            halves = [any(having[start : start + width]) for start in (first, first + width)]
+            other = like[0].new_empty(sum(sizes)) if halves[not upper] else None
+            with _connected():
+                sent = [] if flat is None else [dist.P2POp(dist.isend, flat, self.rank ^ width)]
+                received = [] if other is None else [dist.P2POp(dist.irecv, other, self.rank ^ width)]
+                for work in dist.batch_isend_irecv(sent + received) if sent + received else []:
+                    work.wait()
+            flat = added(other, flat) if upper else added(flat, other)
+            width *= 2
+        assert flat is not None
+        return [part.view(ours.shape) for part, ours in zip(flat.split(sizes), like, strict=True)]
+
     def check_agreement(self, about: Mapping[str, Any]) -> None:
         """Raise ProcessError, naming the first process whose `about` is not the main one's, and what differs."""
         everyone = self.gather((socket.gethostname(), dict(about)))

@@ -82,11 +82,10 @@ class TrainedWeights:
             master.grad = None
         return grads
 
-    def add_gradients(self, grads: Sequence[Tensor | None]) -> None:
-        """Add gradients that a `take_gradients` gave."""
+    def put_gradients(self, grads: Sequence[Tensor | None]) -> None:
+        """Give the masters gradients in the form in which `take_gradients` gave them."""
         for master, grad in zip(self.masters.values(), grads, strict=True):
-            if grad is not None:
-                master.grad = grad if master.grad is None else master.grad.add_(grad)
+            master.grad = grad
 
     def finish_gradients(self, processes: Processes) -> None:
         """Sum the masters' gradients over processes, and cut them where weights are pruned."""
