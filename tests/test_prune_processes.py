@@ -39,7 +39,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "steps of three, experts": (
         "mixtral",
-        {"method": "wanda", "refine": tp.Refine(epochs=1, accumulate=3), "batch_size": 1, "data": tiny.tiny_tokens(12, 3)},
+        {
+            "method": "wanda",
+            "refine": tp.Refine(epochs=1, accumulate=3),
+            "batch_size": 1,
+            "data": tiny.tiny_tokens(12, 3),
+        },
     ),
     "sparsellm": ("llama", {"method": tp.SparseLLM(epochs=2)}),
     "sparsellm, all windows fit": ("opt", {"method": tp.SparseLLM(epochs=1, held_out=0.0), "pattern": "0.6"}),

@@ -271,6 +271,18 @@ def test_a_teacher_may_come_from_four_bits():
     assert all((w == 0).float().mean() >= 0.5 for name, w in pruned.named_parameters() if "proj" in name)
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_default_rate_goes_by_the_size_of_the_weights(kind):
+    dense = tiny.tiny_model()
+    pruned = copy.deepcopy(dense)
+    tp.prune(pruned, method="magnitude", pattern="2:4")
+    settings = {key: value for key, value in SETTINGS.items() if key != "learning_rate"} | {"kind": kind, "tokens": 512}
+    trained = [p for name, p in pruned.named_parameters() if p.ndim == 2 and (kind == "full" or "layers" in name)]
+    sizes = [float(p[p != 0].double().square().mean().sqrt()) for p in trained]
+    report = tp.recover(pruned, teacher=dense, **settings)
+    assert report.learning_rate == pytest.approx(1.6e-3 * sorted(sizes)[(len(sizes) - 1) // 2], rel=1e-5)
+
+
 def test_options_give_the_defaults_of_their_kind():
     assert RecoverOptions().trains_embeddings and not RecoverOptions(kind="lora").trains_embeddings
 

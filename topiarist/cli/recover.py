@@ -39,7 +39,8 @@ def recover(
         return
     what = "loss" if options.loss == "lm" else "divergence"
     table = Table(
-        title=f"recovered: {report.weights['trained']:,} weights trained, {report.weights['held']:,} zeros held"
+        title=f"recovered: {report.weights['trained']:,} weights trained, {report.weights['held']:,} zeros held, "
+        f"peak rate {report.learning_rate:.2g}"
     )
     for column in ("step", "tokens", f"held-out {what}", "exp"):
         table.add_column(column, justify="right")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated
 
 import torch
@@ -29,14 +29,22 @@ class Recover:
     """Steps of the optimiser."""
     sequences: Annotated[int, Field(gt=0)] = 2
     """Sequences a step."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    """Peak; falls to zero along a cosine."""
+    learning_rate: Annotated[float | None, Field(gt=0)] = None
+    """Peak; falls to zero along a cosine. Default: 0.0005 times the size of the weights, their root mean square."""
 
-    def tuning(self, progress: Progress, processes: Processes, state: SavedState) -> FineTuning:
-        """Return these settings as the training loop takes them."""
-        return FineTuning(
-            steps=self.steps, learning_rate=self.learning_rate, progress=progress, processes=processes, state=state
-        )
+    default_rate = 5e-4
+
+    def tuning(
+        self,
+        weights: TrainedWeights,
+        parameters: Iterable[Tensor],
+        progress: Progress,
+        processes: Processes,
+        state: SavedState,
+    ) -> FineTuning:
+        """Return these settings as the training loop takes them. parameters: of the model, which change in the end."""
+        rate = self.learning_rate or self.default_rate * weights.typical_size(parameters, processes)
+        return FineTuning(steps=self.steps, learning_rate=rate, progress=progress, processes=processes, state=state)
 
 
 def recover_weights(
@@ -69,7 +77,7 @@ def recover_weights(
 
     weights = TrainedWeights(parameters, masks)
     try:
-        tuning = settings.tuning(progress, processes, state)
+        tuning = settings.tuning(weights, parameters.values(), progress, processes, state)
         tuning.run(model, weights, lambda step: batches.micro_batches(step, size), loss)
         return weights.snapshot()
     finally:

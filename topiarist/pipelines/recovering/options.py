@@ -41,8 +41,9 @@ class RecoverOptions(DataOptions):
     """Sequences a step; default: 8, or fewer so that the budget makes 500 steps."""
     batch_size: Annotated[int, Field(gt=0)] = 4
     """Sequences a forward, at most."""
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
-    """Peak; falls to zero along a cosine."""
+    learning_rate: Annotated[float | None, Field(gt=0)] = None
+    """Peak; falls to zero along a cosine. Default: 0.0016 times the size of the model's weights (the median over its matrices
+    of the root mean square of what they keep)."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the learning rate climbs to its peak."""
     held_out: Annotated[int, Field(gt=0)] = 16

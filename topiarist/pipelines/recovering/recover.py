@@ -146,14 +146,17 @@ def recover(
             if processes.on_main(begin):
                 opened.become(folder.folder)
                 return RecoverReport.from_folder(folder.folder)
+        rate = trainee.learning_rate(processes)
         with meter.timed("training"):
             history = trainee.train(objective, steps, sequences, processes, tell, state)
         computing.close()  # the weights are in their own dtypes again when they are written
+        report.learning_rate = rate
         report.log(history.losses)
         report.evaluations = [{"step": step, "loss": loss} for step, loss in history.evaluations]
         zeros = trainee.held if divided is None else divided.held
         report.weights = {**weights_of(opened), "trained": trainee.count, "held": zeros}
         report.warnings = [*trainee.notes, *_left_behind(opened)]
+        report.note_if_useless()
         report.run = {**meter.run(student.device), "processes": processes.size}
         if output is not None:
             report.output, folder = str(out), output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -31,6 +32,8 @@ class RecoverReport(RunReport):
     steps: int
     tokens: int
     """Trained on, repeated ones counted again."""
+    learning_rate: float = 0.0
+    """Its peak."""
     losses: list[dict[str, float]] = field(default_factory=list)
     """Step and training loss in nats: first, last, and some between."""
     evaluations: list[dict[str, float]] = field(default_factory=list)
@@ -57,6 +60,16 @@ class RecoverReport(RunReport):
     def best(self) -> Mapping[str, float]:
         """Step and held-out loss of the state that was kept."""
         return min(self.evaluations, key=lambda entry: entry["loss"])
+
+    def note_if_useless(self) -> None:
+        """Warn, and keep the warning, if no state was better than the pruned model as it came."""
+        if self.best["step"] == 0:
+            note = (
+                f"no state was better than the pruned model, which the result is: try a lower learning rate than "
+                f"{self.learning_rate:.2g}, or a larger budget"
+            )
+            self.warnings = [*self.warnings, note]
+            warnings.warn(note, UserWarning, stacklevel=3)
 
     def log(self, losses: list[float]) -> None:
         """Keep the first, the last and about LOGGED of the training losses."""

@@ -19,7 +19,7 @@ from topiarist.pipelines.recovering.inputs import trained_parameters
 from topiarist.pipelines.recovering.objective import Objective
 from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.training.batches import Batches
-from topiarist.pipelines.training.loop import FineTuning, History, Progress
+from topiarist.pipelines.training.loop import RATE, FineTuning, History, Progress
 from topiarist.pipelines.training.low_rank import LowRankUpdate
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.recompute import recomputing
@@ -82,6 +82,12 @@ class Trainee:
         """Weights that learn."""
         return sum(parameter.numel() for parameter in self.weights.parameters.values())
 
+    def learning_rate(self, processes: Processes) -> float:
+        """The peak that was asked for, or what suits the size of the model's weights."""
+        if self.options.learning_rate is not None:
+            return self.options.learning_rate
+        return RATE * self.weights.typical_size(self.changed.values(), processes)
+
     def train(
         self,
         objective: Objective,
@@ -97,7 +103,7 @@ class Trainee:
         batches = Batches(len(objective.tokens), sequences, options.seed)
         tuning = FineTuning(
             steps=steps,
-            learning_rate=options.learning_rate,
+            learning_rate=self.learning_rate(processes),
             warmup=round(options.warmup * steps),
             evaluate_every=options.steps_between_looks(steps, sequences, len(objective.held_out)),
             progress=progress,

@@ -18,7 +18,7 @@ from topiarist.models.families import Matrix, matrices_of
 from topiarist.models.hooks import hooked
 from topiarist.pipelines.learning.train_kept import Recover
 from topiarist.pipelines.training.batches import Batches
-from topiarist.pipelines.training.loop import Progress
+from topiarist.pipelines.training.loop import RATE, Progress
 from topiarist.pipelines.training.low_rank import LowRankUpdate
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.weights import STATE_BYTES, TrainedWeights
@@ -35,8 +35,10 @@ class Distill(Recover):
     weight."""
     rank: Annotated[int, Field(gt=0)] = 16
     """Of the low-rank updates."""
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
-    """Peak; falls to zero along a cosine."""
+    learning_rate: Annotated[float | None, Field(gt=0)] = None
+    """Peak; falls to zero along a cosine. Default: 0.0016 times the size of the weights, their root mean square."""
+
+    default_rate = RATE
 
 
 def disk_bytes(model: Any, settings: Distill) -> int:
@@ -73,6 +75,7 @@ def distill(
     for matrix in matrices:  # the caller's model may share them
         stored = getattr(matrix.module, matrix.parameter)
         stored.data = stored.data.clone()
+    changed = {id(p): p for m in matrices for p in [getattr(m.module, m.parameter)]}
     size = math.gcd(batch_size, settings.sequences)
     batches = Batches(len(tokens), settings.sequences, seed + 1)
     device = next(student.parameters()).device
@@ -84,12 +87,11 @@ def distill(
         return divergence(student(input_ids=batch, use_cache=False).logits, reference)
 
     def train(weights: TrainedWeights) -> list[float]:
-        tuning = settings.tuning(progress, Processes(), state or SavedState())
+        tuning = settings.tuning(weights, changed.values(), progress, Processes(), state or SavedState())
         return tuning.run(student, weights, lambda step: batches.micro_batches(step, size), loss).losses
 
     if settings.kind == "full":
-        trained = {id(getattr(matrix.module, matrix.parameter)) for matrix in matrices}
-        parameters = {name: p for name, p in sorted(student.named_parameters()) if id(p) in trained}
+        parameters = {name: p for name, p in sorted(student.named_parameters()) if id(p) in changed}
         return train(TrainedWeights(parameters, {name: p != 0 for name, p in parameters.items()}))
     generator = torch.Generator().manual_seed(seed)
     updates = [LowRankUpdate.of(m, settings.rank, generator) for m in matrices if m.expert is None]

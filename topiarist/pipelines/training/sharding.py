@@ -110,6 +110,10 @@ class ShardedWeights(TrainedWeights):
         """The rows of a gradient: FSDP has summed it."""
         return self.rows(grad)
 
+    def _over_rows(self, sums: Tensor, processes: Processes) -> Tensor:
+        """Sums over the rows of all processes."""
+        return processes.all_reduce(sums)
+
     def snapshot(self) -> dict[str, Tensor]:
         """Copy this process' rows of what the module reads now, by name."""
         found = {name: self.rows(parameter).detach() for name, parameter in self.parameters.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -96,6 +96,17 @@ class TrainedWeights:
             if name in self._kept:
                 grad.mul_(self._kept[name])  # seven times as fast as a fill, and -0.0 does no harm here
 
+    def typical_size(self, parameters: Iterable[Shaped[Tensor, "..."]], processes: Processes) -> float:
+        """Median over the matrices among `parameters` of the root mean square of their weights that are not zero.
+
+        What a learning rate has to be seen against: Adam moves every weight by about the rate, and one model's weights are
+        ten times as large as another's (compare Adafactor's relative step: Shazeer and Stern 2018, section 8).
+        """
+        matrices = [self.rows(parameter.detach()) for parameter in parameters if parameter.ndim > 1]
+        sums = torch.stack([torch.stack([m.float().square().sum(), m.count_nonzero().float()]) for m in matrices])
+        squares, counts = self._over_rows(sums, processes).T
+        return float((squares / counts)[counts > 0].sqrt().median())
+
     def rows(self, tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """What this process holds of a parameter, or of what the optimiser has of it: here all of it."""
         return tensor
@@ -107,6 +118,10 @@ class TrainedWeights:
     def _over_processes(self, grad: Tensor, processes: Processes) -> Tensor:
         """Sum a gradient over processes, in place; what this process holds of it."""
         return processes.all_reduce(grad)
+
+    def _over_rows(self, sums: Tensor, processes: Processes) -> Tensor:
+        """Sums over the rows of all processes, from those over this one's."""
+        return sums
 
     @torch.no_grad()
     def write_back(self) -> None:
