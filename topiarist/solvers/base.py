@@ -38,6 +38,11 @@ class Solver(ABC):
     copies: ClassVar[tuple[int, int]] = (5, 12)
     """fp32 matrices of its Gram's size that it holds at most, and of its weights' size: for plans."""
 
+    @property
+    def most_copies(self) -> tuple[int, int]:
+        """`copies`, as this solver is set."""
+        return self.copies
+
     def __call__(self, weight: Float[Tensor, "out in"], gram: Gram, pattern: Pattern) -> Solution:
         """Prune one weight (out, in), any float dtype and device.
 
@@ -68,6 +73,11 @@ class GramSolver(Solver):
     """End with a least-squares refit of the kept weights on the chosen support."""
     refit_damping: NonNegativeFloat = 1e-3
     """Ridge of that refit, as a fraction of every input's own energy."""
+
+    @property
+    def most_copies(self) -> tuple[int, int]:
+        """`copies`, or those of a refit, which are more."""
+        return Solver.copies if self.refit else self.copies
 
     def prepare(self, H: Float[Tensor, "in in"]) -> Any:
         """Give the state that `solve` takes: what all weights of one input share. Here the Gram itself.

@@ -85,9 +85,9 @@ class Quantized(Solver):
         return self.solver.needs_data or self.method.needs_data
 
     @property
-    def copies(self) -> tuple[int, int]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def most_copies(self) -> tuple[int, int]:
         """What the solver holds, and what rounding in turns does."""
-        grams, weights = self.solver.copies
+        grams, weights = self.solver.most_copies
         return max(grams, 3), max(weights, 8)
 
     def together(self, weights: Sequence[Tensor], gram: Gram, patterns: Sequence[Pattern]) -> list[Solution]:

@@ -29,7 +29,6 @@ from topiarist.pipelines.pruning.sparsellm import Method, SparseLLM
 from topiarist.pipelines.pruning.walk import WalkOptions
 from topiarist.pipelines.training.processes import Processes
 from topiarist.quantization import Grid
-from topiarist.solvers import Solver
 
 PROBE_WINDOWS = 2
 GRAM_COPIES = 1 + SLOTS.bit_length() // 2
@@ -212,7 +211,7 @@ def _working_set(
     if options.correct is not None:  # the block as it was, and sums over two inputs beside the Grams
         grams += grams + sum(m.tensor.numel() * m.tensor.element_size() for g in groups for m in g.matrices)
     local = solver.local if isinstance(solver, SparseLLM) else solver
-    squares, weights = Solver.copies if getattr(local, "refit", False) else local.copies
+    squares, weights = local.most_copies
     solving = 0
     for group in groups:  # a solver first works on the Gram, then on the weights
         gram, own = 4 * group.gram.in_features**2, 4 * sum(m.weight.numel() for m in group.matrices)

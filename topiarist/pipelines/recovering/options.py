@@ -6,12 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from topiarist.core.errors import TopiaristError
+from topiarist.core.errors import CalibrationError, TopiaristError
 from topiarist.core.options import About, options
 from topiarist.pipelines.common.options import HOW, DataOptions, count
 
 WINDOW, MOST_SEQUENCES, FEWEST_STEPS = 512, 8, 500
 """Tokens of a sequence, sequences of a step, steps of a run, if nothing is said."""
+RANK = 16
+"""Of low-rank updates, if nothing is said."""
 LOOKS, SHARE = 10, 0.1
 """At the held-out loss, if nothing is said: so many, but no more than this share of the training's cost."""
 
@@ -27,10 +29,10 @@ class RecoverOptions(DataOptions):
     loss: Literal["kl", "kl+hidden", "lm"] = "kl"
     """`kl`: divergence from the teacher's predictions; `kl+hidden`: that and the normalised squared error of every
     block's output; `lm`: next tokens of the text, no teacher."""
-    hidden_weight: Annotated[float, Field(gt=0)] = 1.0
-    """Of the mean error of the blocks' outputs, in `kl+hidden`."""
-    rank: Annotated[int, Field(gt=0)] = 16
-    """Of the low-rank updates."""
+    hidden_weight: Annotated[float | None, Field(gt=0)] = None
+    """Of the mean error of the blocks' outputs, in `kl+hidden`; default: 1."""
+    rank: Annotated[int | None, Field(gt=0)] = None
+    """Of the low-rank updates of `lora`; default: 16."""
     norms: bool = True
     """Norms and biases are trained too."""
     embeddings: bool | None = None
@@ -60,6 +62,16 @@ class RecoverOptions(DataOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rank is not None and self.kind != "lora":
+            raise TopiaristError("rank is that of low-rank updates: leave it out, or use kind lora")
+        if self.hidden_weight is not None and self.loss != "kl+hidden":
+            raise TopiaristError("hidden_weight weighs the blocks' outputs: leave it out, or use loss kl+hidden")
+        shortest = (self.window_tokens or 0) * (self.sequences or 1)
+        if self.tokens < shortest:
+            raise CalibrationError(
+                f"a budget of {self.tokens:,} tokens is below one step of {self.sequences or 1} x {self.window_tokens} = "
+                f"{shortest:,}: raise tokens, or lower sequences or window"
+            )
         if self.kind == "lora" and self.embeddings:
             raise TopiaristError(
                 "kind lora cannot train embeddings: a tied matrix is read in two ways and takes no low-rank update; "

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from topiarist.checkpoints.references import reference, resolved
 from topiarist.checkpoints.writing import ADAPTER, REPORT, OutputFolder, SavedState, bytes_to_write
-from topiarist.core.errors import CheckpointError
+from topiarist.core.errors import CheckpointError, TopiaristError
 from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import given_or_made, plain, takes
 from topiarist.models.derive import check_without_encoder
@@ -230,6 +230,8 @@ def open_teacher(
 ) -> OpenedModel | None:
     """Open the dense model that the loss asks; None if it asks none. Raises a TopiaristError for one that does not fit."""
     if not options.needs_teacher:
+        if teacher is not None:
+            raise TopiaristError("loss lm asks no teacher: leave the teacher out, or use loss kl")
         return None
     if teacher is None:
         provenance = getattr(student.config, "pruning_config", None) or {}
@@ -261,6 +263,6 @@ def make_objective(
         tokens,
         held_out,
         blocks=(blocks[0], blocks[1]),
-        hidden_weight=options.hidden_weight if hidden else None,
+        hidden_weight=options.hidden_weight or 1.0 if hidden else None,
         processes=processes,
     )

@@ -17,7 +17,7 @@ from topiarist.models.hooks import hooked
 from topiarist.models.opened import ObjectModel, OpenedModel, evaluated
 from topiarist.pipelines.recovering.inputs import trained_parameters
 from topiarist.pipelines.recovering.objective import Objective
-from topiarist.pipelines.recovering.options import RecoverOptions
+from topiarist.pipelines.recovering.options import RANK, RecoverOptions
 from topiarist.pipelines.training.batches import Batches
 from topiarist.pipelines.training.loop import RATE, FineTuning, History, Progress
 from topiarist.pipelines.training.low_rank import LowRankUpdate
@@ -64,7 +64,7 @@ class Trainee:
                 mask = masks.get(name)
                 if mask is not None and matrix.transposed:
                     mask = mask.T
-                update = LowRankUpdate.of(matrix, self.options.rank, generator, mask)
+                update = LowRankUpdate.of(matrix, self.options.rank or RANK, generator, mask)
                 self.updates.append(update)
                 self.changed[name] = parameter
                 parameters |= {f"{path}.{matrix.name} A": update.A, f"{path}.{matrix.name} B": update.B}
