@@ -130,7 +130,8 @@ def test_micro_batches_and_checkpointing_change_nothing(loss: str):
     def recovered(**options: Any) -> torch.Tensor:
         model = tiny.tiny_model()
         tp.prune(model, method="wanda", calibration=TOKENS[:8])
-        tp.recover(model, teacher=tiny.tiny_model(), loss=loss, **{**SETTINGS, "tokens": 512, **options})
+        teacher = None if loss == "lm" else tiny.tiny_model()
+        tp.recover(model, teacher=teacher, loss=loss, **{**SETTINGS, "tokens": 512, **options})
         return model.model.layers[0].mlp.up_proj.weight.detach()
 
     plain = recovered(batch_size=4)
@@ -282,6 +283,26 @@ def test_the_default_rate_goes_by_the_size_of_the_weights(kind):
     sizes = [float(p.detach()[p != 0].double().square().mean().sqrt()) for p in trained]
     report = tp.recover(pruned, teacher=dense, **settings)
     assert report.learning_rate == pytest.approx(1.6e-3 * sorted(sizes)[(len(sizes) - 1) // 2], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 4}, "rank is that of low-rank updates: leave it out, or use kind lora"),
+        ({"hidden_weight": 2.0}, "leave it out, or use loss kl"),
+        ({"tokens": 100, "window_tokens": 32, "sequences": 4}, "100 tokens is below one step of 4 x 32 = 128"),
+    ],
+)
+def test_settings_that_nothing_would_heed_are_refused(settings, message):
+    with pytest.raises(tp.TopiaristError, match=message):
+        RecoverOptions(**settings)
+
+
+def test_next_tokens_ask_no_teacher():
+    pruned = tiny.tiny_model()
+    tp.prune(pruned, method="magnitude")
+    with pytest.raises(tp.TopiaristError, match="loss lm asks no teacher"):
+        tp.recover(pruned, teacher=tiny.tiny_model(), **SETTINGS, loss="lm")
 
 
 def test_options_give_the_defaults_of_their_kind():

@@ -30,7 +30,7 @@ def run(folder: Path, out: str, kill: int | None = None, **options: Any) -> tp.R
     # Of two micro-batches the sum is the same in any order; more may differ in the last bit of an fp32 sum.
     return tp.recover(
         folder / "pruned", folder / out, data=tp.text_files(folder / "text.txt"), window_tokens=32, tokens=6 * 64,
-        sequences=2, batch_size=1, learning_rate=3e-3, held_out=4, evaluate_every=2, progress=progress, **options,
+        sequences=2, batch_size=1, held_out=4, evaluate_every=2, progress=progress, **{"learning_rate": 3e-3} | options,
     )  # fmt: skip
 
 
@@ -78,6 +78,7 @@ SHARDED: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "bf16": ("llama", torch.bfloat16, {"dtype": "stored"}),
     "tied, hidden states": ("gpt2", torch.float32, {"loss": "kl+hidden", "activation_checkpointing": True}),
     "experts, norms as they are": ("mixtral", torch.bfloat16, {"dtype": "float32", "norms": False}),
+    "the default rate": ("llama", torch.float32, {"learning_rate": None}),
     "uneven rows, no teacher": ("llama", torch.float32, {"loss": "lm", "embeddings": False}),
 }
 
@@ -111,7 +112,7 @@ def test_shards_recover_what_one_process_recovers(case: str, tmp_path: Path, mon
     )
     assert moved > 0 and apart <= 0.01 * moved
     again = tp.RecoverReport.from_folder(tmp_path / "two")
-    assert again.weights == report.weights
+    assert again.weights == report.weights and again.learning_rate == pytest.approx(report.learning_rate, rel=1e-5)
     assert [e["loss"] for e in again.evaluations] == pytest.approx([e["loss"] for e in report.evaluations], rel=1e-3)
 
 
