@@ -228,7 +228,7 @@ def damage(name: str):
         ("pickled", "unpickling can run any code"),
         ("nan_weight", "NaN or Inf in model.layers.1.mlp.up_proj.weight"),
         ("huge_activations", "NaN or Inf in the Gram"),
-        ("unknown_type", "does not recognize this architecture"),
+        ("unknown_type", "it knows no model type 'brand_new'; upgrade transformers"),
         ("quantised", "quantised"),
         ("empty_text", "hold no tokens; name another file"),
         ("short_text", "add text"),

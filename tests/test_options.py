@@ -54,7 +54,7 @@ class Outer:
         ({"num_windows": 0}, "num_windows is 0, should be greater than or equal to 1"),
         ({"num_windows": "many"}, "num_windows is 'many', should be a valid integer"),
         ({"method": "inner:rank=-1"}, "Inner: rank is '-1', should be greater than 0"),
-        ({"method": "inner:rang=1"}, "Inner has no field 'rang'; it has rank, share"),
+        ({"method": "inner:rang=1"}, "Inner has no field 'rang' (is rank meant?); it has rank, share"),
         ({"method": "nothing"}, "unknown method 'nothing'; choose one of inner, other"),
         ({"method": 3}, "3 is no method"),
         ({"method": Inner}, "is no method: give a value of it"),

@@ -42,6 +42,7 @@ def test_allocate(folder: Path, command, words: tuple[str, ...], said: list[str]
         ((), ["scores, taylor, about", "refit, about", "peak memory, about", "disk, at most"]),
         (("--method", "wanda-sp", "--no-refit"), ["scores, wanda-sp, about"]),
         (("--method", "occlusion"), ["no estimate: how many forwards it takes depends on the units"]),
+        (("--target-latency", "5"), ["trying a split, at most about", "measured in the run alone"]),
         (("--target-params", "30k", "--recover", "lora:steps=4"), ["trying a split, at most about", "recovery, about"]),
     ],
 )

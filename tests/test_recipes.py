@@ -111,7 +111,7 @@ WRONG_STAGES = [
     ("- recover: {", "- recver: {", "line 11: unknown stage 'recver'; stages are"),
     ("    method: wanda", "    method: wander", "line 7: unknown method 'wander'"),
     ("    num_windows: 4", "    num_windows: 0", "line 9: PruneOptions: num_windows is 0"),
-    ("    num_windows: 4", "    windows: 4", "PruneOptions has no field 'windows'"),
+    ("    num_windows: 4", "    windows: 4", "PruneOptions has no field 'windows' (is window meant?)"),
     ("topiarist: 1", "topiarist: 7", "line 1: recipe version 7"),
     ("topiarist: 1\n", "", "line 1: no version"),
     ("out: out", "outt: out", "line 3: unknown key 'outt'"),

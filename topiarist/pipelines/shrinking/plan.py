@@ -57,6 +57,8 @@ def plan_shrink(model: str | Path, options: ShrinkOptions) -> list[tuple[str, st
         settings = options.search or Search()
         each = min(settings.held_out, num) * forward + settings.recover_steps * STEP * forward
         lines.append(("trying a split, at most about", duration(each)))
+    if options.target_latency is not None:
+        lines.append(("latency", "measured in the run alone, which refuses a target that no split meets"))
     if (recovery := options.recover) is not None:
         lines.append(("recovery, about", duration(recovery.steps * recovery.sequences * STEP * forward)))
     return lines
