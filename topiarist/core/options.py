@@ -102,7 +102,9 @@ def _first_fault(cls: type, error: ValidationError) -> Exception:
     name = str(fault["loc"][0]) if fault["loc"] else ""
     if fault["type"] == "unexpected_keyword_argument":
         known = ", ".join(field.name for field in dataclasses.fields(cls))
-        near = difflib.get_close_matches(name, [field.name for field in dataclasses.fields(cls)] + list(ALIASES), 1, 0.75)
+        near = difflib.get_close_matches(
+            name, [field.name for field in dataclasses.fields(cls)] + list(ALIASES), 1, 0.75
+        )
         meant = f" (is {near[0]} meant?)" if near else ""
         return OptionError(f"{cls.__name__} has no field {name!r}{meant}; it has {known}")
     said = fault["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to parse")[0]

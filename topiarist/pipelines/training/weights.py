@@ -103,7 +103,10 @@ class TrainedWeights:
         ten times as large as another's (compare Adafactor's relative step: Shazeer and Stern 2018, section 8).
         """
         matrices = [self.rows(parameter.detach()) for parameter in parameters if parameter.ndim > 1]
-        sums = torch.stack([torch.stack([m.float().square().sum(), m.count_nonzero().float()]) for m in matrices])
+        norms = [torch.linalg.vector_norm(m, dtype=torch.float32) for m in matrices]
+        sums = torch.stack(
+            [torch.stack([n.square(), m.count_nonzero().float()]) for n, m in zip(norms, matrices, strict=True)]
+        )
         squares, counts = self._over_rows(sums, processes).T
         return float((squares / counts)[counts > 0].sqrt().median())
 
