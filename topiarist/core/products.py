@@ -71,16 +71,22 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _in_float32(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    dtypes: list[torch.dtype] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
 
     def cast(tensor: Tensor) -> Tensor:
         if tensor.dtype not in (torch.bfloat16, torch.float16):
             return tensor
-        dtypes.append(tensor.dtype)
-        return tensor.float()
+        pairs.append((tensor, tensor.float()))
+        return pairs[-1][1]
+
+    def keep(kept: Tensor) -> Tensor:
+        """What autograd would keep without us: the operand itself, and no copy of a weight."""
+        for own, wide in pairs:
+            if kept.untyped_storage().data_ptr() == wide.untyped_storage().data_ptr() and own.stride() == wide.stride():
+                return own.detach().as_strided(kept.shape, kept.stride(), own.storage_offset() + kept.storage_offset())
+        return kept.to(pairs[0][0].dtype)
 
     args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
-    # what autograd keeps is what was cast, and takes no more room than before
-    with torch.autograd.graph.saved_tensors_hooks(lambda kept: kept.to(dtypes[0]), lambda kept: kept.float()):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.float()):
         found = func(*args, **kwargs)
-    return found.to(dtypes[0])
+    return found.to(pairs[0][0].dtype)
