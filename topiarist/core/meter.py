@@ -67,15 +67,28 @@ def peak_memory_bytes() -> int:
 
 def return_freed_memory() -> None:
     """Give memory that was freed back to the system: glibc keeps pieces below 32 MB, and they add up over the blocks."""
-    if (trim := _malloc_trim()) is not None:
+    if (trim := _glibc("malloc_trim")) is not None:
         trim(0)
 
 
+def give_back_at_once() -> None:
+    """Let glibc give back pieces from 1 MB on when they are freed, for the rest of this process.
+
+    It keeps those below 32 MB, and what a training takes and frees once a block, between what it keeps, leaves holes.
+    """
+    if (option := _glibc("mallopt")) is not None:
+        option(_MMAP_THRESHOLD, 1 << 20)
+
+
+_MMAP_THRESHOLD = -3
+"""glibc's number of that option."""
+
+
 @functools.cache
-def _malloc_trim() -> Any:
+def _glibc(name: str) -> Any:
     try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):  # not glibc
+        return getattr(ctypes.CDLL(None), name)
+    except (OSError, AttributeError):  # another C library
         return None
 
 

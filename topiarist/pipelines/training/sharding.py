@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from topiarist.core.meter import give_back_at_once
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.weights import TrainedWeights
 
@@ -36,6 +37,7 @@ def shard(
     their own. placement: the axis along which a parameter is cut; by default the first. Gradients are summed in fp32 over
     the processes, as in one process they are over micro-batches.
     """
+    give_back_at_once()
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (processes.size,))
     options: dict[str, Any] = {
         "mesh": mesh,
