@@ -205,9 +205,9 @@ def test_a_harmful_training_is_not_kept():
     model = tiny.tiny_model()
     tp.prune(model, method="sparsegpt", calibration=TOKENS[:8])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with pytest.warns(UserWarning, match="no state was better .* try a lower learning rate than 3"):
+    with pytest.warns(UserWarning, match="no state was better .* try another learning rate than 3, mostly a lower one"):
         report = tp.recover(model, teacher=tiny.tiny_model(), **{**SETTINGS, "learning_rate": 3.0})
-    assert report.best["step"] == 0 and "lower learning rate" in report.warnings[-1]
+    assert report.best["step"] == 0 and "another learning rate" in report.warnings[-1]
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
@@ -296,6 +296,43 @@ def test_the_default_rate_goes_by_the_size_of_the_weights(kind):
 def test_settings_that_nothing_would_heed_are_refused(settings, message):
     with pytest.raises(tp.TopiaristError, match=message):
         RecoverOptions(**settings)
+
+
+def test_a_model_of_zeros_has_no_rate():
+    pruned = tiny.tiny_model()
+    with torch.no_grad():
+        for weight in pruned.parameters():
+            weight.zero_()
+    settings = {key: value for key, value in SETTINGS.items() if key != "learning_rate"}
+    with pytest.raises(tp.NumericalError, match="all weights of the model's matrices are zero"):
+        tp.recover(pruned, **settings, loss="lm")
+
+
+def test_the_table_takes_any_loss(tmp_path: Path, command):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    with torch.no_grad():
+        model = tp.load_pruned(base)
+        model.lm_head.weight.mul_(1e6)
+    model.save_pretrained(tmp_path / "huge")
+    tiny.tiny_text(tmp_path)
+    words = [
+        "--loss",
+        "lm",
+        "--tokens",
+        "64",
+        "--window",
+        "32",
+        "--sequences",
+        "1",
+        "--held-out",
+        "1",
+        "--tokenizer",
+        base,
+    ]
+    code, printed, error = command(
+        "recover", tmp_path / "huge", tmp_path / "out", "--data", tmp_path / "text.txt", *words
+    )
+    assert code == 0 and "inf" in printed, error
 
 
 def test_next_tokens_ask_no_teacher():

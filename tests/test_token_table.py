@@ -141,3 +141,12 @@ def test_every_sequence_begins_with_the_start_token_if_asked(texts: Any, tmp_pat
                 assert rows.shape[1] == 32 and bool((rows[:, 0] == 1).all()) == (bos == "always")
                 assert not bool((rows[:, 1:] == 1).any())
     assert len(digests) == 2
+
+
+def test_a_refused_rerun_of_a_finished_result_leaves_nothing(texts: Any, tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    settings = {"loss": "lm", "data": texts, "window_tokens": 16, "sequences": 1, "held_out": 1}
+    tp.recover(base, tmp_path / "out", tokens=32, **settings)
+    with pytest.raises(tp.CheckpointError, match="tokens was"):
+        tp.recover(base, tmp_path / "out", tokens=48, **settings)
+    assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "out.tokens").exists()

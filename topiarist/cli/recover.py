@@ -47,9 +47,8 @@ def recover(
     for entry in report.evaluations:
         seen = int(entry["step"]) * report.tokens // report.steps
         mark = " *" if entry == report.best else ""
-        table.add_row(
-            f"{entry['step']:.0f}{mark}", f"{seen:,}", f"{entry['loss']:.4f}", f"{math.exp(entry['loss']):.3f}"
-        )
+        exp = math.exp(entry["loss"]) if entry["loss"] < 700 else math.inf
+        table.add_row(f"{entry['step']:.0f}{mark}", f"{seen:,}", f"{entry['loss']:.4f}", f"{exp:.3f}")
     out.print(table)
     say("* kept: the least on a slice of the training text that was not trained on")
     print_run(report.run, output, push_to_hub)

@@ -12,8 +12,6 @@ from topiarist.pipelines.common.options import HOW, DataOptions, count
 
 WINDOW, MOST_SEQUENCES, FEWEST_STEPS = 512, 8, 500
 """Tokens of a sequence, sequences of a step, steps of a run, if nothing is said."""
-RANK = 16
-"""Of low-rank updates, if nothing is said."""
 LOOKS, SHARE = 10, 0.1
 """At the held-out loss, if nothing is said: so many, but no more than this share of the training's cost."""
 

@@ -65,8 +65,8 @@ class RecoverReport(RunReport):
         """Warn, and keep the warning, if no state was better than the pruned model as it came."""
         if self.best["step"] == 0:
             note = (
-                f"no state was better than the pruned model, which the result is: try a lower learning rate than "
-                f"{self.learning_rate:.2g}, or a larger budget"
+                f"no state was better than the pruned model, which the result is: try another learning rate than "
+                f"{self.learning_rate:.2g}, mostly a lower one, or a larger budget"
             )
             self.warnings = [*self.warnings, note]
             warnings.warn(note, UserWarning, stacklevel=3)

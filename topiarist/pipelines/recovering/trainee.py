@@ -17,10 +17,10 @@ from topiarist.models.hooks import hooked
 from topiarist.models.opened import ObjectModel, OpenedModel, evaluated
 from topiarist.pipelines.recovering.inputs import trained_parameters
 from topiarist.pipelines.recovering.objective import Objective
-from topiarist.pipelines.recovering.options import RANK, RecoverOptions
+from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.training.batches import Batches
 from topiarist.pipelines.training.loop import RATE, FineTuning, History, Progress
-from topiarist.pipelines.training.low_rank import LowRankUpdate
+from topiarist.pipelines.training.low_rank import RANK, LowRankUpdate
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.recompute import recomputing
 from topiarist.pipelines.training.sharded_state import ShardedState

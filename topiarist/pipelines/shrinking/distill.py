@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from topiarist.checkpoints.writing import SavedState
+from topiarist.core.errors import TopiaristError
 from topiarist.core.losses import divergence
 from topiarist.core.options import options
 from topiarist.models.derive import family_of
@@ -19,7 +20,7 @@ from topiarist.models.hooks import hooked
 from topiarist.pipelines.learning.train_kept import Recover
 from topiarist.pipelines.training.batches import Batches
 from topiarist.pipelines.training.loop import RATE, Progress
-from topiarist.pipelines.training.low_rank import LowRankUpdate
+from topiarist.pipelines.training.low_rank import RANK, LowRankUpdate
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.weights import STATE_BYTES, TrainedWeights
 
@@ -33,12 +34,21 @@ class Distill(Recover):
     kind: Literal["lora", "full"] = "lora"
     """`lora`: low-rank updates of the blocks' linears, merged at the end; `full`: all matrices of the blocks, 16 bytes a
     weight."""
-    rank: Annotated[int, Field(gt=0)] = 16
-    """Of the low-rank updates."""
+    rank: Annotated[int | None, Field(gt=0)] = None
+    """Of the low-rank updates of `lora`; default: 16."""
     learning_rate: Annotated[float | None, Field(gt=0)] = None
     """Peak; falls to zero along a cosine. Default: 0.0016 times the size of the weights, their root mean square."""
 
     default_rate = RATE
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.kind != "lora":
+            raise TopiaristError("rank is that of low-rank updates: leave it out, or use kind lora")
+
+    @property
+    def lora_rank(self) -> int:
+        """The rank that was asked for, or 16."""
+        return self.rank or RANK
 
 
 def disk_bytes(model: Any, settings: Distill) -> int:
@@ -46,7 +56,7 @@ def disk_bytes(model: Any, settings: Distill) -> int:
     matrices = _matrices(model)
     if settings.kind == "full":
         return 2 * STATE_BYTES * sum(matrix.weight.numel() for matrix in matrices)
-    return 2 * STATE_BYTES * settings.rank * sum(sum(matrix.shape) for matrix in matrices if matrix.expert is None)
+    return 2 * STATE_BYTES * settings.lora_rank * sum(sum(matrix.shape) for matrix in matrices if matrix.expert is None)
 
 
 def _matrices(model: Any) -> list[Matrix]:
@@ -94,7 +104,7 @@ def distill(
         parameters = {name: p for name, p in sorted(student.named_parameters()) if id(p) in changed}
         return train(TrainedWeights(parameters, {name: p != 0 for name, p in parameters.items()}))
     generator = torch.Generator().manual_seed(seed)
-    updates = [LowRankUpdate.of(m, settings.rank, generator) for m in matrices if m.expert is None]
+    updates = [LowRankUpdate.of(m, settings.lora_rank, generator) for m in matrices if m.expert is None]
     parameters = {f"{i} {part}": getattr(update, part) for i, update in enumerate(updates) for part in "AB"}
     with hooked(*(update.matrix.module.register_forward_hook(update.hook) for update in updates)):
         losses = train(TrainedWeights(parameters))

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from topiarist.models.families import Matrix
 
+RANK = 16
+"""Of updates, if nothing is said."""
+
 
 @dataclass
 class LowRankUpdate:

@@ -27,6 +27,7 @@ from topiarist.checkpoints.atomic import disk_errors, write_atomically
 from topiarist.checkpoints.journal import read_sealed, sealed
 from topiarist.checkpoints.locking import FolderLock
 from topiarist.checkpoints.reading import file_digest
+from topiarist.checkpoints.writing import JOURNAL
 from topiarist.core.errors import CalibrationError
 from topiarist.data.overlap import ONE_OF, passage_hashes
 from topiarist.data.text import CALIBRATION, TextFiles, pieces
@@ -105,7 +106,7 @@ def tokenised(
         yield text
         done = True
     except Exception:
-        done = not out.exists()
+        done = not (out / JOURNAL).is_file()
         raise
     finally:
         if processes.is_main:

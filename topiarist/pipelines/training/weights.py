@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from topiarist.core.errors import NumericalError
 from topiarist.pipelines.training.processes import Processes
 
 STATE_BYTES = 12
@@ -100,7 +101,8 @@ class TrainedWeights:
         """Median over the matrices among `parameters` of the root mean square of their weights that are not zero.
 
         What a learning rate has to be seen against: Adam moves every weight by about the rate, and one model's weights are
-        ten times as large as another's (compare Adafactor's relative step: Shazeer and Stern 2018, section 8).
+        ten times as large as another's (compare Adafactor's relative step: Shazeer and Stern 2018, section 8). Raises
+        NumericalError if all are zero.
         """
         matrices = [self.rows(parameter.detach()) for parameter in parameters if parameter.ndim > 1]
         norms = [torch.linalg.vector_norm(m, dtype=torch.float32) for m in matrices]
@@ -108,6 +110,8 @@ class TrainedWeights:
             [torch.stack([n.square(), m.count_nonzero().float()]) for n, m in zip(norms, matrices, strict=True)]
         )
         squares, counts = self._over_rows(sums, processes).T
+        if not counts.any():
+            raise NumericalError("all weights of the model's matrices are zero, and training starts from what is there")
         return float((squares / counts)[counts > 0].sqrt().median())
 
     def rows(self, tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
