@@ -119,3 +119,14 @@ def test_processors_that_multiply_bf16_faster(monkeypatch, amx, avx512_bf16, ven
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(processor, "said", lambda *_: vendor)
     assert processor.multiplies_bf16() == quick
+
+
+def test_an_operand_that_was_changed_in_place_is_refused_in_backward():
+    x, w = operands((5, 40), (24, 40))
+    h = x.requires_grad_() * 1
+    with quick_products():
+        found = F.linear(h, w.requires_grad_())
+    with torch.no_grad():
+        h.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        found.sum().backward()

@@ -79,14 +79,24 @@ def _in_float32(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tenso
         pairs.append((tensor, tensor.float()))
         return pairs[-1][1]
 
-    def keep(kept: Tensor) -> Tensor:
-        """What autograd would keep without us: the operand itself, and no copy of a weight."""
+    def keep(kept: Tensor) -> tuple[Tensor, int]:
+        """What autograd would keep without us: the operand itself, and no copy of a weight. And its version."""
         for own, wide in pairs:
             if kept.untyped_storage().data_ptr() == wide.untyped_storage().data_ptr() and own.stride() == wide.stride():
-                return own.detach().as_strided(kept.shape, kept.stride(), own.storage_offset() + kept.storage_offset())
-        return kept.to(pairs[0][0].dtype)
+                view = own.detach().as_strided(kept.shape, kept.stride(), own.storage_offset() + kept.storage_offset())
+                return view, view._version
+        copied = kept.to(pairs[0][0].dtype)
+        return copied, copied._version
 
     args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.float()):
+    with torch.autograd.graph.saved_tensors_hooks(keep, _unchanged):
         found = func(*args, **kwargs)
     return found.to(pairs[0][0].dtype)
+
+
+def _unchanged(kept: tuple[Tensor, int]) -> Tensor:
+    """What was kept, in fp32. Raises RuntimeError if it was changed in place since, as autograd itself would."""
+    tensor, version = kept
+    if tensor._version != version:
+        raise RuntimeError("an operand of a matrix product was changed in place before its backward pass")
+    return tensor.float()

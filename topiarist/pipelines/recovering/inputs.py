@@ -162,18 +162,13 @@ def cut_text(
     sequences: a step. Raises CalibrationError for too little text or budget.
     """
     trained, held_out = text.split(options.held_out)
-    step = sequences * text.window
     if len(trained) < sequences:
         raise CalibrationError(
             f"training text holds {len(trained)} sequences of {text.window} tokens beside {len(held_out)} held-out ones, "
             f"a step takes {sequences}: add text, or shorten the window"
         )
-    if options.tokens < step:
-        raise CalibrationError(
-            f"a budget of {options.tokens:,} tokens is below one step of {sequences} x {text.window} = "
-            f"{step:,}: raise --tokens, or lower --sequences"
-        )
-    return trained, held_out, options.tokens // step
+    options.check_budget(sequences, text.window)
+    return trained, held_out, options.tokens // (sequences * text.window)
 
 
 def trained_parameters(model: Any, options: RecoverOptions) -> dict[str, nn.Parameter]:

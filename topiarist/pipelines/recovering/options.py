@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 from topiarist.core.errors import CalibrationError, TopiaristError
 from topiarist.core.options import About, options
 from topiarist.pipelines.common.options import HOW, DataOptions, count
+from topiarist.pipelines.training.low_rank import check_rank
 
 WINDOW, MOST_SEQUENCES, FEWEST_STEPS = 512, 8, 500
 """Tokens of a sequence, sequences of a step, steps of a run, if nothing is said."""
@@ -60,20 +61,22 @@ class RecoverOptions(DataOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank is not None and self.kind != "lora":
-            raise TopiaristError("rank is that of low-rank updates: leave it out, or use kind lora")
+        check_rank(self.rank, self.kind)
         if self.hidden_weight is not None and self.loss != "kl+hidden":
             raise TopiaristError("hidden_weight weighs the blocks' outputs: leave it out, or use loss kl+hidden")
-        shortest = (self.window_tokens or 0) * (self.sequences or 1)
-        if self.tokens < shortest:
-            raise CalibrationError(
-                f"a budget of {self.tokens:,} tokens is below one step of {self.sequences or 1} x {self.window_tokens} = "
-                f"{shortest:,}: raise tokens, or lower sequences or window"
-            )
+        self.check_budget(self.sequences or 1, self.window_tokens or 0)
         if self.kind == "lora" and self.embeddings:
             raise TopiaristError(
                 "kind lora cannot train embeddings: a tied matrix is read in two ways and takes no low-rank update; "
                 "use kind full, or leave embeddings out"
+            )
+
+    def check_budget(self, sequences: int, window: int) -> None:
+        """Raise CalibrationError unless the budget makes one step of so many sequences of `window` tokens."""
+        if self.tokens < sequences * window:
+            raise CalibrationError(
+                f"a budget of {self.tokens:,} tokens is below one step of {sequences} x {window} = "
+                f"{sequences * window:,}: raise --tokens, or lower --sequences"
             )
 
     @property

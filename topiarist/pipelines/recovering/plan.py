@@ -66,6 +66,7 @@ def plan_recover(
         times: list[float] = []
         trainee.train(
             objective,
+            trainee.learning_rate(alone),
             2,
             micro_batch,
             alone,

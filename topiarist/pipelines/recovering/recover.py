@@ -148,7 +148,7 @@ def recover(
                 return RecoverReport.from_folder(folder.folder)
         rate = trainee.learning_rate(processes)
         with meter.timed("training"):
-            history = trainee.train(objective, steps, sequences, processes, tell, state)
+            history = trainee.train(objective, rate, steps, sequences, processes, tell, state)
         computing.close()  # the weights are in their own dtypes again when they are written
         report.learning_rate = rate
         report.log(history.losses)

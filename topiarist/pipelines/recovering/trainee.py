@@ -91,6 +91,7 @@ class Trainee:
     def train(
         self,
         objective: Objective,
+        rate: float,
         steps: int,
         sequences: int,
         processes: Processes,
@@ -103,7 +104,7 @@ class Trainee:
         batches = Batches(len(objective.tokens), sequences, options.seed)
         tuning = FineTuning(
             steps=steps,
-            learning_rate=self.learning_rate(processes),
+            learning_rate=rate,
             warmup=round(options.warmup * steps),
             evaluate_every=options.steps_between_looks(steps, sequences, len(objective.held_out)),
             progress=progress,

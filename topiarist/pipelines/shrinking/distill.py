@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor
 
 from topiarist.checkpoints.writing import SavedState
-from topiarist.core.errors import TopiaristError
 from topiarist.core.losses import divergence
 from topiarist.core.options import options
 from topiarist.models.derive import family_of
@@ -20,7 +19,7 @@ from topiarist.models.hooks import hooked
 from topiarist.pipelines.learning.train_kept import Recover
 from topiarist.pipelines.training.batches import Batches
 from topiarist.pipelines.training.loop import RATE, Progress
-from topiarist.pipelines.training.low_rank import RANK, LowRankUpdate
+from topiarist.pipelines.training.low_rank import RANK, LowRankUpdate, check_rank
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.weights import STATE_BYTES, TrainedWeights
 
@@ -42,8 +41,7 @@ class Distill(Recover):
     default_rate = RATE
 
     def __post_init__(self) -> None:
-        if self.rank is not None and self.kind != "lora":
-            raise TopiaristError("rank is that of low-rank updates: leave it out, or use kind lora")
+        check_rank(self.rank, self.kind)
 
     @property
     def lora_rank(self) -> int:

@@ -165,7 +165,9 @@ class _Run:
         self, micro_batches: Sequence[Any], loss: Callable[[Any], Tensor], slot_of: Callable[[Any], int]
     ) -> Float[Tensor, ""]:
         """Mean loss; its gradients, and it, are sums whose bits are the same for any number of processes."""
-        slots = [[m for m in micro_batches if slot_of(m) == slot] for slot in range(SLOTS)]
+        slots: list[list[Any]] = [[] for _ in range(SLOTS)]
+        for micro_batch in micro_batches:
+            slots[slot_of(micro_batch)].append(micro_batch)
         rank, size = self.processes.rank, self.processes.size
         sums = [PairwiseSum() for _ in range(1 + len(self.masters))]
         for slot in slots_of(rank, size):

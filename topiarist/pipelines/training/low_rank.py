@@ -14,10 +14,17 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from topiarist.core.errors import TopiaristError
 from topiarist.models.families import Matrix
 
 RANK = 16
 """Of updates, if nothing is said."""
+
+
+def check_rank(rank: int | None, kind: str) -> None:
+    """Raise TopiaristError for a rank of a training that has no updates."""
+    if rank is not None and kind != "lora":
+        raise TopiaristError("rank is that of low-rank updates: leave it out, or use kind lora")
 
 
 @dataclass
