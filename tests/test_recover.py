@@ -21,7 +21,7 @@ from topiarist.evaluation.verify import verify
 from topiarist.masklearn import Preset, Schedule
 from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.training import loop
-from topiarist.pipelines.training.batches import Batches, split_held_out
+from topiarist.pipelines.training.batches import Batches, micro_batch_size, split_held_out
 from topiarist.pipelines.training.loop import FineTuning
 from topiarist.pipelines.training.weights import TrainedWeights
 
@@ -123,6 +123,11 @@ def test_it_is_the_arithmetic_of_a_plain_loop_that_holds_the_zeros():
             optimizer.zero_grad()
     for (name, a), b in zip(model.named_parameters(), own.parameters(), strict=True):
         torch.testing.assert_close(a, b, msg=name, rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_are_of_one_size_as_large_as_may_be():
+    sizes = {sequences: micro_batch_size(sequences, 4) for sequences in (1, 2, 3, 4, 5, 6, 7, 8, 9)}
+    assert sizes == {1: 1, 2: 2, 3: 3, 4: 4, 5: 1, 6: 3, 7: 1, 8: 4, 9: 3}
 
 
 @pytest.mark.parametrize("loss", ["kl", "kl+hidden", "lm"])
@@ -298,6 +303,14 @@ def test_settings_that_nothing_would_heed_are_refused(settings, message):
         RecoverOptions(**settings)
 
 
+def test_a_rank_beyond_the_matrices_is_said():
+    model, dense = tiny.tiny_model(), tiny.tiny_model()
+    tp.prune(model, method="magnitude", pattern="2:4")
+    with pytest.warns(UserWarning, match="rank 4096 is more than 14 of the matrices have"):
+        report = tp.recover(model, teacher=dense, kind="lora", rank=4096, **{**SETTINGS, "tokens": 512})
+    assert "rank 4096" in report.warnings[0]
+
+
 def test_a_model_of_zeros_has_no_rate():
     pruned = tiny.tiny_model()
     with torch.no_grad():
@@ -430,6 +443,16 @@ def test_a_step_that_is_not_finite_keeps_the_last_good_state(tmp_path: Path):
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_run_that_broke_leaves_a_folder_if_a_state_is_in_it(saved: bool, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(loop, "SAVED_AFTER", 0.0 if saved else 1e9)
+    base, out = tiny.tiny_checkpoint(tmp_path / "base"), tmp_path / "out"
+    prune(base, tmp_path / "pruned", "2:4")
+    with pytest.raises(tp.NumericalError, match="is not finite: lower its learning rate"):
+        tp.recover(tmp_path / "pruned", out, **{**SETTINGS, "learning_rate": 1e38})
+    assert out.exists() == saved
+
+
 def test_products_in_fp32_leave_the_stored_dtype(tmp_path: Path):
     base = tiny.tiny_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
     prune(base, tmp_path / "pruned", "2:4")
@@ -457,6 +480,14 @@ def test_few_tokens_make_small_steps():
     assert [sequences(tokens) for tokens in ("10k", "300k", "600k", "1M", "1B")] == [1, 1, 2, 3, 8]
     assert sequences("300k", 4) == 4 and sequences("1M", 3) == 3
     assert RecoverOptions(tokens="10k", sequences=5).sequences_a_step(512, 1) == 5
+
+
+def test_a_budget_is_a_whole_number():
+    budgets = {text: RecoverOptions(tokens=text).tokens for text in ("1e6", "1.5M", "300k", "7000")}
+    assert budgets == {"1e6": 1_000_000, "1.5M": 1_500_000, "300k": 300_000, "7000": 7000}
+    for wrong in ("2q", "many", "1000.5", "1e999", "nan", "k"):
+        with pytest.raises(tp.TopiaristError, match="should be a whole number such as 5000, 300k"):
+            RecoverOptions(tokens=wrong)
 
 
 def test_the_report_is_that_of_the_pruned_model_and_repeats(tmp_path: Path):

@@ -27,7 +27,7 @@ from topiarist.checkpoints.reading import INDEX, Checkpoint, StoredTensor, check
 from topiarist.checkpoints.side_files import copy_side_files
 from topiarist.checkpoints.states import KEPT, FileState, SavedState
 from topiarist.checkpoints.streaming import SHARD_BYTES, Chunks, split, write_tensors
-from topiarist.core.errors import CheckpointError, DamagedWeights
+from topiarist.core.errors import CheckpointError, DamagedWeights, TopiaristError
 
 FORMAT = 2
 """Of journal and report. Format 1, of topiarist 0.1, is read but not resumed."""
@@ -110,7 +110,8 @@ class OutputFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, DamagedWeights) and self._lock.made:
+        refused = kind is not None and issubclass(kind, TopiaristError)
+        if refused and self._lock.made and (issubclass(kind, DamagedWeights) or self._just_begun):
             shutil.rmtree(self.folder, ignore_errors=True)  # no run can go on from it
         self._lock.release()
 
@@ -121,6 +122,11 @@ class OutputFolder:
     @property
     def _journal(self) -> Path:
         return self.folder / JOURNAL
+
+    @property
+    def _just_begun(self) -> bool:
+        """Whether there is nothing yet but what says which run this is."""
+        return all(path.name in (JOURNAL, LOCK) for path in self.folder.rglob("*") if path.is_file())
 
     @property
     def states(self) -> Path:

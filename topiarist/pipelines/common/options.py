@@ -42,12 +42,17 @@ def _number(given: Any) -> Any:
 
 
 def count(given: Any) -> Any:
-    """A number from text such as 300k, 1.5M or 2B."""
-    factor = {"k": 10**3, "m": 10**6, "b": 10**9}.get(str(given)[-1:].lower(), 1)
-    try:
-        return int(float(given[:-1]) * factor) if isinstance(given, str) and factor > 1 else given
-    except (ValueError, OverflowError):
+    """A number from text such as 300k, 1.5M or 2B. Raises ValueError for other text, and for a part of one."""
+    if not isinstance(given, str):
         return given
+    factor = {"k": 10**3, "m": 10**6, "b": 10**9}.get(given[-1:].lower(), 1)
+    try:
+        found = float(given[:-1] if factor > 1 else given) * factor
+        if factor == 1 and not found.is_integer():
+            raise ValueError
+        return int(found)
+    except (ValueError, OverflowError):
+        raise ValueError("should be a whole number such as 5000, 300k, 1.5M or 2B") from None
 
 
 Texts = Annotated[TextFiles | Tensor | Sequence[str] | None, SkipValidation, BeforeValidator(_texts)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Annotated
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from topiarist.checkpoints.writing import SavedState
 from topiarist.core.losses import next_token_loss
 from topiarist.core.options import options
-from topiarist.pipelines.training.batches import Batches
+from topiarist.pipelines.training.batches import Batches, micro_batch_size
 from topiarist.pipelines.training.loop import FineTuning, Progress
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.text import Sequences
@@ -67,7 +66,7 @@ def recover_weights(
     named = dict(model.named_parameters())
     parameters = {name: named[name] for name in masks}
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    size = math.gcd(batch_size, settings.sequences)
+    size = micro_batch_size(settings.sequences, batch_size)
     batches = Batches(len(tokens), settings.sequences, seed + 1)
     device = next(model.parameters()).device
 

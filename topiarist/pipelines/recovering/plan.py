@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from topiarist.pipelines.recovering.inputs import cut_text, held_masks, text_of
 from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.recovering.recover import make_objective, open_pruned, open_teacher
 from topiarist.pipelines.recovering.trainee import Trainee, computing_in
+from topiarist.pipelines.training.batches import micro_batch_size
 from topiarist.pipelines.training.plan import TrainingPlan
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.weights import STATE_BYTES
@@ -61,7 +61,7 @@ def plan_recover(
         trainee = Trainee(student, masks, options)
         sequences = options.sequences_a_step(text.window, 1)
         tokens, held_out, steps = cut_text(text, options, sequences)
-        micro_batch = math.gcd(sequences, options.batch_size)
+        micro_batch = micro_batch_size(sequences, options.batch_size)
         objective = make_objective(student, teacher_model, tokens, held_out[:1], options, alone)
         times: list[float] = []
         trainee.train(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from topiarist.models.opened import ObjectModel, OpenedModel, evaluated
 from topiarist.pipelines.recovering.inputs import trained_parameters
 from topiarist.pipelines.recovering.objective import Objective
 from topiarist.pipelines.recovering.options import RecoverOptions
-from topiarist.pipelines.training.batches import Batches
+from topiarist.pipelines.training.batches import Batches, micro_batch_size
 from topiarist.pipelines.training.loop import RATE, FineTuning, History, Progress
 from topiarist.pipelines.training.low_rank import RANK, LowRankUpdate
 from topiarist.pipelines.training.processes import Processes
@@ -53,6 +52,7 @@ class Trainee:
     def _add_updates(self, masks: Mapping[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
         named = {id(p): name for name, p in self.model.model.named_parameters()}
         generator = torch.Generator().manual_seed(self.options.seed)
+        rank = self.options.rank or RANK
         skipped = 0
         for index, path in enumerate(self.model.block_names):
             for matrix in self.model.matrices(index):
@@ -64,13 +64,19 @@ class Trainee:
                 mask = masks.get(name)
                 if mask is not None and matrix.transposed:
                     mask = mask.T
-                update = LowRankUpdate.of(matrix, self.options.rank or RANK, generator, mask)
+                update = LowRankUpdate.of(matrix, rank, generator, mask)
                 self.updates.append(update)
                 self.changed[name] = parameter
                 parameters |= {f"{path}.{matrix.name} A": update.A, f"{path}.{matrix.name} B": update.B}
         if skipped:
             self.notes.append(f"{skipped} experts share parameters and take no low-rank update: use kind full for them")
-            warnings.warn(self.notes[-1], UserWarning, stacklevel=4)
+        cut = sum(len(update.A) < rank for update in self.updates)
+        if self.options.rank and cut:
+            self.notes.append(
+                f"rank {rank} is more than {cut} of the matrices have: their updates have the matrix's own"
+            )
+        for note in self.notes:
+            warnings.warn(note, UserWarning, stacklevel=4)
 
     @property
     def held(self) -> int:
@@ -100,7 +106,7 @@ class Trainee:
     ) -> History:
         """Train the model in place, so many sequences a step; low-rank updates are merged at the end."""
         options, module = self.options, self.model.model
-        size = math.gcd(sequences // processes.size, options.batch_size)
+        size = micro_batch_size(sequences // processes.size, options.batch_size)
         batches = Batches(len(objective.tokens), sequences, options.seed)
         tuning = FineTuning(
             steps=steps,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
 import torch
@@ -17,7 +16,7 @@ from topiarist.models.derive import family_of
 from topiarist.models.families import Matrix, matrices_of
 from topiarist.models.hooks import hooked
 from topiarist.pipelines.learning.train_kept import Recover
-from topiarist.pipelines.training.batches import Batches
+from topiarist.pipelines.training.batches import Batches, micro_batch_size
 from topiarist.pipelines.training.loop import RATE, Progress
 from topiarist.pipelines.training.low_rank import RANK, LowRankUpdate, check_rank
 from topiarist.pipelines.training.processes import Processes
@@ -84,7 +83,7 @@ def distill(
         stored = getattr(matrix.module, matrix.parameter)
         stored.data = stored.data.clone()
     changed = {id(p): p for m in matrices for p in [getattr(m.module, m.parameter)]}
-    size = math.gcd(batch_size, settings.sequences)
+    size = micro_batch_size(settings.sequences, batch_size)
     batches = Batches(len(tokens), settings.sequences, seed + 1)
     device = next(student.parameters()).device
 

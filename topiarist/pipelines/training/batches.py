@@ -44,6 +44,11 @@ class Batches:
         return int(self._order[place])
 
 
+def micro_batch_size(sequences: int, most: int) -> int:
+    """The most sequences a micro-batch, up to `most`, that cut a step into equal ones: the mean of their losses is then its."""
+    return next(size for size in range(min(sequences, most), 0, -1) if sequences % size == 0)
+
+
 def accumulate_gradients(
     micro_batches: Sequence[MicroBatch],
     loss: Callable[[MicroBatch], Float[Tensor, ""]],
