@@ -95,7 +95,8 @@ class TrainedWeights:
                 master.grad = torch.zeros_like(master)
             grad = self._over_processes(master.grad, processes)
             if name in self._kept:
-                grad.mul_(self._kept[name])  # seven times as fast as a fill, and -0.0 does no harm here
+                # Seven times as fast as a fill, and twice as fast as by bools; -0.0 does no harm here.
+                grad.mul_(self._kept[name].view(torch.uint8))
 
     def typical_size(self, parameters: Iterable[Shaped[Tensor, "..."]], processes: Processes) -> float:
         """Median over the matrices among `parameters` of the root mean square of their weights that are not zero.
