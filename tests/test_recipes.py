@@ -107,6 +107,17 @@ def test_every_result_has_the_recipe_that_made_it(folder: Path, command):
     assert same(folder / "small", folder / "small-again")
 
 
+@pytest.mark.parametrize("plan", [(), ("--plan",)])
+def test_what_only_model_or_text_can_tell_is_told_with_its_line(folder: Path, command, plan: tuple[str, ...]):
+    recipe = (folder / "recipe.yaml").read_text()
+    (folder / "long.yaml").write_text(recipe.replace("window_tokens: 32", "window_tokens: 4096", 1))
+    (folder / "much.yaml").write_text(recipe.replace("num_windows: 4", "num_windows: 4000"))
+    for name in ("long", "much"):
+        code, _, error = command("run", f"{name}.yaml", *plan)
+        assert code == 2 and f"{name}.yaml line 6: " in error, error
+    assert not (folder / "out").exists()
+
+
 WRONG_STAGES = [
     ("- recover: {", "- recver: {", "line 11: unknown stage 'recver'; stages are"),
     ("    method: wanda", "    method: wander", "line 7: unknown method 'wander'"),

@@ -58,7 +58,9 @@ def main() -> None:
     """Run the command line. User errors end in one line and exit code 2, of whichever process they are."""
     from topiarist.core.errors import LostProcess, TopiaristError
 
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages for large tensors, a tenth of a training's time
+    os.environ.setdefault(
+        "THP_MEM_ALLOC_ENABLE", "1"
+    )  # torch: huge pages for large tensors, a tenth of a training's time
     lines = WarningLines()
     warnings.showwarning = lines.show
     quiet()

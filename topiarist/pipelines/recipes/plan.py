@@ -20,6 +20,7 @@ def plan_recipe(recipe: Recipe) -> list[tuple[str, list[tuple[str, str]]]]:
         title = f"{number} {step.name}" + (", at most: as on the model that the recipe starts from" if changed else "")
         dense = {"teacher": recipe.model} if changed and "teacher" in step.stage.more else {}
         reset_peak_memory()
-        found.append((title, step.stage.plan(recipe.model, step.options, {**dense, **step.more})))
+        with recipe.telling(step):
+            found.append((title, step.stage.plan(recipe.model, step.options, {**dense, **step.more})))
         changed |= step.changes
     return found

@@ -11,7 +11,8 @@ stages:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +22,7 @@ import yaml
 
 from topiarist.checkpoints.reading import Checkpoint, locate
 from topiarist.checkpoints.writing import check_place
-from topiarist.core.errors import TopiaristError
+from topiarist.core.errors import CalibrationError, PatternError, TopiaristError
 from topiarist.core.grammar import OptionError
 from topiarist.core.options import ALIASES, changed, shown
 from topiarist.pipelines.common.reproduce import RECIPE_VERSION
@@ -101,6 +102,15 @@ class Recipe:
                 )
         if not changing or self.steps[-1].stage.to_file:
             raise OptionError(f"{self.source} line {self.steps[-1].line}: the last stage must write a model")
+
+    @contextmanager
+    def telling(self, step: Step) -> Iterator[None]:
+        """Give errors of settings that only the model or the text could tell the stage's line."""
+        try:
+            yield
+        except (OptionError, PatternError, CalibrationError) as error:
+            error.args = (f"{self.source} line {step.line}: {error}",)
+            raise
 
 
 def shipped() -> dict[str, str]:

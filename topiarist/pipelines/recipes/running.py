@@ -93,7 +93,8 @@ def _run_stages(
     for number, step in enumerate(recipe.steps):
         place = places / f"{number + 1:02d}-{step.name}{'' if step.changes or step.name == 'pack' else '.json'}"
         if step.stage.ends:
-            step.stage.run(out, place, step.options, step.more, progress)
+            with recipe.telling(step):
+                step.stage.run(out, place, step.options, step.more, progress)
             continue
         place = out if number == recipe.final else place
         options = step.options
@@ -104,7 +105,8 @@ def _run_stages(
         if not (finished or (step.stage.to_file and read_sealed(place) is not None)):
             if step.stage.to_file:
                 place.unlink(missing_ok=True)  # not what an earlier try wrote
-            step.stage.run(model, place, options, step.more, progress)
+            with recipe.telling(step):
+                step.stage.run(model, place, options, step.more, progress)
         if step.stage.to_file:
             allocation = place
             continue
