@@ -71,6 +71,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     **{kind: _text(**_rotary(2, 3, 3)) for kind in _SECTIONED},
     **{kind: {"head_dim": 16} for kind in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
+    "apertus1p5": {
+        "audio_config": {"codebook_dim": 64},
+        "vision_config": {**_SMALL_VQ, "latent_channels": 64},
+        "image_token_id": 120,
+        "audio_token_id": 121,
+        "image_token_offset": 128,
+        "audio_token_offset": 192,
+    },
     "roc_bert": {
         "is_decoder": True,
         "shape_vocab_size": 64,
