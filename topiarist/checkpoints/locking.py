@@ -66,7 +66,7 @@ class FolderLock:
         self._lock.release()
         self._lock = None
         with suppress(OSError):  # of a folder that is not empty
-            for place in self._made:
+            for place in filter(Path.exists, self._made):
                 place.rmdir()
 
 

@@ -109,9 +109,9 @@ class OutputFolder:
                 self._lock.release()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        refused = kind is not None and issubclass(kind, TopiaristError)
-        if refused and self._lock.made and (issubclass(kind, DamagedWeights) or self._just_begun):
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        broken = isinstance(error, TopiaristError) and self._lock.made
+        if broken and (isinstance(error, DamagedWeights) or self._just_begun):
             shutil.rmtree(self.folder, ignore_errors=True)  # no run can go on from it
         self._lock.release()
 
