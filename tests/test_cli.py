@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -182,9 +183,30 @@ def damage(name: str):
     def broken_config(folder: Path) -> None:
         (folder / "model" / "config.json").write_text("{")
 
-    def unknown_type(folder: Path) -> None:
+    def in_config(folder: Path, **changes: Any) -> None:
         path = folder / "model" / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "brand_new"}))
+        config = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+    def unknown_type(folder: Path) -> None:
+        in_config(folder, model_type="brand_new")
+
+    def two_types(folder: Path) -> None:
+        in_config(folder, model_type="gpt2")
+
+    def encoder_decoder(folder: Path) -> None:
+        in_config(folder, model_type="t5", architectures=None)
+
+    def no_blocks(folder: Path) -> None:
+        in_config(folder, num_hidden_layers=0)
+
+    def in_another_shard(folder: Path) -> None:
+        model = folder / "model"
+        names = list(load_file(model / "model.safetensors"))
+        (model / "model.safetensors").rename(model / "one.safetensors")
+        save_file({"more": torch.ones(1)}, model / "two.safetensors")
+        places = dict.fromkeys(names[1:], "one.safetensors") | {names[0]: "two.safetensors", "more": "two.safetensors"}
+        (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
 
     def quantised(folder: Path) -> None:
         path = folder / "model" / "config.json"
@@ -229,6 +251,10 @@ def damage(name: str):
         ("nan_weight", "NaN or Inf in model.layers.1.mlp.up_proj.weight"),
         ("huge_activations", "NaN or Inf in the Gram"),
         ("unknown_type", "it knows no model type 'brand_new'; upgrade transformers"),
+        ("two_types", "says model_type 'gpt2' and the architecture LlamaForCausalLM"),
+        ("encoder_decoder", "no causal language model of type 't5', it is an encoder-decoder: prune its modules"),
+        ("no_blocks", "its config says num_hidden_layers 0"),
+        ("in_another_shard", "but in another shard: download it again"),
         ("quantised", "quantised"),
         ("empty_text", "hold no tokens; name another file"),
         ("short_text", "add text"),

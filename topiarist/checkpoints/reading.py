@@ -103,14 +103,17 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} is packed: write it back with `topiarist unpack {self.folder} OUT`")
         else:
             raise CheckpointError(f"{self.folder} has no {SINGLE} and no {INDEX}: no weights to prune")
-        held: set[str] = set()
+        held: dict[Path, set[str]] = {}
         for path in sorted(set(files.values())):
             if not path.is_file():
                 raise CheckpointError(f"shard {path.name} is named in the index but missing in {self.folder}")
             with opened(path) as reader:
-                held.update(reader.keys())
-        if missing := sorted(set(files) - held):
-            raise CheckpointError(f"tensor {missing[0]} is in the index of {self.folder} but in no shard")
+                held[path] = set(reader.keys())
+        if missing := sorted(name for name, path in files.items() if name not in held[path]):
+            where = "in another shard" if any(missing[0] in names for names in held.values()) else "in no shard"
+            raise CheckpointError(
+                f"tensor {missing[0]} is in the index of {self.folder} but {where}: download it again"
+            )
         return files
 
     def __contains__(self, name: str) -> bool:

@@ -27,7 +27,7 @@ from topiarist.checkpoints.reading import INDEX, Checkpoint, StoredTensor, check
 from topiarist.checkpoints.side_files import copy_side_files
 from topiarist.checkpoints.states import KEPT, FileState, SavedState
 from topiarist.checkpoints.streaming import SHARD_BYTES, Chunks, split, write_tensors
-from topiarist.core.errors import CheckpointError, DamagedWeights, TopiaristError
+from topiarist.core.errors import CheckpointError, DamagedWeights, TopiaristError, UnsupportedModel
 
 FORMAT = 2
 """Of journal and report. Format 1, of topiarist 0.1, is read but not resumed."""
@@ -111,7 +111,7 @@ class OutputFolder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         broken = isinstance(error, TopiaristError) and self._lock.made
-        if broken and (isinstance(error, DamagedWeights) or self._just_begun):
+        if broken and (isinstance(error, DamagedWeights | UnsupportedModel) or self._just_begun):
             shutil.rmtree(self.folder, ignore_errors=True)  # no run can go on from it
         self._lock.release()
 

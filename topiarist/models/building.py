@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from topiarist.checkpoints.reading import Checkpoint
-from topiarist.core.errors import CheckpointError
+from topiarist.core.errors import CheckpointError, TopiaristError, UnsupportedModel
 from topiarist.models import checks, modeling_pruned
 
 
@@ -38,6 +38,8 @@ def without_memory(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         checks.usable_attention(config)
         with init_empty_weights(include_buffers=False):
             model = _build(checkpoint, config, trust_remote_code)
+    except TopiaristError:
+        raise
     except Exception as error:  # configurations are checked by several libraries, each with errors of its own
         if checks.needs_remote_code(error) and not trust_remote_code:
             raise checks.remote_code_error(checkpoint.folder) from error
@@ -79,18 +81,36 @@ def _build(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Any:
 
     dtype = checkpoint.dtype()
     known: set[str] = set()
+    usual: set[str] = set()
     for mapping in (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
-        for names in mapping.values():
-            known.update([names] if isinstance(names, str) else names)
+        for kind, names in mapping.items():
+            classes = [names] if isinstance(names, str) else names
+            known.update(classes)
+            usual.update(classes if kind == config.model_type else ())
     stated = next(iter(checkpoint.config.get("architectures") or ()), None)
     if stated in known and not (trust_remote_code and "auto_map" in checkpoint.config):
-        return getattr(transformers, str(stated))._from_config(config, dtype=dtype)
+        stated_class = getattr(transformers, str(stated))
+        if stated not in usual and not isinstance(config, stated_class.config_class):
+            raise CheckpointError(
+                f"config.json says model_type {config.model_type!r} and the architecture {stated}, which is of another type: "
+                "correct the one that is wrong"
+            )
+        return stated_class._from_config(config, dtype=dtype)
     try:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
+    try:
         return AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        both = ", it is an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else ""
+        raise UnsupportedModel(
+            f"transformers has no causal language model of type {config.model_type!r}{both}: prune its modules with "
+            "prune_module"
+        ) from None
 
 
 def _keep_in_fp32(model: Any, dtype: torch.dtype) -> None:

@@ -84,7 +84,12 @@ def decoder_blocks(model: Any) -> str:
     text = [name for name in inside if not _OTHER_INPUT.search(name[len(root) :])]  # a decoder may be called an encoder
     chosen = plain or text or inside or lists
     if not chosen:
-        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        config = getattr(model, "config", None)
+        if getattr(config, "num_hidden_layers", None) == 0:
+            raise UnsupportedModel(
+                "the model has no decoder blocks, for its config says num_hidden_layers 0: there is nothing to prune"
+            )
+        kind = getattr(config, "model_type", type(model).__name__)
         raise UnsupportedModel(
             f"no list of decoder blocks in model type {kind!r}: name it in a row of topiarist.models.FAMILIES "
             "(Family(blocks='path.of.the.list')), or prune its modules with prune_module"
