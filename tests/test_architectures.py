@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -151,7 +152,7 @@ def test_the_decoder_of_an_encoder_decoder_is_pruned_on_what_its_encoder_reads(t
     assert any("language_model.encoder.layers" in note for note in open_model(base).unpruned())
 
 
-@pytest.mark.parametrize(
+NEED_LOSS = pytest.mark.parametrize(
     ("call", "what"),
     [
         (lambda base, out: tp.learn(base, out, pattern="2:4", data=tokens(), held_out=4), "learning masks"),
@@ -163,11 +164,29 @@ def test_the_decoder_of_an_encoder_decoder_is_pruned_on_what_its_encoder_reads(t
         ),
     ],
 )
+
+
+@NEED_LOSS
 def test_what_needs_a_loss_of_text_alone_refuses_an_encoder_decoder(call, what: str, tmp_path: Path):
     base = tiny_folder(tmp_path / "base", "t5gemma2", "image-text")
     with pytest.raises(tp.UnsupportedModel, match=f"{what} needs the loss of text .* 't5gemma2' is an encoder-decoder"):
         call(base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@NEED_LOSS
+def test_what_needs_a_loss_of_text_refuses_a_model_that_sees_later_tokens(call, what: str, tmp_path: Path):
+    base = tiny_folder(tmp_path / "base", "bert", "causal")
+    config = base / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"is_decoder": False}))
+    with pytest.raises(tp.UnsupportedModel, match=f"{what} needs a model that predicts .* set is_decoder to true"):
+        call(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model_type", ["bert", "bart", "gpt_neox", "llama"])
+def test_decoders_see_no_later_tokens(model_type: str, tmp_path: Path):
+    assert not derive.sees_later_tokens(open_model(tiny_folder(tmp_path, model_type, "causal")).model)
 
 
 @pytest.mark.parametrize(

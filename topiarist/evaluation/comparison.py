@@ -18,7 +18,7 @@ from topiarist.core.errors import CalibrationError, CheckpointError
 from topiarist.data import MAX_SHARED, Bos, TextFiles, Windows, check_vocabulary, evaluation_windows
 from topiarist.evaluation.adapter import check_adapters, has_adapter, with_adapter
 from topiarist.evaluation.perplexity import Perplexity, check_batch_size, perplexity
-from topiarist.models.derive import check_without_encoder
+from topiarist.models.derive import check_has_text_loss
 from topiarist.models.opened import OpenedModel, open_model
 
 MANY_ZEROS = 0.1
@@ -63,7 +63,7 @@ def compare(
     prepared = []
     for name, dense in with_reference(models, reference):
         opened = open_model(name, device=device, trust_remote_code=trust_remote_code, tokenizer=tokenizer)
-        check_without_encoder(opened.model, "perplexity")
+        check_has_text_loss(opened.model, "perplexity")
         made = [
             held_out_windows(opened, text, window=window, max_windows=max_windows, allow_overlap=allow_overlap, bos=bos)
             for text in texts

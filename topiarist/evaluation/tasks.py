@@ -19,7 +19,7 @@ from topiarist.core.errors import CalibrationError, TopiaristError, first_line
 from topiarist.evaluation.comparison import is_dense, with_reference
 from topiarist.evaluation.items import LocalTask, local_task
 from topiarist.evaluation.perplexity import check_batch_size
-from topiarist.models.derive import check_without_encoder
+from topiarist.models.derive import check_has_text_loss
 from topiarist.models.opened import open_model
 
 BOOTSTRAP = 1000
@@ -79,7 +79,7 @@ def compare_tasks(
         open_model(name, device=device, trust_remote_code=trust_remote_code, tokenizer=tokenizer) for name, _ in named
     ]
     for source in opened:
-        check_without_encoder(source.model, "a zero-shot task")
+        check_has_text_loss(source.model, "a zero-shot task")
     results = []
     for number, ((name, dense), source) in enumerate(zip(named, opened, strict=True)):
         progress(f"tasks: {Path(name).name}", number, len(named))

@@ -124,16 +124,31 @@ def has_encoder(model: Any) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def check_without_encoder(model: Any, what: str) -> None:
-    """Raise UnsupportedModel for an encoder-decoder, which has no next-token loss on text by itself.
+def check_has_text_loss(model: Any, what: str) -> None:
+    """Raise UnsupportedModel for a model that has no next-token loss on text by itself.
 
-    what: the work that needs it.
+    That is an encoder-decoder, and a model whose tokens see the later ones. what: the work that needs the loss.
     """
     if has_encoder(model):
         raise UnsupportedModel(
             f"{what} needs the loss of text by itself, and model type {model.config.model_type!r} is an encoder-decoder: "
             "prune its decoder one-shot, or quantise it"
         )
+    if sees_later_tokens(model):
+        raise UnsupportedModel(
+            f"{what} needs a model that predicts the next token, and by is_decoder false in config.json every token of this "
+            f"{model.config.model_type} sees the later ones: set is_decoder to true there"
+        )
+
+
+def sees_later_tokens(model: Any) -> bool:
+    """Whether a model is an encoder because its config does not say is_decoder, as BERT and its kin are."""
+    if getattr(getattr(model, "config", None), "is_decoder", None) is not False:
+        return False
+    try:
+        return "config.is_decoder" in inspect.getsource(type(model.base_model))
+    except (OSError, TypeError, AttributeError):
+        return False
 
 
 def text_inputs(model: Any, tokens: Int[Tensor, "batch window"]) -> dict[str, Any]:

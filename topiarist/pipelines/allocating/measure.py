@@ -17,7 +17,7 @@ from topiarist.allocate.scores import outlier_ratio, probe, random_signs
 from topiarist.core.errors import NumericalError
 from topiarist.core.losses import next_token_loss
 from topiarist.core.slots import PairwiseSum
-from topiarist.models.derive import check_without_encoder
+from topiarist.models.derive import check_has_text_loss
 from topiarist.models.families import Matrix, block_names
 from topiarist.models.hooks import watch_inputs
 from topiarist.models.opened import ObjectModel, OpenedModel
@@ -158,7 +158,7 @@ def loss_traces(
     Processes take sequences in turn, each with a whole copy of the model.
     The model runs in fp32: bf16 needs steps so large that they are a fifth off. Raises NumericalError if it is not finite.
     """
-    check_without_encoder(source.model, "a rule by curvature")
+    check_has_text_loss(source.model, "a rule by curvature")
     model = source.fresh().float()
     matrices = layers_of(model, source, names)
     weights = [m.tensor for m in matrices.values()]

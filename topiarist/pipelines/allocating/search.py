@@ -31,7 +31,7 @@ from topiarist.core.errors import CalibrationError, NumericalError
 from topiarist.core.losses import divergence
 from topiarist.core.options import Registered, plain
 from topiarist.core.patterns import NM, Columns, Pattern, TransposableNM, Unstructured
-from topiarist.models.derive import check_without_encoder
+from topiarist.models.derive import check_has_text_loss
 from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.allocating.database import Database, fill
 from topiarist.pipelines.allocating.measure import layers_of
@@ -167,7 +167,7 @@ class CandidateModel:
         self, source: OpenedModel, database: Database, genes: Genes, windows: Tensor, processes: Processes
     ) -> None:
         self.database, self.genes, self.windows, self.processes = database, genes, windows, processes
-        check_without_encoder(source.model, "a search")
+        check_has_text_loss(source.model, "a search")
         self.model = source.fresh()
         self.matrices = layers_of(self.model, source, list(genes.shapes))
         self.assigned: dict[int, int | None] = dict.fromkeys(range(len(genes.units)))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from topiarist.core.errors import CalibrationError
 from topiarist.core.patterns import Pattern
 from topiarist.masklearn import PRESETS, Preset
-from topiarist.models.derive import check_without_encoder
+from topiarist.models.derive import check_has_text_loss
 from topiarist.models.opened import ObjectModel, shell
 from topiarist.pipelines.common.setup import open_for, resolve_patterns
 from topiarist.pipelines.learning.masking import Target, targets
@@ -113,7 +113,7 @@ def open_whole(model: str | Path | nn.Module, options: LearnOptions, device: str
     """The whole model in memory, on `device` or the accelerator of this process."""
     local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     opened = open_for(replace(options, device=device or local), model)
-    check_without_encoder(opened.model, "learning masks")
+    check_has_text_loss(opened.model, "learning masks")
     return opened.whole()
 
 

@@ -23,7 +23,7 @@ from topiarist.checkpoints.writing import ADAPTER, REPORT, OutputFolder, SavedSt
 from topiarist.core.errors import CheckpointError, TopiaristError
 from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import given_or_made, plain, takes
-from topiarist.models.derive import check_without_encoder
+from topiarist.models.derive import check_has_text_loss
 from topiarist.models.opened import ObjectModel, OpenedModel, open_model
 from topiarist.pipelines.common.finish import weights_of
 from topiarist.pipelines.common.reproduce import command, recipe
@@ -221,7 +221,7 @@ def open_pruned(model: str | Path | nn.Module, options: RecoverOptions) -> Opene
         stands_for=options.stands_for,
     )
     refuse_quantised(opened)
-    check_without_encoder(opened.model, "recovery")
+    check_has_text_loss(opened.model, "recovery")
     return opened
 
 

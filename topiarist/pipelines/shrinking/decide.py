@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from topiarist.models.derive import check_without_encoder
+from topiarist.models.derive import check_has_text_loss
 from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.shrinking.cuts import Cut, check_rotate, plan_cuts, refuse_pruned, remember
 from topiarist.pipelines.shrinking.options import ShrinkOptions
@@ -28,7 +28,7 @@ class Decided:
 
 def decide(opened: OpenedModel, options: ShrinkOptions, notes: list[str]) -> Decided:
     """Return what will be cut. notes: takes the warnings. Raises a TopiaristError for what the model cannot lose."""
-    check_without_encoder(opened.model, "shrinking")
+    check_has_text_loss(opened.model, "shrinking")
     refuse_pruned(opened.config, opened.name)
     if opened.unused:
         remember(notes, f"tensors that the model does not use are left out: {opened.unused}")

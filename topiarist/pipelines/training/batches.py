@@ -45,7 +45,7 @@ class Batches:
 
 
 def micro_batch_size(sequences: int, most: int) -> int:
-    """The most sequences a micro-batch, up to `most`, that cut a step into equal ones: the mean of their losses is then its."""
+    """The largest micro-batch up to `most` that divides a step evenly: the mean of their losses is then the step's."""
     return next(size for size in range(min(sequences, most), 0, -1) if sequences % size == 0)
 
 
