@@ -209,8 +209,7 @@ def damage(name: str):
         (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
 
     def quantised(folder: Path) -> None:
-        path = folder / "model" / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"bits": 4}}))
+        in_config(folder, quantization_config={"bits": 4})
 
     def empty_text(folder: Path) -> None:
         (folder / "calibration.txt").write_text("")

@@ -21,6 +21,7 @@ from topiarist.models.opened import ObjectModel, shell
 from topiarist.pipelines.common.setup import open_for, resolve_patterns
 from topiarist.pipelines.learning.masking import Target, targets
 from topiarist.pipelines.learning.options import LearnOptions
+from topiarist.pipelines.training.batches import micro_batch_size
 from topiarist.pipelines.training.loop import Progress
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.text import Sequences, TrainingText, training_text
@@ -127,7 +128,7 @@ def _batch_size(asked: int | None, sequences: int, processes: int) -> int:
         raise CalibrationError(f"{sequences} sequences a step cannot be divided among {processes} processes")
     share = sequences // processes
     if asked is None:
-        return math.gcd(share, 2)
+        return micro_batch_size(share, 2)
     if asked < 1 or share % asked:
         raise CalibrationError(f"batch size {asked} does not divide the {share} sequences of a step and process")
     return asked
