@@ -6,12 +6,15 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 
 import topiarist as tp
+from topiarist.core import linalg, products
+from topiarist.evaluation import tasks
 from topiarist.evaluation.items import FORMATS, local_task
 from topiarist.results.pages import Result
 
@@ -149,6 +152,30 @@ def test_scores_agree_with_a_plain_loop(items: Path, tmp_path: Path, monkeypatch
     assert len(saved) == len(pruned["scores"]) and all(entry["dense"]["model"].endswith("base") for entry in saved)
     assert "winogrande" in (tmp_path / "out" / "pruning_report.html").read_text()
     assert "| lambada_openai | perplexity | 3 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_harness_s_products_are_quick(items: Path, tmp_path: Path, monkeypatch):
+    """It runs the model itself: without care, bf16 on a processor that has no products for it takes many times as long."""
+    tiny.tiny_model().bfloat16().save_pretrained(tmp_path / "base")
+    dtypes = []
+
+    def simple_evaluate(model, **_):
+        with torch.no_grad():
+            model(tiny.tiny_tokens(1, 4))
+        return {"results": {}}
+
+    harness = SimpleNamespace(
+        __file__=str(items / "__init__.py"), __version__="0", simple_evaluate=simple_evaluate,
+        models=SimpleNamespace(huggingface=SimpleNamespace(HFLM=lambda pretrained, **_: pretrained)),
+    )  # fmt: skip
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(
+        products, "_in_float32", lambda func, x, w, *bias: (dtypes.append(x.dtype), linear(x, w, *bias))[1]
+    )
+    monkeypatch.setattr(linalg, "search_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(tasks, "_harness", lambda: harness)
+    tasks.compare_tasks([str(tmp_path / "base")], ["piqa"], tokenizer=tiny.tiny_tokenizer(), reference=False)
+    assert len(dtypes) > 8 and set(dtypes) == {torch.bfloat16}
 
 
 @pytest.mark.slow

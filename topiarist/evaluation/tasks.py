@@ -20,7 +20,7 @@ from topiarist.evaluation.comparison import is_dense, with_reference
 from topiarist.evaluation.items import LocalTask, local_task
 from topiarist.evaluation.perplexity import check_batch_size
 from topiarist.models.derive import check_has_text_loss
-from topiarist.models.opened import open_model
+from topiarist.models.opened import evaluated, open_model
 
 BOOTSTRAP = 1000
 """Resamples for the standard error of figures that have no formula for it, such as LAMBADA's perplexity."""
@@ -129,7 +129,7 @@ def _run(
     wrapped = harness.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     package = Path(harness.__file__).parent
     try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr), evaluated(model):
             return harness.simple_evaluate(
                 model=wrapped,
                 tasks=[s if isinstance(s, str) else str(s.write(Path(folder), package)) for s in specs],
