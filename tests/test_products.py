@@ -1,5 +1,7 @@
 """16-bit products in fp32, where the processor multiplies those faster."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -72,6 +74,17 @@ def test_gradients_are_those_of_fp32_and_what_is_kept_are_the_operands(leading, 
     torch.testing.assert_close(x.grad, (g @ w.detach().float()).bfloat16())
     wide = x.detach().float().flatten(0, -2)
     torch.testing.assert_close(w.grad, (g.flatten(0, -2).T @ wide).bfloat16())
+
+
+def test_casts_live_no_longer_than_the_product(monkeypatch):
+    """The graph holds on to its hooks, and by them would hold an fp32 copy of every weight until the backward pass."""
+    x, w = (given.requires_grad_() for given in operands((5, 40), (24, 40)))
+    casts = []
+    wide = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: casts.append(weakref.ref(c := wide(self))) or c)
+    with quick_products():
+        found = F.linear(x, w)
+    assert len(casts) == 2 and found.grad_fn is not None and not any(cast() is not None for cast in casts)
 
 
 def test_one_row_and_fp32_are_left_alone(monkeypatch):

@@ -91,6 +91,10 @@ class DequantisedCheckpoint(Checkpoint):
         tensors = {part: self._files.read(where) for part, where in stored.parts.items()}
         return compressed_tensors.from_tensors(tensors, _bits(tensors[PACKED].shape[1], int(tensors[SHAPE][1])))
 
+    def close(self) -> None:
+        """Let go of the file that was read last."""
+        self._files.close()
+
     def stored(self, name: str) -> StoredTensor:
         """What an ordinary file would say of the tensor."""
         if name not in self._stored:

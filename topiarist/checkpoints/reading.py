@@ -131,6 +131,10 @@ class Checkpoint:
             self._reader = path, reader, touched + tensor.nbytes
             return tensor if mapped else tensor.clone()
 
+    def close(self) -> None:
+        """Let go of the file that was read last: as long as it is open, what was read of it stays mapped."""
+        self._reader = None
+
     def stored(self, name: str) -> StoredTensor:
         """What the file says of a tensor, without reading it."""
         about = self._header(self.files[name])[0][name]

@@ -91,7 +91,9 @@ def _in_float32(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tenso
     args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
     with torch.autograd.graph.saved_tensors_hooks(keep, _unchanged):
         found = func(*args, **kwargs)
-    return found.to(pairs[0][0].dtype)
+    dtype = pairs[0][0].dtype
+    pairs.clear()  # the graph holds `keep` for as long as it holds what was kept
+    return found.to(dtype)
 
 
 def _unchanged(kept: tuple[Tensor, int]) -> Tensor:

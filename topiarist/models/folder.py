@@ -186,6 +186,7 @@ class FolderModel(OpenedModel):
         folder = self.checkpoint.folder
         # The tensors are handed over, so that adapters beside them, or a second set of weights, play no part.
         state = {name: self.checkpoint.read(name) for name in self.checkpoint.files}
+        self.checkpoint.close()
         try:
             model, about = type(self.model).from_pretrained(
                 None, config=self.model.config, state_dict=state, dtype=self.dtype, output_loading_info=True
