@@ -268,6 +268,7 @@ CHECKS: dict[str, Check] = {
     "claims that are a list": Check(with_config(pruning_config=[1]), "damaged", CLAIMING),
     "claims without a pattern": Check(with_config(pruning_config={"modules": {"a": 1}}), "claims no pattern", CLAIMING),
     "an unknown type": Check(with_config(model_type="brand_new"), "brand_new|cannot build", BUILDING),
+    "no type": Check(with_config(model_type=None), "names no model_type; copy", BUILDING),
     "sizes that cannot be": Check(with_config(hidden_size=-1), "cannot build|shape|not", BUILDING),
     "sizes that are text": Check(with_config(hidden_size="wide"), "cannot build", BUILDING),
     "code of its own": Check(

@@ -71,7 +71,9 @@ class Checkpoint:
 
     def _read_json(self, name: str) -> dict[str, Any]:
         if not (self.folder / name).is_file():
-            raise CheckpointError(f"{self.folder} has no {name}: not a Hugging Face model folder")
+            raise CheckpointError(
+                f"{self.folder} has no {name}: name a folder that save_pretrained wrote or the hub gave"
+            )
         return read_json(self.folder / name, cure="download it again")
 
     def _locate_tensors(self) -> dict[str, Path]:
@@ -106,7 +108,9 @@ class Checkpoint:
         held: dict[Path, set[str]] = {}
         for path in sorted(set(files.values())):
             if not path.is_file():
-                raise CheckpointError(f"shard {path.name} is named in the index but missing in {self.folder}")
+                raise CheckpointError(
+                    f"shard {path.name} is named in the index but missing in {self.folder}: download it again"
+                )
             with opened(path) as reader:
                 held[path] = set(reader.keys())
         if missing := sorted(name for name, path in files.items() if name not in held[path]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,10 +42,7 @@ def without_memory(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     except Exception as error:  # configurations are checked by several libraries, each with errors of its own
         if checks.needs_remote_code(error) and not trust_remote_code:
             raise checks.remote_code_error(checkpoint.folder) from error
-        kind = checkpoint.config.get("model_type")
-        why = " ".join(str(error).split())
-        if kind is not None and kind not in transformers.CONFIG_MAPPING:
-            why = f"it knows no model type {kind!r}; upgrade transformers, or correct model_type in config.json"
+        why = checks.why_unbuilt(checkpoint.config, error)
         raise CheckpointError(
             f"transformers {transformers.__version__} cannot build a model from {checkpoint.folder}: {why}"
         ) from error

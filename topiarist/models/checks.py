@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,18 @@ def usable_attention(config: Any) -> None:
         return
     warnings.warn(f"attention {asked!r} is not installed here; another one is used", UserWarning, stacklevel=2)
     config._attn_implementation = None
+
+
+def why_unbuilt(config: Mapping[str, Any], error: Exception) -> str:
+    """What is wrong with a config.json of which transformers cannot build a model, in one line."""
+    from transformers import CONFIG_MAPPING
+
+    kind, why = config.get("model_type"), " ".join(str(error).split())
+    if kind is None and re.search("model.(type|identifier)", why):
+        return "config.json names no model_type; copy it from the original"
+    if kind is not None and kind not in CONFIG_MAPPING:
+        return f"it knows no model type {kind!r}; upgrade transformers, or correct model_type in config.json"
+    return why
 
 
 def needs_remote_code(error: Exception) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from topiarist.core.errors import CheckpointError
-from topiarist.models import modeling_pruned
+from topiarist.models import checks, modeling_pruned
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ def skeleton(config: dict[str, Any]) -> Any:
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(settings, dtype=settings.dtype).eval()
     except Exception as error:  # configurations are checked by several libraries, each with errors of its own
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"transformers cannot build a model from this config.json: {reason}") from error
+        why = checks.why_unbuilt(config, error)[:300]
+        raise CheckpointError(f"transformers cannot build a model from this config.json: {why}") from error
 
 
 def roles(config: dict[str, Any]) -> Roles:

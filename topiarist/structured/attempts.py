@@ -65,7 +65,9 @@ def head_counts(model: Any) -> tuple[int, int]:
     query = getattr(text, "num_attention_heads", None)
     if not isinstance(query, int):
         raise UnsupportedModel("its config names no number of attention heads")
-    kv = getattr(text, "num_key_value_heads", None) or query
+    if getattr(text, "multi_query", None) is True and not getattr(text, "new_decoder_architecture", False):
+        return query, 1  # falcon's and gpt_bigcode's way to say it, whatever other numbers stand beside it
+    kv = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or query
     return query, int(kv) if query % int(kv) == 0 else query
 
 
