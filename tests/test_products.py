@@ -9,8 +9,10 @@ from torch.nn import functional as F
 
 import topiarist as tp
 from tests.tiny import tiny_model
+from topiarist import runtime
 from topiarist.core import linalg, processor, products
 from topiarist.core.products import quick_products
+from topiarist.runtime import bench
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +104,23 @@ def test_perplexity_of_a_16_bit_model_is_close_to_that_of_its_values_in_fp32():
     found = tp.perplexity(model.bfloat16(), windows)
     assert found.dtype == "bfloat16"
     assert found.value == pytest.approx(exact, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda model, ids: runtime.Generator(model).generate(ids, 2),
+        lambda model, ids: bench.generation_seconds(model, ids, 1),
+    ],
+    ids=["a prompt", "a benchmark"],
+)
+def test_what_is_run_or_timed_is_quick(run, monkeypatch):
+    """A dense model that emulates its products would make every sparse one look fast."""
+    cast, within = [], products._in_float32
+    monkeypatch.setattr(products, "_in_float32", lambda *args: cast.append(1) or within(*args))
+    with torch.inference_mode():
+        run(tiny_model("llama").bfloat16(), torch.arange(4)[None])
+    assert len(cast) > 8
 
 
 def test_operands_given_by_name_are_left_to_torch():

@@ -19,9 +19,11 @@ from torch import nn
 
 from topiarist.core.compiled import NoKernels
 from topiarist.core.errors import CheckpointError, UnsupportedModel
+from topiarist.models.opened import evaluated
 from topiarist.runtime import cpu, cuda
 from topiarist.runtime.cpu import MARGIN, Acceleration
 from topiarist.runtime.decoder import Decoder
+from topiarist.runtime.generate import cache_word
 from topiarist.runtime.linear import PackedLinear
 from topiarist.runtime.loading import load_model
 
@@ -144,12 +146,14 @@ def machine(device: str = "cpu") -> str:
 
 def generation_seconds(model: Any, ids: Int[torch.Tensor, "batch tokens"], tokens: int) -> dict[str, float]:
     """Seconds of the prompt, and of `tokens` greedy steps after it, by phase; our own loop only where it takes the model."""
-    start = _now(model)
-    out = model(ids, use_cache=True)
-    filled = _now(model)
-    for _ in range(tokens):
-        out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
-    seconds = {"prefill": filled - start, "decode": _now(model) - filled}
+    word = cache_word(model)
+    with evaluated(model):
+        start = _now(model)
+        out = model(ids, use_cache=True)
+        filled = _now(model)
+        for _ in range(tokens):
+            out = model(out.logits[:, -1:].argmax(-1), **{word: getattr(out, word)}, use_cache=True)
+        seconds = {"prefill": filled - start, "decode": _now(model) - filled}
     try:
         decoder = Decoder(model, batch=len(ids), max_tokens=ids.shape[1] + tokens)
     except (UnsupportedModel, NoKernels):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from topiarist.core.compiled import NoKernels
 from topiarist.core.errors import TopiaristError, UnsupportedModel
+from topiarist.models.opened import evaluated
 from topiarist.runtime.decoder import Decoder
 
 CACHE_STEP = 256
@@ -74,7 +76,8 @@ class Generator:
 
         # Without the config no layer forgets what lies beyond a sliding window; the mask alone hides it.
         cache = DynamicCache()
-        out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        with evaluated(self.model):
+            out = self.model(ids, **{cache_word(self.model): cache}, use_cache=True, logits_to_keep=1)
         decoder.fill(cache)
         return out.logits[:, -1].float()
 
@@ -106,7 +109,7 @@ class Generator:
 
     def _stream_by_transformers(self, ids: Tensor, new: int, temperature: float, seed: int) -> Iterator[Tensor]:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), evaluated(self.model):
             torch.manual_seed(seed)
             out = self.model.generate(
                 ids,
@@ -116,6 +119,12 @@ class Generator:
                 **sampling,
             )
         yield from out[:, ids.shape[1] :].unbind(1)
+
+
+def cache_word(model: Any) -> str:
+    """What a model's forward, and its output, call the cache: `cache` from transformers 5.24 on."""
+    new, old = "cache", "past_key_values"
+    return new if new in inspect.signature(model.forward).parameters else old
 
 
 def choose(
