@@ -11,6 +11,7 @@ exponentially there. 4. Biases stay. 5. A prior that is missing or not of the pa
 
 from __future__ import annotations
 
+import gc
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -171,7 +172,8 @@ def _learn(
         report.layers = layer_reports(wanted, final, trainer.flips_by_layer())
     finally:
         masked.restore()
-    del trainer, masked  # logits and moments make room for the weights that are read again
+    del trainer, masked
+    gc.collect()  # layers and optimiser hold each other; logits and moments make room for weights that are read again
     run.note_if_useless(report)
     masked_names = {name for layer in report.layers for name in layer.matrices}
     report.dense = left_dense(source, masked_names, why_dense(job.patterns, options.skip, LAST_BLOCK))
