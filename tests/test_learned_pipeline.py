@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import topiarist as tp
 from topiarist.checkpoints.writing import STATES
 from topiarist.evaluation.audit import audit
 from topiarist.evaluation.perplexity import load_model
-from topiarist.masklearn import PRESETS, Preset, Schedule
+from topiarist.masklearn import PRESETS, MaskAdamW, Preset, Schedule
 from topiarist.pipelines.learning.files import MASKS
 from topiarist.pipelines.training.batches import Batches
 
@@ -334,6 +336,23 @@ def test_recovery_trains_kept_weights_only(base: Path, tmp_path: Path):
     held_out = tp.perplexity(load_model(tmp_path / "out"), language(20, 32, seed=99)).value
     assert torch.tensor(held_out).log() < report.loss
     masks.check(next(iter(masks)), before[next(iter(masks))])  # the mask file still belongs to the dense base
+
+
+def test_moments_are_freed_before_the_weights_are_written(base: Path, tmp_path: Path, monkeypatch):
+    """Layers and optimiser hold each other: without a collection they would stay beside the weights that are read again."""
+    module = sys.modules["topiarist.pipelines.learning.learn"]
+    alive, write, made, optimisers = [], module.write_weights, MaskAdamW.__init__, []
+
+    def watched(self, *args, **settings):
+        optimisers.append(weakref.ref(self))
+        made(self, *args, **settings)
+
+    monkeypatch.setattr(MaskAdamW, "__init__", watched)
+    monkeypatch.setattr(
+        module, "write_weights", lambda *a: alive.extend(o() is not None for o in optimisers) or write(*a)
+    )
+    learn(base, tmp_path / "out", steps=2)
+    assert alive == [False]
 
 
 def test_batches_depend_on_the_seed_alone():
