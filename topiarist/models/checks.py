@@ -175,11 +175,11 @@ def why_unbuilt(config: Mapping[str, Any], error: Exception) -> str:
     from transformers import CONFIG_MAPPING
 
     kind, why = config.get("model_type"), " ".join(str(error).split())
-    if kind is None and re.search("model.(type|identifier)", why):
+    if kind in CONFIG_MAPPING or not re.search("model.(type|identifier)", why):
+        return why
+    if kind is None:
         return "config.json names no model_type; copy it from the original"
-    if kind is not None and kind not in CONFIG_MAPPING:
-        return f"it knows no model type {kind!r}; upgrade transformers, or correct model_type in config.json"
-    return why
+    return f"it knows no model type {kind!r}; upgrade transformers, or correct model_type in config.json"
 
 
 def needs_remote_code(error: Exception) -> bool:
