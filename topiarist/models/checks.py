@@ -175,7 +175,7 @@ def why_unbuilt(config: Mapping[str, Any], error: Exception) -> str:
     from transformers import CONFIG_MAPPING
 
     kind, why = config.get("model_type"), " ".join(str(error).split())
-    if kind in CONFIG_MAPPING or not re.search("model.(type|identifier)", why):
+    if (isinstance(kind, str) and kind in CONFIG_MAPPING) or not re.search("model.(type|identifier)", why):
         return why
     if kind is None:
         return "config.json names no model_type; copy it from the original"
