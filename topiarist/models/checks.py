@@ -179,6 +179,8 @@ def why_unbuilt(config: Mapping[str, Any], error: Exception) -> str:
         return why
     if kind is None:
         return "config.json names no model_type; copy it from the original"
+    if "auto_map" in config:
+        return f"model type {kind!r} needs code of its own (trust_remote_code), which is not run here"
     return f"it knows no model type {kind!r}; upgrade transformers, or correct model_type in config.json"
 
 
