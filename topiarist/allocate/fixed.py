@@ -34,7 +34,7 @@ def given(
     if unknown := sorted(set(chosen) - set(shapes)):
         why = dense.get(unknown[0].removesuffix(".weight"))
         near = difflib.get_close_matches(unknown[0], shapes, 1, 0.0)
-        known = "; the nearest is ".join(["which is none of the layers that can be pruned here", *map(repr, near)])
+        known = "which is none of the layers that can be pruned here" + "".join(f"; the nearest is {n!r}" for n in near)
         reason = f"which stays dense ({why}): leave it out" if why else known
         raise PatternError(f"allocation names {unknown[0]!r} ({len(unknown)} such), {reason}")
     if missing := sorted(set(shapes) - set(chosen)):

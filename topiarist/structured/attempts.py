@@ -66,7 +66,7 @@ def head_counts(model: Any) -> tuple[int, int]:
     if not isinstance(query, int):
         raise UnsupportedModel("its config names no number of attention heads")
     if getattr(text, "multi_query", None) is True and not getattr(text, "new_decoder_architecture", False):
-        return query, 1  # falcon's and gpt_bigcode's way to say it, whatever other numbers stand beside it
+        return query, 1  # falcon says it so, whatever its num_kv_heads
     kv = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or query
     return query, int(kv) if query % int(kv) == 0 else query
 
