@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -12,8 +11,8 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from sweep.check import check_type, tokens
-from sweep.tiny_types import tiny_folder
+from sweep.check import check_type, later_tokens_matter, tokens
+from sweep.tiny_types import tiny_folder, tiny_model
 
 import topiarist as tp
 from topiarist.models import derive
@@ -174,19 +173,37 @@ def test_what_needs_a_loss_of_text_alone_refuses_an_encoder_decoder(call, what: 
     assert not (tmp_path / "out").exists()
 
 
+SEES_LATER_TOKENS: dict[str, tuple[dict[str, Any], str]] = {
+    "bert": ({"is_decoder": False}, "by is_decoder false in config.json .* set is_decoder to true there"),
+    "xlnet": ({"attn_type": "bi"}, 'by attn_type "bi" in config.json .* set attn_type to "uni" there'),
+    "cpmant": ({}, "every token of this cpmant sees the later ones, whatever"),
+}
+
+
 @NEED_LOSS
-def test_what_needs_a_loss_of_text_refuses_a_model_that_sees_later_tokens(call, what: str, tmp_path: Path):
-    base = tiny_folder(tmp_path / "base", "bert", "causal")
-    config = base / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"is_decoder": False}))
-    with pytest.raises(tp.UnsupportedModel, match=f"{what} needs a model that predicts .* set is_decoder to true"):
+@pytest.mark.parametrize("model_type", SEES_LATER_TOKENS)
+def test_what_needs_a_loss_of_text_refuses_a_model_that_sees_later_tokens(
+    call, what: str, model_type: str, tmp_path: Path
+):
+    fields, reason = SEES_LATER_TOKENS[model_type]
+    base = tiny_folder(tmp_path / "base", model_type, **fields)
+    with pytest.raises(tp.UnsupportedModel, match=f"{what} needs a model that predicts .* {reason}"):
         call(base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("model_type", ["bert", "bart", "gpt_neox", "llama"])
-def test_decoders_see_no_later_tokens(model_type: str, tmp_path: Path):
-    assert not derive.sees_later_tokens(open_model(tiny_folder(tmp_path, model_type, "causal")).model)
+@pytest.mark.parametrize("model_type", [*SEES_LATER_TOKENS, "xlm"])
+def test_what_a_model_sees_is_known(model_type: str):
+    bidirectional = {"xlm": {"causal": False}} | {kind: fields for kind, (fields, _) in SEES_LATER_TOKENS.items()}
+    for fields, later in (({}, model_type == "cpmant"), (bidirectional[model_type], True)):
+        model = tiny_model(model_type, **fields)
+        assert later_tokens_matter(model) == bool(derive.sees_later_tokens(model)) == later
+
+
+@pytest.mark.parametrize("model_type", ["bart", "gpt_neox", "llama", "minimax"])
+def test_decoders_see_no_later_tokens(model_type: str):
+    model = tiny_model(model_type)
+    assert not later_tokens_matter(model) and not derive.sees_later_tokens(model)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor
 import topiarist as tp
 from sweep.tiny_types import VOCAB
 from topiarist.models.calls import first_of
-from topiarist.models.derive import base_model, text_inputs
+from topiarist.models.derive import base_model, has_encoder, sees_later_tokens, text_inputs
 from topiarist.models.opened import OpenedModel, at_rest, open_model
 from topiarist.pipelines.common.stream import BlockStream, PausedStream
 
@@ -72,9 +72,20 @@ def check_type(folder: Path, out: Path, **options: Any) -> Outcome:
         ),
         "something else was changed": not _changed(dense, again, names),
         "nothing was pruned": bool(names),
+        "which tokens it sees is not known": has_encoder(dense)
+        or later_tokens_matter(dense) == bool(sees_later_tokens(dense)),
     }
     found.why = found.why or next((text for text, holds in checks.items() if not holds), "")
     return found
+
+
+@torch.no_grad()
+def later_tokens_matter(model: Any) -> bool:
+    """Whether what a causal model predicts changes with a token that comes after."""
+    text = tokens()[:1, :12]
+    other = torch.cat([text[:, :-1], text[:, -1:] + 1], dim=1)
+    one, two = (model(input_ids=rows, use_cache=False).logits[:, :-1] for rows in (text, other))
+    return not torch.allclose(one, two, rtol=NEAR, atol=NEAR * float(one.std()))
 
 
 def hidden_error(opened: OpenedModel, whole: Any) -> str:

@@ -70,6 +70,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     **{kind: {"is_decoder": True} for kind in _MASKED},
     **{kind: _text(**_rotary(2, 3, 3)) for kind in _SECTIONED},
     **{kind: {"head_dim": 16} for kind in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
+    "xlm": {"causal": True},
+    "xlnet": {"attn_type": "uni"},
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
     "apertus1p5": {
         "audio_config": {"codebook_dim": 64},

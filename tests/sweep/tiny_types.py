@@ -101,7 +101,8 @@ def tiny_model(model_type: str, mapping: str = "causal", **fields: Any) -> Any:
                 parameter.copy_(0.08 * torch.randn_like(parameter))
         for name, buffer in model.named_buffers():
             if name in stored and buffer.is_floating_point() and any(part.isdigit() for part in name.split(".")):
-                buffer.add_(0.2 * torch.rand_like(buffer) * (1 if buffer.numel() > 1 else 0.5))
+                noise = 0.2 * torch.rand_like(buffer) * (1 if buffer.numel() > 1 else 0.5)
+                buffer.add_(noise * buffer if buffer.any() else noise)  # zeros among others may be a mask
     return model
 
 

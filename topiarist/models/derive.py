@@ -8,6 +8,7 @@ docs/reference/architectures.md.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,6 +37,10 @@ _HEADS = re.compile(r"(^|_)(num|n)_(\w+_)?heads?$|^n_head$")
 _WEIGHT_USED = re.compile(r"self\.(\w+)\.weight\b(?!\s*\.\s*(dtype|device|shape|size|is_\w+|ndim|numel|data_ptr)\b)")
 _TRANSPOSED = {"Llama4TextExperts", "AriaGroupedExpertsGemm"}
 """Classes whose experts are stored (in, out) and do not say so by `is_transposed`."""
+_CAUSAL_BY: dict[str, tuple[str, Any]] = {"xlm": ("causal", True), "xlnet": ("attn_type", "uni")}
+"""What makes a type with tokens that see the later ones predict the next; of BERT and its kin it is `is_decoder`."""
+_NEVER_CAUSAL = {"cpmant"}
+"""Types whose forward takes a whole text for a context that is known from its beginning to its end."""
 
 
 def family_of(model: Any) -> Family:
@@ -134,17 +139,26 @@ def check_has_text_loss(model: Any, what: str) -> None:
             f"{what} needs the loss of text by itself, and model type {model.config.model_type!r} is an encoder-decoder: "
             "prune its decoder one-shot, or quantise it"
         )
-    if sees_later_tokens(model):
-        raise UnsupportedModel(
-            f"{what} needs a model that predicts the next token, and by is_decoder false in config.json every token of this "
-            f"{model.config.model_type} sees the later ones: set is_decoder to true there"
-        )
+    if reason := sees_later_tokens(model):
+        raise UnsupportedModel(f"{what} needs a model that predicts the next token, and {reason}")
 
 
-def sees_later_tokens(model: Any) -> bool:
-    """Whether a model is an encoder because its config does not say is_decoder, as BERT and its kin are."""
-    if getattr(getattr(model, "config", None), "is_decoder", None) is not False:
-        return False
+def sees_later_tokens(model: Any) -> str:
+    """Why every token of a model sees the later ones, as in an encoder, with the cure; empty if none does."""
+    config = getattr(model, "config", None)
+    model_type = str(getattr(config, "model_type", ""))
+    seen = f"every token of this {model_type} sees the later ones"
+    if model_type in _NEVER_CAUSAL:
+        return f"{seen}, whatever its config.json says"
+    key, causal = _CAUSAL_BY.get(model_type, ("is_decoder", True))
+    given = getattr(config, key, causal)
+    if given == causal or (key == "is_decoder" and not _reads_is_decoder(model)):
+        return ""
+    return f"by {key} {json.dumps(given)} in config.json {seen}: set {key} to {json.dumps(causal)} there"
+
+
+def _reads_is_decoder(model: Any) -> bool:
+    """Whether a model's class turns into a decoder by that word, as BERT and its kin do; all others have it unread."""
     try:
         return "config.is_decoder" in inspect.getsource(type(model.base_model))
     except (OSError, TypeError, AttributeError):
