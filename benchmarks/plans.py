@@ -27,7 +27,7 @@ from benchmarks.memory import LLAMA, MIXTURE, make_checkpoint
 from topiarist.checkpoints.writing import bytes_to_write
 from topiarist.core.meter import duration
 from topiarist.pipelines.pruning.options import PruneOptions
-from topiarist.pipelines.pruning.plan import Plan, plan_prune
+from topiarist.pipelines.pruning.plan import Plan, Probe, plan_prune, probe_block
 from topiarist.pipelines.quantizing.options import QuantizeOptions
 from topiarist.pipelines.quantizing.plan import plan_quantize
 from topiarist.pipelines.training.processes import Processes
@@ -59,15 +59,18 @@ RUNS: dict[str, dict[str, Any]] = {
     "prune, alps, refine": {"method": "alps", "pattern": "2:4", "refine": True},
     "quantize, 4 bits": {"bits": 4},
 }
+"""Those of one solver stand together: they share its probe."""
 
 
 def plan(run: dict[str, Any], base: Path, tokens: torch.Tensor, processes: int) -> Plan:
     """Plan one run as so many processes would; only this one is there."""
     settings = {**run, "data": tokens, "num_windows": len(tokens), "window_tokens": tokens.shape[1], "batch_size": 1}
     alone = patch.object(Processes, "join", classmethod(lambda cls: cls(0, processes)))
+    solver = run.get("method", "bits")
+    probes = patch("topiarist.pipelines.pruning.plan.probe_block", lambda *given: probed(base, solver, given))
     # Of the processor with one thread: what else runs on the machine does not count.
     clock = patch("topiarist.pipelines.pruning.plan.time.perf_counter", time.process_time)
-    with alone, clock:
+    with alone, clock, probes:
         return (
             plan_quantize(base, QuantizeOptions(**settings))
             if "bits" in run
@@ -75,11 +78,22 @@ def plan(run: dict[str, Any], base: Path, tokens: torch.Tensor, processes: int) 
         )
 
 
+last_probe: dict[tuple[Path, str], Probe] = {}
+
+
+def probed(base: Path, solver: str, given: tuple[Any, ...]) -> Probe:
+    """The probe of a model with a solver, made once: it has nothing of the number of processes or of refinement."""
+    if (base, solver) not in last_probe:
+        last_probe.clear()  # one holds Grams
+        last_probe[base, solver] = probe_block(*given)
+    return last_probe[base, solver]
+
+
 def tokens_of(config: dict[str, Any], windows: int, window: int) -> torch.Tensor:
     return torch.randint(0, config["vocab_size"], (windows, window), generator=torch.Generator().manual_seed(0))
 
 
-def rows(folder: Path, models: list[str], windows: int, window: int) -> Iterator[str]:
+def rows(folder: Path, models: list[str], runs: list[str], windows: int, window: int) -> Iterator[str]:
     """A row of the table a model and run, as soon as it is known."""
     yield "| model | run | GB a process, 1 and 8 | disk, GB | one core | 8 cores |"
     yield "|---|---|---|---|---|---|"
@@ -88,7 +102,8 @@ def rows(folder: Path, models: list[str], windows: int, window: int) -> Iterator
         base = folder / name
         one_block = make_checkpoint(base, config, 1)
         ends = sum(path.stat().st_size for path in base.glob("model-[eh]*.safetensors"))
-        for what, run in RUNS.items():
+        for what in runs:
+            run = RUNS[what]
             found = [plan(run, base, tokens_of(config, windows, window), count) for count in (1, 8)]
             disk = bytes_to_write(ends + blocks * (one_block - ends))
             if "bits" in run:  # of what the plan says of a block and the ends
@@ -138,6 +153,7 @@ def main() -> None:
             one.add_argument("--blocks", type=int, default=16, help="16 are the whole of it, 1.2B weights")
         if command == "table":
             one.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+            one.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
         else:
             one.add_argument(
                 "--run", choices=[name for name in RUNS if "bits" not in RUNS[name]], default="prune, sparsegpt"
@@ -147,7 +163,7 @@ def main() -> None:
     if options.command == "verify":
         verify(options.folder, options.run, options.blocks, options.windows, options.window)
         return
-    for row in rows(options.folder, options.models, options.windows, options.window):
+    for row in rows(options.folder, options.models, options.runs, options.windows, options.window):
         print(row, flush=True)
 
 

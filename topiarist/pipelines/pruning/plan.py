@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from jaxtyping import Int
+from torch import Tensor
+
 from topiarist.checkpoints.writing import bytes_to_write
 from topiarist.core.meter import duration, peak_memory_bytes, resident_bytes
 from topiarist.core.patterns import Pattern
@@ -115,10 +118,57 @@ def plan_walk(
         BlockPruner.of(solver, patterns, refine, options.correct, processes=processes)
     if not len(windows.tokens):
         return _plan_without_data(source, solver, patterns, grid)
+    probe = probe_block(source, solver, patterns, windows.tokens[:PROBE_WINDOWS])
+    groups, blocks = probe.groups, len(source.block_names)
+    solves = sum(g.work for g in groups)
+    if joint is not None:  # as if all of a block were its feed-forward network, which is most of it
+        solves *= 1 + joint.down_refit + joint.epochs
+    passes = (2.0 if options.true_sequential else 1.0) * probe.gram_seconds + probe.advance_seconds
+    if options.correct is not None:  # the dense block beside, stage by stage and once whole; sums of two inputs
+        passes += 2.0 * probe.gram_seconds + 3.0 * probe.advance_seconds
+    if refine is not None:  # a step costs about three forwards, a check one
+        passes += probe.advance_seconds * (1 + 4 * refine.epochs)
+    if joint is not None:  # a round in fp32 does the work of about three forwards, a refit that of one
+        passes += probe.advance_seconds * (2 + joint.down_refit + 3 * joint.epochs)
+    own = -(-len(windows.tokens) // processes.size)
+    load = [0.0] * processes.size
+    for group, owner in zip(groups, owners([g.work for g in groups], processes.size), strict=True):
+        load[owner] += group.work
+    working_set = _working_set(source, probe.stream, groups, solver, own, options, refine, joint)
+    return Plan(
+        blocks=blocks,
+        matrices=probe.matrices,
+        peak_memory_bytes=probe.resident_bytes + working_set,
+        disk_bytes=_disk_bytes(source, patterns, grid),
+        forward_seconds=blocks * passes * own,
+        solver_seconds=blocks * probe.solver_rate * solves * max(load) / sum(load),
+        processes=processes.size,
+    )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a few windows through the first block took on this machine, and what is in memory with them."""
+
+    stream: BlockStream
+    groups: Sequence[GramGroup]
+    matrices: int
+    gram_seconds: float
+    """Of a window, its Grams included."""
+    advance_seconds: float
+    """Of a window through the block once more."""
+    solver_rate: float
+    """Seconds a unit of `GramGroup.work`."""
+    resident_bytes: int
+
+
+def probe_block(
+    source: Any, solver: Method, patterns: Mapping[str, Pattern | None], tokens: Int[Tensor, "num window"]
+) -> Probe:
+    """Run the windows through the first block, and solve for its smallest input."""
     with at_rest(source.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a probe of two windows is thin by design
-        probe = windows.tokens[:PROBE_WINDOWS]
-        stream = BlockStream.of(source, probe, batch_size=len(probe))
+        stream = BlockStream.of(source, tokens, batch_size=len(tokens))
         block = source.load(0)
         path = f"{source.family.blocks}.0"
         matrices = [m for m in source.matrices(0) if patterns[f"{path}.{m.name}"] is not None]
@@ -132,29 +182,14 @@ def plan_walk(
         start = time.perf_counter()
         BlockPruner.of(solver, patterns).solve([smallest], smallest.matrices, path)
         rate = (time.perf_counter() - start) / smallest.work
-    blocks = len(source.block_names)
-    solves = sum(g.work for g in groups)
-    if joint is not None:  # as if all of a block were its feed-forward network, which is most of it
-        solves *= 1 + joint.down_refit + joint.epochs
-    passes = (2.0 if options.true_sequential else 1.0) * gram_seconds + advance_seconds
-    if options.correct is not None:  # the dense block beside, stage by stage and once whole; sums of two inputs
-        passes += 2.0 * gram_seconds + 3.0 * advance_seconds
-    if refine is not None:  # a step costs about three forwards, a check one
-        passes += advance_seconds * (1 + 4 * refine.epochs)
-    if joint is not None:  # a round in fp32 does the work of about three forwards, a refit that of one
-        passes += advance_seconds * (2 + joint.down_refit + 3 * joint.epochs)
-    own = -(-len(windows.tokens) // processes.size)
-    load = [0.0] * processes.size
-    for group, owner in zip(groups, owners([g.work for g in groups], processes.size), strict=True):
-        load[owner] += group.work
-    return Plan(
-        blocks=blocks,
-        matrices=len(matrices),
-        peak_memory_bytes=resident_bytes() + _working_set(source, stream, groups, solver, own, options, refine, joint),
-        disk_bytes=_disk_bytes(source, patterns, grid),
-        forward_seconds=blocks * passes * own / len(probe),
-        solver_seconds=blocks * rate * solves * max(load) / sum(load),
-        processes=processes.size,
+    return Probe(
+        stream,
+        groups,
+        len(matrices),
+        gram_seconds / len(tokens),
+        advance_seconds / len(tokens),
+        rate,
+        resident_bytes(),
     )
 
 
