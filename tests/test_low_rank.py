@@ -79,6 +79,20 @@ def test_peft_opens_what_is_beside_the_checkpoint(family: str, tmp_path: Path):
         torch.testing.assert_close(adapted(TOKENS).logits, by_hand.eval()(TOKENS).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_rank_above_some_matrices_is_opened_by_peft(tmp_path: Path):
+    base = tiny_checkpoint(tmp_path / "base")
+    report = tp.prune(base, tmp_path / "out", **{**SETTINGS, "low_rank": 24})
+    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    ranks = {layer.name: len(adapter[f"base_model.model.{layer.name}.lora_A.weight"]) for layer in report.layers}
+    assert min(ranks.values()) == 16 and max(ranks.values()) == 24
+    adapted = PeftModel.from_pretrained(tp.load_pruned(tmp_path / "out").float(), tmp_path / "out" / "adapter").eval()
+    dense, pruned = tp.load_pruned(base).float().eval(), tp.load_pruned(tmp_path / "out").float().eval()
+    with torch.no_grad():
+        wanted = dense(TOKENS).logits
+        far, near = ((model(TOKENS).logits - wanted).norm() for model in (pruned, adapted))
+    assert near < 0.5 * far
+
+
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path):
     base = tiny_checkpoint(tmp_path / "base")
     tp.prune(base, tmp_path / "whole", **SETTINGS)

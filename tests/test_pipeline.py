@@ -197,6 +197,14 @@ def test_any_torch_module_can_be_pruned():
         tp.prune_module(model, [])
 
 
+def test_a_layer_of_any_module_that_no_pattern_fits_can_be_skipped():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    with pytest.raises(tp.PatternError, match="skip this layer"):
+        tp.prune_module(model, [torch.randn(4, 6)], method="magnitude")
+    report = tp.prune_module(model, [torch.randn(4, 6)], method="magnitude", skip=["^0$"])
+    assert [layer.name for layer in report.layers] == ["1"]
+
+
 def test_conv1d_is_seen_transposed():
     from transformers.pytorch_utils import Conv1D
 

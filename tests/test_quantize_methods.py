@@ -7,7 +7,7 @@ import torch
 from reference import gptq as reference
 from torch import Tensor
 
-from topiarist.core.errors import NumericalError, QuantizationError
+from topiarist.core.errors import NumericalError, NumericalWarning, QuantizationError
 from topiarist.core.gram import Gram
 from topiarist.core.linalg import damped, reconstruction_error
 from topiarist.core.patterns import NM
@@ -114,6 +114,15 @@ def test_weights_that_share_a_gram_share_its_factors():
     first, again = method.quantize(factors, weight, grid), method(weight, gram, grid)
     assert torch.equal(first.q, again.q) and torch.equal(first.scale, again.scale)
     assert all(torch.equal(a, b) for a, b in zip(before, (factors.H, factors.U, weight), strict=True))
+
+
+def test_no_damping_and_too_few_tokens_is_said_and_not_thrown():
+    weight, _ = problem()
+    gram = Gram(weight.shape[1])
+    gram.add(torch.ones(2, weight.shape[1]))
+    with pytest.warns(NumericalWarning, match="not positive definite"):
+        found = GPTQ(damping=0)(weight, gram, Grid(bits=8, group=8))
+    assert bool(torch.isfinite(found.dequantized()).all())
 
 
 def test_bad_input_is_refused():

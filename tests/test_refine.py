@@ -58,6 +58,15 @@ def test_a_step_is_a_window_unless_told_otherwise():
     assert used == [8, 1, 4]
 
 
+@pytest.mark.parametrize("held_out", [0.0, 0.99])
+def test_something_is_left_to_train_on(held_out: float):
+    refine = replace(QUICK, held_out=held_out)
+    report = tp.prune(
+        tiny.tiny_model(), method="wanda", calibration=tiny.tiny_tokens(1, 32).repeat(2, 1), refine=refine
+    )
+    assert all(block.after < block.before for block in report.refined)
+
+
 def test_norms_are_trained_when_asked_for():
     model, dense = tiny.tiny_model(), tiny.tiny_model()
     refine = Refine(epochs=4, norms=True)

@@ -167,6 +167,34 @@ def test_the_gradient_on_the_kept_support_vanishes(solver):
     assert after.norm() < 0.02 * before.norm()
 
 
+@pytest.mark.parametrize("settings", [{"iterations": 1}, {"iterations": 2}, {"iterations": 3}, {"rho_every": 500}])
+def test_the_residual_of_a_single_level_of_rho_is_exact(settings):
+    W, gram = randn(OUT, IN), gram_of("well-conditioned")
+    solver = ALPS(refit_steps=200, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NumericalWarning)
+        solution = solver(W, gram, parse_pattern("2:4"))
+    best = linalg.masked_least_squares(W, gram.matrix, solution.mask, damping=solver.ridge, steps=200)
+    assert solution.error == pytest.approx(fp64_error(W, best, gram), rel=2e-3)
+
+
+def test_alps_takes_no_more_steps_than_asked(monkeypatch):
+    steps = []
+    monkeypatch.setattr(
+        admm.State, "step", lambda state, *given, own=admm.State.step: steps.append(1) or own(state, *given)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NumericalWarning)
+        ALPS(iterations=7, rho_every=500)(randn(OUT, IN), gram_of("well-conditioned"), parse_pattern("2:4"))
+    assert len(steps) == 6  # the last one ends the search
+
+
+def test_magnitude_does_not_look_at_the_data():
+    W, gram, pattern = randn(OUT, IN), gram_of("dead"), parse_pattern("0.5")
+    assert bool(gram.dead.any())
+    assert torch.equal(Magnitude()(W, gram, pattern).weight, Magnitude().without_data(W, pattern).weight)
+
+
 @pytest.mark.slow
 def test_better_methods_come_out_better():
     problem = problems.make(128, 192, seed=11, tokens=4096)

@@ -182,6 +182,12 @@ def test_settings_that_make_no_sense(settings: dict, message: str):
         tp.SparseLLM(**settings)
 
 
+def test_something_is_left_to_fit():
+    method = tp.SparseLLM(local="wanda", epochs=1, down_refit=False, held_out=0.99)
+    report = tp.prune(tiny.tiny_model(), method=method, calibration=TOKENS, batch_size=4)
+    assert len(report.joint) == 2
+
+
 def test_a_module_that_is_no_language_model_is_refused():
     with pytest.raises(tp.UnsupportedModel, match="local solver"):
         tp.prune_module(nn.Linear(8, 8), [torch.randn(4, 8)], method="sparsellm")

@@ -26,17 +26,17 @@ def damped(H: Float[Tensor, "n n"], fraction: float) -> Float[Tensor, "n n"]:
     return out
 
 
-def cholesky(H: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """Lower Cholesky factor. If H is not positive definite its diagonal is raised, ten times more at every try.
+def cholesky(H: Float[Tensor, "n n"], *, upper: bool = False) -> Float[Tensor, "n n"]:
+    """Lower Cholesky factor, or the upper one. If there is none, the diagonal of H is raised, ten times more at every try.
 
     Warns (NumericalWarning) with the value that helped; raises NumericalError if none does.
     """
-    factor, info = torch.linalg.cholesky_ex(H)
+    factor, info = torch.linalg.cholesky_ex(H, upper=upper)
     jitter = 1e-6
     for _ in range(MAX_ESCALATIONS):
         if int(info) == 0:
             return factor
-        factor, info = torch.linalg.cholesky_ex(damped(H, jitter))
+        factor, info = torch.linalg.cholesky_ex(damped(H, jitter), upper=upper)
         if int(info) == 0:
             warnings.warn(
                 f"Gram is not positive definite: added {jitter:g} of its mean diagonal", NumericalWarning, stacklevel=3
@@ -51,6 +51,11 @@ def cholesky(H: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 def inverse(H: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """Inverse of a positive definite matrix through `cholesky`."""
     return torch.cholesky_inverse(cholesky(H))
+
+
+def inverse_factor(H: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Upper Cholesky factor U of the inverse U^T U. Raises and warns as `cholesky` does."""
+    return cholesky(inverse(H), upper=True)
 
 
 def search_dtype(device: torch.device) -> torch.dtype:

@@ -70,7 +70,7 @@ class GPTQ:
             live = H.diagonal()[~dead]
             H.diagonal()[dead] = live.mean() if len(live) else 1.0
         H = linalg.damped(H, self.damping)
-        return Factors(H, torch.linalg.cholesky(linalg.inverse(H), upper=True))
+        return Factors(H, linalg.inverse_factor(H))
 
     def quantize(
         self,

@@ -120,14 +120,18 @@ class ALPS(GramSolver):
     def _search(self, W: Tensor, K: Resolvent, pattern: Pattern) -> tuple[Tensor, Tensor, Tensor]:
         """(B, (W - B) Hs, mask of B) after the ADMM iterations."""
         state = State(W, pattern, self.relaxation, K.K.dtype)
-        levels = max(1, self.iterations // self.rho_every)
+        steps = min(self.rho_every, self.iterations)
+        levels = self.iterations // steps
         ratio = self.rho_start / self.rho_end
+        # The last level, and a single one, is at the node: the residual below holds only where the resolvent is exact.
         rhos = [
-            K.node * ratio ** (1 - level / max(levels - 1, 1)) for level in range(levels) for _ in range(self.rho_every)
+            K.node * ratio ** ((levels - 1 - level) / max(levels - 1, 1))
+            for level in range(levels)
+            for _ in range(steps)
         ]
         Y, Z, K_rho = state.Y.to(K.K.dtype), W, K.K
         for step, rho in enumerate(rhos):
-            if step % self.rho_every == 0:
+            if step % steps == 0:
                 K_rho = K.at(rho)
             Z = Y @ K_rho
             if step + 1 < len(rhos):

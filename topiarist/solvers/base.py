@@ -92,7 +92,7 @@ class GramSolver(Solver):
     ) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
         """Give the new weight in fp32, which may be anything where the mask is False, and the mask.
 
-        state: of `prepare`. W: the weight in fp32, zero at dead inputs; it never changes.
+        state: of `prepare`. W: the weight in fp32, zero at dead inputs if the solver looks at data; it never changes.
         """
 
     def without_data(self, weight: Float[Tensor, "out in"], pattern: Pattern) -> Solution:
@@ -126,7 +126,9 @@ class GramSolver(Solver):
             H.diagonal()[dead] = live.mean() if len(live) else 1.0
         state, found = self.prepare(H), []
         for weight, pattern in zip(weights, patterns, strict=True):
-            W = weight.detach().float().masked_fill(dead, 0.0)
+            W = weight.detach().float()
+            if self.needs_data or self.refit:
+                W = W.masked_fill(dead, 0.0)
             new, mask = self.solve(state, W, pattern)
             if self.refit:
                 new = linalg.masked_least_squares(W, H, mask, start=new, damping=self.refit_damping)

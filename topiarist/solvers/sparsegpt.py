@@ -48,7 +48,7 @@ class SparseGPT(GramSolver):
 
     def prepare(self, H: Float[Tensor, "in in"]) -> Factor:
         """The factor U of the damped inverse; the weight of least w^2 / U_jj^2 goes first."""
-        U = torch.linalg.cholesky(linalg.inverse(linalg.damped(H, self.damping)), upper=True)
+        U = linalg.inverse_factor(linalg.damped(H, self.damping))
         return Factor(U, U.diagonal())
 
     def solve(

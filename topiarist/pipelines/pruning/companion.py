@@ -67,7 +67,8 @@ class Companion:
         folder.mkdir(exist_ok=True)
         save_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"}, cure=KEPT)
         output.write_text(
-            f"{ADAPTER}/adapter_config.json", json.dumps(self._config(list(errors), transposed), indent=2) + "\n"
+            f"{ADAPTER}/adapter_config.json",
+            json.dumps(self._config(tensors, list(errors), transposed), indent=2) + "\n",
         )
         return {
             "rank": self.rank,
@@ -77,14 +78,18 @@ class Companion:
             "errors": errors,
         }
 
-    def _config(self, modules: list[str], transposed: bool) -> Mapping[str, Any]:
+    def _config(self, tensors: Mapping[str, Tensor], modules: list[str], transposed: bool) -> Mapping[str, Any]:
         """A LoraConfig as PEFT stores it; alpha = rank: the update counts once."""
+        ranks = {name: len(tensors[f"{PREFIX}{name}.lora_A.weight"]) for name in modules}
+        lower = {name: rank for name, rank in ranks.items() if rank < self.rank}  # of matrices that have no more
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": None,
             "r": self.rank,
             "lora_alpha": self.rank,
+            "rank_pattern": lower,
+            "alpha_pattern": lower,
             "lora_dropout": 0.0,
             "bias": "none",
             "fan_in_fan_out": transposed,

@@ -25,6 +25,7 @@ from topiarist.pipelines.common.hidden_states import HiddenStates
 from topiarist.pipelines.common.slot_sums import ProductSum, WindowShare
 from topiarist.pipelines.pruning.network import CHUNK, Network, Weights, flat
 from topiarist.pipelines.pruning.sparsellm import SparseLLM
+from topiarist.pipelines.training.batches import held_out_count
 from topiarist.results.report import JointBlock
 from topiarist.solvers import SOLVERS, Solution
 from topiarist.solvers.auxiliary import (
@@ -68,8 +69,7 @@ class JointSolver:
         """
         self.settings, self.network, self._solve, self._new_states = settings, network, solve, new_states
         share = share or WindowShare.whole(len(X))
-        held = round(settings.held_out * share.num)
-        held = max(1, held) if settings.held_out > 0 and share.num > 1 else 0
+        held = held_out_count(settings.held_out, share.num)
         fitting = range(share.num - held)
         self.processes = share.processes
         self._fitting, self._having = share.rows(fitting), share.having(fitting)

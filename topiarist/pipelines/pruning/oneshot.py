@@ -239,7 +239,9 @@ def prune_module(
         )
     check_finite(model)
     matrices = matrices_of(model)
-    patterns, _ = allocate.without(allocate.uniform({m.name: m.shape for m in matrices}, base_pattern), skip)
+    asked, _ = allocate.without({m.name: base_pattern for m in matrices}, skip)
+    fitting = allocate.uniform({m.name: m.shape for m in matrices if asked[m.name] is not None}, base_pattern)
+    patterns = {**dict.fromkeys(asked), **fitting}
     wanted = [m for m in matrices if patterns[m.name] is not None]
     collector, count = GramCollector(wanted), 0
     pruner = BlockPruner(solver, patterns)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from topiarist.core.options import options
 from topiarist.models.families import Matrix
 from topiarist.pipelines.common.stream import BlockStream
+from topiarist.pipelines.training.batches import held_out_count
 from topiarist.pipelines.training.loop import FineTuning
 from topiarist.pipelines.training.weights import TrainedWeights
 from topiarist.results.report import BlockRefinement
@@ -39,7 +40,7 @@ class Refine:
     norms: bool = False
     """Also train the block's one-dimensional parameters (norms and biases)."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the calibration windows that only chooses the best epoch."""
+    """Share of the calibration windows that only chooses the best epoch; 0: all train, and choose."""
     accumulate: PositiveInt = 1
     """Forwards whose mean gradient makes one step; so many processes can work on it at once."""
 
@@ -82,7 +83,7 @@ def refine_block(
         return float(sum(s for s, _ in sums)) / max(float(sum(t for _, t in sums)), 1e-30)
 
     num_batches, processes = stream.num_all_batches, stream.processes
-    held = max(1, round(settings.held_out * num_batches)) if num_batches > 1 else 0
+    held = held_out_count(settings.held_out, num_batches)
     # Spread over all: every process then has about as many of either kind.
     checking = [(2 * i + 1) * num_batches // (2 * held) for i in range(held)]
     training = [batch for batch in range(num_batches) if batch not in checking]

@@ -76,6 +76,11 @@ def accumulate_gradients(
     return processes.all_reduce(total)
 
 
+def held_out_count(share: float, num: int) -> int:
+    """How many of `num` a share above 0 holds out: at least one, and one is left to train on; of a single one, none."""
+    return min(max(1, round(share * num)), num - 1) if share > 0 and num > 1 else 0
+
+
 @torch.no_grad()
 def held_out_mean(
     num: int,
