@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import weakref
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,15 @@ import topiarist as tp
 from topiarist.checkpoints.writing import STATES
 from topiarist.evaluation.audit import audit
 from topiarist.evaluation.perplexity import load_model
-from topiarist.masklearn import PRESETS, MaskAdamW, Preset, Schedule
+from topiarist.masklearn import PRESETS, MaskAdamW, Preset, Prior, Schedule
+from topiarist.models.opened import open_model
+from topiarist.pipelines.learning import job
 from topiarist.pipelines.learning.files import MASKS
+from topiarist.pipelines.learning.masking import MaskedModel, targets
+from topiarist.pipelines.learning.options import LearnOptions
+from topiarist.pipelines.learning.plan import plan_learn
 from topiarist.pipelines.training.batches import Batches
+from topiarist.pipelines.training.processes import Processes
 
 FAST = Preset(
     steps=24, sequences=4, length=32, lr=Schedule(1e-2, 0.0, "cosine"), tau=Schedule(1.0, 0.05, "exponential"),
@@ -389,6 +396,61 @@ def test_user_errors(base: Path, learned: Path, tmp_path: Path):
         learn(base, None)
     with pytest.raises(tp.CheckpointError, match="is the model itself"):
         learn(base, base)
+
+
+def test_what_cannot_be_learned_is_refused_before_the_prior(base: Path, monkeypatch):
+    monkeypatch.setattr(MaskAdamW, "step", pytest.fail)
+    monkeypatch.setattr("topiarist.pipelines.learning.run.one_shot_masks", lambda *_, **__: pytest.fail("a prior"))
+    model = load_model(base)
+    for options, message in (
+        ({"relaxation": "bernoulli"}, "no relaxation bernoulli for pattern 2:4"),
+        ({"recover": {"sequences": 5000}}, "a step of the recovery takes 5000"),
+    ):
+        with pytest.raises(tp.TopiaristError, match=message):
+            learn(model, None, **options)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_layer_that_takes_no_mask_leaves_the_model_as_it_was(base: Path):
+    model = load_model(base)
+    before = {name: type(module) for name, module in model.named_modules()}
+    source = open_model(model).whole()
+    wanted = [t for block in targets(source, dict.fromkeys(source.shapes(), tp.NM(2, 4))) for t in block]
+    masks = {t.name: torch.ones_like(t.parameter, dtype=torch.bool) for t in wanted}
+    masks[wanted[0].name][:, 2::4] = masks[wanted[0].name][:, 3::4] = False  # the first fits, the second does not
+    with pytest.raises(tp.PatternError, match="layer model"):
+        MaskedModel(source, wanted, masks, relaxation=None, prior=Prior(), seed=0, dtype=torch.float32)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_seed_chooses_the_text(base: Path, monkeypatch):
+    seeds: list[int] = []
+    own = job.training_text
+    monkeypatch.setattr(
+        job, "training_text", lambda *given, seed, **more: seeds.append(seed) or own(*given, seed=seed, **more)
+    )
+    for seed in (0, 7):
+        learn(load_model(base), None, preset=replace(FAST, steps=1), seed=seed)
+    assert seeds == [0, 7]
+
+
+def test_a_plan_counts_the_recovery(base: Path):
+    plain, more = (
+        plan_learn(base, LearnOptions(data=DATA, held_out=4, preset=FAST, recover=recover))
+        for recover in (None, {"steps": 10, "sequences": 2})
+    )
+    assert plain.recovery_seconds is None and more.recovery_seconds > 0 and more.disk_bytes > plain.disk_bytes
+    assert "recovery after it, about" in dict(more.lines()) and "recovery after it, about" not in dict(plain.lines())
+
+
+def test_copies_decide_by_one_certainty(base: Path, monkeypatch):
+    told: list[Any] = []
+    own = Processes.on_main
+    monkeypatch.setattr(Processes, "on_main", lambda self, call: told.append(own(self, call)) or told[-1])
+    report = learn(load_model(base), None, preset=replace(FAST, steps=8))
+    certain = [entry["certainty"] for entry in report.history if entry["certainty"] is not None]
+    assert certain and [found[0] / found[1] for found in told if isinstance(found, tuple)] == certain
 
 
 def test_a_broken_loss_stops_and_keeps_the_last_good_state(base: Path, tmp_path: Path, monkeypatch):

@@ -12,6 +12,8 @@ import tiny
 import torch
 from killing import Kept, Killed
 from safetensors.torch import load_file
+from sweep.check import tokens
+from sweep.tiny_types import tiny_folder
 from torch import nn
 
 import topiarist as tp
@@ -19,7 +21,9 @@ from topiarist.cli import main
 from topiarist.core.losses import divergence
 from topiarist.evaluation.verify import verify
 from topiarist.masklearn import Preset, Schedule
+from topiarist.pipelines.recovering.objective import Objective
 from topiarist.pipelines.recovering.options import RecoverOptions
+from topiarist.pipelines.recovering.plan import plan_recover
 from topiarist.pipelines.training import loop
 from topiarist.pipelines.training.batches import Batches, micro_batch_size, split_held_out
 from topiarist.pipelines.training.loop import FineTuning
@@ -48,6 +52,12 @@ def prune(base: Path, out: Path, how: str) -> None:
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {key: value for path in sorted(folder.glob("*.safetensors")) for key, value in load_file(path).items()}
+
+
+def pruned_model() -> Any:
+    model = tiny.tiny_model()
+    tp.prune(model, method="magnitude")
+    return model
 
 
 def loss_of(model: Any, teacher: Any) -> float:
@@ -204,6 +214,81 @@ def test_a_broken_step_is_named_and_the_best_state_stays():
         tuning.run(module, TrainedWeights({"weight": module.weight}), lambda step: [step], loss, held_out)
     assert held_out() < float((x @ start.T - 1.0).square().mean())
     assert bool(torch.isfinite(module.weight).all()) and state.saved is None
+
+
+def test_low_rank_updates_of_the_best_state_are_merged_though_an_error_ends_the_training(monkeypatch):
+    settings = {**SETTINGS, "kind": "lora", "evaluate_every": 1}
+    teacher, whole, broken = tiny.tiny_model(), pruned_model(), pruned_model()
+    tp.recover(whole, teacher=teacher, **settings)
+    losses: list[torch.Tensor] = []
+
+    def breaking(self: Any, rows: Any, own=Objective.loss) -> torch.Tensor:
+        losses.append(own(self, rows) * (float("nan") if len(losses) > 5 else 1.0))
+        return losses[-1]
+
+    monkeypatch.setattr(Objective, "loss", breaking)
+    before = loss_of(broken, teacher)
+    with pytest.raises(tp.NumericalError):
+        tp.recover(broken, teacher=teacher, **settings)
+    assert loss_of(broken, teacher) < before
+    assert all(bool(((p == 0) == (q == 0)).all()) for p, q in zip(broken.parameters(), whole.parameters(), strict=True))
+
+
+def test_gradients_from_before_play_no_part():
+    teacher, clean, used = tiny.tiny_model(), pruned_model(), pruned_model()
+    used(TOKENS[:2], labels=TOKENS[:2]).loss.backward()
+    first, second = (tp.recover(model, teacher=teacher, **SETTINGS) for model in (clean, used))
+    assert first.evaluations == second.evaluations
+
+
+def test_matrices_with_a_forward_of_their_own_take_no_low_rank_update(tmp_path: Path):
+    base = tiny_folder(tmp_path / "base", "deepseek_v4")
+    tp.prune(base, tmp_path / "pruned", method="magnitude", pattern="2:4")
+    with pytest.warns(UserWarning, match="multiplied in their modules' own way"):
+        report = tp.recover(
+            tmp_path / "pruned",
+            tmp_path / "out",
+            kind="lora",
+            data=tokens().repeat(5, 1),
+            tokens=64,
+            sequences=2,
+            held_out=2,
+        )
+    assert any("use kind full" in note for note in report.warnings)
+
+
+def test_a_plan_times_a_step_and_not_a_look(tmp_path: Path, monkeypatch):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    tp.prune(base, tmp_path / "pruned", method="magnitude")
+    calls: list[str] = []
+    for name in ("loss", "held_out_loss"):
+        own = getattr(Objective, name)
+        monkeypatch.setattr(Objective, name, lambda *given, own=own, name=name: calls.append(name) or own(*given))
+    monkeypatch.setattr("time.perf_counter", lambda: calls.append("clock") or 0.0)
+    plan_recover(tmp_path / "pruned", **{**SETTINGS, "sequences": 1})
+    asked = [call for call in calls if call != "clock"]
+    assert asked == ["held_out_loss", "loss", "loss", "loss", "held_out_loss"]
+
+
+def test_out_may_be_the_folder_one_stands_in(tmp_path: Path, monkeypatch):
+    tp.prune(tiny.tiny_checkpoint(tmp_path / "base"), tmp_path / "pruned", method="magnitude")
+    text = tiny.tiny_text(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    report = tp.recover("../pruned", ".", data=str(text), tokens=64, window_tokens=32, sequences=2, held_out=2)
+    assert report.steps == 1 and (tmp_path / "here" / "model.safetensors").is_file()
+
+
+def test_threads_are_heeded_in_python(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    before = torch.get_num_threads()
+    try:
+        tp.prune(base, tmp_path / "pruned", method="magnitude", threads=before + 1)
+        assert torch.get_num_threads() == before + 1
+        tp.recover(tmp_path / "pruned", tmp_path / "out", threads=before + 2, **SETTINGS)
+        assert torch.get_num_threads() == before + 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_harmful_training_is_not_kept():

@@ -30,7 +30,7 @@ def run(folder: Path, out: str, kill: int | None = None, **options: Any) -> tp.R
     # Of two micro-batches the sum is the same in any order; more may differ in the last bit of an fp32 sum.
     return tp.recover(
         folder / "pruned", folder / out, data=tp.text_files(folder / "text.txt"), window_tokens=32, tokens=6 * 64,
-        sequences=2, batch_size=1, held_out=4, evaluate_every=2, progress=progress, **{"learning_rate": 3e-3} | options,
+        sequences=2, batch_size=1, evaluate_every=2, progress=progress, **{"learning_rate": 3e-3, "held_out": 4} | options,
     )  # fmt: skip
 
 
@@ -80,6 +80,7 @@ SHARDED: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "experts, norms as they are": ("mixtral", torch.bfloat16, {"dtype": "float32", "norms": False}),
     "the default rate": ("llama", torch.float32, {"learning_rate": None}),
     "uneven rows, no teacher": ("llama", torch.float32, {"loss": "lm", "embeddings": False}),
+    "uneven looks": ("llama", torch.float32, {"held_out": 3}),
 }
 
 

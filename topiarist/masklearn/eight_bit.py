@@ -23,12 +23,19 @@ def block_size(row: int) -> int:
     return next((size for size in range(LONGEST, SHORTEST - 1, -1) if row % size == 0), row)
 
 
-def zeros(shape: Sequence[int], *, signed: bool, device: torch.device) -> Tensor:
-    """A moment of shape (out, ...) at zero. Raises TopiaristError if torchao is not installed."""
+def check_installed() -> None:
+    """Raise TopiaristError if torchao is not installed."""
     try:
-        from torchao.optim.subclass_8bit import OptimState8bit  # pyright: ignore[reportMissingImports]
+        import torchao.optim.subclass_8bit  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise TopiaristError("moments in eight bits need torchao: pip install 'topiarist[eight-bit]'") from None
+
+
+def zeros(shape: Sequence[int], *, signed: bool, device: torch.device) -> Tensor:
+    """A moment of shape (out, ...) at zero. Raises TopiaristError if torchao is not installed."""
+    check_installed()
+    from torchao.optim.subclass_8bit import OptimState8bit  # pyright: ignore[reportMissingImports]
+
     size = block_size(torch.Size(shape[1:]).numel())
     return OptimState8bit.zeros(tuple(shape), signed, size, device, dtype=torch.float32)
 

@@ -159,6 +159,12 @@ class Matrix:
         """Name of the stored parameter in the block."""
         return f"{self.name}.{self.parameter}" if self.expert is None else self.name.rpartition(".")[0]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether its module only multiplies by the weight and adds a bias: no experts, no grouped rows."""
+        kind = type(self.module)
+        return self.expert is None and (kind.forward is nn.Linear.forward or kind.__name__ == "Conv1D")
+
     @torch.no_grad()
     def assign(self, weight: Float[Tensor, "out in"]) -> None:
         """Overwrite the weight in place."""

@@ -63,7 +63,8 @@ def _check_any(patterns: Mapping[str, Pattern | None]) -> None:
 
 
 def open_for(options: DataOptions, model: str | Path | nn.Module | OpenedModel) -> OpenedModel:
-    """The model, opened as the options say."""
+    """The model, opened as the options say; from here on torch has their threads."""
+    options.use_threads()
     return open_model(
         model, device=options.device, trust_remote_code=options.trust_remote_code, tokenizer=options.tokenizer,
         stands_for=options.stands_for,

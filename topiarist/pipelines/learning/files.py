@@ -44,10 +44,13 @@ def open_output(
     output = held.enter_context(OutputFolder(out, fingerprint))
     if not output.complete:
         weights = sum(target.parameter.numel() for target in wanted)
-        # A new state is whole before the old one goes.
-        states = STATE_BYTES + max(STATE_BYTES, 2 * WEIGHT_STATE_BYTES if recovers else 0)
-        output.begin(states * weights + nbytes)
+        output.begin(bytes_due(nbytes, weights, recovers=recovers))
     return output
+
+
+def bytes_due(nbytes: int, weights: int, *, recovers: bool) -> int:
+    """Bytes on disk that a run needs at most: the model, and states of which a new one is whole before the old one goes."""
+    return nbytes + weights * (STATE_BYTES + max(STATE_BYTES, 2 * WEIGHT_STATE_BYTES if recovers else 0))
 
 
 def packed_prior(wanted: Sequence[Target], bits: Sequence[Any]) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from topiarist.core.errors import CalibrationError
 from topiarist.core.patterns import Pattern
-from topiarist.masklearn import PRESETS, Preset
+from topiarist.masklearn import PRESETS, Preset, relaxation_for
+from topiarist.masklearn.eight_bit import check_installed
 from topiarist.models.derive import check_has_text_loss
 from topiarist.models.opened import ObjectModel, shell
 from topiarist.pipelines.common.setup import open_for, resolve_patterns
@@ -66,12 +67,16 @@ def prepare(
         skip.append(f"^{re.escape(source.block_names[-1])}\\.")
     patterns, unmatched = resolve_patterns(source, options.base_pattern, None, skip)
     blocks = targets(source, patterns)
+    for target in (target for block in blocks for target in block):
+        relaxation_for(target.pattern, options.relaxation)  # refused here, not after the prior
+    if options.eight_bit:
+        check_installed()
     notes = [f"--skip {expression!r} matches no layer" for expression in unmatched]
     aside = held_out or options.held_out
     num = recipe.steps * recipe.sequences + aside
     text = held.enter_context(
         training_text(
-            source, options.data, window_tokens=recipe.length, num_windows=num, seed=0, tokenizer=options.tokenizer,
+            source, options.data, window_tokens=recipe.length, num_windows=num, seed=options.seed, tokenizer=options.tokenizer,
             bos=options.bos, out=out, processes=processes, progress=progress,
         )
     )  # fmt: skip
@@ -84,6 +89,11 @@ def prepare(
         raise CalibrationError(
             f"training text holds {len(training)} sequences of {text.window} tokens beside the {len(evaluated)} that "
             f"are held out, a step takes {recipe.sequences}: add text"
+        )
+    if options.recover is not None and len(training) < options.recover.sequences:
+        raise CalibrationError(
+            f"training text holds {len(training)} sequences, a step of the recovery takes {options.recover.sequences}: add "
+            "text, or lower its sequences"
         )
     return Job(recipe, patterns, blocks, text, training, evaluated, size, notes)
 

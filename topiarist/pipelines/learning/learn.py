@@ -49,6 +49,7 @@ from topiarist.pipelines.learning.train_kept import recover_weights
 from topiarist.pipelines.learning.trainer import MaskTrainer
 from topiarist.pipelines.training.loop import Progress
 from topiarist.pipelines.training.processes import Processes, check_same_run
+from topiarist.pipelines.training.recompute import blocks_of
 from topiarist.solvers import SOLVERS
 
 SAID = ("pattern", "prior", "preset", "seed")
@@ -186,6 +187,7 @@ def _learn(
             source.model, final, recovery, job.training,
             batch_size=job.batch_size, seed=seed, progress=progress, processes=processes,
             state=SavedState() if output is None else output.state("recovery"),
+            recompute=blocks_of(source) if options.activation_checkpointing else (),
         )  # fmt: skip
     report.run = {**meter.run(source.device), "processes": processes.size}
     written: Path | None = None

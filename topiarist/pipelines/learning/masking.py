@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Bool, Shaped, UInt8
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers.pytorch_utils import Conv1D
 
 from topiarist.core.errors import PatternError
 from topiarist.core.patterns import Pattern
@@ -29,9 +28,6 @@ from topiarist.masklearn import (
 from topiarist.models.families import Matrix, block_names
 from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.training.recompute import recomputed
-
-PLAIN = (nn.Linear.forward, Conv1D.forward)
-"""What multiplies by the weight alone: a masked layer can take its place."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ class Target:
     @property
     def in_place(self) -> bool:
         """Whether the module stays, because it does more with the parameter than a linear layer: experts, grouped rows."""
-        return self.matrices[0].expert is not None or type(self.matrices[0].module).forward not in PLAIN
+        return not self.matrices[0].is_plain
 
     def rows(self, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "rows in"]:
         """A tensor in the parameter's shape as the (rows, in) matrix whose rows the groups run along."""
@@ -152,15 +148,19 @@ class MaskedModel:
         self.layers: list[LearnedMask] = []
         self.prior_bits = [target.packed(masks[target.name]) for target in self.targets]
         self._originals: dict[str, nn.Module] = {}
-        for index, target in enumerate(self.targets):
-            options = {"index": index, "prior": prior, "seed": seed, "dtype": dtype}
-            kind = relaxation_for(target.pattern, relaxation)
-            mask = masks[target.name].to(target.parameter.device)
-            try:
-                layer = self._mask(target, kind, mask, options)
-            except PatternError as error:
-                raise PatternError(f"layer {target.label}: {error}") from error
-            self.layers.append(layer.to(target.parameter.device))
+        try:
+            for index, target in enumerate(self.targets):
+                options = {"index": index, "prior": prior, "seed": seed, "dtype": dtype}
+                kind = relaxation_for(target.pattern, relaxation)
+                mask = masks[target.name].to(target.parameter.device)
+                try:
+                    layer = self._mask(target, kind, mask, options)
+                except PatternError as error:
+                    raise PatternError(f"layer {target.label}: {error}") from error
+                self.layers.append(layer.to(target.parameter.device))
+        except BaseException:
+            self.restore()
+            raise
 
     def _mask(self, target: Target, relaxation: Any, mask: Tensor, options: dict[str, Any]) -> LearnedMask:
         matrix = target.matrices[0]
@@ -223,7 +223,7 @@ class MaskedModel:
             self.model.set_submodule(path, module)
         for target in self.targets:
             matrix = target.matrices[0]
-            if target.in_place:
+            if target.in_place and parametrize.is_parametrized(matrix.module, matrix.parameter):
                 parametrize.remove_parametrizations(matrix.module, matrix.parameter, leave_parametrized=False)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._trained[name])

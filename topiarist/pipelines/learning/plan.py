@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
+import gc
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from topiarist.core.meter import peak_memory_bytes
+from topiarist.checkpoints.writing import SavedState
+from topiarist.core.meter import duration, peak_memory_bytes
 from topiarist.masklearn import Prior, resident_bytes
-from topiarist.pipelines.learning.files import STATE_BYTES
-from topiarist.pipelines.learning.job import open_whole, prepare
+from topiarist.models.opened import ObjectModel
+from topiarist.pipelines.learning.files import bytes_due
+from topiarist.pipelines.learning.job import Job, open_whole, prepare
 from topiarist.pipelines.learning.masking import MaskedModel
 from topiarist.pipelines.learning.options import LearnOptions
+from topiarist.pipelines.learning.train_kept import Recover, recover_weights
 from topiarist.pipelines.learning.trainer import MaskTrainer
+from topiarist.pipelines.training.batches import micro_batch_size
 from topiarist.pipelines.training.plan import TrainingPlan
 from topiarist.pipelines.training.processes import Processes
+from topiarist.pipelines.training.recompute import blocks_of
 
 
+@dataclass(frozen=True, kw_only=True)
 class LearnPlan(TrainingPlan):
     """Needs of a run of learning."""
 
     what = "masked"
+    recovery_seconds: float | None = None
+    """Of the training of kept weights at the end, if there is one."""
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Return what a person reads: (what, how much)."""
+        after = [] if self.recovery_seconds is None else [("recovery after it, about", duration(self.recovery_seconds))]
+        return [*super().lines(), *after]
 
 
 def plan_learn(model: str | Path, options: LearnOptions) -> LearnPlan:
     """Load the model, take two micro-batches through it (the first warms up), and extrapolate. Writes nothing.
 
-    Without the prior (a few percent of `quick`) and the evaluations (about a tenth).
+    A recovery takes two of its own. Without the prior (a few percent of `quick`) and the evaluations (about a tenth).
     """
     source = open_whole(model, options, options.device)
     with ExitStack() as held:  # the text is in memory and outlives it
@@ -58,12 +74,32 @@ def plan_learn(model: str | Path, options: LearnOptions) -> LearnPlan:
             float(trainer.run_step())
             seconds = time.perf_counter() - started
     weights = sum(target.parameter.numel() for target in plan.targets)
+    each = resident_bytes(masked.layers, trainer.optimizer)
+    masked.restore()
+    del trainer, masked
+    gc.collect()  # as the run does before it recovers
+    recovery = None if options.recover is None else _recovery_seconds(source, plan, masks, options, options.recover)
     return LearnPlan(
         weights=weights,
         step_tokens=plan.recipe.tokens // plan.recipe.steps,
         steps=plan.recipe.steps,
-        bytes_per_weight=resident_bytes(masked.layers, trainer.optimizer),
+        bytes_per_weight=each,
         peak_memory_bytes=peak_memory_bytes(),
-        disk_bytes=source.nbytes + 2 * STATE_BYTES * weights,
+        disk_bytes=bytes_due(source.nbytes, weights, recovers=options.recover is not None),
         step_seconds=seconds * plan.recipe.sequences / plan.batch_size,
+        recovery_seconds=recovery,
     )
+
+
+def _recovery_seconds(
+    source: ObjectModel, job: Job, masks: Mapping[str, Tensor], options: LearnOptions, settings: Recover
+) -> float:
+    """Of all steps of a recovery, from the second of two on one micro-batch."""
+    size = micro_batch_size(settings.sequences, job.batch_size)
+    times: list[float] = []
+    recover_weights(
+        source.model, masks, replace(settings, steps=2, sequences=size), job.training,
+        batch_size=size, seed=options.seed, progress=lambda *_: times.append(time.perf_counter()), processes=Processes(),
+        state=SavedState(), recompute=blocks_of(source) if options.activation_checkpointing else (),
+    )  # fmt: skip
+    return (times[1] - times[0]) * settings.steps * settings.sequences / size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated
 
 import torch
@@ -16,6 +16,7 @@ from topiarist.core.options import options
 from topiarist.pipelines.training.batches import Batches, micro_batch_size
 from topiarist.pipelines.training.loop import FineTuning, Progress
 from topiarist.pipelines.training.processes import Processes
+from topiarist.pipelines.training.recompute import recomputing
 from topiarist.pipelines.training.text import Sequences
 from topiarist.pipelines.training.weights import TrainedWeights
 
@@ -57,10 +58,12 @@ def recover_weights(
     progress: Progress,
     processes: Processes,
     state: SavedState,
+    recompute: Sequence[nn.Module] = (),
 ) -> dict[str, Shaped[Tensor, "..."]]:
     """Train the masked weights of a causal language model; return their new values, by parameter name, in their dtype.
 
     masks: by parameter name, True where a weight is kept. batch_size: sequences a forward. seed: of the text's order.
+    recompute: blocks that keep their inputs alone for backward.
     The model itself is as before when this returns or raises. Raises NumericalError for a loss that is not finite.
     """
     named = dict(model.named_parameters())
@@ -77,7 +80,8 @@ def recover_weights(
     weights = TrainedWeights(parameters, masks)
     try:
         tuning = settings.tuning(weights, parameters.values(), progress, processes, state)
-        tuning.run(model, weights, lambda step: batches.micro_batches(step, size), loss)
+        with recomputing(recompute):
+            tuning.run(model, weights, lambda step: batches.micro_batches(step, size), loss)
         return weights.snapshot()
     finally:
         with torch.no_grad():

@@ -180,12 +180,19 @@ class MaskTrainer:
         return self._over_shards(sum(map(_differing, now, then))) / self._over_shards(weights)
 
     def _certainty(self) -> float | None:
-        """Mean over weights of the largest probability of their group, in the last step's draw."""
-        parts = [(layer.statistics().get("certainty"), layer.matrix.numel()) for layer in self.masked.layers]
-        if any(certainty is None for certainty, _ in parts):
-            return None
-        certain = sum(float(c) * n for c, n in parts if c is not None)
-        return self._over_shards(certain) / self._over_shards(sum(n for _, n in parts))
+        """Mean over weights of the largest probability of their group, in the last step's draw.
+
+        Of copies, the first process': draws differ, and the processes decide by it when to stop.
+        """
+
+        def own() -> tuple[float, int] | None:
+            parts = [(layer.statistics().get("certainty"), layer.matrix.numel()) for layer in self.masked.layers]
+            if any(certainty is None for certainty, _ in parts):
+                return None
+            return sum(float(c) * n for c, n in parts if c is not None), sum(n for _, n in parts)
+
+        found = own() if self.masked.sharded else self.processes.on_main(own)
+        return None if found is None else self._over_shards(found[0]) / self._over_shards(found[1])
 
     def _over_shards(self, value: float) -> float:
         """The sum over all processes of what each has counted in its rows; the value itself where there are no shards."""

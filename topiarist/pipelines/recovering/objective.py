@@ -25,7 +25,8 @@ class Objective:
     hidden_weight: of the hidden-state term, None for none. With a teacher the loss is KL(teacher || student) in nats, the
     mean over all positions, at temperature 1; without one, next-token loss in nats.
 
-    blocks: (student's, teacher's) whose outputs the hidden-state term compares, pair by pair.
+    blocks: (student's, teacher's) whose outputs the hidden-state term compares, pair by pair. shards: the models of all
+    processes are one, so that none can run a forward alone.
     """
 
     def __init__(
@@ -38,11 +39,12 @@ class Objective:
         blocks: tuple[Sequence[nn.Module], Sequence[nn.Module]] = ((), ()),
         hidden_weight: float | None = None,
         processes: Processes | None = None,
+        shards: bool = False,
     ) -> None:
         self.student, self.teacher = student, teacher
         self.tokens, self.held_out = tokens, held_out
         self.blocks, self.hidden_weight = blocks, hidden_weight
-        self.processes = processes or Processes()
+        self.processes, self.shards = processes or Processes(), shards
         self.device = next(student.parameters()).device
 
     def loss(self, rows: Sequence[int]) -> Float[Tensor, ""]:
@@ -59,7 +61,7 @@ class Objective:
         def loss(row: int) -> Tensor:
             return self._predictions(self.held_out[row : row + 1].to(self.device))
 
-        return held_out_mean(len(self.held_out), loss, self.processes, self.device)
+        return held_out_mean(len(self.held_out), loss, self.processes, self.device, in_step=self.shards)
 
     def _predictions(self, batch: Int[Tensor, "batch window"]) -> Float[Tensor, ""]:
         if self.teacher is None:

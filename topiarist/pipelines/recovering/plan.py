@@ -1,4 +1,4 @@
-"""What a recovery will need on this machine, from two real steps of one micro-batch."""
+"""What a recovery will need on this machine, from real steps of one micro-batch."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ from topiarist.pipelines.training.plan import TrainingPlan
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.weights import STATE_BYTES
 
+STEPS = 3
+"""That are taken. Held-out sequences are looked at before the first and after the last: the second is a step alone."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecoverPlan(TrainingPlan):
@@ -44,7 +47,7 @@ def plan_recover(
     options: RecoverOptions | None = None,
     **settings: Any,
 ) -> RecoverPlan:
-    """Load the models, take two micro-batches through them (the first warms up), and extrapolate. Writes nothing.
+    """Load the models, take three micro-batches through them (the first warms up), and extrapolate. Writes nothing.
 
     Without the looks at the held-out loss (about a tenth) and saved states (a twentieth). With `shard`, the memory is
     that of one of the processes that torchrun started, as it will be; this call itself holds the whole models.
@@ -58,7 +61,7 @@ def plan_recover(
     with ExitStack() as held:
         text = held.enter_context(text_of(opened, options, alone))
         held.enter_context(computing_in(options.dtype, student, teacher_model))
-        trainee = Trainee(student, masks, options)
+        trainee = Trainee(student, masks, replace(options, evaluate_every=STEPS))
         sequences = options.sequences_a_step(text.window, 1)
         tokens, held_out, steps = cut_text(text, options, sequences)
         micro_batch = micro_batch_size(sequences, options.batch_size)
@@ -67,7 +70,7 @@ def plan_recover(
         trainee.train(
             objective,
             trainee.learning_rate(alone),
-            2,
+            STEPS,
             micro_batch,
             alone,
             lambda *_: times.append(time.perf_counter()),

@@ -27,6 +27,7 @@ from topiarist.models.derive import check_has_text_loss
 from topiarist.models.opened import ObjectModel, OpenedModel, open_model
 from topiarist.pipelines.common.finish import weights_of
 from topiarist.pipelines.common.reproduce import command, recipe
+from topiarist.pipelines.common.setup import open_for
 from topiarist.pipelines.recovering.files import write_recovered
 from topiarist.pipelines.recovering.inputs import (
     check_dense,
@@ -41,9 +42,10 @@ from topiarist.pipelines.recovering.inputs import (
 from topiarist.pipelines.recovering.objective import Objective
 from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.recovering.report import RecoverReport
-from topiarist.pipelines.recovering.trainee import Trainee, blocks_of, computing_in
+from topiarist.pipelines.recovering.trainee import Trainee, computing_in
 from topiarist.pipelines.training.loop import Progress
 from topiarist.pipelines.training.processes import Processes, check_same_run
+from topiarist.pipelines.training.recompute import blocks_of
 from topiarist.pipelines.training.sharded_state import ShardedState
 from topiarist.pipelines.training.text import Sequences
 from topiarist.pipelines.training.weights import STATE_BYTES
@@ -213,13 +215,8 @@ def _left_behind(opened: OpenedModel) -> list[str]:
 def open_pruned(model: str | Path | nn.Module, options: RecoverOptions) -> OpenedModel:
     """Open the pruned model for this process' own accelerator."""
     local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    opened = open_model(
-        model,
-        device="cpu" if options.shard else options.device or local,  # FSDP moves the shards to the accelerator
-        trust_remote_code=options.trust_remote_code,
-        tokenizer=options.tokenizer,
-        stands_for=options.stands_for,
-    )
+    device = "cpu" if options.shard else options.device or local  # FSDP moves the shards to the accelerator
+    opened = open_for(replace(options, device=device), model)
     refuse_quantised(opened)
     check_has_text_loss(opened.model, "recovery")
     return opened
@@ -265,4 +262,5 @@ def make_objective(
         blocks=(blocks[0], blocks[1]),
         hidden_weight=options.hidden_weight or 1.0 if hidden else None,
         processes=processes,
+        shards=options.shard,
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from topiarist.checkpoints.writing import SavedState
 from topiarist.core.linalg import search_dtype
 from topiarist.models.hooks import hooked
-from topiarist.models.opened import ObjectModel, OpenedModel, evaluated
+from topiarist.models.opened import ObjectModel, evaluated
 from topiarist.pipelines.recovering.inputs import trained_parameters
 from topiarist.pipelines.recovering.objective import Objective
 from topiarist.pipelines.recovering.options import RecoverOptions
@@ -21,7 +21,7 @@ from topiarist.pipelines.training.batches import Batches, micro_batch_size
 from topiarist.pipelines.training.loop import RATE, FineTuning, History, Progress
 from topiarist.pipelines.training.low_rank import RANK, LowRankUpdate
 from topiarist.pipelines.training.processes import Processes
-from topiarist.pipelines.training.recompute import recomputing
+from topiarist.pipelines.training.recompute import blocks_of, recomputing
 from topiarist.pipelines.training.sharded_state import ShardedState
 from topiarist.pipelines.training.weights import TrainedWeights
 
@@ -53,11 +53,11 @@ class Trainee:
         named = {id(p): name for name, p in self.model.model.named_parameters()}
         generator = torch.Generator().manual_seed(self.options.seed)
         rank = self.options.rank or RANK
-        skipped = 0
+        skipped = {True: 0, False: 0}
         for index, path in enumerate(self.model.block_names):
             for matrix in self.model.matrices(index):
-                if matrix.expert is not None:
-                    skipped += 1
+                if not matrix.is_plain:
+                    skipped[matrix.expert is not None] += 1
                     continue
                 parameter = getattr(matrix.module, matrix.parameter)
                 name = named[id(parameter)]
@@ -68,8 +68,15 @@ class Trainee:
                 self.updates.append(update)
                 self.changed[name] = parameter
                 parameters |= {f"{path}.{matrix.name} A": update.A, f"{path}.{matrix.name} B": update.B}
-        if skipped:
-            self.notes.append(f"{skipped} experts share parameters and take no low-rank update: use kind full for them")
+        if skipped[True]:
+            self.notes.append(
+                f"{skipped[True]} experts share parameters and take no low-rank update: use kind full for them"
+            )
+        if skipped[False]:
+            self.notes.append(
+                f"{skipped[False]} matrices are multiplied in their modules' own way and take no low-rank update: use kind "
+                "full for them"
+            )
         cut = sum(len(update.A) < rank for update in self.updates)
         if self.options.rank and cut:
             self.notes.append(
@@ -104,7 +111,7 @@ class Trainee:
         progress: Progress,
         state: SavedState | ShardedState,
     ) -> History:
-        """Train the model in place, so many sequences a step; low-rank updates are merged at the end."""
+        """Train the model in place, so many sequences a step; low-rank updates are merged at the end, whatever ends it."""
         options, module = self.options, self.model.model
         size = micro_batch_size(sequences // processes.size, options.batch_size)
         batches = Batches(len(objective.tokens), sequences, options.seed)
@@ -123,16 +130,17 @@ class Trainee:
             hooked(*hooks),
             recomputing(blocks_of(self.model), options.activation_checkpointing),
         ):
-            history = tuning.run(
-                module,
-                self.weights,
-                lambda step: batches.micro_batches(step, size),
-                objective.loss,
-                objective.held_out_loss,
-            )
-        for update in self.updates:
-            update.merge()
-        return history
+            try:
+                return tuning.run(
+                    module,
+                    self.weights,
+                    lambda step: batches.micro_batches(step, size),
+                    objective.loss,
+                    objective.held_out_loss,
+                )
+            finally:  # also where an error ends it: the best state is in the updates too
+                for update in self.updates:
+                    update.merge()
 
 
 @contextmanager
@@ -156,8 +164,3 @@ def computing_in(dtype: str, *models: ObjectModel | None) -> Iterator[None]:
 def in_float32(dtype: str, device: torch.device) -> bool:
     """Whether `RecoverOptions.dtype` lets 16-bit models compute in fp32 there."""
     return dtype == "float32" or (dtype == "auto" and device.type == "cpu" and search_dtype(device) == torch.float32)
-
-
-def blocks_of(model: OpenedModel) -> list[nn.Module]:
-    """The decoder blocks, first to last."""
-    return [model.block(index) for index in range(len(model.block_names))]

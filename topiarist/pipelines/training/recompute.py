@@ -9,6 +9,13 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from topiarist.models.opened import OpenedModel
+
+
+def blocks_of(model: OpenedModel) -> list[nn.Module]:
+    """The decoder blocks, first to last."""
+    return [model.block(index) for index in range(len(model.block_names))]
+
 
 def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Return a forward that keeps nothing but its inputs for backward. Nothing random may happen in it."""

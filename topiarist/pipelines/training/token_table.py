@@ -96,7 +96,7 @@ def tokenised(
     Raises CalibrationError if there is not one sequence, CheckpointError if the disk is full, ProcessError if not all
     processes see the folder.
     """
-    work = _Work(source, tokenizer, out.with_name(out.name + ".tokens"), window, progress)
+    work = _Work(source, tokenizer, out.absolute().with_name(out.absolute().name + ".tokens"), window, progress)
     done = False
     try:
         while not processes.on_main(work.go_on):

@@ -49,6 +49,7 @@ class TrainedWeights:
         handles = []
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(True)
+            parameter.grad = None  # what lies there from before is of another loss
             if self.masters[name] is not parameter:
                 handles.append(parameter.register_post_accumulate_grad_hook(self._hand_on(self.masters[name])))
         try:
