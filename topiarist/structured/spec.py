@@ -36,7 +36,8 @@ class PruneSpec:
     layout: str
     units: tuple[str, ...]
     parameters: Mapping[str, int]
-    """Of the whole model: `dense`, `kept` (without the units that go) and `stored` (with padding)."""
+    """Of the whole model: `dense`, `kept` (without the units that go), `stored` (with padding), and `biases`: those of the
+    stored that a method added, if it did."""
     kept: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Group key -> {"of": count, "units": indices that stay, "slots": units that the stored tensors have room for}."""
     rotated: bool = False
