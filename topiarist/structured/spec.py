@@ -90,7 +90,9 @@ class PruneSpec:
 
     def apply(self, model: Any) -> Any:
         """Write zeros into everything of the base (a model object, in place) that goes, and return it. Refit weights and
-        biases are not in a PruneSpec: without them the function is that of the cut alone.
+        biases are not in a PruneSpec: without them the function is that of the cut alone, but for norms that span all heads.
+
+        Raises CheckpointError or UnsupportedModel where no zeros in the base are that cut.
         """
         if self.rotated:
             raise CheckpointError("the hidden states were rotated before the cut: no mask of the base is that cut")
