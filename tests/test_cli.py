@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import shutil
 import struct
 import subprocess
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import topiarist as tp
 from topiarist import cli
+from topiarist.pipelines.pruning.sparsellm import METHODS
 
 
 @pytest.fixture
@@ -71,15 +73,22 @@ def test_a_warning_of_every_block_is_shown_once_and_kept_whole(call, folder: Pat
     assert [warning[:14] for warning in report["warnings"]] == ["model.layers.0", "model.layers.1"]
 
 
+def test_the_help_names_every_method(command):
+    code, printed, _ = command("prune", "--help")
+    assert code == 0 and not [name for name in METHODS if not re.search(rf"\b{name}\b", printed)]
+
+
 def test_without_text(call, folder: Path):
     bare = ("prune", "model", "out")
     code, printed, _ = call(*bare, "--method", "magnitude", "--plan")
     assert code == 0 and "2 x 7" in printed and not (folder / "out").exists()
     for refused in (["--method", "wanda"], ["--method", "sparsellm"], ["--method", "magnitude:refit=true"],
                     ["--method", "magnitude", "--refine"], ["--method", "magnitude", "--correct"],
-                    ["--method", "magnitude", "--allocation", "owl"]):  # fmt: skip
+                    ["--method", "magnitude", "--allocation", "owl"], ["--method", "magnitude", "--bits", "4"]):  # fmt: skip
         code, _, error = call(*bare, *refused)
         assert code == 2 and "give calibration text" in error and not (folder / "out").exists()
+        assert ("only magnitude does without" in error) == (refused[1] in ("wanda", "sparsellm"))
+        assert ("only 8 bits do without" in error) == ("--bits" in refused)
     code, printed, _ = call(*bare, "--method", "magnitude", "--pattern", "0.5")
     assert code == 0 and "14 matrices, 50.00% zeros" in printed
     report = json.loads((folder / "out" / "pruning_report.json").read_text())

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny import tiny_checkpoint, tiny_model, tiny_text, tiny_tokens
 
 import topiarist as tp
+from topiarist.checkpoints.finished import check_finished
 from topiarist.cli import main
 from topiarist.core.errors import CheckpointError, TopiaristError, UnsupportedModel
 from topiarist.core.grammar import OptionError
@@ -108,6 +109,20 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     with pytest.raises(CheckpointError, match="low_rank was"):
         tp.prune(base, tmp_path / "out", **{**SETTINGS, "low_rank": 2})
+
+
+def test_it_goes_along_when_the_model_is_packed(tmp_path: Path):
+    """So that what is unpacked is again what its report says."""
+    tp.prune(tiny_checkpoint(tmp_path / "base"), tmp_path / "out", **SETTINGS)
+    tp.runtime.pack_folder(tmp_path / "out", tmp_path / "packed")
+    tp.runtime.unpack_folder(tmp_path / "packed", tmp_path / "back")
+    check_finished(tmp_path / "back")
+    adapters = [contents(tmp_path / name / "adapter") for name in ("out", "packed", "back")]
+    assert adapters[0] and adapters[0] == adapters[1] == adapters[2]
+    (tmp_path / "out" / "adapter" / "notes.txt").symlink_to(tmp_path / "base" / "config.json")
+    with pytest.raises(CheckpointError, match=r"symbolic link to .*outside"):
+        tp.runtime.pack_folder(tmp_path / "out", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_it_makes_up_for_a_grid_too(tmp_path: Path):

@@ -157,13 +157,28 @@ def test_quantised_experts_keep_their_values(tmp_path):
     wide = tiny_checkpoint(tmp_path / "wide", "qwen3_moe", dtype=torch.bfloat16, **more)
     tp.quantize(wide, tmp_path / "int8", bits=8)
     done = export_gguf(tmp_path / "int8", tmp_path / "model.gguf")
-    assert (done.type, done.rounded) == ("q8_0", 0) and done.exact > 0
+    assert (done.type, done.rounded) == ("q8_0", 0) and done.integers > 0
     found, plain = tensors_of(done.path), DequantisedCheckpoint(tmp_path / "int8")
     for index in range(4):
         name = f"model.layers.1.mlp.experts.{index}.down_proj.weight"
         weight = plain.quantized(name)
         values = weight.q * weight.scale.float().repeat_interleave(32, 1)
         assert torch.equal(found["blk.1.ffn_down_exps.weight"][index], values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_bf16_keeps_values_that_are_bf16(dtype, tmp_path, command):
+    """A value is integer times scale, rounded to the scale's dtype: what that has beyond bf16 is lost."""
+    source = tiny_checkpoint(tmp_path / "model", dtype=dtype)
+    tp.quantize(source, tmp_path / "int8", bits=8)
+    code, printed, said = command("export", tmp_path / "int8", tmp_path / "model.gguf", "--type", "bf16")
+    found, plain = tensors_of(tmp_path / "model.gguf"), DequantisedCheckpoint(tmp_path / "int8")
+    values = plain.read("model.layers.1.mlp.up_proj.weight")
+    assert torch.equal(found["blk.1.ffn_up.weight"], values.bfloat16().float())
+    same = torch.equal(found["blk.1.ffn_up.weight"], values.float())
+    assert code == 0 and same == (dtype == torch.bfloat16)
+    told = "keep their very values" if same else "were rounded again: bf16 cannot hold them as they are"
+    assert f"14 quantised matrices {told}" in printed + said and "integers" not in printed + said
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):

@@ -226,6 +226,6 @@ def test_the_commands(tmp_path, pruned, command):
         assert code == 0 and "2 x 7" in printed and not (tmp_path / "planned").exists()
     pytest.importorskip("gguf")
     code, printed, _ = command("export", tmp_path / "out", tmp_path / "out.gguf")
-    assert code == 0 and "14 quantised matrices keep their very values" in printed and "q4_0" in printed
+    assert code == 0 and "14 quantised matrices keep their integers and scales" in printed and "q4_0" in printed
     code, _, errors = command("export", tmp_path / "out", tmp_path / "out.gguf")
     assert code == 2 and "exists" in errors

@@ -13,6 +13,7 @@ import topiarist as tp
 from topiarist import runtime
 from topiarist.core.compiled import NoKernels
 from topiarist.core.errors import CheckpointError
+from topiarist.core.grammar import OptionError
 from topiarist.core.patterns import NM
 from topiarist.results.pages import save_evaluation
 from topiarist.runtime import bench, cpu, limits
@@ -114,6 +115,16 @@ def test_refusals(tmp_path):
         runtime.bench_folder(tmp_path / "dense")
     with pytest.raises(CheckpointError, match="does not exist"):
         runtime.bench_folder(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("wrong", [{"tokens": 0}, {"tokens": -1}, {"prompt": 0}, {"batches": (4, 0)}, {"batches": ()}])
+def test_numbers_below_one_are_refused_before_the_model_is_read(wrong, tmp_path, command):
+    with pytest.raises(OptionError, match="nothing can be timed"):
+        runtime.bench_folder(tmp_path / "nothing", **wrong)
+    word = "--batch" if "batches" in wrong else f"--{next(iter(wrong))}"
+    for number in next(iter(wrong.values())) if word == "--batch" else wrong.values():
+        code, _, said = command("bench", tmp_path / "nothing", word, number)
+        assert code == 2 and ("does not exist" if number > 0 else "greater than or equal to 1") in said
 
 
 def test_without_kernels_it_says_so(monkeypatch):

@@ -9,10 +9,12 @@ from tiny import tiny_model, tiny_tokens
 from topiarist import runtime
 from topiarist.core.compiled import NoKernels
 from topiarist.core.errors import TopiaristError
+from topiarist.models.modeling_pruned import Absent, reshape
 from topiarist.runtime import cpu
 from topiarist.runtime.build import load_kernels
 from topiarist.runtime.decoder import FAMILIES, Decoder
 from topiarist.runtime.generate import Generator
+from topiarist.structured import plan_layout, shrunk, units_of
 
 
 def compiled() -> bool:
@@ -129,8 +131,6 @@ def test_temperature_draws_by_the_seed():
 
 @needs_kernels
 def test_layers_of_different_size_and_absent_ones():
-    from topiarist.models.modeling_pruned import reshape
-
     model = tiny_model()
     reshape(model, {
         "shapes": {
@@ -140,7 +140,7 @@ def test_layers_of_different_size_and_absent_ones():
             "model.layers.0.mlp.down_proj.weight": (32, 24),
         },
         "heads": {"model.layers.0.self_attn": [2, 1]}, "experts": {},
-        "absent": [["model.layers.1.self_attn", "attention"]],
+        "absent": [["model.layers.1.input_layernorm", "inside"], ["model.layers.1.self_attn", "attention"]],
     })  # fmt: skip
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -148,6 +148,22 @@ def test_layers_of_different_size_and_absent_ones():
     generator = Generator(model.eval())
     assert not generator.reason
     assert torch.equal(generator.generate(ids, 10), by_transformers(model, ids, 10))
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sublayers_that_shrink_removed(family):
+    """A norm goes with its sublayer; one that is gone by itself is another function."""
+    gone = ("model.layers.0.self_attn:attention", "model.layers.1.mlp:ffn")
+    groups = units_of(model := tiny_model(family), ("attention", "ffn"))
+    kept = {group.key: torch.tensor([group.key not in gone]) for group in groups}
+    small = shrunk(model, groups, kept, plan_layout(model, groups, kept, "hetero"))
+    ids = tiny_tokens(2, 7)
+    generator = Generator(small)
+    assert not generator.reason
+    assert torch.equal(generator.generate(ids, 10), by_transformers(small, ids, 10))
+    model.model.layers[0].input_layernorm = Absent("inside", 0)
+    assert Generator(model).reason == "the decoder knows no layer whose inside was removed"
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,16 @@ def test_two_sets_of_weights_in_one_folder_are_refused(tmp_path: Path):
         Checkpoint(tmp_path / "model")
 
 
+@pytest.mark.parametrize("weight_map", [{"a": 5}, {"a": ["model.safetensors"]}, {"a": None}, {}, "model.safetensors"])
+def test_an_index_that_names_no_files_is_refused(weight_map, tmp_path: Path):
+    tiny.tiny_checkpoint(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(
+        tp.CheckpointError, match=r"index\.json has no weight_map of tensors to files; download it again"
+    ):
+        Checkpoint(tmp_path / "model")
+
+
 def test_a_file_is_opened_once_for_all_of_its_tensors(tmp_path: Path, monkeypatch):
     """To open a file is to parse the names of all its tensors: a mixture with thousands would take quadratic time."""
     tiny.tiny_checkpoint(tmp_path / "base", "mixtral")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from safetensors.torch import load_file
 
 
 @pytest.fixture
@@ -53,6 +54,24 @@ def test_the_command_in_the_report_repeats_the_run(call, tmp_path: Path):
     assert code == 0, err
     again = json.loads((tmp_path / "again" / "pruning_report.json").read_text())
     assert again["fingerprint"] == report["fingerprint"] and again["blocks"] == report["blocks"]
+
+
+@pytest.mark.parametrize("layout", ["hetero", "uniform", "masked"])
+def test_zeros_and_added_biases_are_told_apart(call, tmp_path: Path, layout: str):
+    """A channel of the tiny llama is 96 numbers; what it has of biases, the method added."""
+    words = ("--method", "flap", "--units", "channels", "--no-refit", "--layout", layout)
+    code, printed, err = call(*SHRINK, *words)
+    assert code == 0, err
+    rows = json.loads((tmp_path / "out" / "pruning_report.json").read_text())["blocks"]
+    zeros = 96 * sum(row["slots"] - row["kept"] for row in rows)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    biases = sum(tensor.numel() for name, tensor in tensors.items() if name.endswith(".bias"))
+    assert bool(zeros) == (layout == "masked") and biases >= 64
+    among = f"{zeros:,} zeros and {biases:,} added biases" if zeros else f"{biases:,} added biases"
+    assert f"{sum(t.numel() for t in tensors.values()):,}, of them {among}" in " ".join(printed.split())
+    page = (tmp_path / "out" / "pruning_report.html").read_text()
+    assert f"{biases:,} are biases that make up for what was cut" in page
+    assert (f"{zeros:,} of the stored parameters are zeros that only fill up" in page) == bool(zeros)
 
 
 @pytest.mark.parametrize(

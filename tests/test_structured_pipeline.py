@@ -152,6 +152,23 @@ def test_a_method_s_biases_are_kept_or_their_loss_is_told(tmp_path: Path):
     with pytest.warns(UserWarning, match="left out"):
         bare = run(tiny.tiny_model("mistral"), None, **options)
     assert bare.result.model.layers[0].mlp.down_proj.bias is None and "left out" in bare.warnings[0]
+    assert held.parameters["stored"] == held.parameters["kept"] + held.parameters["biases"]
+    assert "biases" not in bare.parameters
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("layout", ["uniform", "hetero"])
+@pytest.mark.filterwarnings("ignore:the biases that make up for what was cut are left out")
+def test_experts_go_without_biases_and_others_keep_theirs(family: str, layout: str):
+    """Experts are one tensor; qwen2_moe's shared expert is a matrix, for whose bias its own config has no room."""
+    options = {"method": "flap", "refit": False, "units": ["channels"], "layout": layout}
+    with pytest.warns(UserWarning, match="of experts are left out"):
+        report = run(tiny.tiny_model(family), None, **options)
+    with_bias = {
+        name.split(".", 3)[3] for name, _ in report.result.named_parameters() if name.endswith("down_proj.bias")
+    }
+    shared = family == "qwen2_moe" and layout == "hetero"
+    assert with_bias == ({"mlp.shared_expert.down_proj.bias"} if shared else set())
 
 
 def test_uniform_results_can_be_shrunk_again(tmp_path: Path):

@@ -73,6 +73,20 @@ def test_layer_norms_are_told_of(family: str):
     assert torch.isfinite(small(TOKENS).logits).all() and small.config.hidden_size == int(kept[group.key].sum())
 
 
+@pytest.mark.parametrize(
+    ("family", "units", "message"),
+    [*((family, ALL, "layer norms from counting") for family in sorted(CENTRED)), ("mixtral", ["experts"], "a router")],
+)
+def test_zeros_that_are_not_the_cut_are_refused(family: str, units: list[str], message: str, tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base", family)
+    run(base, tmp_path / "out", method="activation" if units == ALL else "reap", units=units, keep=0.75, refit=False)
+    model, spec = AutoModelForCausalLM.from_pretrained(base).eval(), PruneSpec.load(tmp_path / "out")
+    with pytest.raises(tp.UnsupportedModel, match=f"zeros do not keep {message}"):
+        spec.apply(model)
+    before = tiny.tiny_model(family).state_dict()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize("family", sorted(WITHOUT))
 def test_configs_whose_heads_follow_the_width_are_refused(family: str):
     with pytest.raises(tp.UnsupportedModel, match=rf"no {family} config can hold .* would be"):

@@ -80,8 +80,9 @@ class Checkpoint:
         """Tensor name -> file."""
         if (self.folder / INDEX).is_file():
             weight_map = self._read_json(INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{self.folder / INDEX} has no weight_map; download it again")
+            named = isinstance(weight_map, dict) and all(isinstance(shard, str) for shard in weight_map.values())
+            if not weight_map or not named:
+                raise CheckpointError(f"{self.folder / INDEX} has no weight_map of tensors to files; download it again")
             if (self.folder / SINGLE).is_file() and SINGLE not in weight_map.values():
                 raise CheckpointError(
                     f"{self.folder} holds two sets of weights, {SINGLE} and what {INDEX} names: remove one of them"

@@ -27,11 +27,11 @@ def export(
     with progress_bar() as progress:
         done = export_gguf(folder, output, type=kind, progress=progress)
     if done.rounded:
-        say(
-            f"{done.rounded} quantised matrices were rounded again: {done.type} has no place for their groups or scales"
-        )
-    if done.exact:
-        say(f"{done.exact} quantised matrices keep their very values")
+        say(f"{done.rounded} quantised matrices were rounded again: {done.type} cannot hold them as they are")
+    if done.integers:
+        say(f"{done.integers} quantised matrices keep their integers and scales")
+    if done.values:
+        say(f"{done.values} quantised matrices keep their very values")
     say(f"{done.tensors} tensors, {done.type}, {done.nbytes / 1e6:.1f} MB; written to {done.path}")
 
 

@@ -75,9 +75,11 @@ def bench(
     folders: Annotated[
         list[Path], typer.Argument(metavar="DIR...", help="pruned or quantised checkpoints, packed or not")
     ],
-    tokens: Annotated[int, typer.Option(help="tokens to decode")] = 32,
-    prompt: Annotated[int, typer.Option(help="tokens of the prompt")] = 64,
-    batch: Annotated[list[int] | None, typer.Option(help="batch size; may be repeated; default 1, 4, 8, 32")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="tokens to decode")] = 32,
+    prompt: Annotated[int, typer.Option(min=1, help="tokens of the prompt")] = 64,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="batch size; may be repeated; default 1, 4, 8, 32")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice")] = None,
     save: Annotated[bool, typer.Option("--save", help="put the result beside the checkpoint and on its page")] = False,

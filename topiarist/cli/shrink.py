@@ -45,8 +45,11 @@ def shrink(
             tried.add_row(*(f"{value:.4f}" if isinstance(value, float) else f"{value:,}" for value in row.values()))
         out.print(tried)
     numbers = report.parameters
-    padding = f", of them {numbers['stored'] - numbers['kept']:,} zeros" if numbers["stored"] != numbers["kept"] else ""
-    out.print(f"{numbers['dense']:,} parameters -> {numbers['stored']:,}{padding}", highlight=False)
+    biases = numbers.get("biases", 0)
+    more = {"zeros": numbers["stored"] - numbers["kept"] - biases, "added biases": biases}
+    among = " and ".join(f"{count:,} {what}" for what, count in more.items() if count)
+    among = f", of them {among}" if among else ""
+    out.print(f"{numbers['dense']:,} parameters -> {numbers['stored']:,}{among}", highlight=False)
     if report.layers:
         before = sum(layer.error_without for layer in report.layers) / len(report.layers)
         after = sum(layer.error for layer in report.layers) / len(report.layers)

@@ -19,6 +19,7 @@ from torch import nn
 
 from topiarist.core.compiled import NoKernels
 from topiarist.core.errors import CheckpointError, UnsupportedModel
+from topiarist.core.grammar import OptionError
 from topiarist.models.opened import evaluated
 from topiarist.runtime import cpu, cuda
 from topiarist.runtime.cpu import MARGIN, Acceleration
@@ -86,8 +87,13 @@ def bench_folder(
 ) -> BenchReport:
     """Load a pruned model folder, ordinary or packed, and measure it.
 
-    Raises CheckpointError if the folder cannot be read, or if the model in it has no sparse linear.
+    Raises OptionError for numbers below 1, CheckpointError if the folder cannot be read, or if the model in it has no sparse
+    linear.
     """
+    if not batches or min(tokens, prompt, *batches) < 1:
+        raise OptionError(
+            f"tokens is {tokens}, prompt {prompt}, batches {list(batches)}: nothing can be timed with less than 1 of each"
+        )
     model = load_model(folder, device=device)
     try:
         return bench_model(model, tokens=tokens, batches=batches, prompt=prompt)

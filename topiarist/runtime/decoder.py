@@ -169,8 +169,13 @@ def _check(model: Any) -> None:
     rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in STATIC_ROPE:
         raise UnsupportedModel(f"the decoder knows no rotary embeddings of kind {rope!r}")
-    if any(isinstance(module, Absent) and module.kind == "inside" for module in model.modules()):
-        raise UnsupportedModel("the decoder knows no layer whose inside was removed")
+    for block in model.model.layers:
+        norms = {block.self_attn: block.input_layernorm, block.mlp: block.post_attention_layernorm}
+        gone = {norm for sublayer, norm in norms.items() if isinstance(sublayer, Absent)}  # they go with it
+        if any(
+            module.kind == "inside" for module in block.modules() if isinstance(module, Absent) and module not in gone
+        ):
+            raise UnsupportedModel("the decoder knows no layer whose inside was removed")
 
 
 def _head_dim(body: Any) -> int:

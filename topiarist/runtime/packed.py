@@ -27,7 +27,7 @@ from torch import Tensor
 from topiarist.checkpoints.dequantised import QUANTIZATION, DequantisedCheckpoint
 from topiarist.checkpoints.reading import Checkpoint, opened
 from topiarist.checkpoints.side_files import check_inside, copy_side_files
-from topiarist.checkpoints.writing import MASKS
+from topiarist.checkpoints.writing import ADAPTER, MASKS
 from topiarist.core.errors import CheckpointError, UnsupportedModel
 from topiarist.models.checks import check_finite_tensor, check_floating
 from topiarist.quantization.grid import Grid, QuantizedWeight, round_to_nearest
@@ -199,17 +199,19 @@ def write_dense(tensors: Iterator[tuple[str, Tensor]], folder: Path, *, shard_by
 
 
 def copy_other_files(src: Path, out: Path) -> None:
-    """Copy config, tokenizer, masks, reports and the like: everything that a model folder has beside its weights.
+    """Copy config, tokenizer, masks, companion, reports and the like: everything that a model folder has beside its weights.
 
     Raises CheckpointError for a symbolic link that leads out of the folder.
     """
     copy_side_files(src, out)
     (out / MANIFEST).unlink(missing_ok=True)
-    for path in sorted(src.iterdir()):
-        own = path.name in ("config.json", "README.md", MASKS) or path.name.startswith("pruning_")
-        if own and path.is_file():
+    names = ("config.json", "README.md", MASKS)
+    own = [path for path in src.iterdir() if path.name in names or path.name.startswith("pruning_")]
+    for path in sorted([*own, *(src / ADAPTER).glob("*")]):
+        if path.is_file():
             check_inside(path, src)
-            shutil.copyfile(path, out / path.name)
+            (out / path.relative_to(src)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, out / path.relative_to(src))
 
 
 class _ShardWriter:

@@ -15,7 +15,7 @@ from torch import Tensor
 from topiarist.core.errors import UnsupportedModel
 from topiarist.models.derive import family_of, has_row
 from topiarist.models.mixtures import mixture_of
-from topiarist.structured.units import DEPTH_KINDS, Kept, Part, UnitGroup
+from topiarist.structured.units import DEPTH_KINDS, HIDDEN, Kept, Part, UnitGroup
 
 
 def cut_state(
@@ -72,7 +72,14 @@ def mask_in_place(model: Any, groups: Sequence[UnitGroup], kept: Kept) -> None:
     """Write zeros (+0.0) into everything that belongs to units that go, so that the model computes without them.
 
     Where a norm spans all heads, only the consumer's columns are zeroed: the norm must see the others as they were.
+    Raises UnsupportedModel, before any zero, for experts and for hidden channels of layer norms.
     """
+    gone = [group for group in groups if not bool(kept[group.key].all())]
+    cure = "open the shrunk model itself"
+    if any(group.kind == "experts" for group in gone):
+        raise UnsupportedModel(f"zeros do not keep a router from choosing an expert: {cure}")
+    if any(group.kind == HIDDEN and not group.exact for group in gone):
+        raise UnsupportedModel(f"zeros do not keep layer norms from counting a hidden channel in their mean: {cure}")
     for group in groups:
         mask = kept[group.key]
         if group.kind in DEPTH_KINDS:

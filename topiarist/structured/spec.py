@@ -36,7 +36,8 @@ class PruneSpec:
     layout: str
     units: tuple[str, ...]
     parameters: Mapping[str, int]
-    """Of the whole model: `dense`, `kept` (without the units that go) and `stored` (with padding)."""
+    """Of the whole model: `dense`, `kept` (without the units that go), `stored` (with padding), and `biases`: those of the
+    stored that a method added, if it did."""
     kept: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Group key -> {"of": count, "units": indices that stay, "slots": units that the stored tensors have room for}."""
     rotated: bool = False
@@ -89,7 +90,9 @@ class PruneSpec:
 
     def apply(self, model: Any) -> Any:
         """Write zeros into everything of the base (a model object, in place) that goes, and return it. Refit weights and
-        biases are not in a PruneSpec: without them the function is that of the cut alone.
+        biases are not in a PruneSpec: without them the function is that of the cut alone, but for norms that span all heads.
+
+        Raises CheckpointError or UnsupportedModel where no zeros in the base are that cut.
         """
         if self.rotated:
             raise CheckpointError("the hidden states were rotated before the cut: no mask of the base is that cut")

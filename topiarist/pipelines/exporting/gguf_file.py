@@ -1,12 +1,14 @@
 """A checkpoint as one GGUF file, which llama.cpp and what is built on it open.
 
-Weights that are on a grid keep their very values where the type has a place for them; others are rounded by the gguf package.
+Weights that are on a grid keep their integers and scales where the type has a place for them; others are rounded by the gguf
+package. Readers of the checkpoint round integer times scale to the scales' dtype, those of the file do not.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,8 @@ from topiarist.runtime.manifest import new_place
 
 Type = Literal["bf16", "q8_0", "q4_0"]
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+\.weight)")
+Keeps = Literal["integers", "values", "neither"]
+"""What of a quantised matrix is as it was."""
 _ROUTER = ".ffn_gate_inp.weight"
 """Stays fp32 like the norms."""
 
@@ -41,10 +45,12 @@ class Export:
     path: Path
     type: str
     tensors: int
-    exact: int
-    """Quantised matrices whose values are those of the checkpoint."""
+    integers: int
+    """Quantised matrices that keep their integers and scales."""
+    values: int
+    """Quantised matrices whose values are those of the checkpoint, in bf16."""
     rounded: int
-    """Quantised matrices that had to be rounded again, for their groups or scales have no place in the type."""
+    """Quantised matrices that had to be rounded again, for the type cannot hold them as they are."""
     nbytes: int
 
 
@@ -60,7 +66,7 @@ class _Rows:
     dtype: type
     nbytes: int
     read: Callable[[], np.ndarray]
-    exact: bool | None = None
+    keeps: Keeps | None = None
 
 
 def export_gguf(
@@ -112,8 +118,8 @@ def export_gguf(
                 writer.write_tensor_data(row.read())
         finally:
             writer.close()
-    exact = [row.exact for row in rows if row.exact is not None]
-    return Export(target, kind, len(rows), sum(exact), len(exact) - sum(exact), target.stat().st_size)
+    kept = Counter(row.keeps for row in rows)
+    return Export(target, kind, len(rows), kept["integers"], kept["values"], kept["neither"], target.stat().st_size)
 
 
 def _package() -> Any:
@@ -169,14 +175,14 @@ def _rows(checkpoint: Checkpoint, config: Any, architecture: arch.Architecture, 
         if parts[0].shape[1] % BLOCK:
             raw = types.BF16
         encoders = [part.encoder(raw) for part in parts]
-        exact = None if encoders[0].exact is None else all(encoder.exact for encoder in encoders)
+        keeps = encoders[0].keeps if len({encoder.keeps for encoder in encoders}) == 1 else "neither"
         shape = parts[0].shape if len(members) == 1 else (len(members), *parts[0].shape)
         size = gguf.quant_shape_to_byte_shape(shape, raw)
 
         def make(encoders: Sequence[_Encoder] = encoders, size: tuple[int, ...] = size) -> np.ndarray:
             return np.concatenate([encoder.encode() for encoder in encoders]).reshape(size)
 
-        yield _Rows(new, raw, size, np.uint8, int(np.prod(size)), make, exact)
+        yield _Rows(new, raw, size, np.uint8, int(np.prod(size)), make, keeps)
 
 
 def _merged(names: Iterable[str]) -> dict[str, list[str]]:
@@ -192,8 +198,8 @@ def _merged(names: Iterable[str]) -> dict[str, list[str]]:
 @dataclass(frozen=True)
 class _Encoder:
     encode: Callable[[], np.ndarray]
-    exact: bool | None
-    """Whether a quantised matrix keeps its values; None for one that is not quantised."""
+    keeps: Keeps | None
+    """None for a matrix that is not quantised."""
 
 
 @dataclass(frozen=True)
@@ -231,8 +237,10 @@ class _Part:
         if self.heads:
             q, scale = (arch.paired_rows(tensor, self.heads) for tensor in (weight.q, weight.scale))
             weight = QuantizedWeight(q, scale, weight.grid)
-        blocks = _exact(weight, raw)
-        return _Encoder(blocks or (lambda: _encoded(self.read(), raw)), blocks is not None or raw.name == "BF16")
+        if blocks := _blocks(weight, raw):
+            return _Encoder(blocks, "integers")
+        same = raw.name == "BF16" and weight.scale.dtype == torch.bfloat16
+        return _Encoder(lambda: _encoded(self.read(), raw), "values" if same else "neither")
 
 
 def _floats(name: str, shape: tuple[int, ...], read: Callable[[], Tensor]) -> _Rows:
@@ -243,8 +251,8 @@ def _floats(name: str, shape: tuple[int, ...], read: Callable[[], Tensor]) -> _R
     return _Rows(name, gguf.GGMLQuantizationType.F32, tuple(shape), np.float32, nbytes, lambda: read().float().numpy())
 
 
-def _exact(weight: QuantizedWeight, raw: Any) -> Callable[[], np.ndarray] | None:
-    """The bytes of a weight on a grid where the type holds its values as they are."""
+def _blocks(weight: QuantizedWeight, raw: Any) -> Callable[[], np.ndarray] | None:
+    """The bytes of a weight on a grid where the type holds its integers and scales as they are."""
     scales = block_scales(weight)
     if scales is None or raw.name not in ("Q8_0", "Q4_0") or (raw.name == "Q4_0" and weight.grid.bits != 4):
         return None

@@ -34,7 +34,7 @@ class PruneOptions(TextOptions):
     """Everything that `prune` takes beside the model, the output folder and the progress bar."""
 
     method: Annotated[Method, Registered(METHODS, base=(Solver,))] = ALPS()
-    """magnitude, wanda, sparsegpt, alps or sparsellm; alps:preset=best sets a field."""
+    """magnitude, wanda, sparsegpt, isc, alps or sparsellm; alps:preset=best sets a field."""
     pattern: OnePattern = None
     """2:4 keeps 2 of 4; 0.7 makes 70 % zeros; 0.7/row; default 2:4. With an allocation: how much is kept in all."""
     allocation: Annotated[
@@ -108,9 +108,9 @@ class PruneOptions(TextOptions):
         """Raise CalibrationError if there is no text and something needs it."""
         if self.data is not None:
             return
-        wanting = ""
+        wanting = without = ""
         if isinstance(self.method, SparseLLM) or self.method.needs_data:
-            wanting = name_of(METHODS, self.method)
+            wanting, without = name_of(METHODS, self.method), " (only magnitude does without)"
         elif isinstance(self.method, GramSolver) and self.method.refit:
             wanting = "a refit"
         elif self.correct is not None:
@@ -118,7 +118,7 @@ class PruneOptions(TextOptions):
         elif self.refine is not None:
             wanting = "refinement"
         elif self.bits is not None and self.quantizer.needs_data:
-            wanting = f"GPTQ to {self.bits} bits"
+            wanting, without = f"GPTQ to {self.bits} bits", " (only 8 bits do without)"
         elif self.low_rank is not None:
             wanting = "a low-rank companion"
         elif self.rule is not None and not isinstance(self.rule, Uniform | Linear):
@@ -126,5 +126,5 @@ class PruneOptions(TextOptions):
         if wanting:
             raise CalibrationError(
                 f"{wanting} looks at what flows through the model: give calibration text, --data FILE on the command line "
-                "and data= in Python (only magnitude does without)"
+                f"and data= in Python{without}"
             )

@@ -43,7 +43,7 @@ class ShrinkReport(RunReport):
     pattern: str = ""
     """Share that is kept, and layout."""
     parameters: Mapping[str, int] = field(default_factory=dict)
-    """Of the whole model: dense, kept, stored."""
+    """Of the whole model: dense, kept, stored; `biases` where the method added some."""
     blocks: list[dict[str, Any]] = field(default_factory=list)
     """One entry a group of units: block, name, kind, kept, of, slots."""
     tensor_parallel: list[int] = field(default_factory=list)

@@ -63,10 +63,12 @@ class Done:
 
 
 def parameter_counts(dense: int, done: Sequence[Done], stored: int) -> dict[str, int]:
-    """Parameters of the whole model: dense, kept (without padding), stored."""
+    """Parameters of the whole model: dense, kept (without padding), stored, and biases where the method added any."""
     if len(done) > 1:  # what the first cut leaves is the dense model of the next; such cuts are not padded
         return {"dense": dense, "kept": stored, "stored": stored}
-    return {**predicted_parameters(dense, done[0].groups, done[0].kept, done[0].slots), "stored": stored}
+    predicted = predicted_parameters(dense, done[0].groups, done[0].kept, done[0].slots)
+    biases = stored - predicted["stored"]
+    return {**predicted, "stored": stored, **({"biases": biases} if biases else {})}
 
 
 class ShrinkRun:
@@ -158,6 +160,11 @@ class ShrinkRun:
     def plan(self, kept: Kept, layout: str, max_waste: float, biases: dict[str, Tensor]) -> Plan:
         """The layout; without the biases, and a warning, where the family has no room for them."""
         model = self.source.model
+        fused = {group.consumer for group in self.groups if group.parts[-1].expert is not None}
+        if held := sorted(fused & biases.keys()):
+            remember(self.notes, "the biases that make up for what was cut of experts are left out: experts hold none")
+        for consumer in held:
+            del biases[consumer]
         try:
             plan = plan_layout(model, self.groups, kept, layout, max_waste=max_waste, biased=list(biases))
         except UnsupportedModel as error:
