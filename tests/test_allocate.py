@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import topiarist as tp
 from topiarist import allocate
-from topiarist.allocate.budget import budget, fit, mixture
+from topiarist.allocate.budget import budget, fit, knapsack, mixture
 from topiarist.allocate.fixed import kept_by
 from topiarist.allocate.scores import Scores, outlier_ratio, probe, random_signs
 from topiarist.core.patterns import parse_pattern
@@ -96,6 +96,13 @@ def test_mixtures_are_the_best_there_are(widths, sparsity: float, data):
     near = [patterns for patterns in within if kept_by(layers, patterns) > top - step]
     assert found in every and top - step < kept_by(layers, found) <= kept
     assert distance(found) == pytest.approx(min(map(distance, near)), abs=1e-9)
+
+
+def test_more_choices_than_a_byte_counts():
+    """The options are as near as their costs say, whatever their number."""
+    counts, wanted = [list(range(151))] * 2, [149, 20]
+    costs = [[abs(count - wish) for count in row] for row, wish in zip(counts, wanted, strict=True)]
+    assert knapsack(counts, costs, sum(wanted), 300) == wanted
 
 
 def test_impossible_wishes_are_said():
