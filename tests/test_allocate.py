@@ -14,6 +14,8 @@ import tiny
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from transformers import MllamaForCausalLM
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 import topiarist as tp
 from topiarist import allocate
@@ -362,6 +364,27 @@ def test_skipped_layers_are_outside_the_budget(tmp_path: Path):
         base, tmp_path / "out", method="magnitude", allocation=tmp_path / "a.json", pattern=0.5, calibration=tokens
     )
     assert len(report.layers) == 12 and report.sparsity == pytest.approx(0.5, abs=1e-4)
+
+
+QUICK_SEARCH = allocate.Search(generations=1, children=2, finalists=1, sequences=2)
+KINDS = ["linear", "owl", "sensitivity", "search"]
+
+
+@pytest.mark.parametrize("rule", ["linear", "owl", allocate.Sensitivity(sequences=2), QUICK_SEARCH], ids=KINDS)
+def test_blocks_that_text_never_calls_are_outside_the_budget(rule):
+    """They stay dense, so zeros that they were to have would be missing."""
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in tiny.CONFIGS["llama"].items() if key != "num_hidden_layers"}
+    model = MllamaForCausalLM(MllamaTextConfig(**sizes, num_hidden_layers=3, cross_attention_layers=[1])).eval()
+    tokens = tiny.tiny_tokens(8, 32)
+    found = tp.find_allocation(model, rule, pattern=0.5, method="wanda", calibration=tokens)
+    assert found.skipped == [name for name in found.shapes if ".layers.1." in name] != []
+    with pytest.warns(UserWarning, match=r"layers\.1 is not called for text"):
+        report = tp.prune(model, method="wanda", pattern=0.5, allocation=rule, calibration=tokens)
+    assert {layer.name for layer in report.layers} == set(found.shapes) - set(found.skipped)
+    total = sum(math.prod(layer.shape) for layer in report.layers)
+    zeros = sum(int((model.get_parameter(f"{layer.name}.weight") == 0).sum()) for layer in report.layers)
+    assert zeros == round(0.5 * total) == found.zeros
 
 
 def test_everything_may_be_skipped():

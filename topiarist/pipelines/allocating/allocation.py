@@ -26,6 +26,7 @@ from topiarist.core.registry import name_of
 from topiarist.core.slots import check_slots
 from topiarist.data import Windows
 from topiarist.models.opened import OpenedModel, at_rest
+from topiarist.models.probe import flow_of
 from topiarist.pipelines.allocating.measure import measure
 from topiarist.pipelines.allocating.options import AllocateOptions
 from topiarist.pipelines.allocating.search import search
@@ -185,10 +186,12 @@ def apply_rule(
     """
     shapes, pattern, rule = source.shapes(), options.base_pattern, options.rule
     pruned, _ = allocate.without(dict.fromkeys(shapes, pattern), options.skip)
-    counted = {name: shapes[name] for name, wanted in pruned.items() if wanted is not None}
     depths = {
         f"{path}.{m.name}": index for index, path in enumerate(source.block_names) for m in source.matrices(index)
     }
+    # A run on text leaves dense what text never calls: zeros that it were to have would be missing.
+    uncalled = flow_of(source, windows.tokens[:1]).uncalled if len(windows.tokens) else ()
+    counted = {name: shapes[name] for name, p in pruned.items() if p is not None and depths[name] not in uncalled}
     scores = Scores({}, {})
     if rule.measured_by and counted:
         # Before the slow part: a budget that cannot be met, or a pattern that does not fit, is said at once.

@@ -112,7 +112,7 @@ def fill(
         path, block = paths[index], source.load(index)
         matrices = [m for m in source.matrices(index) if f"{path}.{m.name}" in wanted]
         if index in missing:
-            groups = stream.grams(index, block, matrices)
+            groups = stream.grams(index, block, matrices) if stream.reaches(index) else []
             dense = {m: m.weight.clone() for m in matrices}
             for number, pattern in enumerate(missing[index]):
                 found: dict[str, Solution] = {}
