@@ -39,6 +39,28 @@ def test_allocate(folder: Path, command, words: tuple[str, ...], said: list[str]
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (("--rule", "owl"), "allocation owl looks at what flows through the model: give calibration text"),
+        (("--rule", "sensitivity"), "allocation sensitivity looks at what flows through the model"),
+        (("--rule", "search", *TEXT[:2], "--samples", "4"), "4 calibration windows, of which the search keeps 4"),
+    ],
+)
+def test_what_allocate_refuses_its_plan_refuses(folder: Path, command, words: tuple[str, ...], said: str):
+    before = sorted(folder.rglob("*"))
+    run = command("allocate", "model", "out.json", *words)
+    plan = command("allocate", "model", "out.json", *words, "--plan")
+    assert plan[0] == run[0] == 2 and said in plan[2] and plan[2] == run[2]
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_linear_needs_no_text_and_a_plan_of_nothing_says_so(folder: Path, command):
+    assert command("allocate", "model", "out.json", "--rule", "linear")[0] == 0
+    code, printed, _ = command("allocate", "model", "out.json", "--rule", "search", "--skip", ".", *TEXT)
+    assert code == 0 and "none: every layer is skipped" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
         ((), ["scores, taylor, about", "refit, about", "peak memory, about", "disk, at most"]),
         (("--method", "wanda-sp", "--no-refit"), ["scores, wanda-sp, about"]),
         (("--method", "occlusion"), ["no estimate: how many forwards it takes depends on the units"]),

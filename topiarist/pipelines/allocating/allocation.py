@@ -166,6 +166,7 @@ def find_allocation(
     divided among the processes, to the same numbers. Raises a TopiaristError for everything a user can mend.
     """
     options = given_or_made(AllocateOptions, options, settings if rule is None else {"rule": rule, **settings})
+    options.check_text()
     processes = Processes.join()
     source = open_for(options, model)
     windows = windows_of(options, source)

@@ -66,6 +66,17 @@ def database_solver(rule: Search, method: Method) -> Solver:
     return chosen.local if isinstance(chosen, SparseLLM) else chosen
 
 
+def divided(
+    rule: Search, tokens: Int[Tensor, "num window"]
+) -> tuple[Int[Tensor, "grams window"], Int[Tensor, "selection window"]]:
+    """The windows that make Grams, and those that select. Raises CalibrationError if they do not suffice for both."""
+    if len(tokens) <= rule.sequences:
+        raise CalibrationError(
+            f"{len(tokens)} calibration windows, of which the search keeps {rule.sequences} for selection: give more"
+        )
+    return tokens[: -rule.sequences], tokens[-rule.sequences :]
+
+
 def search(
     options: AllocateOptions,
     rule: Search,
@@ -84,16 +95,13 @@ def search(
     CalibrationError if the windows do not suffice for Grams and selection, ProcessError if `work` is not the same folder
     for all processes.
     """
-    if len(tokens) <= rule.sequences:
-        raise CalibrationError(
-            f"{len(tokens)} calibration windows, of which the search keeps {rule.sequences} for selection: give more"
-        )
+    grams, selection = divided(rule, tokens)
     levels = levels_of(rule, options.base_pattern)
     with ExitStack() as stack:
         folder = processes.on_main(lambda: work or Path(stack.enter_context(tempfile.TemporaryDirectory())))
         solver = database_solver(rule, options.method)
         method = plain(solver, SOLVERS)
-        solved = {**made_of, "method": method, "layers": sorted(shapes), "windows": len(tokens) - rule.sequences}
+        solved = {**made_of, "method": method, "layers": sorted(shapes), "windows": len(grams)}
 
         def begin() -> Database:
             database = Database(folder, solved)
@@ -104,14 +112,13 @@ def search(
 
         database = processes.on_main(begin)
         processes.check_shared((database.folder / LOCK).read_text, str(folder))
-        grams = tokens[: -rule.sequences]
         wanted = [p for p in levels if p is not None]
         fill(
             database, source, solver, grams, shapes, wanted,
             batch_size=options.batch_size, progress=progress, processes=processes,
         )  # fmt: skip
         genes = Genes(rule, shapes, depths, levels, options.base_pattern)
-        candidates = CandidateModel(source, database, genes, tokens[-rule.sequences :], processes)
+        candidates = CandidateModel(source, database, genes, selection, processes)
         fields = {key: value for key, value in recipe(rule).items() if key not in ("seconds", "generations")}
         about = {**solved, "rule": fields, "pattern": str(options.base_pattern)}
         journal = Journal(folder, about, processes)
