@@ -14,8 +14,6 @@ import tiny
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import MllamaForCausalLM
-from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 import topiarist as tp
 from topiarist import allocate
@@ -373,9 +371,7 @@ KINDS = ["linear", "owl", "sensitivity", "search"]
 @pytest.mark.parametrize("rule", ["linear", "owl", allocate.Sensitivity(sequences=2), QUICK_SEARCH], ids=KINDS)
 def test_blocks_that_text_never_calls_are_outside_the_budget(rule):
     """They stay dense, so zeros that they were to have would be missing."""
-    torch.manual_seed(0)
-    sizes = {key: value for key, value in tiny.CONFIGS["llama"].items() if key != "num_hidden_layers"}
-    model = MllamaForCausalLM(MllamaTextConfig(**sizes, num_hidden_layers=3, cross_attention_layers=[1])).eval()
+    model = tiny.model_with_uncalled_block()
     tokens = tiny.tiny_tokens(8, 32)
     found = tp.find_allocation(model, rule, pattern=0.5, method="wanda", calibration=tokens)
     assert found.skipped == [name for name in found.shapes if ".layers.1." in name] != []
