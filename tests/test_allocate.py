@@ -413,6 +413,27 @@ def test_a_run_by_rule_resumes_without_measuring_again(tmp_path: Path, monkeypat
         tp.prune(base, tmp_path / "out", **{**options, "allocation": allocate.Owl(threshold=3)})
 
 
+@pytest.mark.parametrize("rule", ["owl", allocate.Sensitivity(sequences=2), QUICK_SEARCH], ids=KINDS[1:])
+def test_a_work_folder_that_cannot_be_is_said_before_measuring(tmp_path: Path, monkeypatch, rule):
+    from topiarist.pipelines.allocating import allocation, search
+
+    monkeypatch.setattr(allocation, "measure", None)
+    monkeypatch.setattr(search, "fill", None)
+    (tmp_path / "work").write_text("a file")
+    for work in (tmp_path / "work", tmp_path / "work" / "inside"):
+        with pytest.raises(tp.CheckpointError, match=r"cannot create .*work.*; choose another work folder"):
+            tp.find_allocation(tiny.tiny_model(), rule, method="wanda", calibration=tiny.tiny_tokens(4, 16), work=work)
+
+
+def test_a_measurement_that_breaks_leaves_no_work_folder(tmp_path: Path, monkeypatch):
+    from topiarist.pipelines.allocating import allocation
+
+    monkeypatch.setattr(allocation, "measure", None)
+    with pytest.raises(TypeError):
+        tp.find_allocation(tiny.tiny_model(), "owl", calibration=tiny.tiny_tokens(4, 16), work=tmp_path / "a" / "work")
+    assert not (tmp_path / "a").exists()
+
+
 # The command line and the page
 
 

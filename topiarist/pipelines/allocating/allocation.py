@@ -16,7 +16,7 @@ from torch import nn
 from topiarist import allocate
 from topiarist.allocate import Rule, Scores, Search, Sensitivity, Uniform
 from topiarist.allocate.fixed import kept_by
-from topiarist.checkpoints.atomic import refuse_foreign, write_atomically
+from topiarist.checkpoints.atomic import make_folder, refuse_foreign, remove_empty, write_atomically
 from topiarist.checkpoints.journal import read_sealed, sealed
 from topiarist.checkpoints.writing import OutputFolder
 from topiarist.core.errors import CheckpointError, NumericalWarning
@@ -27,6 +27,7 @@ from topiarist.core.slots import check_slots
 from topiarist.data import Windows
 from topiarist.models.opened import OpenedModel, at_rest
 from topiarist.models.probe import flow_of
+from topiarist.pipelines.allocating.database import ELSEWHERE
 from topiarist.pipelines.allocating.measure import measure
 from topiarist.pipelines.allocating.options import AllocateOptions
 from topiarist.pipelines.allocating.search import search
@@ -252,20 +253,25 @@ def _scores(
     stored = None if work is None else work / f"scores-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.json"
     if stored is not None and (known := processes.on_main(partial(_read, stored))) is not None:
         return known
-    scores = measure(
-        rule,
-        source,
-        windows.tokens,
-        list(shapes),
-        batch_size=options.batch_size,
-        seed=options.seed,
-        progress=progress,
-        processes=processes,
-    )
-    if stored is not None and processes.is_main:
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(stored, sealed(asdict(scores)))
-    return scores
+    # Before the slow part too: a folder that cannot be.
+    made = [] if work is None else processes.on_main(partial(make_folder, work, cure=ELSEWHERE))
+    try:
+        scores = measure(
+            rule,
+            source,
+            windows.tokens,
+            list(shapes),
+            batch_size=options.batch_size,
+            seed=options.seed,
+            progress=progress,
+            processes=processes,
+        )
+        if stored is not None and processes.is_main:
+            write_atomically(stored, sealed(asdict(scores)))
+        return scores
+    finally:
+        if processes.is_main:
+            remove_empty(made)
 
 
 def _read(stored: Path) -> Scores | None:
