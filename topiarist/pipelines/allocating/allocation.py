@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -191,8 +191,7 @@ def apply_rule(
     depths = {
         f"{path}.{m.name}": index for index, path in enumerate(source.block_names) for m in source.matrices(index)
     }
-    # A run on text leaves dense what text never calls: zeros that it were to have would be missing.
-    uncalled = flow_of(source, windows.tokens[:1]).uncalled if len(windows.tokens) else ()
+    uncalled = _uncalled(source, windows)
     counted = {name: shapes[name] for name, p in pruned.items() if p is not None and depths[name] not in uncalled}
     scores = Scores({}, {})
     if rule.measured_by and counted:
@@ -227,6 +226,16 @@ def apply_rule(
         skipped=[name for name in shapes if name not in counted],
         scores=scores,
     )
+
+
+def _uncalled(source: OpenedModel, windows: Windows) -> Container[int]:
+    """Blocks that the forward of a text goes past. A run on text leaves them dense, so zeros there would be missing."""
+    if not len(windows.tokens):
+        return ()
+    found = flow_of(source, windows.tokens[:1]).uncalled
+    source.release_embeddings()
+    source.release(0)
+    return found
 
 
 def _scores(

@@ -32,8 +32,7 @@ class HiddenStates:
             disk_errors(f"cannot spill hidden states to {spill}", cure=ELSEWHERE),
             tempfile.NamedTemporaryFile(dir=spill, prefix="hidden-", suffix=".bin") as file,
         ):
-            if hasattr(
-                os, "posix_fallocate"
-            ):  # where a file had holes, a full disk would end the process without a word
+            # In a file with holes a full disk would end the process, without a word.
+            if hasattr(os, "posix_fallocate"):  # macOS has none
                 os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
             self.values = torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
