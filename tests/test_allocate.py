@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import topiarist as tp
 from topiarist import allocate
-from topiarist.allocate.budget import budget, fit, mixture
+from topiarist.allocate.budget import budget, fit, knapsack, mixture
 from topiarist.allocate.fixed import kept_by
 from topiarist.allocate.scores import Scores, outlier_ratio, probe, random_signs
 from topiarist.core.patterns import parse_pattern
@@ -96,6 +96,13 @@ def test_mixtures_are_the_best_there_are(widths, sparsity: float, data):
     near = [patterns for patterns in within if kept_by(layers, patterns) > top - step]
     assert found in every and top - step < kept_by(layers, found) <= kept
     assert distance(found) == pytest.approx(min(map(distance, near)), abs=1e-9)
+
+
+def test_more_choices_than_a_byte_counts():
+    """The options are as near as their costs say, whatever their number."""
+    counts, wanted = [list(range(151))] * 2, [149, 20]
+    costs = [[abs(count - wish) for count in row] for row, wish in zip(counts, wanted, strict=True)]
+    assert knapsack(counts, costs, sum(wanted), 300) == wanted
 
 
 def test_impossible_wishes_are_said():
@@ -357,6 +364,25 @@ def test_skipped_layers_are_outside_the_budget(tmp_path: Path):
     assert len(report.layers) == 12 and report.sparsity == pytest.approx(0.5, abs=1e-4)
 
 
+QUICK_SEARCH = allocate.Search(generations=1, children=2, finalists=1, sequences=2)
+KINDS = ["linear", "owl", "sensitivity", "search"]
+
+
+@pytest.mark.parametrize("rule", ["linear", "owl", allocate.Sensitivity(sequences=2), QUICK_SEARCH], ids=KINDS)
+def test_blocks_that_text_never_calls_are_outside_the_budget(rule):
+    """They stay dense, so zeros that they were to have would be missing."""
+    model = tiny.model_with_uncalled_block()
+    tokens = tiny.tiny_tokens(8, 32)
+    found = tp.find_allocation(model, rule, pattern=0.5, method="wanda", calibration=tokens)
+    assert found.skipped == [name for name in found.shapes if ".layers.1." in name] != []
+    with pytest.warns(UserWarning, match=r"layers\.1 is not called for text"):
+        report = tp.prune(model, method="wanda", pattern=0.5, allocation=rule, calibration=tokens)
+    assert {layer.name for layer in report.layers} == set(found.shapes) - set(found.skipped)
+    total = sum(math.prod(layer.shape) for layer in report.layers)
+    zeros = sum(int((model.get_parameter(f"{layer.name}.weight") == 0).sum()) for layer in report.layers)
+    assert zeros == round(0.5 * total) == found.zeros
+
+
 def test_everything_may_be_skipped():
     found = tp.find_allocation(tiny.tiny_model(), "owl", pattern=0.5, calibration=tiny.tiny_tokens(2, 16), skip=["."])
     assert set(found.patterns.values()) == {None} and found.zeros == 0 and found.sparsity == 0
@@ -385,6 +411,27 @@ def test_a_run_by_rule_resumes_without_measuring_again(tmp_path: Path, monkeypat
     assert tp.prune(base, tmp_path / "out", **options).to_dict() == resumed.to_dict()
     with pytest.raises(tp.CheckpointError, match="allocation threshold was"):
         tp.prune(base, tmp_path / "out", **{**options, "allocation": allocate.Owl(threshold=3)})
+
+
+@pytest.mark.parametrize("rule", ["owl", allocate.Sensitivity(sequences=2), QUICK_SEARCH], ids=KINDS[1:])
+def test_a_work_folder_that_cannot_be_is_said_before_measuring(tmp_path: Path, monkeypatch, rule):
+    from topiarist.pipelines.allocating import allocation, search
+
+    monkeypatch.setattr(allocation, "measure", None)
+    monkeypatch.setattr(search, "fill", None)
+    (tmp_path / "work").write_text("a file")
+    for work in (tmp_path / "work", tmp_path / "work" / "inside"):
+        with pytest.raises(tp.CheckpointError, match=r"cannot create .*work.*; choose another work folder"):
+            tp.find_allocation(tiny.tiny_model(), rule, method="wanda", calibration=tiny.tiny_tokens(4, 16), work=work)
+
+
+def test_a_measurement_that_breaks_leaves_no_work_folder(tmp_path: Path, monkeypatch):
+    from topiarist.pipelines.allocating import allocation
+
+    monkeypatch.setattr(allocation, "measure", None)
+    with pytest.raises(TypeError):
+        tp.find_allocation(tiny.tiny_model(), "owl", calibration=tiny.tiny_tokens(4, 16), work=tmp_path / "a" / "work")
+    assert not (tmp_path / "a").exists()
 
 
 # The command line and the page

@@ -112,6 +112,20 @@ def test_stopped_and_resumed_to_the_same_result(base: Path, tmp_path: Path, monk
     assert find(base, tmp_path / "work").to_dict() == expected.to_dict()
 
 
+def test_a_search_finds_the_same_after_a_longer_one(base: Path, tmp_path: Path):
+    """Its length is no part of what is stored; what a longer one stored beyond it stays for the next."""
+    fresh = find(base, tmp_path / "fresh", level="matrix", generations=1)
+    longer = find(base, tmp_path / "work", level="matrix")
+    stored = next((tmp_path / "work").glob("search-*.jsonl"))
+    before = stored.read_text()
+    assert fresh.scores.notes["divergence"] > longer.scores.notes["divergence"], "else nothing is shown"
+    assert find(base, tmp_path / "work", level="matrix", generations=1).to_dict() == fresh.to_dict()
+    assert find(base, tmp_path / "work", level="matrix", seconds=1e-9).scores.notes["generations"] == 0
+    assert find(base, tmp_path / "work", level="matrix").to_dict() == longer.to_dict()
+    assert stored.read_text() == before
+    assert find(base, tmp_path / "fresh", level="matrix").to_dict() == longer.to_dict(), "goes on from the shorter one"
+
+
 def test_the_database_is_written_once_and_grows(base: Path, tmp_path: Path, monkeypatch):
     find(base, tmp_path / "work")
     files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("solutions-*/*.safetensors")}

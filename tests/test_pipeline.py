@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import warnings
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from topiarist.models.calls import capture_calls
 from topiarist.models.derive import family_of
 from topiarist.models.families import Matrix
 from topiarist.models.opened import ObjectModel
+from topiarist.pipelines.common.hidden_states import HiddenStates
 from topiarist.pipelines.common.stream import BlockStream
 
 
@@ -87,6 +90,34 @@ def test_options_that_do_not_change_the_masks(options, tmp_path: Path):
     tp.prune(other, method="sparsegpt", pattern="0.5", calibration=tokens, **options)
     for name, value in weights(one).items():
         torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_spilled_file_has_no_name(tmp_path: Path):
+    """So it goes with its values, however the process ends."""
+    spilled = HiddenStates((2, 3, 4), torch.bfloat16, tmp_path / "spill")
+    assert list((tmp_path / "spill").iterdir()) == []
+    wanted = torch.randn(2, 3, 4).bfloat16()
+    spilled.values.copy_(wanted)
+    assert torch.equal(spilled.values, wanted)
+
+
+def test_no_room_to_spill_is_said(tmp_path: Path, monkeypatch):
+    tiny.tiny_checkpoint(tmp_path / "base")
+    (tmp_path / "file").write_text("")
+
+    def refused(said: str, spill: Path) -> None:
+        with pytest.raises(tp.CheckpointError, match=said):
+            tp.prune(tmp_path / "base", tmp_path / "out", method="wanda", data=tiny.tiny_tokens(4, 16), spill=spill)
+        assert not (tmp_path / "out").exists()
+
+    refused(r"cannot create .*file: File exists; choose another folder for --spill", tmp_path / "file")
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    refused(r"cannot spill hidden states to .*spill: the disk is full", tmp_path / "spill")
+    assert list((tmp_path / "spill").iterdir()) == []
 
 
 def test_two_runs_write_the_same_bytes(tmp_path: Path):

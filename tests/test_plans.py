@@ -1,11 +1,16 @@
-"""What `--plan` of shrink and allocate says: a line a need, whatever the method or the rule, and nothing is written."""
+"""What `--plan` of a command says: a line a need, whatever the method or the rule, and nothing is written."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
+
+import topiarist as tp
+from topiarist.pipelines.pruning.options import PruneOptions
+from topiarist.pipelines.pruning.plan import plan_prune
 
 TEXT = ("--data", "text.txt", "--samples", "8", "--window", "32", "--plan")
 
@@ -39,6 +44,28 @@ def test_allocate(folder: Path, command, words: tuple[str, ...], said: list[str]
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (("--rule", "owl"), "allocation owl looks at what flows through the model: give calibration text"),
+        (("--rule", "sensitivity"), "allocation sensitivity looks at what flows through the model"),
+        (("--rule", "search", *TEXT[:2], "--samples", "4"), "4 calibration windows, of which the search keeps 4"),
+    ],
+)
+def test_what_allocate_refuses_its_plan_refuses(folder: Path, command, words: tuple[str, ...], said: str):
+    before = sorted(folder.rglob("*"))
+    run = command("allocate", "model", "out.json", *words)
+    plan = command("allocate", "model", "out.json", *words, "--plan")
+    assert plan[0] == run[0] == 2 and said in plan[2] and plan[2] == run[2]
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_linear_needs_no_text_and_a_plan_of_nothing_says_so(folder: Path, command):
+    assert command("allocate", "model", "out.json", "--rule", "linear")[0] == 0
+    code, printed, _ = command("allocate", "model", "out.json", "--rule", "search", "--skip", ".", *TEXT)
+    assert code == 0 and "none: every layer is skipped" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
         ((), ["scores, taylor, about", "refit, about", "peak memory, about", "disk, at most"]),
         (("--method", "wanda-sp", "--no-refit"), ["scores, wanda-sp, about"]),
         (("--method", "occlusion"), ["no estimate: how many forwards it takes depends on the units"]),
@@ -65,6 +92,47 @@ def test_shrink(folder: Path, command, words: tuple[str, ...], said: list[str]):
 def test_what_shrink_refuses_its_plan_refuses(folder: Path, command, words: tuple[str, ...], said: str):
     run = command("shrink", "model", "out", *words, *TEXT[:-1])
     plan = command("shrink", "model", "out", *words, *TEXT)
+    assert plan[0] == run[0] == 2 and said in plan[2] and plan[2] == run[2]
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("prune", "model", "out", "--method", "wanda", *TEXT), "2 x 7"),
+        (("prune", "model", "out", "--method", "magnitude", "--plan"), "2 x 7"),
+        (("quantize", "model", "out", "--bits", "8", "--group", "32", *TEXT), "2 x 7"),
+        (("allocate", "model", "out.json", "--rule", "search:generations=1", *TEXT), "solving every level, about"),
+    ],
+)
+def test_the_first_block_may_be_skipped(folder: Path, command, words: tuple[str, ...], said: str):
+    code, printed, error = command(*words, "--skip", r"layers\.0\.")
+    assert code == 0 and said in printed, (printed, error)
+
+
+def test_a_plan_goes_past_a_block_that_text_does_not_call(tmp_path: Path):
+    tiny.model_with_uncalled_block().save_pretrained(tmp_path)
+    options = PruneOptions(method="wanda", data=tiny.tiny_tokens(4, 16), skip=[r"layers\.0\."])
+    assert plan_prune(tmp_path, options).matrices == 7
+    with pytest.raises(tp.CalibrationError, match="the text reaches no matrix that is to be changed"):
+        plan_prune(tmp_path, replace(options, skip=[r"layers\.[02]\."]))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("model", "out", "--method", "sparsellm", "--correct"), "drop the error correction"),
+        (("model", "out", "--method", "sparsellm:recompute_after_attention=false", "--true-sequential"), "drop one of"),
+        (("experts", "out", "--method", "wanda", "--low-rank", "2"), "experts share one"),
+        (("paused", "out", "--method", "wanda", "--refine"), "refinement needs hidden states that are one tensor"),
+    ],
+)
+def test_what_prune_refuses_its_plan_refuses(folder: Path, command, words: tuple[str, ...], said: str):
+    tiny.tiny_checkpoint(folder / "experts", "mixtral")
+    tiny.model_with_uncalled_block().save_pretrained(folder / "paused")
+    tiny.tiny_tokenizer().save_pretrained(folder / "paused")
+    run = command("prune", *words, *TEXT[:-1])
+    plan = command("prune", *words, *TEXT)
     assert plan[0] == run[0] == 2 and said in plan[2] and plan[2] == run[2]
     assert not (folder / "out").exists()
 

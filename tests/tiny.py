@@ -93,6 +93,15 @@ def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = tor
     return copy.deepcopy(model)
 
 
+def model_with_uncalled_block() -> Any:
+    """Three blocks, the second of which looks at images alone: text goes past it."""
+    from transformers import MllamaForCausalLM
+    from transformers.models.mllama.configuration_mllama import MllamaTextConfig
+
+    torch.manual_seed(0)
+    return MllamaForCausalLM(MllamaTextConfig(**_BASE | {"num_hidden_layers": 3}, cross_attention_layers=[1])).eval()
+
+
 def tiny_tokens(num: int = 8, window: int = 32, *, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB, (num, window), generator=torch.Generator().manual_seed(seed))
 

@@ -161,7 +161,7 @@ def knapsack(counts: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], 
     states = min(room // unit, sum(map(max, extra))) + 1
     spent = np.full(states, np.inf)
     spent[0] = 0.0
-    chosen = np.zeros((len(counts), states), dtype=np.int8)
+    chosen = np.zeros((len(counts), states), dtype=np.int16)
     for item, (row, more) in enumerate(zip(costs, extra, strict=True)):
         best = np.full(states, np.inf)
         for option, (cost, units) in enumerate(zip(row, more, strict=True)):

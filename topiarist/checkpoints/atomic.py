@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -61,6 +61,24 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     with replacing(path, cure=cure) as temporary:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata=dict(metadata))
         temporary.chmod(0o644)  # the library creates private files
+
+
+def make_folder(folder: Path, *, cure: str = "") -> list[Path]:
+    """Create a folder, and return what of its path was not there, the innermost first.
+
+    Raises CheckpointError if it cannot be created.
+    """
+    with disk_errors(f"cannot create {folder}", cure=cure):
+        made = [place for place in (folder, *folder.parents) if not place.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def remove_empty(made: Iterable[Path]) -> None:
+    """Remove folders that `make_folder` made, up to the first that something was written in."""
+    with suppress(OSError):  # of a folder that is not empty
+        for place in filter(Path.exists, made):
+            place.rmdir()
 
 
 @contextmanager

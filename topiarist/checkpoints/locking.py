@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from topiarist.checkpoints.atomic import disk_errors
+from topiarist.checkpoints.atomic import disk_errors, make_folder, remove_empty
 from topiarist.core.errors import CheckpointError
 
 LOCK = "pruning_run.lock"
@@ -40,9 +40,8 @@ class FolderLock:
     def acquire(self) -> None:
         """Create the folder if need be, and lock it. Raises CheckpointError that names the process which holds it."""
         path = self.folder / LOCK
+        self._made = make_folder(self.folder)
         with disk_errors(f"cannot create {self.folder}"):
-            self._made = [place for place in (self.folder, *self.folder.parents) if not place.exists()]
-            self.folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(path, timeout=0)
             try:
                 lock.acquire()
@@ -65,9 +64,7 @@ class FolderLock:
         self._holder.close()
         self._lock.release()
         self._lock = None
-        with suppress(OSError):  # of a folder that is not empty
-            for place in filter(Path.exists, self._made):
-                place.rmdir()
+        remove_empty(self._made)
 
 
 def _holder(path: Path) -> str:

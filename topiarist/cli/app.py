@@ -36,8 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 USAGE, INTERRUPTED = 2, 130
-RESUMING = frozenset({"prune", "learn", "shrink", "recover", "quantize", "run"})
-"""Commands whose OUT keeps what is finished; `allocate` keeps it in the folder of --work."""
+RESUMING = frozenset({"prune", "learn", "shrink", "recover", "quantize", "run", "allocate"})
+"""Commands that keep what is finished: in OUT, `allocate` in the folder of --work."""
 
 
 GROUPS = (prune, learn, apply, shrink, recover, quantize, export, recipes, allocate, results, runtime, generate, push)
@@ -88,7 +88,7 @@ def main() -> None:
         code = getattr(error, "exit_code", USAGE)
     lines.close()
     if code == INTERRUPTED:
-        resumes = (RESUMING.intersection(sys.argv[1:2]) and "--plan" not in sys.argv) or "--work" in sys.argv
+        resumes = RESUMING.intersection(sys.argv[1:2]) and "--plan" not in sys.argv
         kept = "what is finished is kept, the same command resumes" if resumes else "nothing is kept"
         err.print(f"interrupted: {kept}", highlight=False)
     if together is not None:

@@ -100,6 +100,8 @@ class Flow:
     returns_tuple: bool
     why: str = ""
     """What keeps blocks from being replayed."""
+    uncalled: frozenset[int] = frozenset()
+    """Blocks that the forward goes past, for they are for other inputs than text."""
 
 
 def probe_flow(
@@ -153,7 +155,8 @@ def probe_flow(
             "prune its modules with prune_module"
         )
     if order != list(range(len(blocks))):
-        return Flow(False, as_tuple, "not every block is called for text")
+        uncalled = frozenset(range(len(blocks))) - set(order)
+        return Flow(False, as_tuple, "not every block is called for text", uncalled)
     if not fits:
         return Flow(False, as_tuple, "something stands between blocks")
     for (index, call), (_, changed) in zip(calls, other, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import nn
 from topiarist import allocate
 from topiarist.allocate import Rule, Scores, Search, Sensitivity, Uniform
 from topiarist.allocate.fixed import kept_by
-from topiarist.checkpoints.atomic import refuse_foreign, write_atomically
+from topiarist.checkpoints.atomic import make_folder, refuse_foreign, remove_empty, write_atomically
 from topiarist.checkpoints.journal import read_sealed, sealed
 from topiarist.checkpoints.writing import OutputFolder
 from topiarist.core.errors import CheckpointError, NumericalWarning
@@ -26,6 +26,8 @@ from topiarist.core.registry import name_of
 from topiarist.core.slots import check_slots
 from topiarist.data import Windows
 from topiarist.models.opened import OpenedModel, at_rest
+from topiarist.models.probe import flow_of
+from topiarist.pipelines.allocating.database import ELSEWHERE
 from topiarist.pipelines.allocating.measure import measure
 from topiarist.pipelines.allocating.options import AllocateOptions
 from topiarist.pipelines.allocating.search import search
@@ -165,6 +167,7 @@ def find_allocation(
     divided among the processes, to the same numbers. Raises a TopiaristError for everything a user can mend.
     """
     options = given_or_made(AllocateOptions, options, settings if rule is None else {"rule": rule, **settings})
+    options.check_text()
     processes = Processes.join()
     source = open_for(options, model)
     windows = windows_of(options, source)
@@ -185,10 +188,11 @@ def apply_rule(
     """
     shapes, pattern, rule = source.shapes(), options.base_pattern, options.rule
     pruned, _ = allocate.without(dict.fromkeys(shapes, pattern), options.skip)
-    counted = {name: shapes[name] for name, wanted in pruned.items() if wanted is not None}
     depths = {
         f"{path}.{m.name}": index for index, path in enumerate(source.block_names) for m in source.matrices(index)
     }
+    uncalled = _uncalled(source, windows)
+    counted = {name: shapes[name] for name, p in pruned.items() if p is not None and depths[name] not in uncalled}
     scores = Scores({}, {})
     if rule.measured_by and counted:
         # Before the slow part: a budget that cannot be met, or a pattern that does not fit, is said at once.
@@ -224,6 +228,16 @@ def apply_rule(
     )
 
 
+def _uncalled(source: OpenedModel, windows: Windows) -> Container[int]:
+    """Blocks that the forward of a text goes past. A run on text leaves them dense, so zeros there would be missing."""
+    if not len(windows.tokens):
+        return ()
+    found = flow_of(source, windows.tokens[:1]).uncalled
+    source.release_embeddings()
+    source.release(0)
+    return found
+
+
 def _scores(
     options: AllocateOptions,
     source: OpenedModel,
@@ -248,20 +262,25 @@ def _scores(
     stored = None if work is None else work / f"scores-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.json"
     if stored is not None and (known := processes.on_main(partial(_read, stored))) is not None:
         return known
-    scores = measure(
-        rule,
-        source,
-        windows.tokens,
-        list(shapes),
-        batch_size=options.batch_size,
-        seed=options.seed,
-        progress=progress,
-        processes=processes,
-    )
-    if stored is not None and processes.is_main:
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(stored, sealed(asdict(scores)))
-    return scores
+    # Before the slow part too: a folder that cannot be.
+    made = [] if work is None else processes.on_main(partial(make_folder, work, cure=ELSEWHERE))
+    try:
+        scores = measure(
+            rule,
+            source,
+            windows.tokens,
+            list(shapes),
+            batch_size=options.batch_size,
+            seed=options.seed,
+            progress=progress,
+            processes=processes,
+        )
+        if stored is not None and processes.is_main:
+            write_atomically(stored, sealed(asdict(scores)))
+        return scores
+    finally:
+        if processes.is_main:
+            remove_empty(made)
 
 
 def _read(stored: Path) -> Scores | None:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from topiarist.checkpoints.atomic import save_tensors, write_atomically
+from topiarist.checkpoints.atomic import make_folder, save_tensors, write_atomically
 from topiarist.checkpoints.reading import opened
 from topiarist.checkpoints.states import DIGEST, state_digest
 from topiarist.core.errors import CalibrationWarning, CheckpointError
@@ -31,6 +31,9 @@ _ANY = Unstructured(0.0)
 """Masks are stored as bitmaps, whatever their pattern."""
 
 
+ELSEWHERE = "; choose another work folder"
+
+
 class Database:
     """A folder with a file for every block and level: the kept values and a bitmap of where they are.
 
@@ -38,13 +41,14 @@ class Database:
     appear whole or not at all, so a run that was stopped goes on with the first one missing, and another sparsity adds
     the levels that it needs.
 
-    made_of: JSON values that identify model, method and text. Raises CheckpointError where a file that is read is damaged.
+    made_of: JSON values that identify model, method and text. Raises CheckpointError if the folder cannot be made, and where
+    a file that is read is damaged.
     """
 
     def __init__(self, work: Path, made_of: Mapping[str, Any]) -> None:
         text = json.dumps(made_of, sort_keys=True, indent=2) + "\n"
         self.folder = work / f"solutions-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder, cure=ELSEWHERE)
         write_atomically(self.folder / "database.json", text)
         self._checked: set[tuple[Path, str]] = set()
 
@@ -112,7 +116,7 @@ def fill(
         path, block = paths[index], source.load(index)
         matrices = [m for m in source.matrices(index) if f"{path}.{m.name}" in wanted]
         if index in missing:
-            groups = stream.grams(index, block, matrices)
+            groups = stream.grams(index, block, matrices) if stream.reaches(index) else []
             dense = {m: m.weight.clone() for m in matrices}
             for number, pattern in enumerate(missing[index]):
                 found: dict[str, Solution] = {}

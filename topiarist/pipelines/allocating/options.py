@@ -9,8 +9,10 @@ from typing import Annotated
 from pydantic import PositiveInt
 
 from topiarist.allocate import ALLOCATIONS, Linear, Rule
+from topiarist.core.errors import CalibrationError
 from topiarist.core.options import Registered, options
 from topiarist.core.patterns import Pattern, parse_pattern
+from topiarist.core.registry import name_of
 from topiarist.pipelines.common.options import HOW, OnePattern, TextOptions
 from topiarist.pipelines.pruning.sparsellm import METHODS, Method
 from topiarist.solvers import ALPS, Solver
@@ -37,3 +39,11 @@ class AllocateOptions(TextOptions):
     def base_pattern(self) -> Pattern:
         """The pattern that says how much is kept in all, 0.5 if none was given."""
         return parse_pattern("0.5") if self.pattern is None else self.pattern
+
+    def check_text(self) -> None:
+        """Raise CalibrationError if there is no text and the rule measures something."""
+        if self.data is None and self.rule.measured_by:
+            raise CalibrationError(
+                f"allocation {name_of(ALLOCATIONS, self.rule)} looks at what flows through the model: give calibration text, "
+                "--data FILE on the command line and data= in Python (uniform and linear do without)"
+            )

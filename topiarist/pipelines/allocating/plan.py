@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from topiarist.allocate import Search, Sensitivity, without
 from topiarist.allocate.evolve import START_WIDTHS
 from topiarist.core.meter import duration, resident_bytes
+from topiarist.core.patterns import Pattern
 from topiarist.data import Windows
 from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.allocating.options import AllocateOptions
-from topiarist.pipelines.allocating.search import database_solver, levels_of
+from topiarist.pipelines.allocating.search import database_solver, divided, levels_of
 from topiarist.pipelines.common.probe import window_seconds
 from topiarist.pipelines.common.setup import open_for, windows_of
 from topiarist.pipelines.pruning.options import PruneOptions
@@ -24,15 +26,22 @@ FP32_COPIES = 3
 
 
 def plan_allocate(model: str | Path, options: AllocateOptions) -> list[tuple[str, str]]:
-    """Take a window through the first block, and say what the rule's measuring will need. Writes nothing."""
+    """Take a window through the first block, and say what the rule's measuring will need. Writes nothing.
+
+    Raises CalibrationError for a rule without the text that it needs.
+    """
     rule = options.rule
     if not rule.measured_by:
         return [("measuring", "none: the rule looks at shapes alone")]
+    options.check_text()
     source = open_for(options, model)
     windows = windows_of(options, source)
+    patterns, _ = without(dict.fromkeys(source.shapes(), options.base_pattern), options.skip)
+    if all(pattern is None for pattern in patterns.values()):
+        return [("measuring", "none: every layer is skipped")]
     num, one = len(windows.tokens), windows.tokens[:1]
     if isinstance(rule, Search):
-        return _plan_search(source, rule, options, windows)
+        return _plan_search(source, rule, options, patterns, windows)
     memory = resident_bytes() + source.nbytes // len(source.block_names)
     if isinstance(rule, Sensitivity):
         one = one[:, : rule.tokens]
@@ -51,12 +60,15 @@ def plan_allocate(model: str | Path, options: AllocateOptions) -> list[tuple[str
 
 
 def _plan_search(
-    source: OpenedModel, rule: Search, options: AllocateOptions, windows: Windows
+    source: OpenedModel,
+    rule: Search,
+    options: AllocateOptions,
+    patterns: Mapping[str, Pattern | None],
+    windows: Windows,
 ) -> list[tuple[str, str]]:
     """Every level of every layer solved as `prune` would, then candidates judged by forwards of the whole model."""
     levels = [level for level in levels_of(rule, options.base_pattern) if level is not None]
-    patterns, _ = without(dict.fromkeys(source.shapes(), options.base_pattern), options.skip)
-    solver, grams = database_solver(rule, options.method), windows.tokens[: -rule.sequences]
+    solver, (grams, _) = database_solver(rule, options.method), divided(rule, windows.tokens)
     about = PruneOptions(method=solver, data=grams, batch_size=options.batch_size)
     walk = plan_walk(source, solver, patterns, Windows(grams, "", frozenset()), about, Processes())
     judged = len(START_WIDTHS) * rule.sequences

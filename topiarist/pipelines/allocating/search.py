@@ -66,6 +66,17 @@ def database_solver(rule: Search, method: Method) -> Solver:
     return chosen.local if isinstance(chosen, SparseLLM) else chosen
 
 
+def divided(
+    rule: Search, tokens: Int[Tensor, "num window"]
+) -> tuple[Int[Tensor, "grams window"], Int[Tensor, "selection window"]]:
+    """The windows that make Grams, and those that select. Raises CalibrationError if they do not suffice for both."""
+    if len(tokens) <= rule.sequences:
+        raise CalibrationError(
+            f"{len(tokens)} calibration windows, of which the search keeps {rule.sequences} for selection: give more"
+        )
+    return tokens[: -rule.sequences], tokens[-rule.sequences :]
+
+
 def search(
     options: AllocateOptions,
     rule: Search,
@@ -84,16 +95,13 @@ def search(
     CalibrationError if the windows do not suffice for Grams and selection, ProcessError if `work` is not the same folder
     for all processes.
     """
-    if len(tokens) <= rule.sequences:
-        raise CalibrationError(
-            f"{len(tokens)} calibration windows, of which the search keeps {rule.sequences} for selection: give more"
-        )
+    grams, selection = divided(rule, tokens)
     levels = levels_of(rule, options.base_pattern)
     with ExitStack() as stack:
         folder = processes.on_main(lambda: work or Path(stack.enter_context(tempfile.TemporaryDirectory())))
         solver = database_solver(rule, options.method)
         method = plain(solver, SOLVERS)
-        solved = {**made_of, "method": method, "layers": sorted(shapes), "windows": len(tokens) - rule.sequences}
+        solved = {**made_of, "method": method, "layers": sorted(shapes), "windows": len(grams)}
 
         def begin() -> Database:
             database = Database(folder, solved)
@@ -104,14 +112,13 @@ def search(
 
         database = processes.on_main(begin)
         processes.check_shared((database.folder / LOCK).read_text, str(folder))
-        grams = tokens[: -rule.sequences]
         wanted = [p for p in levels if p is not None]
         fill(
             database, source, solver, grams, shapes, wanted,
             batch_size=options.batch_size, progress=progress, processes=processes,
         )  # fmt: skip
         genes = Genes(rule, shapes, depths, levels, options.base_pattern)
-        candidates = CandidateModel(source, database, genes, tokens[-rule.sequences :], processes)
+        candidates = CandidateModel(source, database, genes, selection, processes)
         fields = {key: value for key, value in recipe(rule).items() if key not in ("seconds", "generations")}
         about = {**solved, "rule": fields, "pattern": str(options.base_pattern)}
         journal = Journal(folder, about, processes)
@@ -214,8 +221,9 @@ class CandidateModel:
 class Journal:
     """A line for every generation: the parent that came out of it, its divergence, the seconds it took.
 
-    made_of: JSON values that identify the search; lines of an earlier try of the same one are read, up to the first that
-    is not what was written.
+    made_of: JSON values that identify the search, but for its length; lines of an earlier try of the same one are read, up
+    to the first that is not what was written, and `take` gives them out again: a longer search goes on from a shorter one,
+    and a shorter one ends where it would have.
     processes: all have the lines of the main one, which writes them.
     """
 
@@ -223,7 +231,9 @@ class Journal:
         text = json.dumps(made_of, sort_keys=True)
         self.path = folder / f"search-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
         self.processes = processes
-        self.lines: list[dict[str, Any]] = processes.on_main(self._read)
+        self.lines: list[dict[str, Any]] = []
+        """Of this search, so far."""
+        self._known: list[dict[str, Any]] = processes.on_main(self._read)
 
     def _read(self) -> list[dict[str, Any]]:
         lines: list[dict[str, Any]] = []
@@ -234,6 +244,12 @@ class Journal:
                 lines.append(line)
             write_atomically(self.path, "".join(sealed(line) + "\n" for line in lines))
         return lines
+
+    def take(self) -> bool:
+        """Go on by the next generation as an earlier try found it; False if none did."""
+        known = self._known[len(self.lines) :][:1]
+        self.lines += known
+        return bool(known)
 
     def add(self, **line: Any) -> None:
         """Append a generation, and wait until it is on disk."""
@@ -248,8 +264,13 @@ class Journal:
         self.lines.append(self.processes.on_main(write))
 
     @property
+    def best(self) -> tuple[Genome, float]:
+        """The parent that came out of the last generation, and its divergence."""
+        return tuple(self.lines[-1]["genome"]), float(self.lines[-1]["divergence"])
+
+    @property
     def seconds(self) -> float:
-        """Seconds that all generations in the journal took, those of earlier tries included."""
+        """Seconds that all its generations took, those of earlier tries included."""
         return sum(line["seconds"] for line in self.lines)
 
 
@@ -260,7 +281,7 @@ def evolve(
     so a search that was stopped goes on as if it had not been.
     """
     rows = range(len(candidates.windows))
-    if not journal.lines:
+    if not journal.take():
         started = time.perf_counter()
         first = starts(genes.kept, genes.sizes, genes.depths, genes.budget)
         progress("judging where to start", 0, len(first))
@@ -269,9 +290,11 @@ def evolve(
         best = min(first, key=lambda genome: judged[genome])
         spent = time.perf_counter() - started
         journal.add(genome=best, divergence=judged[best], uniform=judged[first[0]], seconds=spent)
-    parent, value = tuple(journal.lines[-1]["genome"]), float(journal.lines[-1]["divergence"])
     limit = float("inf") if rule.seconds is None else rule.seconds
     while len(journal.lines) <= rule.generations and journal.seconds < limit:
+        if journal.take():
+            continue
+        parent, value = journal.best
         generation, started = len(journal.lines), time.perf_counter()
         share = max(generation / max(rule.generations, 1), journal.seconds / limit)
         progress(f"searching, divergence {value:.4f}", int(1000 * share), 1000)
@@ -288,6 +311,7 @@ def evolve(
             if whole < value:
                 parent, value = child, whole
         journal.add(genome=parent, divergence=value, seconds=time.perf_counter() - started)
+    parent, value = journal.best
     if value == float("inf"):
         raise NumericalError("no candidate gives finite predictions on the selection windows")
     notes = {

@@ -14,13 +14,28 @@ from torch import Tensor
 from topiarist.checkpoints.atomic import save_tensors
 from topiarist.checkpoints.states import KEPT
 from topiarist.checkpoints.writing import ADAPTER, OutputFolder
+from topiarist.core.errors import UnsupportedModel
 from topiarist.core.gram import Gram
+from topiarist.core.patterns import Pattern
 from topiarist.models.families import Matrix
+from topiarist.models.opened import OpenedModel
 from topiarist.solvers import Solution
 from topiarist.solvers.low_rank import LowRank, low_rank_companion
 
 PREFIX = "base_model.model."
 """Of every name in a PEFT adapter."""
+
+
+def check_modules(source: OpenedModel, patterns: Mapping[str, Pattern | None]) -> None:
+    """Raise UnsupportedModel if experts are pruned: there can be no companion to them."""
+    for index, path in enumerate(source.block_names):
+        for matrix in source.matrices(index):
+            name = f"{path}.{matrix.name}"
+            if matrix.expert is not None and patterns[name] is not None:
+                raise UnsupportedModel(
+                    f"low_rank: a PEFT adapter belongs to a module, and experts share one ({name}): leave experts dense by "
+                    "--skip, or leave low_rank out"
+                )
 
 
 @dataclass

@@ -33,7 +33,7 @@ from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.reproduce import command, recipe
 from topiarist.pipelines.common.setup import open_for, open_output, windows_of
 from topiarist.pipelines.pruning.block import BlockPruner
-from topiarist.pipelines.pruning.companion import Companion
+from topiarist.pipelines.pruning.companion import Companion, check_modules
 from topiarist.pipelines.pruning.onto_grid import grid_of, solver_of
 from topiarist.pipelines.pruning.options import PruneOptions
 from topiarist.pipelines.pruning.packing_walk import PackingWalk
@@ -159,14 +159,7 @@ def _companion(
         return None
     if out is None:
         raise CheckpointError("low_rank writes an adapter beside the pruned model: give an output folder")
-    for index, path in enumerate(source.block_names):
-        for matrix in source.matrices(index):
-            name = f"{path}.{matrix.name}"
-            if matrix.expert is not None and patterns[name] is not None:
-                raise UnsupportedModel(
-                    f"low_rank: a PEFT adapter belongs to a module, and experts share one ({name}): leave experts dense by "
-                    "--skip, or leave low_rank out"
-                )
+    check_modules(source, patterns)
     return Companion(options.low_rank, source.dtype)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import PositiveInt
 
-from topiarist.allocate import ALLOCATIONS, Linear, Rule, Uniform
+from topiarist.allocate import ALLOCATIONS, Rule
 from topiarist.core.errors import CalibrationError
 from topiarist.core.grammar import OptionError
 from topiarist.core.options import About, Registered, Settings, options
@@ -121,7 +121,7 @@ class PruneOptions(TextOptions):
             wanting, without = f"GPTQ to {self.bits} bits", " (only 8 bits do without)"
         elif self.low_rank is not None:
             wanting = "a low-rank companion"
-        elif self.rule is not None and not isinstance(self.rule, Uniform | Linear):
+        elif self.rule is not None and self.rule.measured_by:
             wanting = f"allocation {name_of(ALLOCATIONS, self.rule)}"
         if wanting:
             raise CalibrationError(

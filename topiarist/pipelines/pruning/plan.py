@@ -13,17 +13,20 @@ from jaxtyping import Int
 from torch import Tensor
 
 from topiarist.checkpoints.writing import bytes_to_write
+from topiarist.core.errors import CalibrationError
 from topiarist.core.meter import duration, peak_memory_bytes, resident_bytes
 from topiarist.core.patterns import Pattern
 from topiarist.core.slots import SLOTS, check_slots
 from topiarist.data import Windows
+from topiarist.models.families import Matrix
 from topiarist.models.opened import at_rest
 from topiarist.pipelines.allocating.allocation import fixed_patterns
 from topiarist.pipelines.common.grams import GramGroup, owners
 from topiarist.pipelines.common.integer_blocks import packed_bytes
 from topiarist.pipelines.common.setup import open_for, windows_of
-from topiarist.pipelines.common.stream import BlockStream
+from topiarist.pipelines.common.stream import BlockStream, check_flow
 from topiarist.pipelines.pruning.block import BlockPruner
+from topiarist.pipelines.pruning.companion import check_modules
 from topiarist.pipelines.pruning.correct import Correct
 from topiarist.pipelines.pruning.onto_grid import grid_of, solver_of
 from topiarist.pipelines.pruning.options import PruneOptions
@@ -65,9 +68,9 @@ class Plan:
 
 
 def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
-    """Probe the first block with two windows and extrapolate. Writes nothing. Under `torchrun`, for so many processes.
+    """Probe one block with two windows and extrapolate. Writes nothing. Under `torchrun`, for so many processes.
 
-    Raises ProcessError for a run that so many cannot divide.
+    Raises what the run would before any work, ProcessError for one that so many cannot divide.
     """
     processes = Processes.join()
     joint = options.method if isinstance(options.method, SparseLLM) else None
@@ -76,6 +79,8 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
     patterns, _ = fixed_patterns(options, source)
     grid = grid_of(options, source, patterns, None)
     windows = windows_of(options, source)
+    if options.low_rank is not None:
+        check_modules(source, patterns)
     return plan_walk(
         source,
         solver_of(options, grid),
@@ -111,13 +116,16 @@ def plan_walk(
 ) -> Plan:
     """What a walk over the blocks will need; without windows its solver does without data. grid: of a result that is packed.
 
-    Raises ProcessError for a run that so many processes cannot divide.
+    Raises ProcessError for a run that so many processes cannot divide, TopiaristError for one that contradicts itself.
     """
+    pruner = BlockPruner.of(
+        solver, patterns, refine, options.correct, sequential=options.true_sequential, processes=processes
+    )
     if processes.size > 1:
         check_slots(-(-len(windows.tokens) // options.windows_a_forward), processes.size)
-        BlockPruner.of(solver, patterns, refine, options.correct, processes=processes)
     if not len(windows.tokens):
         return _plan_without_data(source, solver, patterns, grid)
+    check_flow(source, windows.tokens, pruner.needs_states)
     probe = probe_block(source, solver, patterns, windows.tokens[:PROBE_WINDOWS])
     groups, blocks = probe.groups, len(source.block_names)
     solves = sum(g.work for g in groups)
@@ -134,7 +142,7 @@ def plan_walk(
     load = [0.0] * processes.size
     for group, owner in zip(groups, owners([g.work for g in groups], processes.size), strict=True):
         load[owner] += group.work
-    working_set = _working_set(source, probe.stream, groups, solver, own, options, refine, joint)
+    working_set = _working_set(source, windows.window, groups, solver, own, options, refine, joint)
     return Plan(
         blocks=blocks,
         matrices=probe.matrices,
@@ -150,7 +158,6 @@ def plan_walk(
 class Probe:
     """What a few windows through the first block took on this machine, and what is in memory with them."""
 
-    stream: BlockStream
     groups: Sequence[GramGroup]
     matrices: int
     gram_seconds: float
@@ -165,25 +172,32 @@ class Probe:
 def probe_block(
     source: Any, solver: Method, patterns: Mapping[str, Pattern | None], tokens: Int[Tensor, "num window"]
 ) -> Probe:
-    """Run the windows through the first block, and solve for its smallest input."""
+    """Run the windows through the first block that is changed, and solve for its smallest input.
+
+    Raises CalibrationError if the text reaches nothing that is to be changed.
+    """
     with at_rest(source.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a probe of two windows is thin by design
         stream = BlockStream.of(source, tokens, batch_size=len(tokens))
-        block = source.load(0)
-        path = f"{source.family.blocks}.0"
-        matrices = [m for m in source.matrices(0) if patterns[f"{path}.{m.name}"] is not None]
+        for index in range(len(source.block_names)):
+            block, matrices = source.load(index), _wanted(source, patterns, index)
+            start = time.perf_counter()
+            groups = stream.grams(index, block, matrices) if matrices and stream.reaches(index) else []
+            gram_seconds = time.perf_counter() - start
+            if groups:
+                break
+            stream.advance(index, block)
+            source.release(index)
+        else:
+            raise CalibrationError("the text reaches no matrix that is to be changed: leave fewer dense by --skip")
         start = time.perf_counter()
-        groups = stream.grams(0, block, matrices)
-        gram_seconds = time.perf_counter() - start
-        start = time.perf_counter()
-        stream.advance(0, block)
+        stream.advance(index, block)
         advance_seconds = time.perf_counter() - start
         smallest = min(groups, key=lambda g: g.work)
         start = time.perf_counter()
-        BlockPruner.of(solver, patterns).solve([smallest], smallest.matrices, path)
+        BlockPruner.of(solver, patterns).solve([smallest], smallest.matrices, source.block_names[index])
         rate = (time.perf_counter() - start) / smallest.work
     return Probe(
-        stream,
         groups,
         len(matrices),
         gram_seconds / len(tokens),
@@ -191,6 +205,11 @@ def probe_block(
         rate,
         resident_bytes(),
     )
+
+
+def _wanted(source: Any, patterns: Mapping[str, Pattern | None], index: int) -> list[Matrix]:
+    """The matrices of a block that are changed."""
+    return [m for m in source.matrices(index) if patterns[f"{source.block_names[index]}.{m.name}"] is not None]
 
 
 def _disk_bytes(source: Any, patterns: Mapping[str, Pattern | None], grid: Grid | None) -> int:
@@ -204,10 +223,11 @@ def _disk_bytes(source: Any, patterns: Mapping[str, Pattern | None], grid: Grid 
 
 
 def _plan_without_data(source: Any, solver: Method, patterns: Mapping[str, Pattern | None], grid: Grid | None) -> Plan:
-    """From the first block, pruned: blocks are all alike, and one is in memory at a time."""
-    block, matrices = source.load(0), source.matrices(0)
+    """From the first block that is changed, pruned: blocks are all alike, and one is in memory at a time."""
+    index = next(index for index in range(len(source.block_names)) if _wanted(source, patterns, index))
+    block, matrices = source.load(index), _wanted(source, patterns, index)
     start = time.perf_counter()
-    layers = BlockPruner.of(solver, patterns).prune_without_data(block, matrices, f"{source.family.blocks}.0")
+    layers = BlockPruner.of(solver, patterns).prune_without_data(block, matrices, source.block_names[index])
     seconds = time.perf_counter() - start
     return Plan(
         blocks=len(source.block_names),
@@ -221,7 +241,7 @@ def _plan_without_data(source: Any, solver: Method, patterns: Mapping[str, Patte
 
 def _working_set(
     source: Any,
-    stream: BlockStream,
+    window: int,
     groups: Sequence[GramGroup],
     solver: Method,
     samples: int,
@@ -233,11 +253,12 @@ def _working_set(
     sums of Grams, the whole Grams with a solver's copies, a block in training, the embeddings.
     """
     spilled = options.spill is not None
-    states = hidden = 0 if spilled else stream.hidden[0].numel() * stream.hidden.element_size() * samples
+    width = source.text_config.hidden_size
+    states = hidden = 0 if spilled else samples * window * width * source.dtype.itemsize
     if joint is not None:  # inputs and fp32 outputs of a network, and its fp32 auxiliaries if rounds follow one another
-        tokens = 0 if spilled else samples * stream.hidden.shape[1]
+        tokens = 0 if spilled else samples * window
         rows = max(sum(m.shape[0] for m in g.matrices) for g in groups) if joint.epochs > 1 else 0
-        hidden += (1 + joint.needs_dense_inputs) * states + 4 * tokens * (stream.hidden.shape[2] + rows)
+        hidden += (1 + joint.needs_dense_inputs) * states + 4 * tokens * (width + rows)
     grams = sum(4 * g.gram.in_features**2 for g in groups)
     if options.correct is not None or (refine is not None and refine.target == "dense"):
         hidden += 2 * states  # the dense model's, on both sides of a block
