@@ -36,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 USAGE, INTERRUPTED = 2, 130
-RESUMING = frozenset({"prune", "learn", "shrink", "recover", "quantize", "run", "allocate"})
+RESUMING = frozenset({"prune", "learn", "shrink", "recover", "quantize", "run", "allocate", "apply"})
 """Commands that keep what is finished: in OUT, `allocate` in the folder of --work."""
 
 
