@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from recipe_files import ENDS, STAGES, recipe_folder
 from safetensors.torch import load_file
 
@@ -107,6 +108,41 @@ def test_every_result_has_the_recipe_that_made_it(folder: Path, command):
     assert same(folder / "small", folder / "small-again")
 
 
+TRAINED = ("--data", "text.txt", "--tokens", "256", "--window", "32", "--sequences", "2", "--held-out", "2")
+SECOND = {
+    "recover a sparse model": (("recover", *TRAINED), "sparse"),
+    "recover a dense model to its text": (("recover", *TRAINED, "--loss", "lm"), "model"),
+    "recover a dense model towards another": (("recover", *TRAINED, "--teacher", "model"), "model"),
+    "prune a sparse model": (("prune", "--method", "magnitude", "--pattern", "0.6"), "sparse"),
+    "prune a padded model": (("prune", "--method", "magnitude"), "padded"),
+    "prune a quantised model": (("prune", "--method", "magnitude"), "quantised"),
+    "quantise a sparse model": (("quantize", "--bits", "8"), "sparse"),
+    "shrink a shrunk model": (("shrink", "--method", "magnitude", "--keep", "0.7", "--no-refit"), "small"),
+}
+FIRST = {
+    "sparse": ("prune", "--method", "magnitude"),
+    "padded": ("shrink", "--method", "magnitude", "--keep", "0.6", "--no-refit", "--layout", "padded"),
+    "quantised": ("quantize", "--bits", "8"),
+    "small": ("shrink", "--method", "magnitude", "--keep", "0.6", "--no-refit"),
+}
+
+
+@pytest.mark.parametrize("case", SECOND)
+def test_a_result_made_of_a_result_has_its_own_recipe_which_runs(folder: Path, command, case: str):
+    (name, *words), source = SECOND[case]
+    if source in FIRST:
+        (made, *by), pages = FIRST[source], ("recipe.yaml", "README.md", "pruning_report.html", "pruning_report.json")
+        assert command(made, "model", source, *by)[0] == 0
+    code, _, error = command(name, source, "one", *words)
+    assert code == 0 and yaml.safe_load((folder / "one" / "recipe.yaml").read_text())["model"] == source, error
+    assert source not in FIRST or all(
+        (folder / "one" / p).read_text() != (folder / source / p).read_text() for p in pages
+    )
+    code, _, error = command("run", "one/recipe.yaml", "--out", "two")
+    assert code == 0 and same(folder / "one", folder / "two"), error
+    assert (folder / "one" / "config.json").read_bytes() == (folder / "two" / "config.json").read_bytes()
+
+
 @pytest.mark.parametrize("plan", [(), ("--plan",)])
 def test_what_only_model_or_text_can_tell_is_told_with_its_line(folder: Path, command, plan: tuple[str, ...]):
     recipe = (folder / "recipe.yaml").read_text()
@@ -128,8 +164,8 @@ WRONG_STAGES = [
     ("out: out", "outt: out", "line 3: unknown key 'outt'"),
     (
         "- recover: {tokens: 512,",
-        "- prune: {method: magnitude}\n- recover: {tokens: 512,",
-        "line 11: prune takes a model",
+        "- shrink: {keep: 0.8}\n- recover: {tokens: 512,",
+        "line 11: shrink takes a model",
     ),
     ("stages:", "stages: none\nmore:", "unknown key 'more'"),
     ("model: model", "model: [", "is no YAML"),
@@ -149,7 +185,7 @@ WRONG_STAGES = [
     ("model: model", "model: " + "m" * (1 << 20), "a recipe at most 1,048,576"),
 ]
 WRONG_ENDS = [
-    ("- pack\n", "- pack\n- prune: {method: magnitude}\n", "line 9: prune takes a model that is dense or shrunk"),
+    ("- pack\n", "- pack\n- prune: {method: magnitude}\n", "line 9: prune takes a model that is dense or"),
     ("- pack\n", "- pack\n- eval: {tasks: piqa}\n", "line 9: eval takes a model"),
     (
         "- prune: {method: magnitude",
@@ -177,8 +213,9 @@ def test_a_wrong_recipe_is_refused_before_any_work(
 
 def test_a_stage_that_does_not_fit_the_model_is_refused(folder: Path, command):
     assert command("prune", "model", "sparse", "--method", "magnitude")[0] == 0
-    code, _, error = command("run", "recipe.yaml", "--model", "sparse")
-    assert code == 2 and "line 6: prune takes a model that is dense or shrunk, and it is sparse there" in error
+    (folder / "small.yaml").write_text(STAGES.partition("- prune")[0] + "- shrink: {keep: 0.8}\n")
+    code, _, error = command("run", "small.yaml", "--model", "sparse")
+    assert code == 2 and "line 6: shrink takes a model that is dense or shrunk, and it is sparse there" in error
     assert not (folder / "out").exists()
 
 

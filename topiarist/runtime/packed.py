@@ -26,7 +26,7 @@ from torch import Tensor
 
 from topiarist.checkpoints.dequantised import QUANTIZATION, DequantisedCheckpoint
 from topiarist.checkpoints.reading import Checkpoint, opened
-from topiarist.checkpoints.side_files import check_inside, copy_side_files
+from topiarist.checkpoints.side_files import OWN, check_inside, copy_side_files
 from topiarist.checkpoints.writing import MASKS
 from topiarist.core.errors import CheckpointError, UnsupportedModel
 from topiarist.models.checks import check_finite_tensor, check_floating
@@ -206,7 +206,7 @@ def copy_other_files(src: Path, out: Path) -> None:
     copy_side_files(src, out)
     (out / MANIFEST).unlink(missing_ok=True)
     for path in sorted(src.iterdir()):
-        own = path.name in ("config.json", "README.md", MASKS) or path.name.startswith("pruning_")
+        own = path.name in (*OWN, MASKS) or path.name.startswith("pruning_")
         if own and path.is_file():
             check_inside(path, src)
             shutil.copyfile(path, out / path.name)
