@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import yaml
 from recipe_files import ENDS, STAGES, recipe_folder
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import topiarist as tp
+from topiarist.core.errors import DamagedWeights
 from topiarist.pipelines.recipes.recipe import read_recipe, shipped
 from topiarist.pipelines.recipes.running import run_recipe
 
@@ -106,6 +110,123 @@ def test_every_result_has_the_recipe_that_made_it(folder: Path, command):
     assert command("shrink", "model", "small", *shrink)[0] == 0
     assert command("run", "small/recipe.yaml", "--out", "small-again")[0] == 0
     assert same(folder / "small", folder / "small-again")
+
+
+THREE = (
+    STAGES.partition("data:")[0]
+    + """stages:
+- shrink: {method: magnitude, keep: 0.7, units: [channels], refit: false}
+- prune: {method: magnitude, pattern: 0.5}
+- recover: {tokens: 256, window_tokens: 32, sequences: 2, batch_size: 2, held_out: 2, teacher: model, data: [text.txt]}
+"""
+)
+
+
+def watched(monkeypatch, seen: list[str], stop: str = "") -> None:
+    """Note the stages that begin from now on; that one called `stop` is killed."""
+    from topiarist.pipelines.recipes import stages
+
+    for name, stage in stages.STAGES.items():
+
+        def run(*args, name=name, run=stage.run):
+            seen.append(name)
+            if name == stop:
+                raise KeyboardInterrupt
+            return run(*args)
+
+        monkeypatch.setitem(stages.STAGES, name, replace(stage, run=run))
+
+
+def test_a_run_killed_in_its_third_stage_goes_on_there(folder: Path, monkeypatch):
+    (folder / "recipe.yaml").write_text(THREE)
+    seen: list[str] = []
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        watched(patched, seen, "recover")
+        run_recipe(read_recipe("recipe.yaml"))
+    assert seen == ["shrink", "prune", "recover"]
+    assert sorted(path.name for path in (folder / "out" / "stages").iterdir()) == ["02-prune", "made.json"]
+    (folder / "other.yaml").write_text(THREE.replace("keep: 0.7", "keep: 0.6"))
+    with pytest.raises(
+        tp.TopiaristError, match=r"out holds another run: stage 1 shrink keep was 0.7 and is 0.6. Choose"
+    ):
+        run_recipe(read_recipe("other.yaml"))
+    seen.clear()
+    watched(monkeypatch, seen)
+    run_recipe(read_recipe("recipe.yaml"))
+    assert seen == ["recover"] and not (folder / "out" / "stages").exists()
+    run_recipe(read_recipe("recipe.yaml", out="whole"))
+    assert seen == ["recover", "shrink", "prune", "recover"] and same(folder / "out", folder / "whole")
+
+
+ALLOCATED = (
+    STAGES.partition("data:")[0]
+    + """stages:
+- allocate: {rule: owl, pattern: 0.5, num_windows: 4, window_tokens: 32, data: [text.txt]}
+- prune: {method: magnitude, pattern: 0.5}
+- eval: {text: [heldout.txt], window_tokens: 32, max_windows: 2}
+- pack: {head: int8}
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("stop", "was", "becomes", "said"),
+    [
+        ("prune", "rule: owl", "rule: linear", "stage 1 allocate rule was 'owl' and is 'linear'"),
+        ("pack", "max_windows: 2", "max_windows: 1", "stage 3 eval max_windows was 2 and is 1"),
+        ("", "head: int8", "values: int8", "stage 4 pack head was 'int8' and is None"),
+    ],
+)
+def test_what_a_stage_left_is_not_taken_for_that_of_other_settings(folder: Path, monkeypatch, stop, was, becomes, said):
+    (folder / "recipe.yaml").write_text(ALLOCATED)
+    seen: list[str] = []
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt) if stop else nullcontext():
+        watched(patched, seen, stop)
+        run_recipe(read_recipe("recipe.yaml"), keep_stages=True)
+    (folder / "other.yaml").write_text(ALLOCATED.replace(was, becomes))
+    before = (folder / "out" / "stages" / "01-allocate.json").read_bytes()
+    with pytest.raises(tp.TopiaristError, match=said):
+        run_recipe(read_recipe("other.yaml"), keep_stages=True)
+    assert (folder / "out" / "stages" / "01-allocate.json").read_bytes() == before
+    seen.clear()
+    watched(monkeypatch, seen)
+    run_recipe(read_recipe("recipe.yaml"))
+    assert seen == {"prune": ["prune", "eval", "pack"], "pack": ["pack"], "": ["pack"]}[stop]
+
+
+def test_a_stage_that_failed_may_have_other_settings(folder: Path, monkeypatch):
+    (folder / "recipe.yaml").write_text(ALLOCATED)
+    for stop, was, becomes in (("allocate", "rule: owl", "rule: linear"), ("pack", "{head: int8}", "{values: int8}")):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            watched(patched, [], stop)
+            run_recipe(read_recipe("recipe.yaml"))
+        (folder / "recipe.yaml").write_text((folder / "recipe.yaml").read_text().replace(was, becomes))
+    run_recipe(read_recipe("recipe.yaml"))
+    assert (folder / "out" / "packed.json").is_file()
+
+
+def test_damage_that_a_later_stage_meets_leaves_what_is_finished(folder: Path):
+    (folder / "recipe.yaml").write_text(THREE.replace("teacher: model", "teacher: damaged"))
+    tiny.tiny_checkpoint(folder / "damaged")
+    weights = load_file(folder / "damaged" / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, folder / "damaged" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DamagedWeights):
+        run_recipe(read_recipe("recipe.yaml"))
+    assert (folder / "out" / "stages" / "02-prune" / "config.json").is_file()
+    with pytest.raises(DamagedWeights):
+        run_recipe(read_recipe("recipe.yaml", model="damaged", out="none"))
+    assert not (folder / "none").exists()
+
+
+def test_a_given_text_stands_above_that_of_the_stages(folder: Path, command):
+    tiny.tiny_text(folder, "other.txt", paragraphs=60, seed=2)
+    words = ("--method", "wanda", "--samples", "4", "--window", "32")
+    for text in ("text.txt", "other.txt"):
+        assert command("prune", "model", text[:-4], *words, "--data", text)[0] == 0
+    assert command("run", "text/recipe.yaml", "--data", "other.txt", "--out", "again")[0] == 0
+    assert same(folder / "again", folder / "other") and not same(folder / "again", folder / "text")
+    assert "text.txt" not in (folder / "again" / "recipe.yaml").read_text()
 
 
 TRAINED = ("--data", "text.txt", "--tokens", "256", "--window", "32", "--sequences", "2", "--held-out", "2")

@@ -75,12 +75,10 @@ class EvalOptions(RunOptions):
 
 
 def run_eval(model: Path | str, place: Path, options: EvalOptions, _: Mapping[str, Any], progress: Progress) -> None:
-    """Measure `model` and keep the figures beside it and on its page. place: a file that says that it is done.
+    """Measure `model` and keep the figures beside it, on its page and in the file `place`.
 
     Raises what `compare` and `compare_tasks` raise.
     """
-    if place.is_file():
-        return
     common: dict[str, Any] = {
         "batch_size": options.batch_size, "device": options.device, "trust_remote_code": options.trust_remote_code,
         "progress": progress,
