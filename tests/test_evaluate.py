@@ -13,7 +13,8 @@ import torch
 
 import topiarist as tp
 from topiarist.data import Windows
-from topiarist.evaluation.comparison import compare
+from topiarist.evaluation import tasks
+from topiarist.evaluation.comparison import compare, entries, with_reference
 
 
 def test_perplexity_agrees_with_a_plain_loop():
@@ -191,6 +192,31 @@ def test_the_dense_reference_is_the_model_that_was_pruned(base: Path, tmp_path: 
     Path("other").rename("base")
     with pytest.warns(UserWarning, match="base is not the model that was pruned"):
         assert [r.model for r in compare(["out"], text, **options)] == ["out"]
+
+
+def test_what_is_stored_names_the_dense_model_that_was_pruned(base: Path, tmp_path: Path, command):
+    tiny.tiny_checkpoint(tmp_path / "another", seed=3)
+    for name in ("base", "another"):
+        tp.prune(name, f"{name}-pruned", method="magnitude", pattern="0.5")
+    tp.prune("another-pruned", "twice", method="magnitude", pattern="0.7")
+    text, options = [tp.text_files("text.txt")], {"window": 32, "max_windows": 1}
+    rows = compare(["base-pruned", "twice", "another-pruned"], text, **options)
+    assert [row.model for row in rows if row.dense] == ["base", "another"]
+    value = {row.model: row.results[0].value for row in rows}
+    stored = entries(rows, ["text.txt"])
+    for name, dense in (("base-pruned", "base"), ("another-pruned", "another"), ("twice", "another")):
+        assert stored[name][0]["dense"] == {"model": dense, "value": value[dense]}
+    assert [row.model for row in compare(["base", "twice"], text, **options)] == ["another", "base", "twice"]
+    rows = compare(["base", "twice"], text, reference=False, **options)
+    assert entries(rows, ["text.txt"])["twice"][0]["dense"] is None
+    Path("another").rename("moved")  # its digest says that it is the one
+    found = with_reference(["base", "moved", "another-pruned"])
+    assert found == [("base", True, None), ("moved", True, None), ("another-pruned", False, "moved")]
+    score = tasks.Score("piqa", "acc", 0.5, None, 3, "digest")
+    scores = [tasks.Scores(name, dense, "float32", "", [score], own) for name, dense, own in found]
+    assert tasks.entries(scores)["another-pruned"][0]["dense"]["model"] == "moved"
+    with pytest.warns(UserWarning, match="no dense reference for another-pruned: another is not here; name it"):
+        assert with_reference(["base", "another-pruned"])[1] == ("another-pruned", False, None)
 
 
 def test_results_are_printed_before_they_are_saved(base: Path, monkeypatch, command):
