@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ import torch
 
 import topiarist as tp
 from topiarist.data import Windows
+from topiarist.data.record import RECORD
 from topiarist.evaluation import tasks
-from topiarist.evaluation.comparison import compare, entries, with_reference
+from topiarist.evaluation.comparison import compare, entries, held_out_windows, with_reference
+from topiarist.masklearn import PRESETS
 
 
 def test_perplexity_agrees_with_a_plain_loop():
@@ -217,6 +220,35 @@ def test_what_is_stored_names_the_dense_model_that_was_pruned(base: Path, tmp_pa
     assert tasks.entries(scores)["another-pruned"][0]["dense"]["model"] == "moved"
     with pytest.warns(UserWarning, match="no dense reference for another-pruned: another is not here; name it"):
         assert with_reference(["base", "another-pruned"])[1] == ("another-pruned", False, None)
+
+
+def test_the_text_of_every_run_before_is_refused(base: Path):
+    """Of shrinking, then of pruning without text or learning on another; of masks, whose record stands beside them."""
+    first = tp.text_files("text.txt")
+    other = tp.text_files(tiny.tiny_text(Path(), "other.txt", seed=5))
+    tp.shrink("base", "small", method="wanda-sp", keep=0.8, data=first, num_windows=4, window_tokens=32)
+    tp.prune("small", "pruned", method="magnitude")
+    once = replace(PRESETS["quick"], steps=1, sequences=2, length=32, prior_samples=2)
+    tp.learn("small", "learned", data=other, preset=once)
+    tp.masks.apply("small", "learned/masks.safetensors", "masked")
+    tp.quantize("pruned", "quantised", bits=8, group="channel")
+    for folder, texts in (
+        ("pruned", [first]),
+        ("quantised", [first]),
+        ("learned", [first, other]),
+        ("masked", [first, other]),
+    ):
+        for text in texts:
+            with pytest.raises(tp.CalibrationError, match=f"is calibration text of {folder}"):
+                held_out_windows(folder, text, window=32)
+    Path("small", RECORD).write_text('{"passages": [1]}')
+    for call in (
+        lambda: tp.masks.apply("small", "learned/masks.safetensors", "none"),
+        lambda: tp.prune("small", "none", method="magnitude"),
+    ):
+        with pytest.raises(tp.CheckpointError, match=r"pruning_calibration.json is damaged .*copy it again"):
+            call()
+        assert not Path("none").exists()
 
 
 def test_results_are_printed_before_they_are_saved(base: Path, monkeypatch, command):

@@ -14,8 +14,9 @@ from torch import nn
 from topiarist.checkpoints.reading import Checkpoint, locate
 from topiarist.checkpoints.references import resolved
 from topiarist.checkpoints.writing import ADAPTER
-from topiarist.core.errors import CalibrationError, CheckpointError
+from topiarist.core.errors import CalibrationError
 from topiarist.data import MAX_SHARED, Bos, TextFiles, Windows, check_vocabulary, evaluation_windows
+from topiarist.data.record import RECORD, recorded_passages
 from topiarist.evaluation.adapter import check_adapters, has_adapter, with_adapter
 from topiarist.evaluation.perplexity import Perplexity, check_batch_size, perplexity
 from topiarist.models.derive import check_has_text_loss
@@ -101,7 +102,7 @@ def held_out_windows(
     """
     opened = model if isinstance(model, OpenedModel) else open_model(model, device="cpu")
     _check_positions(opened, window)
-    known = _calibration_passages(opened.beside("pruning_calibration.json"))
+    known = recorded_passages(opened.beside(RECORD))
     windows = evaluation_windows(
         text, opened.tokenizer(), window=window, max_windows=max_windows, calibration=known, bos=bos
     )
@@ -130,19 +131,6 @@ def _check_positions(opened: OpenedModel, window: int) -> None:
         UserWarning,
         stacklevel=3,
     )
-
-
-def _calibration_passages(record: Path | None) -> frozenset[int]:
-    """What the checkpoint was pruned on, as `Windows.record` kept it; nothing if there is no record that can be compared."""
-    if record is None:
-        return frozenset()
-    try:
-        passages = json.loads(record.read_text(encoding="utf-8")).get("passages")
-        if passages is None:
-            warnings.warn(f"{record} is of version 0.1: overlap with it cannot be seen", UserWarning, stacklevel=4)
-        return frozenset(int(found, 16) for found in passages or ())
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{record} is damaged ({error}); copy it again, or remove it") from error
 
 
 def with_reference(models: Sequence[str], reference: bool = True) -> list[tuple[str, bool, str | None]]:
