@@ -315,6 +315,13 @@ WRONG_ENDS = [
     ),
     ("text: [heldout.txt], ", "", "line 7: eval has nothing to measure on"),
     ("text: [heldout.txt]", "text: [nowhere.txt]", "nowhere.txt does not exist"),
+    ("max_windows: 2", "limit: 3", "line 7: a limit is of zero-shot tasks, and none is named"),
+    (
+        "max_windows: 2",
+        "tasks: piqa, task_files: nowhere",
+        "line 7: nowhere must hold one file piqa*.jsonl, found none",
+    ),
+    ("- pack\n", "- pack: {group: 128}\n", "line 8: group 128 is of rounded values, and none are asked for"),
     ("- pack\n", "- pack: {values: int2}\n", "line 8: PackOptions: values is 'int2'"),
 ]
 

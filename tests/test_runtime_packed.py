@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from topiarist.core.errors import CheckpointError
+from topiarist.core.errors import CheckpointError, TopiaristError
 from topiarist.core.patterns import NM, Unstructured
 from topiarist.runtime import bits, packed
 
@@ -202,6 +202,8 @@ def test_a_packed_folder_has_no_file_that_transformers_takes_for_weights(model_f
 
 
 def test_refusals(model_folder, tmp_path):
+    with pytest.raises(TopiaristError, match="group 32 is of rounded values, and none are asked for"):
+        packed.pack_folder(model_folder, tmp_path / "x", group=32)
     out = tmp_path / "packed"
     packed.pack_folder(model_folder, out)
     with pytest.raises(CheckpointError, match="exists"):

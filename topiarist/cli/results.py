@@ -66,7 +66,7 @@ def evaluate(
     from topiarist.data import text_files
     from topiarist.evaluation.adapter import has_adapter
     from topiarist.evaluation.comparison import compare, entries
-    from topiarist.evaluation.tasks import compare_tasks
+    from topiarist.evaluation.tasks import compare_tasks, specs_of
     from topiarist.evaluation.tasks import entries as task_entries
     from topiarist.results.pages import save_evaluation
 
@@ -79,6 +79,7 @@ def evaluate(
             f"{'--save' if save else '--tasks'} out"
         )
     paths, wanted = text or [], [task.strip() for task in (tasks or "").split(",") if task.strip()]
+    specs_of(wanted, task_files, limit)  # refused before any text is measured
     whole = text_files(paths, field=text_field, split=split) if paths else None
     sources = [replace(whole, paths=(path,)) for path in whole.paths] if whole else []
     common: dict[str, Any] = {

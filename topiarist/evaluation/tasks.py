@@ -71,10 +71,8 @@ def compare_tasks(
     Raises as `open_model` does, CalibrationError for items that do not fit, TopiaristError without the harness.
     """
     check_batch_size(batch_size)
-    if limit is not None and limit < 1:
-        raise CalibrationError(f"--limit {limit}: 1 item is the least")
     harness = _harness()
-    specs = [task if files is None else local_task(task, files) for task in tasks]
+    specs = specs_of(tasks, files, limit)
     digests = {spec.name: spec.digest for spec in specs if isinstance(spec, LocalTask)}
     named = with_reference(models, reference)
     opened = [
@@ -92,6 +90,19 @@ def compare_tasks(
         results.append(Scores(name, dense, dtype, f"lm-eval {harness.__version__}", _scores(found, digests), base))
         del model
     return results
+
+
+def specs_of(tasks: Sequence[str], files: str | Path | None, limit: int | None) -> list[str | LocalTask]:
+    """What the harness is asked for: every task by its name, or with its items from the folder `files`.
+
+    Raises CalibrationError for items that do not fit or a limit below 1, TopiaristError for items or a limit of no task.
+    """
+    if not tasks and (files is not None or limit is not None):
+        what = "task files are" if files is not None else "a limit is"
+        raise TopiaristError(f"{what} of zero-shot tasks, and none is named: name tasks, or leave that out")
+    if limit is not None and limit < 1:
+        raise CalibrationError(f"--limit {limit}: 1 item is the least")
+    return [task if files is None else local_task(task, files) for task in tasks]
 
 
 def entries(results: Sequence[Scores]) -> dict[str, list[dict[str, Any]]]:
