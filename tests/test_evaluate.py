@@ -136,6 +136,20 @@ def test_windows_begin_as_the_tokenizer_begins_a_text(base: Path, command):
     assert begun["text_digest"] != never["text_digest"] and begun["value"] != never["value"]
 
 
+def test_the_table_says_where_tokens_differ(base: Path, tmp_path: Path, command):
+    from test_data import with_start
+
+    tiny.tiny_checkpoint(tmp_path / "same")
+    tiny.tiny_checkpoint(tmp_path / "other")
+    with_start(None, "<s>").save_pretrained(tmp_path / "other")
+    words = ("--text", "text.txt", "--window", "32", "--max-windows", "2")
+    code, printed, error = command("eval", "base", "same", *words)
+    assert code == 0 and "62 tokens" in printed and "sha256" in printed and "tokens differ" not in printed, error
+    code, printed, error = command("eval", "base", "other", *words)
+    table = printed.partition("model")[2]  # behind the title
+    assert code == 0 and "tokens differ" in table and "sha256" not in printed and "62 tokens" not in printed, error
+
+
 def test_start_tokens_themselves_are_not_predicted():
     """Two start tokens: the second is given as well, so the figure is that of the text after both."""
     model, tokens = tiny.tiny_model(), tiny.tiny_tokens(3, 16)
