@@ -151,9 +151,8 @@ def with_reference(models: Sequence[str], reference: bool = True) -> list[tuple[
                 found = known or (found if reference else None)
                 added += [found] if found is not None and known is None else []
             bases[name] = found
-    return [(base, True, None) for base in added] + sorted(
-        ((name, name in named, bases[name]) for name in names), key=lambda entry: not entry[1]
-    )
+    own = ((name, name in named, bases[name]) for name in names)
+    return [*((base, True, None) for base in added), *sorted(own, key=lambda entry: not entry[1])]
 
 
 def is_dense(name: str, model: nn.Module) -> bool:
