@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ import torch
 
 import topiarist as tp
 from topiarist.data import Windows
-from topiarist.evaluation.comparison import compare
+from topiarist.data.record import RECORD
+from topiarist.evaluation import tasks
+from topiarist.evaluation.comparison import compare, entries, held_out_windows, with_reference
+from topiarist.masklearn import PRESETS
 
 
 def test_perplexity_agrees_with_a_plain_loop():
@@ -132,6 +136,20 @@ def test_windows_begin_as_the_tokenizer_begins_a_text(base: Path, command):
     assert begun["text_digest"] != never["text_digest"] and begun["value"] != never["value"]
 
 
+def test_the_table_says_where_tokens_differ(base: Path, tmp_path: Path, command):
+    from test_data import with_start
+
+    tiny.tiny_checkpoint(tmp_path / "same")
+    tiny.tiny_checkpoint(tmp_path / "other")
+    with_start(None, "<s>").save_pretrained(tmp_path / "other")
+    words = ("--text", "text.txt", "--window", "32", "--max-windows", "2")
+    code, printed, error = command("eval", "base", "same", *words)
+    assert code == 0 and "62 tokens" in printed and "sha256" in printed and "tokens differ" not in printed, error
+    code, printed, error = command("eval", "base", "other", *words)
+    table = printed.partition("model")[2]  # behind the title
+    assert code == 0 and "tokens differ" in table and "sha256" not in printed and "62 tokens" not in printed, error
+
+
 def test_start_tokens_themselves_are_not_predicted():
     """Two start tokens: the second is given as well, so the figure is that of the text after both."""
     model, tokens = tiny.tiny_model(), tiny.tiny_tokens(3, 16)
@@ -191,6 +209,60 @@ def test_the_dense_reference_is_the_model_that_was_pruned(base: Path, tmp_path: 
     Path("other").rename("base")
     with pytest.warns(UserWarning, match="base is not the model that was pruned"):
         assert [r.model for r in compare(["out"], text, **options)] == ["out"]
+
+
+def test_what_is_stored_names_the_dense_model_that_was_pruned(base: Path, tmp_path: Path, command):
+    tiny.tiny_checkpoint(tmp_path / "another", seed=3)
+    for name in ("base", "another"):
+        tp.prune(name, f"{name}-pruned", method="magnitude", pattern="0.5")
+    tp.prune("another-pruned", "twice", method="magnitude", pattern="0.7")
+    text, options = [tp.text_files("text.txt")], {"window": 32, "max_windows": 1}
+    rows = compare(["base-pruned", "twice", "another-pruned"], text, **options)
+    assert [row.model for row in rows if row.dense] == ["base", "another"]
+    value = {row.model: row.results[0].value for row in rows}
+    stored = entries(rows, ["text.txt"])
+    for name, dense in (("base-pruned", "base"), ("another-pruned", "another"), ("twice", "another")):
+        assert stored[name][0]["dense"] == {"model": dense, "value": value[dense]}
+    assert [row.model for row in compare(["base", "twice"], text, **options)] == ["another", "base", "twice"]
+    rows = compare(["base", "twice"], text, reference=False, **options)
+    assert entries(rows, ["text.txt"])["twice"][0]["dense"] is None
+    Path("another").rename("moved")  # its digest says that it is the one
+    found = with_reference(["base", "moved", "another-pruned"])
+    assert found == [("base", True, None), ("moved", True, None), ("another-pruned", False, "moved")]
+    score = tasks.Score("piqa", "acc", 0.5, None, 3, "digest")
+    scores = [tasks.Scores(name, dense, "float32", "", [score], own) for name, dense, own in found]
+    assert tasks.entries(scores)["another-pruned"][0]["dense"]["model"] == "moved"
+    with pytest.warns(UserWarning, match="no dense reference for another-pruned: another is not here; name it"):
+        assert with_reference(["base", "another-pruned"])[1] == ("another-pruned", False, None)
+
+
+def test_the_text_of_every_run_before_is_refused(base: Path):
+    """Of shrinking, then of pruning without text or learning on another; of masks, whose record stands beside them."""
+    first = tp.text_files("text.txt")
+    other = tp.text_files(tiny.tiny_text(Path(), "other.txt", seed=5))
+    tp.shrink("base", "small", method="wanda-sp", keep=0.8, data=first, num_windows=4, window_tokens=32)
+    tp.prune("small", "pruned", method="magnitude")
+    once = replace(PRESETS["quick"], steps=1, sequences=2, length=32, prior_samples=2)
+    tp.learn("small", "learned", data=other, preset=once)
+    tp.masks.apply("small", "learned/masks.safetensors", "masked")
+    tp.quantize("pruned", "quantised", bits=8, group="channel")
+    for folder, texts in (
+        ("pruned", [first]),
+        ("quantised", [first]),
+        ("learned", [first, other]),
+        ("masked", [first, other]),
+    ):
+        for text in texts:
+            with pytest.raises(tp.CalibrationError, match=f"is calibration text of {folder}"):
+                held_out_windows(folder, text, window=32)
+    Path("small", RECORD).write_text('{"passages": [1]}')
+    for call in (
+        lambda: tp.masks.apply("small", "learned/masks.safetensors", "none"),
+        lambda: tp.prune("small", "none", method="magnitude"),
+    ):
+        with pytest.raises(tp.CheckpointError, match=r"pruning_calibration.json is damaged .*copy it again"):
+            call()
+        assert not Path("none").exists()
 
 
 def test_results_are_printed_before_they_are_saved(base: Path, monkeypatch, command):

@@ -291,8 +291,11 @@ def test_swap_there_and_back(saved, tmp_path):
     pruned = module({name: w * made[name] for name, w in weights.items()})
     with pytest.raises(CheckpointError, match="pass base="):
         masks.swap(pruned, second)
-    masks.swap(pruned, second, base=weights)
-    assert torch.equal(pruned.get_parameter("a.weight"), weights["a.weight"] * ~made["a.weight"])
+    for base in (weights, None):  # with a base, too, what the file before masked and this one does not is dense again
+        masks.swap(pruned, path, base=base)
+        masks.swap(pruned, second, base=base)
+        assert torch.equal(pruned.get_parameter("a.weight"), weights["a.weight"] * ~made["a.weight"])
+        assert all(torch.equal(pruned.get_parameter(name), weights[name]) for name in ("b.weight", "c.weight"))
 
 
 def test_swap_changes_nothing_when_it_refuses(saved):
@@ -303,6 +306,14 @@ def test_swap_changes_nothing_when_it_refuses(saved):
         masks.swap(model, path)
     for name, weight in other.items():
         assert torch.equal(model.get_parameter(name), weight)
+    parts = load_file(path)
+    parts["c.weight"][0] ^= 1  # a damaged mask, the last of the file
+    with safe_open(path, framework="pt") as stored:
+        save_file(parts, path, stored.metadata())
+    model = module(weights)
+    with pytest.raises(CheckpointError, match=r"the mask of c\.weight is damaged"):
+        masks.swap(model, path)
+    assert all(torch.equal(model.get_parameter(name), weight) for name, weight in weights.items())
 
 
 def test_npz_round_trip_and_refusals(tmp_path):

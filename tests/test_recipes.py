@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
+import yaml
 from recipe_files import ENDS, STAGES, recipe_folder
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import topiarist as tp
+from topiarist.core.errors import DamagedWeights
 from topiarist.pipelines.recipes.recipe import read_recipe, shipped
 from topiarist.pipelines.recipes.running import run_recipe
 
@@ -107,6 +112,158 @@ def test_every_result_has_the_recipe_that_made_it(folder: Path, command):
     assert same(folder / "small", folder / "small-again")
 
 
+THREE = (
+    STAGES.partition("data:")[0]
+    + """stages:
+- shrink: {method: magnitude, keep: 0.7, units: [channels], refit: false}
+- prune: {method: magnitude, pattern: 0.5}
+- recover: {tokens: 256, window_tokens: 32, sequences: 2, batch_size: 2, held_out: 2, teacher: model, data: [text.txt]}
+"""
+)
+
+
+def watched(monkeypatch, seen: list[str], stop: str = "") -> None:
+    """Note the stages that begin from now on; that one called `stop` is killed."""
+    from topiarist.pipelines.recipes import stages
+
+    for name, stage in stages.STAGES.items():
+
+        def run(*args, name=name, run=stage.run):
+            seen.append(name)
+            if name == stop:
+                raise KeyboardInterrupt
+            return run(*args)
+
+        monkeypatch.setitem(stages.STAGES, name, replace(stage, run=run))
+
+
+def test_a_run_killed_in_its_third_stage_goes_on_there(folder: Path, monkeypatch):
+    (folder / "recipe.yaml").write_text(THREE)
+    seen: list[str] = []
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        watched(patched, seen, "recover")
+        run_recipe(read_recipe("recipe.yaml"))
+    assert seen == ["shrink", "prune", "recover"]
+    assert sorted(path.name for path in (folder / "out" / "stages").iterdir()) == ["02-prune", "made.json"]
+    (folder / "other.yaml").write_text(THREE.replace("keep: 0.7", "keep: 0.6"))
+    with pytest.raises(
+        tp.TopiaristError, match=r"out holds another run: stage 1 shrink keep was 0.7 and is 0.6. Choose"
+    ):
+        run_recipe(read_recipe("other.yaml"))
+    seen.clear()
+    watched(monkeypatch, seen)
+    run_recipe(read_recipe("recipe.yaml"))
+    assert seen == ["recover"] and not (folder / "out" / "stages").exists()
+    run_recipe(read_recipe("recipe.yaml", out="whole"))
+    assert seen == ["recover", "shrink", "prune", "recover"] and same(folder / "out", folder / "whole")
+
+
+ALLOCATED = (
+    STAGES.partition("data:")[0]
+    + """stages:
+- allocate: {rule: owl, pattern: 0.5, num_windows: 4, window_tokens: 32, data: [text.txt]}
+- prune: {method: magnitude, pattern: 0.5}
+- eval: {text: [heldout.txt], window_tokens: 32, max_windows: 2}
+- pack: {head: int8}
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("stop", "was", "becomes", "said"),
+    [
+        ("prune", "rule: owl", "rule: linear", "stage 1 allocate rule was 'owl' and is 'linear'"),
+        ("pack", "max_windows: 2", "max_windows: 1", "stage 3 eval max_windows was 2 and is 1"),
+        ("", "head: int8", "values: int8", "stage 4 pack head was 'int8' and is None"),
+    ],
+)
+def test_what_a_stage_left_is_not_taken_for_that_of_other_settings(folder: Path, monkeypatch, stop, was, becomes, said):
+    (folder / "recipe.yaml").write_text(ALLOCATED)
+    seen: list[str] = []
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt) if stop else nullcontext():
+        watched(patched, seen, stop)
+        run_recipe(read_recipe("recipe.yaml"), keep_stages=True)
+    (folder / "other.yaml").write_text(ALLOCATED.replace(was, becomes))
+    before = (folder / "out" / "stages" / "01-allocate.json").read_bytes()
+    with pytest.raises(tp.TopiaristError, match=said):
+        run_recipe(read_recipe("other.yaml"), keep_stages=True)
+    assert (folder / "out" / "stages" / "01-allocate.json").read_bytes() == before
+    seen.clear()
+    watched(monkeypatch, seen)
+    run_recipe(read_recipe("recipe.yaml"))
+    assert seen == {"prune": ["prune", "eval", "pack"], "pack": ["pack"], "": ["pack"]}[stop]
+
+
+def test_a_stage_that_failed_may_have_other_settings(folder: Path, monkeypatch):
+    (folder / "recipe.yaml").write_text(ALLOCATED)
+    for stop, was, becomes in (("allocate", "rule: owl", "rule: linear"), ("pack", "{head: int8}", "{values: int8}")):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            watched(patched, [], stop)
+            run_recipe(read_recipe("recipe.yaml"))
+        (folder / "recipe.yaml").write_text((folder / "recipe.yaml").read_text().replace(was, becomes))
+    run_recipe(read_recipe("recipe.yaml"))
+    assert (folder / "out" / "packed.json").is_file()
+
+
+def test_damage_that_a_later_stage_meets_leaves_what_is_finished(folder: Path):
+    (folder / "recipe.yaml").write_text(THREE.replace("teacher: model", "teacher: damaged"))
+    tiny.tiny_checkpoint(folder / "damaged")
+    weights = load_file(folder / "damaged" / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, folder / "damaged" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DamagedWeights):
+        run_recipe(read_recipe("recipe.yaml"))
+    assert (folder / "out" / "stages" / "02-prune" / "config.json").is_file()
+    with pytest.raises(DamagedWeights):
+        run_recipe(read_recipe("recipe.yaml", model="damaged", out="none"))
+    assert not (folder / "none").exists()
+
+
+def test_a_given_text_stands_above_that_of_the_stages(folder: Path, command):
+    tiny.tiny_text(folder, "other.txt", paragraphs=60, seed=2)
+    words = ("--method", "wanda", "--samples", "4", "--window", "32")
+    for text in ("text.txt", "other.txt"):
+        assert command("prune", "model", text[:-4], *words, "--data", text)[0] == 0
+    assert command("run", "text/recipe.yaml", "--data", "other.txt", "--out", "again")[0] == 0
+    assert same(folder / "again", folder / "other") and not same(folder / "again", folder / "text")
+    assert "text.txt" not in (folder / "again" / "recipe.yaml").read_text()
+
+
+TRAINED = ("--data", "text.txt", "--tokens", "256", "--window", "32", "--sequences", "2", "--held-out", "2")
+SECOND = {
+    "recover a sparse model": (("recover", *TRAINED), "sparse"),
+    "recover a dense model to its text": (("recover", *TRAINED, "--loss", "lm"), "model"),
+    "recover a dense model towards another": (("recover", *TRAINED, "--teacher", "model"), "model"),
+    "prune a sparse model": (("prune", "--method", "magnitude", "--pattern", "0.6"), "sparse"),
+    "prune a padded model": (("prune", "--method", "magnitude"), "padded"),
+    "prune a quantised model": (("prune", "--method", "magnitude"), "quantised"),
+    "quantise a sparse model": (("quantize", "--bits", "8"), "sparse"),
+    "shrink a shrunk model": (("shrink", "--method", "magnitude", "--keep", "0.7", "--no-refit"), "small"),
+}
+FIRST = {
+    "sparse": ("prune", "--method", "magnitude"),
+    "padded": ("shrink", "--method", "magnitude", "--keep", "0.6", "--no-refit", "--layout", "padded"),
+    "quantised": ("quantize", "--bits", "8"),
+    "small": ("shrink", "--method", "magnitude", "--keep", "0.6", "--no-refit"),
+}
+
+
+@pytest.mark.parametrize("case", SECOND)
+def test_a_result_made_of_a_result_has_its_own_recipe_which_runs(folder: Path, command, case: str):
+    (name, *words), source = SECOND[case]
+    if source in FIRST:
+        (made, *by), pages = FIRST[source], ("recipe.yaml", "README.md", "pruning_report.html", "pruning_report.json")
+        assert command(made, "model", source, *by)[0] == 0
+    code, _, error = command(name, source, "one", *words)
+    assert code == 0 and yaml.safe_load((folder / "one" / "recipe.yaml").read_text())["model"] == source, error
+    assert source not in FIRST or all(
+        (folder / "one" / p).read_text() != (folder / source / p).read_text() for p in pages
+    )
+    code, _, error = command("run", "one/recipe.yaml", "--out", "two")
+    assert code == 0 and same(folder / "one", folder / "two"), error
+    assert (folder / "one" / "config.json").read_bytes() == (folder / "two" / "config.json").read_bytes()
+
+
 @pytest.mark.parametrize("plan", [(), ("--plan",)])
 def test_what_only_model_or_text_can_tell_is_told_with_its_line(folder: Path, command, plan: tuple[str, ...]):
     recipe = (folder / "recipe.yaml").read_text()
@@ -128,8 +285,8 @@ WRONG_STAGES = [
     ("out: out", "outt: out", "line 3: unknown key 'outt'"),
     (
         "- recover: {tokens: 512,",
-        "- prune: {method: magnitude}\n- recover: {tokens: 512,",
-        "line 11: prune takes a model",
+        "- shrink: {keep: 0.8}\n- recover: {tokens: 512,",
+        "line 11: shrink takes a model",
     ),
     ("stages:", "stages: none\nmore:", "unknown key 'more'"),
     ("model: model", "model: [", "is no YAML"),
@@ -149,7 +306,7 @@ WRONG_STAGES = [
     ("model: model", "model: " + "m" * (1 << 20), "a recipe at most 1,048,576"),
 ]
 WRONG_ENDS = [
-    ("- pack\n", "- pack\n- prune: {method: magnitude}\n", "line 9: prune takes a model that is dense or shrunk"),
+    ("- pack\n", "- pack\n- prune: {method: magnitude}\n", "line 9: prune takes a model that is dense or"),
     ("- pack\n", "- pack\n- eval: {tasks: piqa}\n", "line 9: eval takes a model"),
     (
         "- prune: {method: magnitude",
@@ -158,6 +315,13 @@ WRONG_ENDS = [
     ),
     ("text: [heldout.txt], ", "", "line 7: eval has nothing to measure on"),
     ("text: [heldout.txt]", "text: [nowhere.txt]", "nowhere.txt does not exist"),
+    ("max_windows: 2", "limit: 3", "line 7: a limit is of zero-shot tasks, and none is named"),
+    (
+        "max_windows: 2",
+        "tasks: piqa, task_files: nowhere",
+        "line 7: nowhere must hold one file piqa*.jsonl, found none",
+    ),
+    ("- pack\n", "- pack: {group: 128}\n", "line 8: group 128 is of rounded values, and none are asked for"),
     ("- pack\n", "- pack: {values: int2}\n", "line 8: PackOptions: values is 'int2'"),
 ]
 
@@ -177,8 +341,9 @@ def test_a_wrong_recipe_is_refused_before_any_work(
 
 def test_a_stage_that_does_not_fit_the_model_is_refused(folder: Path, command):
     assert command("prune", "model", "sparse", "--method", "magnitude")[0] == 0
-    code, _, error = command("run", "recipe.yaml", "--model", "sparse")
-    assert code == 2 and "line 6: prune takes a model that is dense or shrunk, and it is sparse there" in error
+    (folder / "small.yaml").write_text(STAGES.partition("- prune")[0] + "- shrink: {keep: 0.8}\n")
+    code, _, error = command("run", "small.yaml", "--model", "sparse")
+    assert code == 2 and "line 6: shrink takes a model that is dense or shrunk, and it is sparse there" in error
     assert not (folder / "out").exists()
 
 

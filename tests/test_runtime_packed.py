@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from topiarist.core.errors import CheckpointError
+from topiarist.core.errors import CheckpointError, TopiaristError
 from topiarist.core.patterns import NM, Unstructured
 from topiarist.runtime import bits, packed
 
@@ -165,6 +165,7 @@ def model_folder(tmp_path: Path) -> Path:
     weight_map = {name: file.name for file in files for name in load_file(file)}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     save_file({"a.weight": torch.ones(4, dtype=torch.uint8)}, folder / "masks.safetensors")
+    (folder / "recipe.yaml").write_text("topiarist: 1\n")
     return folder
 
 
@@ -191,7 +192,8 @@ def test_folder_round_trip(model_folder, tmp_path, shard_bytes):
         assert sorted(set(index["weight_map"].values())) == files and index["weight_map"].keys() == before.keys()
     else:
         assert files == ["model.safetensors"]
-    assert (tmp_path / "back/masks.safetensors").read_bytes() == (model_folder / "masks.safetensors").read_bytes()
+    for name in ("masks.safetensors", "recipe.yaml"):
+        assert (tmp_path / "back" / name).read_bytes() == (model_folder / name).read_bytes()
 
 
 def test_a_packed_folder_has_no_file_that_transformers_takes_for_weights(model_folder, tmp_path):
@@ -200,6 +202,8 @@ def test_a_packed_folder_has_no_file_that_transformers_takes_for_weights(model_f
 
 
 def test_refusals(model_folder, tmp_path):
+    with pytest.raises(TopiaristError, match="group 32 is of rounded values, and none are asked for"):
+        packed.pack_folder(model_folder, tmp_path / "x", group=32)
     out = tmp_path / "packed"
     packed.pack_folder(model_folder, out)
     with pytest.raises(CheckpointError, match="exists"):

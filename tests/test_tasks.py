@@ -55,6 +55,25 @@ def test_nothing_to_evaluate_on(tmp_path: Path, command):
     assert code == 2 and "name --text" in error and "--tasks" in error
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--text", "text.txt", "--task-files", "nowhere"), "task files are of zero-shot tasks, and none is named"),
+        (("--text", "text.txt", "--limit", "3"), "a limit is of zero-shot tasks, and none is named"),
+        (
+            ("--text", "text.txt", "--tasks", "piqa", "--task-files", "nowhere"),
+            "nowhere must hold one file piqa*.jsonl",
+        ),
+    ],
+)
+def test_items_without_a_task_and_tasks_without_items_are_refused(tmp_path: Path, monkeypatch, command, words, says):
+    monkeypatch.chdir(tmp_path)
+    tiny.tiny_checkpoint(Path("base"))
+    tiny.tiny_text(tmp_path)
+    code, printed, error = command("eval", "base", *words)
+    assert code == 2 and says in error and error.count("error ") == 1 and not printed
+
+
 def test_every_format_includes_the_harness_s_own_task(items: Path, tmp_path: Path):
     """Only where the rows come from differs: no prompt, choice or metric is written down here."""
     for name, given in ITEMS.items():

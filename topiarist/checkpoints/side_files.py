@@ -11,7 +11,7 @@ from topiarist.core.errors import CheckpointError
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 FOLDERS = ("additional_chat_templates",)
 """Folders that belong to a tokenizer; whatever else lies in folders is other people's."""
-_OWN = ("config.json", "README.md")
+OWN = ("config.json", "README.md", "recipe.yaml")
 """Written anew for every result."""
 
 
@@ -25,7 +25,7 @@ def side_files(folder: Path) -> Iterator[Path]:
     for path in sorted(file for place in places for file in place.iterdir()):
         if path.name.endswith(WEIGHT_SUFFIXES) or path.name.startswith((".", "pruning_", "adapter_")):
             continue
-        if path.name in _OWN and path.parent == folder:
+        if path.name in OWN and path.parent == folder:
             continue
         if not path.is_file():
             continue

@@ -66,7 +66,7 @@ def evaluate(
     from topiarist.data import text_files
     from topiarist.evaluation.adapter import has_adapter
     from topiarist.evaluation.comparison import compare, entries
-    from topiarist.evaluation.tasks import compare_tasks
+    from topiarist.evaluation.tasks import compare_tasks, specs_of
     from topiarist.evaluation.tasks import entries as task_entries
     from topiarist.results.pages import save_evaluation
 
@@ -79,6 +79,7 @@ def evaluate(
             f"{'--save' if save else '--tasks'} out"
         )
     paths, wanted = text or [], [task.strip() for task in (tasks or "").split(",") if task.strip()]
+    specs_of(wanted, task_files, limit)  # refused before any text is measured
     whole = text_files(paths, field=text_field, split=split) if paths else None
     sources = [replace(whole, paths=(path,)) for path in whole.paths] if whole else []
     common: dict[str, Any] = {
@@ -125,9 +126,10 @@ def _print_perplexities(rows: Sequence[Any], text: Sequence[Path], window: int) 
     table = Table(title=f"perplexity, windows of {window} tokens without overlap, {begin}")
     table.add_column("model")
     table.add_column("dtype")
-    for path, result in zip(text, rows[0].results, strict=True):
-        header = f"{literal(path.name)}\n{result.tokens:,} tokens\nsha256 {result.text_digest[:12]}"
-        table.add_column(header, justify="right")
+    for path, results in zip(text, zip(*(row.results for row in rows), strict=True), strict=True):
+        same = len({result.text_digest for result in results}) == 1
+        what = f"{results[0].tokens:,} tokens\nsha256 {results[0].text_digest[:12]}" if same else "tokens differ"
+        table.add_column(f"{literal(path.name)}\n{what}", justify="right")
     for row in rows:
         cells = [f"{r.value:.2f}" if r.value < 1e5 else f"{r.value:.3g}" for r in row.results]
         table.add_row(literal(row.model) + (" (dense)" if row.dense else ""), row.results[0].dtype, *cells)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from topiarist.core.errors import CalibrationError
 from topiarist.data.draw import draw_windows, is_long
 from topiarist.data.overlap import passage_hashes, shared
+from topiarist.data.record import record
 from topiarist.data.text import CALIBRATION, HELD_OUT, Rows, TextFiles, pieces, readers
 from topiarist.data.tokenizer import Bos, start_tokens
 from topiarist.data.tokens import token_parts
@@ -40,9 +40,12 @@ class Windows:
         """Tokens of a window."""
         return self.tokens.shape[1]
 
-    def record(self) -> str:
-        """JSON of what an evaluation needs to tell its text from this one; kept beside the result."""
-        return json.dumps({"digest": self.digest, "passages": [f"{h:016x}" for h in sorted(self.passages)]}) + "\n"
+    def record(self, earlier: frozenset[int] = frozenset()) -> str:
+        """JSON of what an evaluation needs to tell its text from this one; kept beside the result.
+
+        earlier: passages of the texts that made the model before.
+        """
+        return record(self.digest, self.passages | earlier)
 
 
 def calibration_windows(

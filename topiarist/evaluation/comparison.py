@@ -14,8 +14,9 @@ from torch import nn
 from topiarist.checkpoints.reading import Checkpoint, locate
 from topiarist.checkpoints.references import resolved
 from topiarist.checkpoints.writing import ADAPTER
-from topiarist.core.errors import CalibrationError, CheckpointError
+from topiarist.core.errors import CalibrationError
 from topiarist.data import MAX_SHARED, Bos, TextFiles, Windows, check_vocabulary, evaluation_windows
+from topiarist.data.record import RECORD, recorded_passages
 from topiarist.evaluation.adapter import check_adapters, has_adapter, with_adapter
 from topiarist.evaluation.perplexity import Perplexity, check_batch_size, perplexity
 from topiarist.models.derive import check_has_text_loss
@@ -32,6 +33,8 @@ class Row:
     model: str
     dense: bool
     results: list[Perplexity]
+    base: str | None = None
+    """Of a pruned model: the row of the dense model that it was made of."""
 
 
 def compare(
@@ -52,25 +55,25 @@ def compare(
 ) -> list[Row]:
     """Perplexity of every model on every text, dense models first.
 
-    With `reference`, the base of a pruned model joins if it can be found and no dense model was named. All windows are
-    made, and refused, before any model is loaded. tokenizer: a folder or an object, for all models. bos: see
-    `topiarist.data.Bos`. adapter: put the low-rank companion of every model that has one on it.
+    With `reference`, the base of every pruned model joins if it can be found. All windows are made, and refused, before any
+    model is loaded. tokenizer: a folder or an object, for all models. bos: see `topiarist.data.Bos`. adapter: put the low-rank
+    companion of every model that has one on it.
     Raises as `open_model` and `held_out_windows` do.
     """
     check_batch_size(batch_size)
     if adapter:
         check_adapters([str(name) for name in models])
     prepared = []
-    for name, dense in with_reference(models, reference):
+    for name, dense, base in with_reference(models, reference):
         opened = open_model(name, device=device, trust_remote_code=trust_remote_code, tokenizer=tokenizer)
         check_has_text_loss(opened.model, "perplexity")
         made = [
             held_out_windows(opened, text, window=window, max_windows=max_windows, allow_overlap=allow_overlap, bos=bos)
             for text in texts
         ]
-        prepared.append((name, dense, opened, made))
+        prepared.append((name, dense, base, opened, made))
     rows = []
-    for name, dense, opened, made in prepared:
+    for name, dense, base, opened, made in prepared:
         model, label = opened.whole().model, Path(name).name
         if adapter and has_adapter(name):
             model, name = with_adapter(model, name), f"{name} + {ADAPTER}"
@@ -78,7 +81,7 @@ def compare(
             perplexity(model, w, batch_size=batch_size, progress=lambda done, total, n=label: progress(n, done, total))
             for w in made
         ]
-        rows.append(Row(name, dense and is_dense(name, model), results))
+        rows.append(Row(name, dense and is_dense(name, model), results, base))
         del model
     return sorted(rows, key=lambda row: not row.dense)
 
@@ -99,7 +102,7 @@ def held_out_windows(
     """
     opened = model if isinstance(model, OpenedModel) else open_model(model, device="cpu")
     _check_positions(opened, window)
-    known = _calibration_passages(opened.beside("pruning_calibration.json"))
+    known = recorded_passages(opened.beside(RECORD))
     windows = evaluation_windows(
         text, opened.tokenizer(), window=window, max_windows=max_windows, calibration=known, bos=bos
     )
@@ -130,32 +133,26 @@ def _check_positions(opened: OpenedModel, window: int) -> None:
     )
 
 
-def _calibration_passages(record: Path | None) -> frozenset[int]:
-    """What the checkpoint was pruned on, as `Windows.record` kept it; nothing if there is no record that can be compared."""
-    if record is None:
-        return frozenset()
-    try:
-        passages = json.loads(record.read_text(encoding="utf-8")).get("passages")
-        if passages is None:
-            warnings.warn(f"{record} is of version 0.1: overlap with it cannot be seen", UserWarning, stacklevel=4)
-        return frozenset(int(found, 16) for found in passages or ())
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{record} is damaged ({error}); copy it again, or remove it") from error
+def with_reference(models: Sequence[str], reference: bool = True) -> list[tuple[str, bool, str | None]]:
+    """(model, whether it counts as dense, the one among them that a pruned model was made of), dense ones first.
 
-
-def with_reference(models: Sequence[str], reference: bool = True) -> list[tuple[str, bool]]:
-    """(model, whether it counts as dense), dense ones first.
-
-    With `reference`, the base of a pruned model joins if no dense model is named. A warning says if it cannot be found or
-    is not the model that was pruned.
+    With `reference`, the base of every pruned model joins. A warning says if one cannot be found or is not the model that
+    was pruned.
     """
-    bases = {str(name): _base_of(name) for name in models}
     names = [str(name) for name in models]
-    if reference and all(base is not None for base in bases.values()):
-        found = next((base for name in names if (base := _found_base(name)) is not None), None)
-        if found is not None:
-            names, bases = [found, *names], {**bases, found: None}
-    return sorted(((name, bases[name] is None) for name in names), key=lambda named: not named[1])
+    named = [name for name in names if _base_of(name) is None]
+    added: list[str] = []
+    bases: dict[str, str | None] = dict.fromkeys(named)
+    for name in names:
+        if name not in bases:
+            found = _own_base(name, named, warn=reference)
+            if found is not None and found not in named:
+                known = next((base for base in added if Path(base).samefile(found)), None)
+                found = known or (found if reference else None)
+                added += [found] if found is not None and known is None else []
+            bases[name] = found
+    own = ((name, name in named, bases[name]) for name in names)
+    return [*((base, True, None) for base in added), *sorted(own, key=lambda entry: not entry[1])]
 
 
 def is_dense(name: str, model: nn.Module) -> bool:
@@ -170,7 +167,7 @@ def is_dense(name: str, model: nn.Module) -> bool:
 def entries(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """What is stored beside every pruned model of a comparison: its figures, each with that of the dense model.
 
-    names: of the texts. A dense figure counts only if it was measured on the very same tokens.
+    names: of the texts. A dense figure counts only if it is of the model's own base, on the very same tokens.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for row in (row for row in rows if not row.dense):
@@ -178,7 +175,7 @@ def entries(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[dict[st
             same = (
                 {"model": other.model, "value": other.results[index].value}
                 for other in rows
-                if other.dense and other.results[index].text_digest == result.text_digest
+                if other.dense and other.model == row.base and other.results[index].text_digest == result.text_digest
             )
             entry = {"text": name, "digest": result.text_digest, "window": result.window, "tokens": result.tokens}
             entry |= {"start_tokens": result.start_tokens, "dtype": result.dtype, "value": result.value}
@@ -196,28 +193,41 @@ def _base_of(model: str | Path) -> str | None:
     return resolved(str(named), checkpoint.folder)
 
 
-def _found_base(pruned: str) -> str | None:
-    """The dense model at the end of the chain of bases, if it is here. A warning says if it is not."""
+def _own_base(pruned: str, named: Sequence[str], *, warn: bool) -> str | None:
+    """The dense model at the end of the chain of bases: one of those that were named, or else a folder that is here."""
     name, seen = pruned, {pruned}
     while (base := _base_of(name)) is not None:
-        if not base or base in seen or not Path(base).is_dir():
-            where = f"{base} is not here" if base else "its name is not recorded"
-            warnings.warn(f"no dense reference for {name}: {where}; name it as a MODEL", UserWarning, stacklevel=4)
-            return None
-        if not _is_the_base(name, base):
-            warnings.warn(
-                f"no dense reference for {name}: {base} is not the model that was pruned; name that one as a MODEL",
-                UserWarning,
-                stacklevel=4,
-            )
+        here = Path(base) if base and base not in seen and Path(base).is_dir() else None
+        digest = _stated_digest(name)
+        if here is None or _base_of(here) is None:
+            there = [other for other in named if other == base or (here is not None and here.samefile(locate(other)))]
+            if digest:
+                there = [other for other in dict.fromkeys((*there, *named)) if _has_digest(other, digest)]
+            elif here is None and len(named) == 1:  # nothing says that it is another
+                there = named
+            if there:
+                return there[0]
+        fault = ""
+        if here is None:
+            fault = f"{base} is not here" if base else "its name is not recorded"
+            fault += "; name it as a MODEL"
+        elif digest and not _has_digest(base, digest):
+            fault = f"{base} is not the model that was pruned; name that one as a MODEL"
+        if fault:
+            if warn:
+                warnings.warn(f"no dense reference for {name}: {fault}", UserWarning, stacklevel=4)
             return None
         seen.add(base)
         name = base
     return name
 
 
-def _is_the_base(pruned: str, base: str) -> bool:
-    """Whether a folder is the very model that was pruned, as far as the report knows its digest.
+def _has_digest(model: str, digest: str) -> bool:
+    return Checkpoint(locate(model)).digest() == digest
+
+
+def _stated_digest(pruned: str) -> str:
+    """Digest of the very model that was pruned, as far as the report knows it; nothing if any may be it.
 
     The digest of a model that was pruned as an object is of another kind, and cannot be compared.
     """
@@ -226,8 +236,7 @@ def _is_the_base(pruned: str, base: str) -> bool:
         # A later run began with the pruned model; what a later stage of a recipe began with is gone: "" is any digest.
         provenance = Checkpoint(locate(pruned)).config["pruning_config"]
         stated = (provenance.get("base_digest"), report.get("base_digest"), report["fingerprint"].get("model"))
-        known = next((found for found in stated if found is not None), None)
-        digest = None if report.get("result_digest") else known
+        known = next((found for found in stated if found is not None), "")
+        return "" if report.get("result_digest") else str(known)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return True
-    return digest in (None, "", Checkpoint(Path(base)).digest())
+        return ""

@@ -48,6 +48,8 @@ class Scores:
     dtype: str
     harness: str
     scores: list[Score]
+    base: str | None = None
+    """Of a pruned model: the dense model among them that it was made of."""
 
 
 def compare_tasks(
@@ -69,31 +71,42 @@ def compare_tasks(
     Raises as `open_model` does, CalibrationError for items that do not fit, TopiaristError without the harness.
     """
     check_batch_size(batch_size)
-    if limit is not None and limit < 1:
-        raise CalibrationError(f"--limit {limit}: 1 item is the least")
     harness = _harness()
-    specs = [task if files is None else local_task(task, files) for task in tasks]
+    specs = specs_of(tasks, files, limit)
     digests = {spec.name: spec.digest for spec in specs if isinstance(spec, LocalTask)}
     named = with_reference(models, reference)
     opened = [
-        open_model(name, device=device, trust_remote_code=trust_remote_code, tokenizer=tokenizer) for name, _ in named
+        open_model(name, device=device, trust_remote_code=trust_remote_code, tokenizer=tokenizer) for name, *_ in named
     ]
     for source in opened:
         check_has_text_loss(source.model, "a zero-shot task")
     results = []
-    for number, ((name, dense), source) in enumerate(zip(named, opened, strict=True)):
+    for number, ((name, dense, base), source) in enumerate(zip(named, opened, strict=True)):
         progress(f"tasks: {Path(name).name}", number, len(named))
         model = source.whole().model
         found = _run(harness, model, source.tokenizer(), specs, limit, batch_size)
         dtype = str(model.dtype).removeprefix("torch.")
         dense = dense and is_dense(name, model)
-        results.append(Scores(name, dense, dtype, f"lm-eval {harness.__version__}", _scores(found, digests)))
+        results.append(Scores(name, dense, dtype, f"lm-eval {harness.__version__}", _scores(found, digests), base))
         del model
     return results
 
 
+def specs_of(tasks: Sequence[str], files: str | Path | None, limit: int | None) -> list[str | LocalTask]:
+    """What the harness is asked for: every task by its name, or with its items from the folder `files`.
+
+    Raises CalibrationError for items that do not fit or a limit below 1, TopiaristError for items or a limit of no task.
+    """
+    if not tasks and (files is not None or limit is not None):
+        what = "task files are" if files is not None else "a limit is"
+        raise TopiaristError(f"{what} of zero-shot tasks, and none is named: name tasks, or leave that out")
+    if limit is not None and limit < 1:
+        raise CalibrationError(f"--limit {limit}: 1 item is the least")
+    return [task if files is None else local_task(task, files) for task in tasks]
+
+
 def entries(results: Sequence[Scores]) -> dict[str, list[dict[str, Any]]]:
-    """What is stored beside every pruned model, each figure with that of the dense model on the same items."""
+    """What is stored beside every pruned model, each figure with that of its own base on the same items."""
     found: dict[str, list[dict[str, Any]]] = {}
     for result in (result for result in results if not result.dense):
         for score in result.scores:
@@ -101,7 +114,7 @@ def entries(results: Sequence[Scores]) -> dict[str, list[dict[str, Any]]]:
             same = (
                 {"model": other.model, "value": s.value, "stderr": s.stderr}
                 for other in results
-                if other.dense
+                if other.dense and other.model == result.base
                 for s in other.scores
                 if (s.task, s.metric, s.digest, s.num_items) == key
             )

@@ -19,6 +19,7 @@ from topiarist.checkpoints.side_files import side_files
 from topiarist.checkpoints.streaming import tensor_bytes
 from topiarist.checkpoints.writing import OutputFolder
 from topiarist.core.errors import CheckpointError, TopiaristError
+from topiarist.data.record import RECORD, record, recorded_passages
 from topiarist.masks.files import MaskFile, masked
 from topiarist.models.folder import FolderModel
 from topiarist.results.papers import write_papers
@@ -58,14 +59,17 @@ def apply(base: str | Path, masks: str | Path | MaskFile, out: str | Path) -> Pa
         "apply": hashlib.sha256(json.dumps(file.metadata, sort_keys=True).encode()).hexdigest(),
         "base": checkpoint.digest(),
     }
+    seen = recorded_passages(checkpoint.folder / RECORD) | recorded_passages(file.path.parent / RECORD)
     with OutputFolder(out, fingerprint) as output:
         if not output.complete:
             output.begin(checkpoint.weight_bytes())
-            _apply(base, checkpoint, file, output)
+            _apply(base, checkpoint, file, output, seen)
     return output.folder
 
 
-def _apply(base: str | Path, checkpoint: Checkpoint, file: MaskFile, output: OutputFolder) -> None:
+def _apply(
+    base: str | Path, checkpoint: Checkpoint, file: MaskFile, output: OutputFolder, seen: frozenset[int]
+) -> None:
     write_masked(output, checkpoint, file)
     patterns = sorted({entry.pattern for entry in file.entries.values()})
     size = checkpoint.weight_bytes()
@@ -81,7 +85,8 @@ def _apply(base: str | Path, checkpoint: Checkpoint, file: MaskFile, output: Out
         weights={"before": size, "after": size, "dtype": str(checkpoint.dtype()).removeprefix("torch.")},
         command=["topiarist", "apply", str(base), str(file.path), "OUT"],
     )
-    write_papers(output, report, checkpoint.config, side_files=checkpoint.folder)
+    texts = {RECORD: record("", seen)} if seen else {}
+    write_papers(output, report, checkpoint.config, side_files=checkpoint.folder, texts=texts)
 
 
 def write_masked(

@@ -163,15 +163,16 @@ def swap(
 ) -> None:
     """Put another mask on a loaded model, in place.
 
-    The dense weights must come from somewhere: the model itself the first time (they are then kept on the CPU, as
-    `model.dense_weights`, for the next swap), or `base`: a folder or a state dict. Everything is checked before a weight
-    changes. Raises CheckpointError for another base, naming the first tensor that differs.
+    The dense weights must come from somewhere: the model itself the first time, or `base`: a folder or a state dict. They are
+    then kept on the CPU, as `model.dense_weights`, for the next swap. Everything is checked before a weight changes.
+    Raises CheckpointError for a damaged mask or another base, naming the first tensor that differs.
     """
     file = masks if isinstance(masks, MaskFile) else MaskFile(masks)
     parameters = dict(model.named_parameters())
     kept: dict[str, Tensor] = model.__dict__.setdefault("dense_weights", {})
     folder = Checkpoint(locate(base)) if isinstance(base, str | Path) else None
     dense: dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {}
     for name in file:
         if name not in parameters:
             raise CheckpointError(f"{file.path} has a mask for {name}, which the model lacks: it is for another model")
@@ -188,11 +189,11 @@ def swap(
             raise CheckpointError(
                 f"{error}" + ("; the model is pruned already: pass base=" if pruned else "")
             ) from None
-        dense[name] = source
+        dense[name], read[name] = source, file[name]
     for name, parameter in parameters.items():
         if name in dense:
-            if base is None and name not in kept:
-                kept[name] = parameter.detach().to("cpu", copy=True)
-            parameter.copy_(masked(dense[name], file[name]))
+            if name not in kept:
+                kept[name] = dense[name].detach().to("cpu", copy=True)
+            parameter.copy_(masked(dense[name], read[name]))
         elif name in kept:  # masked by the last file, not by this one
             parameter.copy_(kept[name])

@@ -15,6 +15,7 @@ from topiarist.checkpoints.side_files import side_files
 from topiarist.checkpoints.streaming import tensor_bytes
 from topiarist.checkpoints.writing import OutputFolder, bytes_to_write
 from topiarist.core.errors import CheckpointError, UnsupportedModel
+from topiarist.data.record import RECORD, recorded_passages
 from topiarist.models import building, checks
 from topiarist.models.derive import base_model, is_unread
 from topiarist.models.families import Matrix
@@ -175,6 +176,7 @@ class FolderModel(OpenedModel):
             raise CheckpointError(f"{out} is the model itself; choose another output folder")
         super().check_output(out)
         list(side_files(self.checkpoint.folder))  # refused before any work, not at the end
+        recorded_passages(self.beside(RECORD))
 
     def whole(self) -> ObjectModel:
         """What transformers loads, on the device.

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from topiarist.checkpoints.dequantised import QUANTIZATION, DequantisedCheckpoint
 from topiarist.checkpoints.reading import Checkpoint, opened
-from topiarist.checkpoints.side_files import check_inside, copy_side_files
+from topiarist.checkpoints.side_files import OWN, check_inside, copy_side_files
 from topiarist.checkpoints.writing import ADAPTER, MASKS
-from topiarist.core.errors import CheckpointError, UnsupportedModel
+from topiarist.core.errors import CheckpointError, TopiaristError, UnsupportedModel
 from topiarist.models.checks import check_finite_tensor, check_floating
 from topiarist.quantization.grid import Grid, QuantizedWeight, round_to_nearest
 from topiarist.runtime.entries import Content, read_entry, restore, store
@@ -36,6 +36,8 @@ from topiarist.runtime.manifest import KEY, MANIFEST, VERSIONS, new_folder, read
 from topiarist.runtime.skeleton import Roles, roles
 
 SHARD_BYTES = 2 << 30
+GROUP = 64
+"""Columns that share a scale where values are rounded, unless another number is asked for."""
 _DAMAGE = (SafetensorError, ValueError, TypeError, KeyError, IndexError, RuntimeError, OverflowError, MemoryError)
 """What reading parts raises that do not belong together."""
 
@@ -62,7 +64,7 @@ def pack_folder(
     out: Path | str,
     *,
     values: Literal["int8", "int4"] | None = None,
-    group: int = 64,
+    group: int = GROUP,
     head: Literal["int8"] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> PackReport:
@@ -74,8 +76,9 @@ def pack_folder(
     (fewer, or a row, where these do not divide it); 4 bits are better calibrated, by `topiarist quantize`, than rounded.
     head: rounds the head and the embeddings to int8 with a scale a row.
     Raises CheckpointError if `src` is no readable checkpoint or is packed already, or if `out` exists, DamagedWeights for NaN
-    or Inf.
+    or Inf, TopiaristError for a group without values.
     """
+    check_group(values, group)
     src = Path(src)
     if (src / MANIFEST).exists():
         raise CheckpointError(f"{src} is packed already; unpack it first")
@@ -109,6 +112,14 @@ def pack_folder(
         manifest = {"format": KEY, "version": VERSIONS[-1], "shards": shards.names, **asdict(report)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return report
+
+
+def check_group(values: str | None, group: int) -> None:
+    """Raise TopiaristError for columns that share a scale where no values are rounded."""
+    if values is None and group != GROUP:
+        raise TopiaristError(
+            f"group {group} is of rounded values, and none are asked for: name values, or leave group out"
+        )
 
 
 def _content(
@@ -205,8 +216,7 @@ def copy_other_files(src: Path, out: Path) -> None:
     """
     copy_side_files(src, out)
     (out / MANIFEST).unlink(missing_ok=True)
-    names = ("config.json", "README.md", MASKS)
-    own = [path for path in src.iterdir() if path.name in names or path.name.startswith("pruning_")]
+    own = [path for path in src.iterdir() if path.name in (*OWN, MASKS) or path.name.startswith("pruning_")]
     for path in sorted([*own, *(src / ADAPTER).glob("*")]):
         if path.is_file():
             check_inside(path, src)

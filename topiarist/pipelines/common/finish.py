@@ -11,20 +11,19 @@ from torch import nn
 from topiarist.checkpoints.reading import read_json
 from topiarist.checkpoints.references import reference
 from topiarist.checkpoints.writing import OutputFolder
+from topiarist.data.record import RECORD, record, recorded_passages
 from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.common.reproduce import RECIPE, as_yaml
 from topiarist.results.papers import write_papers
 from topiarist.results.report import RunReport
-
-CALIBRATION = "pruning_calibration.json"
 
 
 @runtime_checkable
 class Recorded(Protocol):
     """Text that can say what it was."""
 
-    def record(self) -> str:
-        """Return digests of its passages as JSON."""
+    def record(self, earlier: frozenset[int] = frozenset()) -> str:
+        """Return digests of its passages, and of those of earlier texts, as JSON."""
         ...
 
 
@@ -41,7 +40,8 @@ def finish(
     """Write what stands beside the weights: report, page, card, side files, config. The weights are there already.
 
     source: the dense model; side files come from its folder.
-    text: what calibrated or trained; its digests are kept, so that a later evaluation can refuse it.
+    text: what calibrated or trained; its digests are kept with those that the source has, so that a later evaluation can
+    refuse it.
     written: of a model object, the folder by `models.saving`, for its config and side files.
     config: instead of the one that was read.
     texts: more files, by name.
@@ -55,8 +55,9 @@ def finish(
     if source.intermediate:  # which goes; nobody can hold its files against a digest
         report.base_digest = ""
     more = dict(texts or {})
-    if text is not None:
-        more[CALIBRATION] = text.record()
+    earlier = recorded_passages(source.beside(RECORD))
+    if text is not None or earlier:
+        more[RECORD] = record("", earlier) if text is None else text.record(earlier)
     if report.recipe:
         more[RECIPE] = as_yaml(report.recipe)
     write_papers(output, report, found, side_files=folder, texts=more)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from topiarist.data import Windows
 from topiarist.models.folder import FolderModel
 from topiarist.models.opened import OpenedModel, at_rest
 from topiarist.pipelines.common.dense import left_dense, why_dense
-from topiarist.pipelines.common.finish import CALIBRATION, finish, weights_of
+from topiarist.pipelines.common.finish import finish, weights_of
 from topiarist.pipelines.common.integer_blocks import head_name, quantized_config
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.reproduce import command, recipe
@@ -177,15 +176,4 @@ def _finish(
     if report.pruned:  # it names its dense model as seen from its own folder
         dense = resolved(str(report.pruned.get("base_model", "")), source.checkpoint.folder)
         report.pruned = {**report.pruned, "base_model": reference(dense, output.folder)}
-    text = _calibration(source.checkpoint.folder / CALIBRATION, windows)
-    finish(output, report, source, config=config, texts={CALIBRATION: text})
-
-
-def _calibration(before: Path, windows: Windows) -> str:
-    """What an evaluation must not be made of: this run's text, and that of the run that pruned the model."""
-    record = json.loads(windows.record())
-    known = json.loads(before.read_text(encoding="utf-8")) if before.is_file() else {}
-    for key, value in known.items():
-        if isinstance(value, list):
-            record[key] = sorted({*value, *record.get(key, [])})
-    return json.dumps(record) + "\n"
+    finish(output, report, source, text=windows, config=config)

@@ -20,6 +20,7 @@ from topiarist.pipelines.common.options import Progress, RunOptions
 from topiarist.results.pages import save_evaluation
 from topiarist.runtime import pack_folder
 from topiarist.runtime.manifest import MANIFEST
+from topiarist.runtime.packed import GROUP, check_group
 
 
 def _several(given: Any) -> Any:
@@ -36,10 +37,13 @@ class PackOptions:
 
     values: Literal["int8", "int4"] | None = None
     """Round the linears to such integers; a quantised model keeps its own."""
-    group: Annotated[int, Field(ge=32)] = 64
+    group: Annotated[int, Field(ge=32)] = GROUP
     """Columns that share a scale, with `values`."""
     head: Literal["int8"] | None = None
     """Round the head and the embeddings, a scale a row."""
+
+    def __post_init__(self) -> None:
+        check_group(self.values, self.group)
 
 
 @options
@@ -72,15 +76,15 @@ class EvalOptions(RunOptions):
             raise TopiaristError("eval has nothing to measure on: name text or tasks")
         for path in self.text:  # refused before any stage runs
             text_files(path)
+        tasks.specs_of(self.tasks, self.task_files, self.limit)
 
 
 def run_eval(model: Path | str, place: Path, options: EvalOptions, _: Mapping[str, Any], progress: Progress) -> None:
-    """Measure `model` and keep the figures beside it and on its page. place: a file that says that it is done.
+    """Measure `model` and keep the figures beside it, on its page and in the file `place`.
 
     Raises what `compare` and `compare_tasks` raise.
     """
-    if place.is_file():
-        return
+    options.use_threads()
     common: dict[str, Any] = {
         "batch_size": options.batch_size, "device": options.device, "trust_remote_code": options.trust_remote_code,
         "progress": progress,

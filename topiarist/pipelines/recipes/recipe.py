@@ -30,6 +30,8 @@ from topiarist.pipelines.recipes.reading import parse, read_text
 from topiarist.pipelines.recipes.stages import STAGES, Stage, state_of
 
 KEYS = ("topiarist", "model", "out", "data", "stages")
+DATA = ("data", *(word for word, meant in ALIASES.items() if meant == "data"))
+"""The words for the text of a stage."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,9 @@ def _parsed(source: str, plain: Any, tree: Any, given: Mapping[str, Any]) -> Rec
     stages = plain.get("stages")
     if not isinstance(stages, list) or not stages:
         raise OptionError(f"{source} line {lines.get('stages', 1)}: stages must be a list of at least one stage")
-    whole = {**plain, **given}
+    if "data" in given:  # it stands above what single stages say, and OUT's recipe names what was read
+        stages = [_without_data(entry) for entry in stages]
+    whole = {**plain, **given, "stages": stages}
     nodes = next(value for key, value in tree.value if key.value == "stages").value
     steps = [_step(source, entry, node, whole) for entry, node in zip(stages, nodes, strict=True)]
     return Recipe(source, whole, tuple(steps))
@@ -192,8 +196,8 @@ def _step(source: str, entry: Any, node: Any, whole: Mapping[str, Any]) -> Step:
     stage, settings = STAGES[name], dict(settings or {})
     places = {} if isinstance(node.value, str) else _lines(node.value[0][1])
     more = {key: settings.pop(key) for key in stage.more if key in settings}
-    if "data" in (field.name for field in fields(stage.options)):
-        said = next((settings.pop(word) for word in ("data", *_words("data")) if word in settings), whole.get("data"))
+    if _reads_text(stage):
+        said = next((settings.pop(word) for word in DATA if word in settings), whole.get("data"))
         if said is not None:
             settings["data"] = _paths(f"{source} line {places.get('data', line)}", said)
     try:
@@ -204,16 +208,28 @@ def _step(source: str, entry: Any, node: Any, whole: Mapping[str, Any]) -> Step:
         raise OptionError(f"{source} line {at}: {error}") from error
 
 
+def _reads_text(stage: Stage) -> bool:
+    return "data" in (field.name for field in fields(stage.options))
+
+
+def _without_data(entry: Any) -> Any:
+    """A stage without text of its own; what is no stage as it is, to be refused."""
+    if not isinstance(entry, dict):
+        return entry
+    return {
+        name: {key: value for key, value in settings.items() if key not in DATA}
+        if isinstance(settings, dict) and name in STAGES and _reads_text(STAGES[name])
+        else settings
+        for name, settings in entry.items()
+    }
+
+
 def _paths(where: str, said: Any) -> list[Path]:
     """Files that a recipe names. where: for the message. Raises OptionError for what is no text or list of texts."""
     listed = said if isinstance(said, list | tuple) else [] if said is None else [said]
     if not all(isinstance(path, str) for path in listed):
         raise OptionError(f"{where}: data is {shown(said)}; name a file, or a list of files")
     return [Path(path) for path in listed]
-
-
-def _words(field: str) -> list[str]:
-    return [word for word, meant in ALIASES.items() if meant == field]
 
 
 def _lines(node: Any) -> dict[str, int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from topiarist.checkpoints.atomic import write_atomically
 from topiarist.checkpoints.finished import check_finished
-from topiarist.checkpoints.journal import differences, listed, read_sealed
+from topiarist.checkpoints.journal import differences, listed, read_sealed, sealed
 from topiarist.checkpoints.locking import FolderLock
 from topiarist.checkpoints.writing import REPORT
 from topiarist.checkpoints.writing import STAGES as STAGES_FOLDER
@@ -21,7 +21,11 @@ from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.reproduce import RECIPE, as_yaml
 from topiarist.pipelines.recipes.reading import parse, read_text
 from topiarist.pipelines.recipes.recipe import Recipe
+from topiarist.pipelines.recipes.stages import STAGES
 from topiarist.runtime.manifest import MANIFEST, read_manifest
+
+MADE = "made.json"
+"""In OUT's folder of stages: the recipe as far as its stages are finished."""
 
 
 def run_recipe(recipe: Recipe, *, keep_stages: bool = False, progress: Progress | None = None) -> Any:
@@ -33,12 +37,9 @@ def run_recipe(recipe: Recipe, *, keep_stages: bool = False, progress: Progress 
     """
     recipe.check_whole()
     out = Path(recipe.out)
-    said = {**recipe.plain, "out": str(out)}
+    said = json.loads(json.dumps({**recipe.plain, "out": str(out)}, default=str))
     if (out / RECIPE).is_file() and (out / REPORT).is_file() and not (out / STAGES_FOLDER).exists():
-        written, _ = parse(read_text(out / RECIPE), str(out / RECIPE))
-        named = list(differences(_by_stage(written), _by_stage(json.loads(json.dumps(said, default=str)))))
-        if named:
-            raise TopiaristError(f"{out} holds another run: {listed(named)}. Choose another output, or delete it")
+        _check_same(out, parse(read_text(out / RECIPE), str(out / RECIPE))[0], said)
         _check_finished(out)
     else:
         with _stages_folder(out) as places:
@@ -47,6 +48,13 @@ def run_recipe(recipe: Recipe, *, keep_stages: bool = False, progress: Progress 
             if not keep_stages:
                 shutil.rmtree(places, ignore_errors=True)
     return recipe.steps[recipe.final].stage.report.from_folder(out)
+
+
+def _check_same(out: Path, written: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+    """Raise TopiaristError, naming what differs, if `out` was made by another recipe than the one that is said."""
+    named = list(differences(_by_stage(written), _by_stage(said)))
+    if named:
+        raise TopiaristError(f"{out} holds another run: {listed(named)}. Choose another output, or delete it")
 
 
 def _by_stage(plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +80,7 @@ def _stages_folder(out: Path) -> Iterator[Path]:
     try:
         yield places
     except BaseException as error:
-        if made and isinstance(error, DamagedWeights):
+        if made and isinstance(error, DamagedWeights) and not (places / MADE).exists():
             shutil.rmtree(out, ignore_errors=True)
         raise
     finally:
@@ -87,34 +95,75 @@ def _run_stages(
 ) -> None:
     """Run the stages that are not finished yet. said: the recipe, as OUT will have it."""
     model, allocation = recipe.model, None
-    # Once OUT is made only the stages that end the recipe are left: its weights may be packed already.
-    made, text = places / "made.yaml", as_yaml({**said, "stages": said["stages"][: recipe.final + 1]})
-    finished = made.is_file() and made.read_text(encoding="utf-8") == text
+    done = _done(recipe, out, places, said)
+    changed = max((number for number in range(done) if recipe.steps[number].changes), default=-1)
+    if 0 <= changed < recipe.final:
+        check_finished(_place(places, changed, recipe.steps[changed].name, recipe.final))
     for number, step in enumerate(recipe.steps):
-        place = places / f"{number + 1:02d}-{step.name}{'' if step.changes or step.name == 'pack' else '.json'}"
-        if step.stage.ends:
-            with recipe.telling(step):
-                step.stage.run(out, place, step.options, step.more, progress)
-            continue
-        place = out if number == recipe.final else place
+        place = _place(places, number, step.name, recipe.final)
         options = step.options
         if step.name == "prune" and allocation is not None and options.allocation is None:
             options = replace(options, allocation=allocation)
-        if model != recipe.model:
-            options = replace(options, stands_for=recipe.model)
-        if not (finished or (step.stage.to_file and read_sealed(place) is not None)):
+        if step.name == "pack":  # it works in OUT itself: what a kill leaves is of these settings
+            _note(places, said, number)
+        if number >= done or step.name == "pack":
+            if not step.stage.ends and model != recipe.model:
+                options = replace(options, stands_for=recipe.model)
             if step.stage.to_file:
                 place.unlink(missing_ok=True)  # not what an earlier try wrote
             with recipe.telling(step):
-                step.stage.run(model, place, options, step.more, progress)
+                step.stage.run(out if step.stage.ends else model, place, options, step.more, progress)
+            _note(places, said, number)
+            if step.changes and not keep_stages:
+                _forget(places, place)
         if step.stage.to_file:
             allocation = place
-            continue
-        if not (keep_stages or finished):
-            _forget(places, place)
-        model = str(place)
-        if number == recipe.final:
-            write_atomically(made, text)
+        elif step.changes:
+            model = str(place)
+
+
+def _place(places: Path, number: int, name: str, final: int) -> Path:
+    """Where a stage writes: the last that changes the model to OUT, all others into the folder of stages."""
+    stage = STAGES[name]
+    if number == final:
+        return places.parent
+    return places / f"{number + 1:02d}-{name}{'.json' if stage.to_file or name == 'eval' else ''}"
+
+
+def _note(places: Path, said: Mapping[str, Any], number: int) -> None:
+    """Keep the recipe as far as this stage, which is finished: its result is of these settings and of no others."""
+    write_atomically(places / MADE, sealed(_so_far(said, number + 1)))
+
+
+def _so_far(said: Mapping[str, Any], done: int) -> dict[str, Any]:
+    """The recipe of the first stages alone, without OUT, which may be moved meanwhile."""
+    return {key: value for key, value in said.items() if key != "out"} | {"stages": said["stages"][:done]}
+
+
+def _done(recipe: Recipe, out: Path, places: Path, said: Mapping[str, Any]) -> int:
+    """How many stages are finished. Raises TopiaristError if one was finished with other settings."""
+    if (written := read_sealed(places / MADE)) is None:
+        return 0
+    names = [entry if isinstance(entry, str) else next(iter(entry)) for entry in written["stages"]]
+
+    def stands(number: int) -> bool:
+        """Whether what the stage left is there."""
+        name, place = names[number], _place(places, number, names[number], recipe.final)
+        if STAGES[name].to_file:
+            return read_sealed(place) is not None
+        if name == "pack":
+            return any((folder / MANIFEST).is_file() for folder in (place, out))
+        return place.is_file() if STAGES[name].ends else (place / REPORT).is_file()
+
+    def goes_on(done: int) -> bool:
+        """Whether the stages behind so many can go on: from the last, and from the last model."""
+        models = [number for number in range(done) if not (STAGES[names[number]].to_file or STAGES[names[number]].ends)]
+        return all(map(stands, {done - 1, *models[-1:]}))
+
+    done = next(done for done in range(len(names), -1, -1) if not done or goes_on(done))
+    if done:
+        _check_same(out, _so_far(written, done), _so_far(said, done))
+    return done
 
 
 def _forget(places: Path, but: Path) -> None:

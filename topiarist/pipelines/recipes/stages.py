@@ -37,8 +37,8 @@ from topiarist.results.report import Report
 
 DENSE, SPARSE, SMALL, UNEVEN, QUANTISED = "dense", "sparse", "shrunk", "shrunk unevenly", "quantised"
 PACKED = "packed"
-"""What a model is: as it was trained; with zeros in a pattern; smaller; smaller, with layers of different size; on a grid;
-stored without its zeros."""
+"""What a model is: as it was trained; with zeros in a pattern; smaller; smaller, with layers of different size or padded; on a
+grid; stored without its zeros."""
 ANY = (DENSE, SPARSE, SMALL, UNEVEN, QUANTISED)
 
 Run = Callable[[Path | str, Path, Any, Mapping[str, Any], Progress], Any]
@@ -76,24 +76,28 @@ def _allocate(model: Path | str, out: Path, options: Any, more: Mapping[str, Any
 
 
 def _shrunk(_: str, options: ShrinkOptions) -> str:
-    return {"uniform": SMALL, "padded": SMALL}.get(options.layout, UNEVEN)
+    return SMALL if options.layout == "uniform" else UNEVEN
 
 
 def _pruned(_: str, options: PruneOptions) -> str:
     return SPARSE if options.bits is None else QUANTISED
 
 
+def _recovered(was: str, _: RecoverOptions) -> str:
+    return SPARSE if was == DENSE else was  # as `state_of` will say: a result, which shrink refuses
+
+
 STAGES: dict[str, Stage] = {
-    "allocate": Stage(AllocateOptions, _allocate, (DENSE, SMALL), lambda was, _: was, FoundAllocation,
+    "allocate": Stage(AllocateOptions, _allocate, ANY, lambda was, _: was, FoundAllocation,
         plan=lambda model, options, _: plan_allocate(model, options), to_file=True),
     "prune": Stage(
         PruneOptions, lambda model, out, options, _, tell: prune(model, out, options=options, progress=tell),
-        (DENSE, SMALL), _pruned, Report,
+        ANY, _pruned, Report,
         plan=lambda model, options, _: plan_prune(model, options).lines(),
     ),
     "learn": Stage(
         LearnOptions, lambda model, out, options, _, tell: learn(model, out, options=options, progress=tell),
-        (DENSE, SMALL), lambda *_: SPARSE, LearnReport,
+        ANY, lambda *_: SPARSE, LearnReport,
         plan=lambda model, options, _: plan_learn(model, options).lines(),
     ),
     "shrink": Stage(
@@ -103,7 +107,7 @@ STAGES: dict[str, Stage] = {
     ),
     "recover": Stage(
         RecoverOptions, lambda model, out, options, more, tell: recover(model, out, options=options, progress=tell, **more),
-        (SPARSE, SMALL, UNEVEN), lambda was, _: was, RecoverReport,
+        (DENSE, SPARSE, SMALL, UNEVEN), _recovered, RecoverReport,
         plan=lambda model, options, more: plan_recover(model, options=options, **more).lines(), more=("teacher",),
     ),
     "quantize": Stage(
@@ -120,8 +124,10 @@ def state_of(config: Mapping[str, Any]) -> str:
     """What the model of a config is."""
     provenance = config.get("pruning_config") or {}
     structured = provenance.get("structured")
-    if "quantization_config" in config:
-        return QUANTISED
+    if (
+        "quantization_config" in config
+    ):  # without provenance it came so: what reads it reads what the integers stand for
+        return QUANTISED if provenance else DENSE
     if str(config.get("model_type", "")).startswith(PREFIX):
         return UNEVEN
     if structured:

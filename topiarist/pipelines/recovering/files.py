@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from topiarist.checkpoints.writing import MASKS, OutputFolder
 from topiarist.models.opened import OpenedModel
-from topiarist.pipelines.common.finish import CALIBRATION, finish
+from topiarist.pipelines.common.finish import finish
 from topiarist.pipelines.recovering.report import RecoverReport
 from topiarist.pipelines.training.text import TrainingText
-from topiarist.results.result import json_if_any
 from topiarist.structured.spec import SPEC
 
 
@@ -35,7 +33,4 @@ def write_recovered(
     for name in (MASKS, SPEC):
         if (path := opened.beside(name)) is not None:
             shutil.copyfile(path, output.folder / name)
-    record = opened.beside(CALIBRATION)
-    seen = [] if record is None else json_if_any(record).get("passages", [])
-    known = replace(text, passages=text.passages | {int(found, 16) for found in seen})
-    finish(output, report, opened, text=known, written=written)
+    finish(output, report, opened, text=text, written=written)

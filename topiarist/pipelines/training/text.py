@@ -17,13 +17,13 @@ from topiarist.core.errors import CalibrationError
 from topiarist.data import (
     Bos,
     TextFiles,
-    Windows,
     calibration_windows,
     check_vocabulary,
     evaluation_windows,
     start_tokens,
 )
 from topiarist.data.draw import is_long
+from topiarist.data.record import record
 from topiarist.data.text import CALIBRATION, readers
 from topiarist.models.interface import DEFAULT_WINDOW, OpenedModel
 from topiarist.pipelines.training.batches import split_held_out
@@ -54,9 +54,9 @@ class TrainingText:
         )
         return trained, others[torch.arange(len(others))]
 
-    def record(self) -> str:
-        """JSON of what an evaluation needs to tell its text from this one; kept beside the result."""
-        return Windows(torch.empty(0, self.window, dtype=torch.int64), self.digest, self.passages).record()
+    def record(self, earlier: frozenset[int] = frozenset()) -> str:
+        """JSON of what an evaluation needs to tell its text from this one; see `Windows.record`."""
+        return record(self.digest, self.passages | earlier)
 
 
 @dataclass(frozen=True)
