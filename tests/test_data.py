@@ -124,6 +124,8 @@ def test_tokens_outside_the_vocabulary_are_refused():
         tp.prune(tiny.tiny_model(), calibration=torch.full((2, 8), 10_000))
     with pytest.raises(tp.CalibrationError, match="text token 9 is outside"):
         check_vocabulary(torch.tensor([[1, 9]]), 9, "text")
+    with pytest.raises(tp.CalibrationError, match="text token -1 is outside"):
+        check_vocabulary(torch.tensor([[5, -1]]), 9, "text")
 
 
 def with_start(tokenizer, *names: str):

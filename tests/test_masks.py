@@ -454,3 +454,26 @@ def test_hold_takes_what_the_checkpoint_records_and_nothing_else():
     held.apply()
     assert not model["a"].weight[:, ::2].any() and not model["experts"].up[..., ::2].any()
     assert bool(model["b"].weight[:, ::2].all())
+
+
+def test_what_is_no_bool_mask_is_refused_by_name(tmp_path):
+    ones, about = torch.ones(4, 4), {"pattern": "2:4", "base_model": "b"}
+    with pytest.raises(PatternError, match="float32, and True means kept"):
+        masks.write_npz(tmp_path / "m.npz", {"a": ones})
+    with pytest.raises(PatternError, match="float32, and True means kept"):
+        masks.save_masks(tmp_path / "m", {"a": ones}, weights={"a": ones}, **about)
+    with pytest.raises(PatternError, match="a has a mask and no weight"):
+        masks.save_masks(tmp_path / "m", {"a": ones.bool()}, weights={}, **about)
+    with pytest.raises(CheckpointError, match="cannot write"):
+        masks.write_npz(tmp_path / "no" / "m.npz", {"a": ones.bool()})
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_base_that_names_weights_otherwise_is_told(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    mask = NM(2, 4).mask(model[0].weight.detach().abs())
+    masks.save_masks(
+        tmp_path / "m.safetensors", {"0.weight": mask}, weights=dict(model.state_dict()), pattern="2:4", base_model="b"
+    )
+    with pytest.raises(CheckpointError, match="give the state dict of the loaded base"):
+        masks.swap(model, tmp_path / "m.safetensors", base={})

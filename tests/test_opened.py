@@ -171,3 +171,11 @@ def test_code_of_the_folder_runs_only_when_it_may(tmp_path: Path, monkeypatch):
     with pytest.raises(tp.UnsupportedModel, match="pass --trust-remote-code"):
         open_model(base)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]", "null"])
+def test_a_damaged_generation_config_is_told(damaged: str, tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    (base / "generation_config.json").write_text(damaged)
+    with pytest.raises(tp.CheckpointError, match=r"is damaged .* copy it again, or remove it"):
+        tp.load_pruned(base)

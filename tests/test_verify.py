@@ -33,6 +33,14 @@ def edit(folder: Path, name: str, change) -> None:
     save_file(tensors, shard, metadata={"format": "pt"})
 
 
+def fill_first_row(weight: torch.Tensor) -> None:
+    weight[0] = 1.0
+
+
+def empty_the_rest(weight: torch.Tensor) -> None:
+    weight[4:] = 0.0
+
+
 def write_masks(folder: Path) -> Path:
     """masks.safetensors of a pruned folder, as learning would have left it."""
     weights = {name: t for p in folder.glob("model*.safetensors") for name, t in load_file(p).items()}
@@ -180,3 +188,12 @@ def test_nothing_to_verify(pruned: Path, tmp_path: Path, command):
     assert code == 1 and "14 masks: broken in 14 tensors" in printed
     code, _, error = command("inspect", str(pruned), "--masks", "nowhere.safetensors")
     assert code == 2 and "does not exist" in error
+
+
+def test_transposable_groups_that_hold_too_many_are_counted(tmp_path: Path):
+    tiny.tiny_checkpoint(tmp_path / "base")
+    tp.prune(tmp_path / "base", tmp_path / "out", method="magnitude", pattern="2:4/transposable")
+    edit(tmp_path / "out", f"{UP}.weight", fill_first_row)
+    edit(tmp_path / "out", f"{UP}.weight", empty_the_rest)  # fewer weights than it may have
+    (breach,) = verify(tmp_path / "out").breaches
+    assert breach.came_back == 32 // 4 * 2 and "8 groups of rows and 16 of columns keep more than 2" in breach.where

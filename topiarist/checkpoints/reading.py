@@ -278,7 +278,7 @@ def check_name(path: Path) -> None:
 def locate(model: str | Path) -> Path:
     """A local folder, or a hub id's snapshot. Raises CheckpointError if neither can be had."""
     if not isinstance(model, str | os.PathLike):
-        raise CheckpointError(f"{model!r} is no model: give a folder, a hub id or a loaded model")
+        raise CheckpointError(f"a {type(model).__name__} is no model folder: give a folder, or a hub id")
     path = Path(model)
     if path.exists():
         return path

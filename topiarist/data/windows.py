@@ -127,9 +127,11 @@ def evaluation_windows(
 
 def check_vocabulary(tokens: Int[Tensor, "num window"], size: int, what: str = "calibration") -> None:
     """Raise CalibrationError if a token is outside the model's vocabulary of that size."""
-    if (highest := int(tokens.max())) >= size or int(tokens.min()) < 0:
+    lowest, highest = int(tokens.min()), int(tokens.max())
+    if lowest < 0 or highest >= size:
         raise CalibrationError(
-            f"{what} token {highest} is outside the model's vocabulary of {size}: is this the model's own tokenizer?"
+            f"{what} token {lowest if lowest < 0 else highest} is outside the model's vocabulary of {size}: is this the "
+            "model's own tokenizer?"
         )
 
 

@@ -12,7 +12,7 @@ from topiarist.checkpoints.dequantised import readable
 from topiarist.checkpoints.reading import locate
 from topiarist.checkpoints.writing import MASKS
 from topiarist.core.errors import CheckpointError, PatternError
-from topiarist.core.patterns import NM, Columns, Pattern, Unstructured, parse_pattern
+from topiarist.core.patterns import NM, Columns, Pattern, TransposableNM, Unstructured, parse_pattern
 from topiarist.evaluation.stored import StoredMatrices, Unread
 from topiarist.masks.files import MaskFile
 
@@ -127,6 +127,12 @@ def _excess(pattern: Pattern, mask: Bool[Tensor, "rows cols"]) -> tuple[int, str
         begin, touched = group * pattern.of, int((over > 0).any(1).sum())
         place = f"columns {begin}-{begin + pattern.of - 1}"
         return int(over.sum()), f"in {touched} of {rows} rows, first in row {row}, {place}"
+    if isinstance(pattern, TransposableNM):
+        along, across = (
+            (kept.unflatten(1, (-1, pattern.of)).sum(-1) - pattern.keep).clamp(min=0) for kept in (mask, mask.T)
+        )
+        groups = f"{int((along > 0).sum())} groups of rows and {int((across > 0).sum())} of columns"
+        return max(int(along.sum()), int(across.sum())), f"{groups} keep more than {pattern.keep}"
     excess = int(mask.sum()) - pattern.num_kept((rows, columns))
     if isinstance(pattern, Unstructured) and pattern.per == "row":
         allowed = pattern.num_kept((rows, columns)) // rows

@@ -42,12 +42,19 @@ def save_masks(
     """Write masks by parameter name, each with the dense weight it belongs to. Atomic.
 
     pattern: one for all, or by name. transposed: names of weights stored (in, out). info: more metadata, text only.
-    Raises PatternError if a mask is not of its pattern, CheckpointError if the file cannot be written.
+    Raises PatternError if a mask is not bool, not of its pattern or without weight, CheckpointError if the file cannot be
+    written.
     """
     path = Path(path)
     tensors: dict[str, Tensor] = {}
     entries: dict[str, dict[str, Any]] = {}
     for name, mask in masks.items():
+        if name not in weights or (isinstance(pattern, Mapping) and name not in pattern):
+            raise PatternError(
+                f"{name} has a mask and no {'pattern' if name in weights else 'weight'}: give both for each"
+            )
+        if mask.dtype != torch.bool:
+            raise PatternError(f"{name}: its mask is {mask.dtype}, and True means kept: give a bool mask")
         kind = parse_pattern(pattern[name] if isinstance(pattern, Mapping) else pattern)
         weight = weights[name]
         if mask.shape != weight.shape:
@@ -180,6 +187,11 @@ def swap(
             source = folder.read(name)
         elif isinstance(base, Mapping) and name in base:
             source = base[name]
+        elif base is not None and name not in kept:
+            raise CheckpointError(
+                f"the base has no {name}, as the model calls it: give the state dict of the loaded base, "
+                "load_pruned(BASE).state_dict()"
+            )
         else:
             source = kept.get(name, parameters[name])
         try:

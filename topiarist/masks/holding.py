@@ -17,13 +17,13 @@ class Hold:
 
     def __init__(self, masks: dict[nn.Parameter, Tensor]) -> None:
         self._masks = masks
+        self.apply()  # what cannot be held is refused before a hook stands
         self._handles = [
             parameter.register_hook(lambda grad, parameter=parameter: self._cut(parameter, grad))
             for parameter in masks
             if parameter.requires_grad
         ]
         self._handles.append(register_optimizer_step_post_hook(self._after_step))
-        self.apply()
 
     @property
     def sparsity(self) -> float:
@@ -92,6 +92,10 @@ def hold(model: nn.Module, masks: Mapping[str, Bool[Tensor, "..."]] | None = Non
             if name not in parameters or parameters[name].shape != mask.shape:
                 found = tuple(parameters[name].shape) if name in parameters else "no such parameter"
                 raise PatternError(f"cannot hold {name}: mask of shape {tuple(mask.shape)}, model has {found}")
+            if mask.dtype != torch.bool:
+                raise PatternError(
+                    f"cannot hold {name}: its mask is {mask.dtype}, and True means kept: give a bool mask"
+                )
             chosen[parameters[name]] = mask.to(parameters[name].device)
     if not chosen:
         raise PatternError("nothing to hold: no weight of the model has zeros; prune it first, or pass masks")

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topiarist.core.errors import CheckpointError
+from topiarist.checkpoints.atomic import replacing
+from topiarist.core.errors import CheckpointError, PatternError
 
 _DAMAGE = (
     OSError, ValueError, EOFError, KeyError, RuntimeError, SyntaxError, MemoryError, zipfile.BadZipFile, zlib.error,
@@ -61,7 +62,13 @@ def _header(archive: Any, key: str) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def write_npz(path: str | Path, masks: Mapping[str, Tensor]) -> None:
-    """Write the published format. It knows no shapes, pattern or base model: prefer `save_masks`."""
+    """Write the published format. It knows no shapes, pattern or base model: prefer `save_masks`. Atomic.
+
+    Raises PatternError for a mask that is not bool, CheckpointError if the file cannot be written.
+    """
+    for name, mask in masks.items():
+        if mask.dtype != torch.bool:
+            raise PatternError(f"the mask of {name} is {mask.dtype}, and True means kept: give a bool mask")
     packed = {f"{name}.mask": np.packbits(mask.cpu().numpy()) for name, mask in masks.items()}
-    with Path(path).open("wb") as stream:  # a path without .npz would be given the suffix
+    with replacing(Path(path)) as new, new.open("wb") as stream:  # a path without .npz would be given the suffix
         np.savez_compressed(stream, **packed)  # pyright: ignore[reportArgumentType]

@@ -74,7 +74,9 @@ class ObjectModel(OpenedModel):
     def become(self, folder: Path) -> None:
         """Load the weights of the result into the object, unless it is a folder's model."""
         if self._origin is None:
-            self.model.load_state_dict(open_model(folder, device="cpu").whole().model.state_dict())
+            own = type(self.model).__module__.startswith("transformers_modules")  # code that runs already
+            result = open_model(folder, device="cpu", trust_remote_code=own)
+            self.model.load_state_dict(result.whole().model.state_dict())
 
     def begin(self, output: OutputFolder) -> list[dict[str, Any]]:
         """Begin the output; an object that was changed in part is gone, so that nothing is finished."""
