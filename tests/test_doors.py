@@ -154,7 +154,7 @@ def interrupted(door: str) -> bool:
 def test_an_interrupt(inputs: Path, command, monkeypatch, door: str):
     """The line says whether work is kept; a command that keeps none leaves nothing; the same command finishes."""
     before = sorted(Path().rglob("*"))
-    resuming = at(door, RESUMING | {"allocate"}) and door not in PLANNING
+    resuming = at(door, RESUMING | {"allocate", "apply"}) and door not in PLANNING
     with monkeypatch.context() as stopped:
         where = "torch.nn.functional.embedding" if at(door, COMPUTING) else "os.fsync"
         stopped.setattr(where, lambda *_, **__: fail_writing(KeyboardInterrupt())(0))
