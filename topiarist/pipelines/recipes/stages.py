@@ -124,9 +124,8 @@ def state_of(config: Mapping[str, Any]) -> str:
     """What the model of a config is."""
     provenance = config.get("pruning_config") or {}
     structured = provenance.get("structured")
-    if (
-        "quantization_config" in config
-    ):  # without provenance it came so: what reads it reads what the integers stand for
+    if "quantization_config" in config:
+        # Without provenance it came so: what reads it reads what the integers stand for.
         return QUANTISED if provenance else DENSE
     if str(config.get("model_type", "")).startswith(PREFIX):
         return UNEVEN
