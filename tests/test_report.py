@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -242,6 +243,27 @@ def test_packed_size_is_what_pack_makes(root: Path, tmp_path: Path):
     size = Result.from_folder(root / "b").size
     assert size is not None
     assert size["matrices_packed"] == packed.sparse_packed_bytes and size["matrices"] == packed.sparse_dense_bytes
+
+
+def test_a_packed_folder_has_figures_of_its_own_weights_only(root: Path, tmp_path: Path):
+    from topiarist.runtime import pack_folder
+
+    entry = {"text": "t", "digest": "d", "window": 8, "tokens": 7, "dtype": "float32", "value": 87.65, "dense": None}
+    source = tmp_path / "source"
+    shutil.copytree(root / "b", source)
+    save_evaluation(source, {"perplexity": [entry]})
+    save_benchmark(source, BENCH)
+    for values, head in ((None, None), ("int4", None), (None, "int8")):
+        out = tmp_path / f"{values}-{head}"
+        packed = pack_folder(source, out, values=values, head=head)
+        shown = Result.from_folder(out)
+        text = Page((out / "pruning_report.html").read_text()).text + (out / "README.md").read_text()
+        kept = values is None and head is None
+        assert bool(shown.perplexities) == bool(shown.benchmark) == ("87.65" in text) == ("1.71" in text) == kept
+        assert shown.size is not None and (shown.size["dense"], shown.size["packed"]) == (
+            packed.dense_bytes, packed.packed_bytes,
+        )  # fmt: skip
+        assert size_text(packed.packed_bytes) in text
 
 
 def test_measurements_can_wait_for_a_report(tmp_path: Path):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from topiarist.checkpoints.reading import read_json
+from topiarist.checkpoints.reading import PACKED, read_json
 from topiarist.checkpoints.writing import REPORT
 from topiarist.core.errors import CheckpointError
 from topiarist.results.first_version import renewed
@@ -42,6 +42,8 @@ class Result:
     run: Mapping[str, Any] = field(default_factory=dict)
     """Seconds and memory. A run leaves them out of the page that it writes, so that the same run gives the same page."""
     folder: Path | None = None
+    packed: Mapping[str, Any] = field(default_factory=dict)
+    """`packed.json` of a packed folder, with the sizes of what it holds; empty for any other."""
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Result:
@@ -66,6 +68,7 @@ class Result:
             json_if_any(folder / BENCHMARK),
             json_if_any(folder / RUN),
             folder,
+            json_if_any(folder / PACKED),
         )
 
     @property
@@ -160,10 +163,17 @@ class Result:
     def size(self) -> dict[str, int] | None:
         """Bytes of the dense model, and after `topiarist pack`; None if the report does not say what it was stored in.
 
-        Packed: one bit a weight, two thirds of one at 2:4, and the weights that are not zero, with their scales if they are
-        integers; a matrix that would grow stays as it is.
+        Of a packed folder what it holds; else what packing will give: one bit a weight, two thirds of one at 2:4, and the
+        weights that are not zero, with their scales if they are integers; a matrix that would grow stays as it is.
         """
         weights = self.report["weights"]
+        if self.packed:
+            return {
+                "dense": int(weights["before"] if self.shrunk else self.packed["dense_bytes"]),
+                "packed": int(self.packed["packed_bytes"]),
+                "matrices": int(self.packed["sparse_dense_bytes"]),
+                "matrices_packed": int(self.packed["sparse_packed_bytes"]),
+            }
         if not weights:
             return None
         if self.shrunk:  # nothing is left to pack
