@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+
+import tiny
 
 import topiarist as tp
 from topiarist.results.frontier import Frontier, Point, points_of, rival_of, sentences_of
@@ -101,6 +104,28 @@ def test_results_become_points_beside_the_dense_model():
     ]  # fmt: skip
     assert [point.tokens_per_second for point in points] == [10.0, 18.0, 15.0, None]
     assert points_of([INT8, result("other", 9.0, model="another")]) == ()
+
+
+def test_a_chain_of_runs_is_held_against_the_model_that_it_began_with(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.tiny_checkpoint(tmp_path / "base")
+    tp.shrink("base", "small", method="magnitude", keep=0.7, units=["channels"], refit=False)
+    tp.shrink("small", "smaller", method="magnitude", keep=0.7, units=["channels"], refit=False)
+    tp.prune("smaller", "sparse", method="magnitude", pattern="0.5")
+    tp.quantize("sparse", "both", bits=8, group="channel", method="round")
+    dense = tp.ShrinkReport.from_folder("small").weights["before"]
+    assert "first" not in tp.ShrinkReport.from_folder("small").weights
+    for folder in ("small", "smaller", "sparse", "both"):
+        found = Result.from_folder(folder)
+        assert found.size is not None and (found.origin, found.size["dense"]) == ("base", dense), folder
+    sparse = Result.from_folder("sparse")
+    assert sparse.report["weights"]["before"] < dense
+    entry = {**SPARSE.perplexities[0], "dense": {"model": "base", "value": 10.0}}
+    points = points_of([replace(sparse, evaluation={"perplexity": [entry]})])
+    assert (points[0].name, points[0].bytes) == ("the dense model", dense)
+    tp.runtime.pack_folder("sparse", "packed")
+    packed = Result.from_folder("packed").size
+    assert packed is not None and packed["dense"] == dense
 
 
 def test_a_result_names_the_dense_quantised_model_nearest_in_bytes():

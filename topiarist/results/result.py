@@ -113,10 +113,19 @@ class Result:
         return self.folder.name if self.folder else self.title
 
     @property
+    def first(self) -> Mapping[str, Any]:
+        """The dense model that a chain of runs began with: `model`, its name, and `bytes` of its weights, None if unknown.
+
+        A report written before these were carried through says what its own run was given.
+        """
+        weights, pruned = self.report["weights"], self.report.get("pruned") or {}
+        named = pruned.get("base_model") or self.report["model"]
+        return weights.get("first") or {"model": named, "bytes": weights.get("before")}
+
+    @property
     def origin(self) -> str:
-        """The dense model's name; of a quantised model that was pruned before, that of the model that was pruned."""
-        pruned = self.report.get("pruned") or {}
-        return str(pruned.get("base_model") or self.report["model"]).rstrip("/").rsplit("/", 1)[-1]
+        """The name, without its path, of the dense model that a chain of runs began with."""
+        return str(self.first["model"]).rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def bits(self) -> int | None:
@@ -169,7 +178,7 @@ class Result:
         weights = self.report["weights"]
         if self.packed:
             return {
-                "dense": int(weights["before"] if self.shrunk else self.packed["dense_bytes"]),
+                "dense": int(self.first["bytes"] if self.shrunk or "first" in weights else self.packed["dense_bytes"]),
                 "packed": int(self.packed["packed_bytes"]),
                 "matrices": int(self.packed["sparse_dense_bytes"]),
                 "matrices_packed": int(self.packed["sparse_packed_bytes"]),
@@ -177,7 +186,7 @@ class Result:
         if not weights:
             return None
         if self.shrunk:  # nothing is left to pack
-            return {"dense": int(weights["before"]), "packed": int(weights["after"])}
+            return {"dense": int(self.first["bytes"]), "packed": int(weights["after"])}
         item = ITEM_BYTES.get(weights["dtype"], 0)
         if not item:
             return None
@@ -198,7 +207,7 @@ class Result:
             packed += math.ceil(min(forms)) + scales
         after = int(weights["after"])
         return {
-            "dense": int(weights["before"]),
+            "dense": int(self.first["bytes"]),
             "packed": after - stored + packed,
             "matrices": dense,
             "matrices_packed": packed,
@@ -208,6 +217,19 @@ class Result:
         """The benchmark's decoding at the smallest batch, where most people run."""
         decode = [speed for speed in self.benchmark.get("speeds", []) if speed["phase"] == "decode"]
         return min(decode, key=lambda speed: speed["batch"]) if decode else None
+
+
+def chained(folder: Path | None) -> dict[str, Any]:
+    """Return what the report of a run says of the start of its chain, `first`, among its weights.
+
+    folder: of the model that the run is given. Empty if that is no result: the chain starts with it.
+    Raises CheckpointError if its report is damaged.
+    """
+    if folder is None or not (folder / REPORT).is_file():
+        return {}
+    with as_written(folder):
+        first = Result(renewed(read_json(folder / REPORT)), "").first
+        return {} if first["bytes"] is None else {"first": dict(first)}
 
 
 def json_if_any(path: Path) -> dict[str, Any]:
