@@ -128,6 +128,12 @@ def test_a_chain_of_runs_is_held_against_the_model_that_it_began_with(tmp_path: 
     assert packed is not None and packed["dense"] == dense
 
 
+def test_a_quantised_pruned_model_has_the_base_of_the_model_that_was_pruned():
+    page = compare_page([BOTH, INT8])
+    assert "2 results, 1 base model<" in page and "different base models" not in page
+    assert "different base models: another, dense." in compare_page([INT8, result("other", 9.0, model="org/another")])
+
+
 def test_a_result_names_the_dense_quantised_model_nearest_in_bytes():
     smaller = result("int4", 12.0, pipeline="quantize", bits=4, group=128)
     rival = rival_of(SPARSE, [INT8, BOTH, smaller])

@@ -84,7 +84,7 @@ def compare_page(results: Sequence[Result], *, links_from: Path | None = None) -
     dense = next((e["dense"]["value"] for e in chosen if e and e.get("dense")), None)
     texts = sorted({(e["text"], e["window"], e["digest"]) for r in results for e in r.perplexities})
     tasks = sorted({e["task"] for r in results for e in r.tasks})
-    bases = sorted({result.report["model"] for result in results})
+    bases = sorted({result.origin for result in results})
     return (
         _environment()
         .get_template("compare.html")
