@@ -212,6 +212,15 @@ def test_learned_results_have_a_page_too():
     assert "Where learning changed the mask" in text and "mean flips" in text
 
 
+def test_the_page_of_learned_masks_states_the_evaluation_that_was_kept():
+    history = [
+        {"step": s, "tokens": s, "hard_loss": h, "loss": 1.0, "flips": 0.0} for s, h in ((0, 4), (50, 2), (100, 3))
+    ]
+    learned = tp.LearnReport(settings={}, pattern="2:4", model="m", history=history)
+    text = Page(report_page(Result(learned.to_dict(), "0"))).text
+    assert "from 54.6 with the one-shot mask to 7.389 with the best, which the files hold." in text
+
+
 def test_experts_share_a_cell():
     map_ = heat_map(
         [layer(f"m.layers.3.mlp.experts.up.{e}", e / 10) for e in range(1, 5)], "error", str, logarithmic=True

@@ -56,13 +56,19 @@ def report_page(result: Result, others: Sequence[Result] = ()) -> str:
             joined=rounds(result.report.get("joint", [])),
             kept_steps=Counter(block["best"] for block in result.report.get("joint", [])).most_common(),
             learning=curve(history),
-            learned=[perplexity for _, perplexity in history[:1] + history[-1:]],
+            learned=_first_and_best(history),
             recovering=curve([(float(e["step"]), e["loss"]) for e in result.recovery.get("evaluations", [])]),
             command=command_text(result.report["command"]),
             settings={k: v for k, v in result.report["settings"].items() if not isinstance(v, dict | list)},
             linears=Counter(layer["reason"] for layer in _bench_layers(result)).most_common(),
         )
     )
+
+
+def _first_and_best(history: Sequence[tuple[float, float]]) -> list[float]:
+    """Of (step, loss): what a training began with, and the least, whose state the files hold; less if there was no more."""
+    known = [value for _, value in history if math.isfinite(value)]
+    return [known[0], min(known)] if known else []
 
 
 def _kept_shares(result: Result) -> list[dict[str, Any]]:
