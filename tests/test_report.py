@@ -221,6 +221,22 @@ def test_the_page_of_learned_masks_states_the_evaluation_that_was_kept():
     assert "from 54.6 with the one-shot mask to 7.389 with the best, which the files hold." in text
 
 
+@pytest.mark.parametrize(
+    ("losses", "says"),
+    [
+        ((2.0, 1.0, 3.0), "from 2 before to 1 at best, which the files hold"),
+        ((2.0, 2.5, 3.0), "2 before, and never less: nothing was gained"),
+    ],
+)
+def test_the_page_of_a_recovery_claims_no_more_than_was_gained(losses: tuple[float, ...], says: str):
+    recovery = {
+        "tokens": 9, "steps": 2, "teacher": None, "command": [], "warnings": ["a warning of the recovery"],
+        "evaluations": [{"step": step, "loss": loss} for step, loss in enumerate(losses)],
+    }  # fmt: skip
+    text = Page(report_page(result([layer("l.0.up", 0.1)], recovery=recovery, warnings=["one of pruning"]))).text
+    assert says in text and "one of pruning" in text and "a warning of the recovery" in text
+
+
 def test_experts_share_a_cell():
     map_ = heat_map(
         [layer(f"m.layers.3.mlp.experts.up.{e}", e / 10) for e in range(1, 5)], "error", str, logarithmic=True

@@ -33,6 +33,7 @@ def report_page(result: Result, others: Sequence[Result] = ()) -> str:
     ranked = sorted((x for x in layers if score in x), key=lambda x: -_number(x[score]))
     evaluations = result.report.get("history", [])
     history = [(float(e["step"]), math.exp(min(e["hard_loss"], 700.0))) for e in evaluations]
+    recovery = [(float(e["step"]), float(e["loss"])) for e in result.recovery.get("evaluations", [])]
     return (
         _environment()
         .get_template("report.html")
@@ -57,7 +58,9 @@ def report_page(result: Result, others: Sequence[Result] = ()) -> str:
             kept_steps=Counter(block["best"] for block in result.report.get("joint", [])).most_common(),
             learning=curve(history),
             learned=_first_and_best(history),
-            recovering=curve([(float(e["step"]), e["loss"]) for e in result.recovery.get("evaluations", [])]),
+            recovering=curve(recovery),
+            recovered=_first_and_best(recovery),
+            warnings=[*result.report["warnings"], *result.recovery.get("warnings", [])],
             command=command_text(result.report["command"]),
             settings={k: v for k, v in result.report["settings"].items() if not isinstance(v, dict | list)},
             linears=Counter(layer["reason"] for layer in _bench_layers(result)).most_common(),
