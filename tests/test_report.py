@@ -237,6 +237,11 @@ def test_the_page_of_a_recovery_claims_no_more_than_was_gained(losses: tuple[flo
     assert says in text and "one of pruning" in text and "a warning of the recovery" in text
 
 
+def test_the_axis_of_blocks_begins_with_the_first_that_was_pruned():
+    page = report_page(result([layer("l.2.up", 0.1), layer("l.3.up", 0.1, 0.9), layer("l.7.up", 0.1)]))
+    assert "<span>block 2</span><span>block 7</span>" in page
+
+
 def test_experts_share_a_cell():
     map_ = heat_map(
         [layer(f"m.layers.3.mlp.experts.up.{e}", e / 10) for e in range(1, 5)], "error", str, logarithmic=True
