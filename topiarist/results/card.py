@@ -73,7 +73,9 @@ def _facts(result: Result) -> Iterator[tuple[str, str]]:
         ),
     )
     if result.shrunk:
-        yield "budget", f"{report['keep']:g} of the parameters of all {', '.join(report['units'])}"
+        whole = "the model's parameters"  # a search over splits is given a share of those
+        share_of = whole if report.get("splits") else f"the parameters of all {', '.join(report['units'])}"
+        yield "budget", f"{report['keep']:g} of {share_of}"
         yield "refit", f"{len(report['layers'])} matrices by least squares" if report["layers"] else "no"
         yield "recovery", f"{report['recovered'][-1]['step']:.0f} steps" if report["recovered"] else "no"
     elif report.get("mean_error") is not None:
