@@ -242,6 +242,21 @@ def test_the_axis_of_blocks_begins_with_the_first_that_was_pruned():
     assert "<span>block 2</span><span>block 7</span>" in page
 
 
+def test_pages_say_whether_windows_begin_with_a_start_token():
+    entry = {"text": "t", "window": 8, "tokens": 7, "dtype": "float32", "value": 9.0, "dense": None}
+    plain, start = {**entry, "digest": "d"}, {**entry, "digest": "e", "start_tokens": 1}
+    facts = result([layer("l.0.up", 0.1)]).report
+
+    def text_of(*entries: dict) -> str:
+        return Page(report_page(Result(facts, "0", {"perplexity": entries}))).text
+
+    assert "without overlap, no start token." in text_of(plain) and "overlap, start token first." in text_of(start)
+    both = text_of(plain, start)
+    assert "without overlap, start tokens differ." in both and both.count("t start token first") == 1
+    text = Page(compare_page([Result(facts, "0", {"perplexity": [plain, start]})])).text
+    assert "t 8" in text and "t 8, start token first" in text and "windows of 8 tokens, start token first" in text
+
+
 def test_experts_share_a_cell():
     map_ = heat_map(
         [layer(f"m.layers.3.mlp.experts.up.{e}", e / 10) for e in range(1, 5)], "error", str, logarithmic=True

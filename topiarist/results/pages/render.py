@@ -14,7 +14,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from topiarist.results.formats import command_text, error_text, percent, short, size_text
+from topiarist.results.formats import command_text, error_text, percent, short, size_text, start_text
 from topiarist.results.frontier import comparable, rival_of, sentences_of
 from topiarist.results.pages.figures import Panel, by_place, curve, heat_map, panel, place_of, rounds
 from topiarist.results.result import PAGE, Result
@@ -41,6 +41,7 @@ def report_page(result: Result, others: Sequence[Result] = ()) -> str:
             result=result,
             report=result.report,
             rival=rival_of(result, others),
+            starts=start_text(e.get("start_tokens", 0) for e in result.perplexities),
             errors=heat_map(layers, "error", error_text, logarithmic=True),
             flips=heat_map(layers, "flips", percent, logarithmic=True),
             density=heat_map(layers, "sparsity", percent, logarithmic=False)
@@ -91,7 +92,7 @@ def compare_page(results: Sequence[Result], *, links_from: Path | None = None) -
         quality, label = [_mean_error(result) for result in results], "mean reconstruction error"
     links = [_link(result, links_from) for result in results]
     dense = next((e["dense"]["value"] for e in chosen if e and e.get("dense")), None)
-    texts = sorted({(e["text"], e["window"], e["digest"]) for r in results for e in r.perplexities})
+    texts = sorted({_column(e) for r in results for e in r.perplexities})
     tasks = sorted({e["task"] for r in results for e in r.tasks})
     bases = sorted({result.origin for result in results})
     return (
@@ -111,16 +112,18 @@ def compare_page(results: Sequence[Result], *, links_from: Path | None = None) -
     )
 
 
+def _column(entry: Mapping[str, Any]) -> tuple[str, int, str, int]:
+    """What perplexities must share to stand in one column. An entry from before there were start tokens has none."""
+    return entry["text"], entry["window"], entry["digest"], entry.get("start_tokens", 0)
+
+
 def _dense_row(results: Sequence[Result], texts: Sequence[tuple], tasks: Sequence[str]) -> dict[str, list] | None:
     """The dense model's figures, as any of its results states them; None if none does."""
 
     def stated(entries: Iterable[Mapping[str, Any]]) -> float | None:
         return next((entry["dense"]["value"] for entry in entries if entry.get("dense")), None)
 
-    by_text = [
-        stated(e for r in results for e in r.perplexities if (e["text"], e["window"], e["digest"]) == text)
-        for text in texts
-    ]
+    by_text = [stated(e for r in results for e in r.perplexities if _column(e) == text) for text in texts]
     by_task = [stated(e for r in results for e in r.tasks if e["task"] == task) for task in tasks]
     return {"texts": by_text, "tasks": by_task} if any(by_text + by_task) else None
 
