@@ -257,6 +257,22 @@ def test_pages_say_whether_windows_begin_with_a_start_token():
     assert "t 8" in text and "t 8, start token first" in text and "windows of 8 tokens, start token first" in text
 
 
+def test_scores_of_other_items_stand_in_other_columns():
+    score = {
+        "task": "piqa", "metric": "acc", "digest": "d", "num_items": 20, "dtype": "float32", "stderr": None, "value": 0.71,
+        "dense": {"value": 0.81, "stderr": None},
+    }  # fmt: skip
+    others = [{"num_items": 900, "digest": "e"}, {"metric": "acc_norm"}, {"digest": "f"}, {}]
+    facts = result([layer("l.0.up", 0.1)]).report
+    results = [
+        Result(facts, "0", {"tasks": [{**score, **other, "value": 0.1 * i}]}) for i, other in enumerate(others, 1)
+    ]
+    html = compare_page([*results, Result(facts, "0", {"tasks": [score]})])
+    assert html.count("items</span></th>") == 4 and "acc, 900 items" in html and "acc_norm, 20 items" in html
+    # a score and dashes in every row; the two of the same items share a column
+    assert html.count("0.81</td>") == 4 and html.count("0.71</td>") == 1 and html.count("0.4</td>") == 1
+
+
 def test_experts_share_a_cell():
     map_ = heat_map(
         [layer(f"m.layers.3.mlp.experts.up.{e}", e / 10) for e in range(1, 5)], "error", str, logarithmic=True

@@ -93,7 +93,7 @@ def compare_page(results: Sequence[Result], *, links_from: Path | None = None) -
     links = [_link(result, links_from) for result in results]
     dense = next((e["dense"]["value"] for e in chosen if e and e.get("dense")), None)
     texts = sorted({_column(e) for r in results for e in r.perplexities})
-    tasks = sorted({e["task"] for r in results for e in r.tasks})
+    tasks = sorted({_task(e) for r in results for e in r.tasks})
     bases = sorted({result.origin for result in results})
     return (
         _environment()
@@ -105,6 +105,7 @@ def compare_page(results: Sequence[Result], *, links_from: Path | None = None) -
             dense=dense,
             texts=texts,
             tasks=tasks,
+            score_of=lambda result, task: next((e for e in result.tasks if _task(e) == task), None),
             dense_row=_dense_row(results, texts, tasks) if len(bases) == 1 else None,
             bases=bases,
             said=sentences_of(results),
@@ -117,14 +118,19 @@ def _column(entry: Mapping[str, Any]) -> tuple[str, int, str, int]:
     return entry["text"], entry["window"], entry["digest"], entry.get("start_tokens", 0)
 
 
-def _dense_row(results: Sequence[Result], texts: Sequence[tuple], tasks: Sequence[str]) -> dict[str, list] | None:
+def _task(entry: Mapping[str, Any]) -> tuple[str, str, int, str]:
+    """What scores must share to stand in one column: scores of other items say nothing of each other."""
+    return entry["task"], entry["metric"], entry["num_items"], entry["digest"]
+
+
+def _dense_row(results: Sequence[Result], texts: Sequence[tuple], tasks: Sequence[tuple]) -> dict[str, list] | None:
     """The dense model's figures, as any of its results states them; None if none does."""
 
     def stated(entries: Iterable[Mapping[str, Any]]) -> float | None:
         return next((entry["dense"]["value"] for entry in entries if entry.get("dense")), None)
 
     by_text = [stated(e for r in results for e in r.perplexities if _column(e) == text) for text in texts]
-    by_task = [stated(e for r in results for e in r.tasks if e["task"] == task) for task in tasks]
+    by_task = [stated(e for r in results for e in r.tasks if _task(e) == task) for task in tasks]
     return {"texts": by_text, "tasks": by_task} if any(by_text + by_task) else None
 
 
