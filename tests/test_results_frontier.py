@@ -106,6 +106,20 @@ def test_results_become_points_beside_the_dense_model():
     assert points_of([INT8, result("other", 9.0, model="another")]) == ()
 
 
+def test_speeds_of_other_numbers_of_tokens_are_not_compared():
+    said, other = {"tokens": 32, "prompt": 64}, {"tokens": 32, "prompt": 512}
+
+    def rates(*settings: dict) -> list[float | None]:
+        results = [
+            replace(SPARSE, folder=Path(f"r{i}"), benchmark={**SPARSE.benchmark, **s}) for i, s in enumerate(settings)
+        ]
+        return [point.tokens_per_second for point in points_of(results)[1:]]
+
+    assert rates(said, other, said) == [15.0, None, 15.0]
+    assert rates({}, {}, said) == [15.0, 15.0, None]  # older files do not say: alike among themselves alone
+    assert rates({}, said, said) == [None, 15.0, 15.0]
+
+
 def test_a_chain_of_runs_is_held_against_the_model_that_it_began_with(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.tiny_checkpoint(tmp_path / "base")

@@ -96,7 +96,8 @@ def comparable(results: Sequence[Result]) -> tuple[list[Mapping[str, Any] | None
 def points_of(results: Sequence[Result]) -> tuple[Point, ...]:
     """The results of one dense model that were measured on one text, and before them the dense model itself.
 
-    Bytes are those after `topiarist pack`. Speeds count where they were measured on one machine, that of most results.
+    Bytes are those after `topiarist pack`. Speeds count where they were measured as those of
+    most results were: one machine, one number of tokens.
     None at all if the results come from different models, whose sizes say nothing of each other.
     """
     if len({result.origin for result in results}) != 1:
@@ -117,10 +118,14 @@ def points_of(results: Sequence[Result]) -> tuple[Point, ...]:
 
 
 def _rates(results: Sequence[Result]) -> tuple[list[float | None], float | None]:
-    """Tokens a second of every result, and of the dense model: at the smallest batch, on the machine of most results."""
-    machines = Counter(result.benchmark["machine"] for result in results if result.decode_gain())
-    machine = machines.most_common(1)[0][0] if machines else None
-    timed = [r.decode_gain() if r.benchmark.get("machine") == machine else None for r in results]
+    """Tokens a second of every result, and of the dense model: at the smallest batch, measured as most results were.
+
+    That is on one machine, with one number of tokens after one of the prompt; older files do not say how many.
+    """
+    ways = [tuple(result.benchmark.get(key) for key in ("machine", "tokens", "prompt")) for result in results]
+    counts = Counter(way for way, result in zip(ways, results, strict=True) if result.decode_gain())
+    most = counts.most_common(1)[0][0] if counts else None
+    timed = [result.decode_gain() if way == most else None for way, result in zip(ways, results, strict=True)]
     batch = min((speed["batch"] for speed in timed if speed), default=None)
     timed = [speed if speed and speed["batch"] == batch else None for speed in timed]
     dense = [speed["dense"] for speed in timed if speed]
