@@ -10,6 +10,7 @@ import tiny
 import topiarist as tp
 from topiarist.results.frontier import Frontier, Point, points_of, rival_of, sentences_of
 from topiarist.results.pages import Result, compare_page, report_page
+from topiarist.results.result import names_of
 
 POINTS = (
     Point("dense bf16", 10.0, 2_000_000, 10.0, reference=True),
@@ -104,6 +105,21 @@ def test_results_become_points_beside_the_dense_model():
     ]  # fmt: skip
     assert [point.tokens_per_second for point in points] == [10.0, 18.0, 15.0, None]
     assert points_of([INT8, result("other", 9.0, model="another")]) == ()
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path: Path, monkeypatch):
+    (tmp_path / "sparse").mkdir()
+    monkeypatch.chdir(tmp_path / "sparse")
+    here, there = Path("."), Path("../x/sparse")
+    assert names_of([here]) == ["sparse"] and names_of([here, there, Path("../other")])[1:] == ["x/sparse", "other"]
+    assert names_of([here, here]) == ["sparse", "sparse"] and names_of([Path("/a"), Path("/b/a")]) == ["/a", "b/a"]
+    pruned, quantised = replace(SPARSE, folder=here), replace(INT8, folder=there)
+    rival = rival_of(pruned, [pruned, quantised])
+    assert rival is not None and rival.name == "x/sparse"
+    assert rival_of(quantised, [pruned, replace(quantised, folder=there.resolve())]) is None
+    said = sentences_of([pruned, quantised])[0]
+    assert said.startswith(f"{tmp_path.name}/sparse is dominated: x/sparse has")
+    assert ">x/sparse</td>" in compare_page([pruned, quantised])
 
 
 def test_speeds_of_other_numbers_of_tokens_are_not_compared():

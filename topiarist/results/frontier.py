@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from topiarist.results.result import Result
+from topiarist.results.result import Result, labels_of
 
 Axis = Literal["bytes", "tokens_per_second"]
 WORDS = {"bytes": "bytes", "tokens_per_second": "tokens a second"}
@@ -105,11 +105,9 @@ def points_of(results: Sequence[Result]) -> tuple[Point, ...]:
     chosen, _ = comparable(results)
     rates, dense_rate = _rates(results)
     points = []
-    for result, entry, rate in zip(results, chosen, rates, strict=True):
+    for result, label, entry, rate in zip(results, labels_of(results), chosen, rates, strict=True):
         if entry is not None and result.size is not None and math.isfinite(entry["value"]):
-            points.append(
-                Point(result.label, entry["value"], result.size["packed"], rate, reference=result.dense_quantised)
-            )
+            points.append(Point(label, entry["value"], result.size["packed"], rate, reference=result.dense_quantised))
     dense = next((e["dense"]["value"] for e in chosen if e and e.get("dense")), None)
     if dense is not None and points:
         size = max(result.size["dense"] for result in results if result.size)
@@ -141,9 +139,15 @@ def sentences_of(results: Sequence[Result]) -> list[str]:
 
 def rival_of(result: Result, others: Sequence[Result]) -> Point | None:
     """Of the dense models that were only quantised, the one nearest in bytes, if it was measured on the same text."""
-    quantised = [other for other in others if other.dense_quantised and other.label != result.label]
+    quantised = [other for other in others if other.dense_quantised and not _same(other, result)]
     points = points_of([result, *quantised])
-    own = next((point for point in points if point.name == result.label), None)
+    label = labels_of([result, *quantised])[0]
+    own = next((point for point in points if point.name == label), None)
     if own is None:
         return None
     return min(points[points.index(own) + 1 :], key=lambda point: abs(math.log(point.bytes / own.bytes)), default=None)
+
+
+def _same(one: Result, other: Result) -> bool:
+    """Whether two results are one folder."""
+    return one.folder is not None and other.folder is not None and one.folder.resolve() == other.folder.resolve()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,11 +107,6 @@ class Result:
     def recovery(self) -> Mapping[str, Any]:
         """What a recovery did after all else; empty if there was none."""
         return self.report.get(RECOVERY, {})
-
-    @property
-    def label(self) -> str:
-        """What a comparison calls it: its folder, or what was done."""
-        return self.folder.name if self.folder else self.title
 
     @property
     def first(self) -> Mapping[str, Any]:
@@ -217,6 +213,24 @@ class Result:
         """The benchmark's decoding at the smallest batch, where most people run."""
         decode = [speed for speed in self.benchmark.get("speeds", []) if speed["phase"] == "decode"]
         return min(decode, key=lambda speed: speed["batch"]) if decode else None
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Return what to call folders side by side: each one's own name, with as much of its path as tells it from the others."""
+    places = [Path(os.path.abspath(folder)) for folder in folders]  # "." has no name of its own
+    names = []
+    for place in places:
+        others = [other.parts for other in places if other != place]
+        lengths = range(1, len(place.parts))
+        enough = (n for n in lengths if all(parts[-n:] != place.parts[-n:] for parts in others))
+        names.append(Path(*place.parts[-next(enough, len(place.parts)) :]).as_posix())
+    return names
+
+
+def labels_of(results: Sequence[Result]) -> list[str]:
+    """Return what a comparison calls its results: their folders, or what was done."""
+    names = iter(names_of([result.folder for result in results if result.folder is not None]))
+    return [result.title if result.folder is None else next(names) for result in results]
 
 
 def chained(folder: Path | None) -> dict[str, Any]:

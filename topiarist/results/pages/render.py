@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 from topiarist.results.formats import command_text, error_text, percent, short, size_text, start_text
 from topiarist.results.frontier import comparable, rival_of, sentences_of
 from topiarist.results.pages.figures import Panel, by_place, curve, heat_map, panel, place_of, rounds
-from topiarist.results.result import PAGE, Result
+from topiarist.results.result import PAGE, Result, labels_of
 
 MARK = '<meta name="generator" content="topiarist">'
 """In the head of every page."""
@@ -99,7 +99,7 @@ def compare_page(results: Sequence[Result], *, links_from: Path | None = None) -
         _environment()
         .get_template("compare.html")
         .render(
-            results=list(zip(results, quality, links, chosen, strict=True)),
+            results=list(zip(results, labels_of(results), links, strict=True)),
             panels=_panels(results, quality, dense),
             label=label,
             dense=dense,
