@@ -327,6 +327,28 @@ def test_a_packed_folder_has_figures_of_its_own_weights_only(root: Path, tmp_pat
         assert size_text(packed.packed_bytes) in text
 
 
+def test_papers_of_a_packed_folder_say_how_it_is_opened(root: Path, tmp_path: Path):
+    from topiarist.runtime import pack_folder, unpack_folder
+
+    def papers(folder: Path) -> tuple[str, str]:
+        return (folder / "README.md").read_text(), Page((folder / "pruning_report.html").read_text()).text
+
+    source = tmp_path / "source"
+    shutil.copytree(root / "a", source)
+    card = (source / "README.md").read_text()
+    old = card.replace("any loader opens them, and", "any loader opens\nthem, and")  # as cards were wrapped before
+    assert old != card
+    (source / "README.md").write_text(f"{old}\nMine.\n")
+    pack_folder(source, tmp_path / "packed")
+    for text in papers(tmp_path / "packed"):
+        assert "unpack" in text and "from_packed" in text and "topiarist pack" not in text
+        assert "ordinary dense tensors" not in text and "which every loader opens" not in text
+    assert "Mine." in papers(tmp_path / "packed")[0] and "Packed it is" in papers(tmp_path / "packed")[0]
+    unpack_folder(tmp_path / "packed", tmp_path / "again")
+    assert papers(tmp_path / "again")[0] == f"{card}\nMine.\n"
+    assert "topiarist pack" in papers(tmp_path / "again")[1] and "from_packed" not in papers(tmp_path / "again")[1]
+
+
 def test_measurements_can_wait_for_a_report(tmp_path: Path):
     save_evaluation(tmp_path, {"perplexity": []})
     save_benchmark(tmp_path, BENCH)
