@@ -55,6 +55,13 @@ def test_every_card_has_the_same_metadata_and_scores(number: int):
     assert all(line.count("|") - line.count("\\|") in (0, 3, 4, 5, 6) for line in card.text.splitlines())
 
 
+@pytest.mark.parametrize("splits", [[], [{"loss": 1.0}]])
+def test_the_budget_of_a_split_search_is_of_the_whole_model(splits: list):
+    card = model_card(Result({**reports()[2].to_dict(), "splits": splits}, "0"))
+    of = "the model's parameters" if splits else "the parameters of all channels"
+    assert f"| budget | 0.5 of {of} |" in card
+
+
 HOSTILE = "a: b | <script>alert(1)</script> ``` `x` [y](javascript:z)\n# heading"
 
 

@@ -15,7 +15,7 @@ FLOORS = [
     ["pipelines"],
     ["cli", "__main__", "__init__"],
 ]
-MAY_USE = {"evaluation": {"masks"}, "masks": {"masklearn", "results"}}
+MAY_USE = {"evaluation": {"masks"}, "masks": {"masklearn", "results"}, "runtime": {"results"}}
 NEEDS_NO_MODEL = {"solvers", "masklearn"}
 
 

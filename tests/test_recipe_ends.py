@@ -63,6 +63,13 @@ def test_a_later_stage_names_the_model_that_the_recipe_starts_from(folder: Path)
         assert "01-shrink" not in (folder / "out" / name).read_text()
 
 
+@pytest.mark.parametrize("settings", ["{values: int4}", "{head: int8}"])
+def test_figures_of_weights_that_pack_rounds_are_refused_before_any_work(folder: Path, settings: str, command):
+    (folder / "recipe.yaml").write_text(ENDS.replace("- pack", f"- pack: {settings}"))
+    code, _, error = command("run", "recipe.yaml")
+    assert code == 2 and "pack rounds the weights that eval has measured" in error and not (folder / "out").exists()
+
+
 def test_a_command_takes_its_settings_from_a_recipe(folder: Path, command):
     assert command("prune", "model", "one", "--method", "magnitude", "--pattern", "0.6", "--skip", "v_proj")[0] == 0
     assert command("prune", "model", "two", "--recipe", "one/recipe.yaml")[0] == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -211,6 +212,67 @@ def test_learned_results_have_a_page_too():
     assert "Where learning changed the mask" in text and "mean flips" in text
 
 
+def test_the_page_of_learned_masks_states_the_evaluation_that_was_kept():
+    history = [
+        {"step": s, "tokens": s, "hard_loss": h, "loss": 1.0, "flips": 0.0} for s, h in ((0, 4), (50, 2), (100, 3))
+    ]
+    learned = tp.LearnReport(settings={}, pattern="2:4", model="m", history=history)
+    text = Page(report_page(Result(learned.to_dict(), "0"))).text
+    assert "from 54.6 with the one-shot mask to 7.389 with the best, which the files hold." in text
+
+
+@pytest.mark.parametrize(
+    ("losses", "says"),
+    [
+        ((2.0, 1.0, 3.0), "from 2 before to 1 at best, which the files hold"),
+        ((2.0, 2.5, 3.0), "2 before, and never less: nothing was gained"),
+    ],
+)
+def test_the_page_of_a_recovery_claims_no_more_than_was_gained(losses: tuple[float, ...], says: str):
+    recovery = {
+        "tokens": 9, "steps": 2, "teacher": None, "command": [], "warnings": ["a warning of the recovery"],
+        "evaluations": [{"step": step, "loss": loss} for step, loss in enumerate(losses)],
+    }  # fmt: skip
+    text = Page(report_page(result([layer("l.0.up", 0.1)], recovery=recovery, warnings=["one of pruning"]))).text
+    assert says in text and "one of pruning" in text and "a warning of the recovery" in text
+
+
+def test_the_axis_of_blocks_begins_with_the_first_that_was_pruned():
+    page = report_page(result([layer("l.2.up", 0.1), layer("l.3.up", 0.1, 0.9), layer("l.7.up", 0.1)]))
+    assert "<span>block 2</span><span>block 7</span>" in page
+
+
+def test_pages_say_whether_windows_begin_with_a_start_token():
+    entry = {"text": "t", "window": 8, "tokens": 7, "dtype": "float32", "value": 9.0, "dense": None}
+    plain, start = {**entry, "digest": "d"}, {**entry, "digest": "e", "start_tokens": 1}
+    facts = result([layer("l.0.up", 0.1)]).report
+
+    def text_of(*entries: dict) -> str:
+        return Page(report_page(Result(facts, "0", {"perplexity": entries}))).text
+
+    assert "without overlap, no start token." in text_of(plain) and "overlap, start token first." in text_of(start)
+    both = text_of(plain, start)
+    assert "without overlap, start tokens differ." in both and both.count("t start token first") == 1
+    text = Page(compare_page([Result(facts, "0", {"perplexity": [plain, start]})])).text
+    assert "t 8" in text and "t 8, start token first" in text and "windows of 8 tokens, start token first" in text
+
+
+def test_scores_of_other_items_stand_in_other_columns():
+    score = {
+        "task": "piqa", "metric": "acc", "digest": "d", "num_items": 20, "dtype": "float32", "stderr": None, "value": 0.71,
+        "dense": {"value": 0.81, "stderr": None},
+    }  # fmt: skip
+    others = [{"num_items": 900, "digest": "e"}, {"metric": "acc_norm"}, {"digest": "f"}, {}]
+    facts = result([layer("l.0.up", 0.1)]).report
+    results = [
+        Result(facts, "0", {"tasks": [{**score, **other, "value": 0.1 * i}]}) for i, other in enumerate(others, 1)
+    ]
+    html = compare_page([*results, Result(facts, "0", {"tasks": [score]})])
+    assert html.count("items</span></th>") == 4 and "acc, 900 items" in html and "acc_norm, 20 items" in html
+    # a score and dashes in every row; the two of the same items share a column
+    assert html.count("0.81</td>") == 4 and html.count("0.71</td>") == 1 and html.count("0.4</td>") == 1
+
+
 def test_experts_share_a_cell():
     map_ = heat_map(
         [layer(f"m.layers.3.mlp.experts.up.{e}", e / 10) for e in range(1, 5)], "error", str, logarithmic=True
@@ -242,6 +304,49 @@ def test_packed_size_is_what_pack_makes(root: Path, tmp_path: Path):
     size = Result.from_folder(root / "b").size
     assert size is not None
     assert size["matrices_packed"] == packed.sparse_packed_bytes and size["matrices"] == packed.sparse_dense_bytes
+
+
+def test_a_packed_folder_has_figures_of_its_own_weights_only(root: Path, tmp_path: Path):
+    from topiarist.runtime import pack_folder
+
+    entry = {"text": "t", "digest": "d", "window": 8, "tokens": 7, "dtype": "float32", "value": 87.65, "dense": None}
+    source = tmp_path / "source"
+    shutil.copytree(root / "b", source)
+    save_evaluation(source, {"perplexity": [entry]})
+    save_benchmark(source, BENCH)
+    for values, head in ((None, None), ("int4", None), (None, "int8")):
+        out = tmp_path / f"{values}-{head}"
+        packed = pack_folder(source, out, values=values, head=head)
+        shown = Result.from_folder(out)
+        text = Page((out / "pruning_report.html").read_text()).text + (out / "README.md").read_text()
+        kept = values is None and head is None
+        assert bool(shown.perplexities) == bool(shown.benchmark) == ("87.65" in text) == ("1.71" in text) == kept
+        assert shown.size is not None and (shown.size["dense"], shown.size["packed"]) == (
+            packed.dense_bytes, packed.packed_bytes,
+        )  # fmt: skip
+        assert size_text(packed.packed_bytes) in text
+
+
+def test_papers_of_a_packed_folder_say_how_it_is_opened(root: Path, tmp_path: Path):
+    from topiarist.runtime import pack_folder, unpack_folder
+
+    def papers(folder: Path) -> tuple[str, str]:
+        return (folder / "README.md").read_text(), Page((folder / "pruning_report.html").read_text()).text
+
+    source = tmp_path / "source"
+    shutil.copytree(root / "a", source)
+    card = (source / "README.md").read_text()
+    old = card.replace("any loader opens them, and", "any loader opens\nthem, and")  # as cards were wrapped before
+    assert old != card
+    (source / "README.md").write_text(f"{old}\nMine.\n")
+    pack_folder(source, tmp_path / "packed")
+    for text in papers(tmp_path / "packed"):
+        assert "unpack" in text and "from_packed" in text and "topiarist pack" not in text
+        assert "ordinary dense tensors" not in text and "which every loader opens" not in text
+    assert "Mine." in papers(tmp_path / "packed")[0] and "Packed it is" in papers(tmp_path / "packed")[0]
+    unpack_folder(tmp_path / "packed", tmp_path / "again")
+    assert papers(tmp_path / "again")[0] == f"{card}\nMine.\n"
+    assert "topiarist pack" in papers(tmp_path / "again")[1] and "from_packed" not in papers(tmp_path / "again")[1]
 
 
 def test_measurements_can_wait_for_a_report(tmp_path: Path):

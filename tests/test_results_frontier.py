@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+
+import tiny
 
 import topiarist as tp
 from topiarist.results.frontier import Frontier, Point, points_of, rival_of, sentences_of
 from topiarist.results.pages import Result, compare_page, report_page
+from topiarist.results.result import names_of
 
 POINTS = (
     Point("dense bf16", 10.0, 2_000_000, 10.0, reference=True),
@@ -101,6 +105,63 @@ def test_results_become_points_beside_the_dense_model():
     ]  # fmt: skip
     assert [point.tokens_per_second for point in points] == [10.0, 18.0, 15.0, None]
     assert points_of([INT8, result("other", 9.0, model="another")]) == ()
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path: Path, monkeypatch):
+    (tmp_path / "sparse").mkdir()
+    monkeypatch.chdir(tmp_path / "sparse")
+    here, there = Path("."), Path("../x/sparse")
+    assert names_of([here]) == ["sparse"] and names_of([here, there, Path("../other")])[1:] == ["x/sparse", "other"]
+    assert names_of([here, here]) == ["sparse", "sparse"] and names_of([Path("/a"), Path("/b/a")]) == ["/a", "b/a"]
+    pruned, quantised = replace(SPARSE, folder=here), replace(INT8, folder=there)
+    rival = rival_of(pruned, [pruned, quantised])
+    assert rival is not None and rival.name == "x/sparse"
+    assert rival_of(quantised, [pruned, replace(quantised, folder=there.resolve())]) is None
+    said = sentences_of([pruned, quantised])[0]
+    assert said.startswith(f"{tmp_path.name}/sparse is dominated: x/sparse has")
+    assert ">x/sparse</td>" in compare_page([pruned, quantised])
+
+
+def test_speeds_of_other_numbers_of_tokens_are_not_compared():
+    said, other = {"tokens": 32, "prompt": 64}, {"tokens": 32, "prompt": 512}
+
+    def rates(*settings: dict) -> list[float | None]:
+        results = [
+            replace(SPARSE, folder=Path(f"r{i}"), benchmark={**SPARSE.benchmark, **s}) for i, s in enumerate(settings)
+        ]
+        return [point.tokens_per_second for point in points_of(results)[1:]]
+
+    assert rates(said, other, said) == [15.0, None, 15.0]
+    assert rates({}, {}, said) == [15.0, 15.0, None]  # older files do not say: alike among themselves alone
+    assert rates({}, said, said) == [None, 15.0, 15.0]
+
+
+def test_a_chain_of_runs_is_held_against_the_model_that_it_began_with(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.tiny_checkpoint(tmp_path / "base")
+    tp.shrink("base", "small", method="magnitude", keep=0.7, units=["channels"], refit=False)
+    tp.shrink("small", "smaller", method="magnitude", keep=0.7, units=["channels"], refit=False)
+    tp.prune("smaller", "sparse", method="magnitude", pattern="0.5")
+    tp.quantize("sparse", "both", bits=8, group="channel", method="round")
+    dense = tp.ShrinkReport.from_folder("small").weights["before"]
+    assert "first" not in tp.ShrinkReport.from_folder("small").weights
+    for folder in ("small", "smaller", "sparse", "both"):
+        found = Result.from_folder(folder)
+        assert found.size is not None and (found.origin, found.size["dense"]) == ("base", dense), folder
+    sparse = Result.from_folder("sparse")
+    assert sparse.report["weights"]["before"] < dense
+    entry = {**SPARSE.perplexities[0], "dense": {"model": "base", "value": 10.0}}
+    points = points_of([replace(sparse, evaluation={"perplexity": [entry]})])
+    assert (points[0].name, points[0].bytes) == ("the dense model", dense)
+    tp.runtime.pack_folder("sparse", "packed")
+    packed = Result.from_folder("packed").size
+    assert packed is not None and packed["dense"] == dense
+
+
+def test_a_quantised_pruned_model_has_the_base_of_the_model_that_was_pruned():
+    page = compare_page([BOTH, INT8])
+    assert "2 results, 1 base model<" in page and "different base models" not in page
+    assert "different base models: another, dense." in compare_page([INT8, result("other", 9.0, model="org/another")])
 
 
 def test_a_result_names_the_dense_quantised_model_nearest_in_bytes():

@@ -62,7 +62,7 @@ def test_folders_ordinary_and_packed(tmp_path):
     runtime.pack_folder(tmp_path / "plain", tmp_path / "packed")
     for name in ("plain", "packed"):
         report = runtime.bench_folder(tmp_path / name, tokens=1, batches=(1,), prompt=2)
-        assert len(report.acceleration.layers) == 15
+        assert len(report.acceleration.layers) == 15 and (report.tokens, report.prompt) == (1, 2)
 
 
 def test_several_folders_quantised_ones_among_them(tmp_path, command):
@@ -175,7 +175,7 @@ def test_accelerated_logits_and_saved_weights(tmp_path):
 
 def report_of(*speeds: Speed, packed: int = 1) -> BenchReport:
     layer = cpu.Layer("a", (4, 4), "2:4", 0.5, bool(packed), "lost", 100, 60)
-    return BenchReport(speeds, cpu.Acceleration((layer,), "AVX2", 1), 1000, 960 if packed else 1000, "here")
+    return BenchReport(speeds, cpu.Acceleration((layer,), "AVX2", 1), 1000, 960 if packed else 1000, "here", 32, 64)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from topiarist.cli.common import literal, out, progress_bar, say, set_threads
 from topiarist.core import former
+from topiarist.results.formats import start_text
 
 BROKEN, UNSEEN = 1, 2
 BOS = ("auto", "always", "never")
@@ -121,8 +122,7 @@ def evaluate(
 
 
 def _print_perplexities(rows: Sequence[Any], text: Sequence[Path], window: int) -> None:
-    starts = {row.results[0].start_tokens for row in rows}
-    begin = "no start token" if starts == {0} else "start token first" if 0 not in starts else "start tokens differ"
+    begin = start_text(row.results[0].start_tokens for row in rows)
     table = Table(title=f"perplexity, windows of {window} tokens without overlap, {begin}")
     table.add_column("model")
     table.add_column("dtype")

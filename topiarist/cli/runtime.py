@@ -90,11 +90,12 @@ def bench(
     Of several DIRs whose perplexity is saved (`topiarist eval --save`): which are dominated in perplexity and speed.
     """
     from topiarist.evaluation.adapter import has_adapter
+    from topiarist.results.result import names_of
     from topiarist.runtime import bench_folder
 
     set_threads(threads)
     found: list[tuple[Path, dict[str, Any]]] = []
-    for folder in folders:
+    for folder, name in zip(folders, names_of(folders), strict=True):
         report = bench_folder(folder, tokens=tokens, prompt=prompt, batches=batch or (1, 4, 8, 32), device=device)
         plain = asdict(report) | {"verdict": report.verdict}
         found.append((folder, plain))
@@ -103,7 +104,7 @@ def bench(
 
             save_benchmark(folder, plain)
         if not as_json:
-            _print_speeds(report, folder.name if len(folders) > 1 else "")
+            _print_speeds(report, name if len(folders) > 1 else "")
             if has_adapter(folder):
                 out.print("measured without its low-rank companion")
     if as_json:

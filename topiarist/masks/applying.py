@@ -24,6 +24,7 @@ from topiarist.masks.files import MaskFile, masked
 from topiarist.models.folder import FolderModel
 from topiarist.results.papers import write_papers
 from topiarist.results.report import RunReport
+from topiarist.results.result import chained
 
 
 @dataclass(kw_only=True)
@@ -72,7 +73,7 @@ def _apply(
 ) -> None:
     write_masked(output, checkpoint, file)
     patterns = sorted({entry.pattern for entry in file.entries.values()})
-    size = checkpoint.weight_bytes()
+    size, dtype = checkpoint.weight_bytes(), str(checkpoint.dtype()).removeprefix("torch.")
     report = ApplyReport(
         method="masks",
         settings={},
@@ -82,7 +83,7 @@ def _apply(
         base_digest=output.fingerprint["base"],
         masks=file.path.name,
         modules={name.removesuffix(".weight"): {"pattern": entry.pattern} for name, entry in file.entries.items()},
-        weights={"before": size, "after": size, "dtype": str(checkpoint.dtype()).removeprefix("torch.")},
+        weights={"before": size, "after": size, "dtype": dtype, **chained(checkpoint.folder)},
         command=["topiarist", "apply", str(base), str(file.path), "OUT"],
     )
     texts = {RECORD: record("", seen)} if seen else {}

@@ -28,6 +28,24 @@ _OPENS = {
 }
 
 
+_DENSE = "The files are ordinary dense tensors: any loader opens them, and they are neither smaller nor faster by themselves."
+_INTEGERS = (
+    "The matrices are integers of {} bits in compressed-tensors' `pack-quantized`: transformers (with the package "
+    "compressed-tensors) and vLLM open them."
+)
+_PACKED = (
+    "The weights are stored without their zeros, in `packed-*.safetensors`: `topiarist.runtime.from_packed(path)` opens them, "
+    "and `topiarist unpack PACKED OUT` writes the ordinary files that other loaders open."
+)
+_KNOWN = re.compile(
+    "|".join(
+        re.escape(sentence).replace(r"\ ", r"\s+").replace(r"\{\}", r"\d+")
+        for sentence in (*_OPENS.values(), _DENSE, _INTEGERS, _PACKED)
+    )
+)
+"""Any of those sentences, as a card has it: packing and unpacking put another in its place."""
+
+
 def model_card(result: Result) -> str:
     """Return the card as a run writes it."""
     report = result.report
@@ -44,7 +62,7 @@ def model_card(result: Result) -> str:
         .render(
             result=result,
             report=report,
-            opens=_OPENS.get(str(report.get("layout"))),
+            stored=_stored(result),
             measured=measured(result),
             facts=list(_facts(result)),
             command=code_block(command_text(report["command"])) if report["command"] else None,
@@ -53,6 +71,15 @@ def model_card(result: Result) -> str:
         )
     )
     return f"---\n{data.to_yaml()}\n---\n{text}"
+
+
+def _stored(result: Result) -> str:
+    """How the weights are stored, and what opens them."""
+    if result.packed:
+        return _PACKED
+    if result.shrunk:
+        return _OPENS.get(str(result.report.get("layout")), "")
+    return _INTEGERS.format(result.bits) if result.bits else _DENSE
 
 
 def _facts(result: Result) -> Iterator[tuple[str, str]]:
@@ -73,7 +100,9 @@ def _facts(result: Result) -> Iterator[tuple[str, str]]:
         ),
     )
     if result.shrunk:
-        yield "budget", f"{report['keep']:g} of the parameters of all {', '.join(report['units'])}"
+        whole = "the model's parameters"  # a search over splits is given a share of those
+        share_of = whole if report.get("splits") else f"the parameters of all {', '.join(report['units'])}"
+        yield "budget", f"{report['keep']:g} of {share_of}"
         yield "refit", f"{len(report['layers'])} matrices by least squares" if report["layers"] else "no"
         yield "recovery", f"{report['recovered'][-1]['step']:.0f} steps" if report["recovered"] else "no"
     elif report.get("mean_error") is not None:
@@ -99,7 +128,7 @@ def with_measurements(card: str, result: Result) -> str:
     data: Any = parsed.data
     data.eval_results = eval_results(result)
     data.model_name = data.model_name or f"{result.name}, {result.title}"
-    text = parsed.text.lstrip("\n")
+    text = _KNOWN.sub(lambda _: _stored(result), parsed.text.lstrip("\n"), count=1)
     if BEGIN in text and END in text:
         text = re.sub(f"{BEGIN}.*?{END}", lambda _: measured(result), text, count=1, flags=re.DOTALL)
     else:
@@ -155,12 +184,10 @@ def measured(result: Result) -> str:
         )
     if result.benchmark:
         lines += ["", escaped(f"{result.benchmark['verdict']} ({result.benchmark['machine']})")]
-    if (size := result.size) and not result.shrunk:
+    if (size := result.size) and (result.packed or not result.shrunk):
         share = percent(size["packed"] / size["dense"])
-        lines += [
-            "",
-            f"`topiarist pack` makes it {size_text(size['packed'])}, {share} of the dense {size_text(size['dense'])}.",
-        ]
+        what = "Packed it is" if result.packed else "`topiarist pack` makes it"
+        lines += ["", f"{what} {size_text(size['packed'])}, {share} of the dense {size_text(size['dense'])}."]
     return "\n".join([BEGIN, *lines, END])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 _SPECIAL = re.compile(r"([\\`*\[\]|])")
 
@@ -28,6 +28,12 @@ def short(value: float) -> str:
 def error_text(value: float) -> str:
     """A relative error in three digits."""
     return f"{value:.3g}" if math.isfinite(value) else "not a number"
+
+
+def start_text(starts: Iterable[int]) -> str:
+    """How the windows of perplexities begin, from how many start tokens each has."""
+    counts = set(starts)
+    return "no start token" if counts == {0} else "start tokens differ" if 0 in counts else "start token first"
 
 
 def size_text(value: int | float) -> str:

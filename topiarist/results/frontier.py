@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from topiarist.results.result import Result
+from topiarist.results.result import Result, labels_of
 
 Axis = Literal["bytes", "tokens_per_second"]
 WORDS = {"bytes": "bytes", "tokens_per_second": "tokens a second"}
@@ -96,7 +96,8 @@ def comparable(results: Sequence[Result]) -> tuple[list[Mapping[str, Any] | None
 def points_of(results: Sequence[Result]) -> tuple[Point, ...]:
     """The results of one dense model that were measured on one text, and before them the dense model itself.
 
-    Bytes are those after `topiarist pack`. Speeds count where they were measured on one machine, that of most results.
+    Bytes are those after `topiarist pack`. Speeds count where they were measured as those of
+    most results were: one machine, one number of tokens.
     None at all if the results come from different models, whose sizes say nothing of each other.
     """
     if len({result.origin for result in results}) != 1:
@@ -104,11 +105,9 @@ def points_of(results: Sequence[Result]) -> tuple[Point, ...]:
     chosen, _ = comparable(results)
     rates, dense_rate = _rates(results)
     points = []
-    for result, entry, rate in zip(results, chosen, rates, strict=True):
+    for result, label, entry, rate in zip(results, labels_of(results), chosen, rates, strict=True):
         if entry is not None and result.size is not None and math.isfinite(entry["value"]):
-            points.append(
-                Point(result.label, entry["value"], result.size["packed"], rate, reference=result.dense_quantised)
-            )
+            points.append(Point(label, entry["value"], result.size["packed"], rate, reference=result.dense_quantised))
     dense = next((e["dense"]["value"] for e in chosen if e and e.get("dense")), None)
     if dense is not None and points:
         size = max(result.size["dense"] for result in results if result.size)
@@ -117,10 +116,14 @@ def points_of(results: Sequence[Result]) -> tuple[Point, ...]:
 
 
 def _rates(results: Sequence[Result]) -> tuple[list[float | None], float | None]:
-    """Tokens a second of every result, and of the dense model: at the smallest batch, on the machine of most results."""
-    machines = Counter(result.benchmark["machine"] for result in results if result.decode_gain())
-    machine = machines.most_common(1)[0][0] if machines else None
-    timed = [r.decode_gain() if r.benchmark.get("machine") == machine else None for r in results]
+    """Tokens a second of every result, and of the dense model: at the smallest batch, measured as most results were.
+
+    That is on one machine, with one number of tokens after one of the prompt; older files do not say how many.
+    """
+    ways = [tuple(result.benchmark.get(key) for key in ("machine", "tokens", "prompt")) for result in results]
+    counts = Counter(way for way, result in zip(ways, results, strict=True) if result.decode_gain())
+    most = counts.most_common(1)[0][0] if counts else None
+    timed = [result.decode_gain() if way == most else None for way, result in zip(ways, results, strict=True)]
     batch = min((speed["batch"] for speed in timed if speed), default=None)
     timed = [speed if speed and speed["batch"] == batch else None for speed in timed]
     dense = [speed["dense"] for speed in timed if speed]
@@ -136,9 +139,15 @@ def sentences_of(results: Sequence[Result]) -> list[str]:
 
 def rival_of(result: Result, others: Sequence[Result]) -> Point | None:
     """Of the dense models that were only quantised, the one nearest in bytes, if it was measured on the same text."""
-    quantised = [other for other in others if other.dense_quantised and other.label != result.label]
+    quantised = [other for other in others if other.dense_quantised and not _same(other, result)]
     points = points_of([result, *quantised])
-    own = next((point for point in points if point.name == result.label), None)
+    label = labels_of([result, *quantised])[0]
+    own = next((point for point in points if point.name == label), None)
     if own is None:
         return None
     return min(points[points.index(own) + 1 :], key=lambda point: abs(math.log(point.bytes / own.bytes)), default=None)
+
+
+def _same(one: Result, other: Result) -> bool:
+    """Whether two results are one folder."""
+    return one.folder is not None and other.folder is not None and one.folder.resolve() == other.folder.resolve()

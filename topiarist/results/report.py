@@ -58,7 +58,8 @@ class RunReport:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     """The text: num_windows, window_tokens, seed, digest of the tokens; empty for a run without text."""
     weights: Mapping[str, Any] = field(default_factory=dict)
-    """Bytes of all weights `before` and `after`, and the `dtype` of most."""
+    """Bytes of all weights `before` and `after`, and the `dtype` of most; of a run on a result, the `first` model of the chain
+    (`model`, `bytes`)."""
     dense: list[dict[str, Any]] = field(default_factory=list)
     """What was left as it was, and why: what (a name without numbers), matrices, weights, why."""
     warnings: list[str] = field(default_factory=list)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from topiarist.checkpoints.reading import read_json
+from topiarist.checkpoints.reading import PACKED, read_json
 from topiarist.checkpoints.writing import REPORT
 from topiarist.core.errors import CheckpointError
 from topiarist.results.first_version import renewed
@@ -42,6 +43,8 @@ class Result:
     run: Mapping[str, Any] = field(default_factory=dict)
     """Seconds and memory. A run leaves them out of the page that it writes, so that the same run gives the same page."""
     folder: Path | None = None
+    packed: Mapping[str, Any] = field(default_factory=dict)
+    """`packed.json` of a packed folder, with the sizes of what it holds; empty for any other."""
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Result:
@@ -66,6 +69,7 @@ class Result:
             json_if_any(folder / BENCHMARK),
             json_if_any(folder / RUN),
             folder,
+            json_if_any(folder / PACKED),
         )
 
     @property
@@ -105,15 +109,19 @@ class Result:
         return self.report.get(RECOVERY, {})
 
     @property
-    def label(self) -> str:
-        """What a comparison calls it: its folder, or what was done."""
-        return self.folder.name if self.folder else self.title
+    def first(self) -> Mapping[str, Any]:
+        """The dense model that a chain of runs began with: `model`, its name, and `bytes` of its weights, None if unknown.
+
+        A report written before these were carried through says what its own run was given.
+        """
+        weights, pruned = self.report["weights"], self.report.get("pruned") or {}
+        named = pruned.get("base_model") or self.report["model"]
+        return weights.get("first") or {"model": named, "bytes": weights.get("before")}
 
     @property
     def origin(self) -> str:
-        """The dense model's name; of a quantised model that was pruned before, that of the model that was pruned."""
-        pruned = self.report.get("pruned") or {}
-        return str(pruned.get("base_model") or self.report["model"]).rstrip("/").rsplit("/", 1)[-1]
+        """The name, without its path, of the dense model that a chain of runs began with."""
+        return str(self.first["model"]).rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def bits(self) -> int | None:
@@ -160,14 +168,21 @@ class Result:
     def size(self) -> dict[str, int] | None:
         """Bytes of the dense model, and after `topiarist pack`; None if the report does not say what it was stored in.
 
-        Packed: one bit a weight, two thirds of one at 2:4, and the weights that are not zero, with their scales if they are
-        integers; a matrix that would grow stays as it is.
+        Of a packed folder what it holds; else what packing will give: one bit a weight, two thirds of one at 2:4, and the
+        weights that are not zero, with their scales if they are integers; a matrix that would grow stays as it is.
         """
         weights = self.report["weights"]
+        if self.packed:
+            return {
+                "dense": int(self.first["bytes"] if self.shrunk or "first" in weights else self.packed["dense_bytes"]),
+                "packed": int(self.packed["packed_bytes"]),
+                "matrices": int(self.packed["sparse_dense_bytes"]),
+                "matrices_packed": int(self.packed["sparse_packed_bytes"]),
+            }
         if not weights:
             return None
         if self.shrunk:  # nothing is left to pack
-            return {"dense": int(weights["before"]), "packed": int(weights["after"])}
+            return {"dense": int(self.first["bytes"]), "packed": int(weights["after"])}
         item = ITEM_BYTES.get(weights["dtype"], 0)
         if not item:
             return None
@@ -188,7 +203,7 @@ class Result:
             packed += math.ceil(min(forms)) + scales
         after = int(weights["after"])
         return {
-            "dense": int(weights["before"]),
+            "dense": int(self.first["bytes"]),
             "packed": after - stored + packed,
             "matrices": dense,
             "matrices_packed": packed,
@@ -198,6 +213,37 @@ class Result:
         """The benchmark's decoding at the smallest batch, where most people run."""
         decode = [speed for speed in self.benchmark.get("speeds", []) if speed["phase"] == "decode"]
         return min(decode, key=lambda speed: speed["batch"]) if decode else None
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Return what to call folders side by side: each one's own name, with as much of its path as tells it from the others."""
+    places = [Path(os.path.abspath(folder)) for folder in folders]  # "." has no name of its own
+    names = []
+    for place in places:
+        others = [other.parts for other in places if other != place]
+        lengths = range(1, len(place.parts))
+        enough = (n for n in lengths if all(parts[-n:] != place.parts[-n:] for parts in others))
+        names.append(Path(*place.parts[-next(enough, len(place.parts)) :]).as_posix())
+    return names
+
+
+def labels_of(results: Sequence[Result]) -> list[str]:
+    """Return what a comparison calls its results: their folders, or what was done."""
+    names = iter(names_of([result.folder for result in results if result.folder is not None]))
+    return [result.title if result.folder is None else next(names) for result in results]
+
+
+def chained(folder: Path | None) -> dict[str, Any]:
+    """Return what the report of a run says of the start of its chain, `first`, among its weights.
+
+    folder: of the model that the run is given. Empty if that is no result: the chain starts with it.
+    Raises CheckpointError if its report is damaged.
+    """
+    if folder is None or not (folder / REPORT).is_file():
+        return {}
+    with as_written(folder):
+        first = Result(renewed(read_json(folder / REPORT)), "").first
+        return {} if first["bytes"] is None else {"first": dict(first)}
 
 
 def json_if_any(path: Path) -> dict[str, Any]:

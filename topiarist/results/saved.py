@@ -21,15 +21,20 @@ def refresh(folder: str | Path, others: Sequence[Result] = ()) -> Path:
     others: results beside it, of which the page names the nearest dense model that was only quantised.
     Returns the page's path. Raises CheckpointError if the folder is no result.
     """
-    folder, result = Path(folder), Result.from_folder(folder)
-    card = folder / CARD
-    with as_written(folder):
-        page = report_page(result, others)
-        text = with_measurements(card.read_text(encoding="utf-8"), result) if card.is_file() else None
-    write_atomically(folder / PAGE, page)
-    if text is not None:
-        write_atomically(card, text)
+    folder = Path(folder)
+    for name, text in renewed_papers(folder, others).items():
+        write_atomically(folder / name, text)
     return folder / PAGE
+
+
+def renewed_papers(folder: Path, others: Sequence[Result] = ()) -> dict[str, str]:
+    """Return what `refresh` writes, by file. Raises CheckpointError as it does."""
+    result, card = Result.from_folder(folder), folder / CARD
+    with as_written(folder):
+        papers = {PAGE: report_page(result, others)}
+        if card.is_file():
+            papers[CARD] = with_measurements(card.read_text(encoding="utf-8"), result)
+    return papers
 
 
 def save_evaluation(folder: str | Path, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:

@@ -51,13 +51,18 @@ class Speed:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """Speeds, what each layer ran as, and the weights' bytes in memory (all parameters, not only linears)."""
+    """Speeds, what each layer ran as, and the weights' bytes in memory (all parameters, not only linears).
+
+    tokens, prompt: how many were decoded, after how many; speeds of other numbers say nothing of each other.
+    """
 
     speeds: tuple[Speed, ...]
     acceleration: Acceleration
     dense_bytes: int
     sparse_bytes: int
     machine: str
+    tokens: int
+    prompt: int
 
     @property
     def verdict(self) -> str:
@@ -140,7 +145,9 @@ def bench_model(
     finally:
         _exchange(model, original)
     sparse_bytes = dense_bytes - acceleration.bytes_before + acceleration.bytes_after
-    return BenchReport(tuple(speeds), acceleration, dense_bytes, sparse_bytes, machine(model.device.type))
+    return BenchReport(
+        tuple(speeds), acceleration, dense_bytes, sparse_bytes, machine(model.device.type), tokens=tokens, prompt=prompt
+    )
 
 
 def machine(device: str = "cpu") -> str:

@@ -27,10 +27,13 @@ from torch import Tensor
 from topiarist.checkpoints.dequantised import QUANTIZATION, DequantisedCheckpoint
 from topiarist.checkpoints.reading import Checkpoint, opened
 from topiarist.checkpoints.side_files import OWN, check_inside, copy_side_files
-from topiarist.checkpoints.writing import ADAPTER, MASKS
+from topiarist.checkpoints.writing import ADAPTER, MASKS, REPORT
 from topiarist.core.errors import CheckpointError, TopiaristError, UnsupportedModel
 from topiarist.models.checks import check_finite_tensor, check_floating
 from topiarist.quantization.grid import Grid, QuantizedWeight, round_to_nearest
+from topiarist.results.pages import refresh
+from topiarist.results.result import BENCHMARK, EVALUATION
+from topiarist.results.saved import renewed_papers
 from topiarist.runtime.entries import Content, read_entry, restore, store
 from topiarist.runtime.manifest import KEY, MANIFEST, VERSIONS, new_folder, read_manifest
 from topiarist.runtime.skeleton import Roles, roles
@@ -75,11 +78,15 @@ def pack_folder(
     values: rounds the linears of a floating-point folder to the nearest such integers, with a scale for every `group` columns
     (fewer, or a row, where these do not divide it); 4 bits are better calibrated, by `topiarist quantize`, than rounded.
     head: rounds the head and the embeddings to int8 with a scale a row.
-    Raises CheckpointError if `src` is no readable checkpoint or is packed already, or if `out` exists, DamagedWeights for NaN
-    or Inf, TopiaristError for a group without values.
+    What was measured of `src` goes with the weights if they stay what they are, and is left out if they are rounded.
+    Raises CheckpointError if `src` is no readable checkpoint or is packed already, if its report is damaged, or if `out`
+    exists, DamagedWeights for NaN or Inf, TopiaristError for a group without values.
     """
     check_group(values, group)
     src = Path(src)
+    is_result = (src / REPORT).is_file()
+    if is_result:
+        renewed_papers(src)  # what cannot be read is refused before any work
     if (src / MANIFEST).exists():
         raise CheckpointError(f"{src} is packed already; unpack it first")
     checkpoint = Checkpoint(src)
@@ -97,7 +104,7 @@ def pack_folder(
             sizes.append((kind, checkpoint.nbytes(name), sum(part.nbytes for part in stored.values())))
             shards.add(name, stored, asdict(entry))
         shards.flush()
-        copy_other_files(src, partial)
+        copy_other_files(src, partial, measured=not rounds(values, head))
         if isinstance(checkpoint, DequantisedCheckpoint):
             (partial / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n")
         sparse = [size for size in sizes if size[0] != "dense"]
@@ -111,7 +118,14 @@ def pack_folder(
         )
         manifest = {"format": KEY, "version": VERSIONS[-1], "shards": shards.names, **asdict(report)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        if is_result:
+            refresh(partial)
     return report
+
+
+def rounds(values: str | None, head: str | None) -> bool:
+    """Whether such a packed model computes something else than the folder that it is made of."""
+    return values is not None or head is not None
 
 
 def check_group(values: str | None, group: int) -> None:
@@ -158,6 +172,8 @@ def unpack_folder(src: Path | str, out: Path | str, *, shard_bytes: int = SHARD_
     with new_folder(out) as partial:
         write_dense(read_packed(src), partial, shard_bytes=shard_bytes)
         copy_other_files(src, partial)
+        if (partial / REPORT).is_file():
+            refresh(partial)
 
 
 def from_packed(folder: Path | str, **kwargs: Any) -> Any:
@@ -209,16 +225,17 @@ def write_dense(tensors: Iterator[tuple[str, Tensor]], folder: Path, *, shard_by
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def copy_other_files(src: Path, out: Path) -> None:
+def copy_other_files(src: Path, out: Path, *, measured: bool = True) -> None:
     """Copy config, tokenizer, masks, companion, reports and the like: everything that a model folder has beside its weights.
 
+    measured: whether what was measured of `src` holds for `out`.
     Raises CheckpointError for a symbolic link that leads out of the folder.
     """
     copy_side_files(src, out)
     (out / MANIFEST).unlink(missing_ok=True)
     own = [path for path in src.iterdir() if path.name in (*OWN, MASKS) or path.name.startswith("pruning_")]
     for path in sorted([*own, *(src / ADAPTER).glob("*")]):
-        if path.is_file():
+        if path.is_file() and (measured or path.name not in (EVALUATION, BENCHMARK)):
             check_inside(path, src)
             (out / path.relative_to(src)).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, out / path.relative_to(src))

@@ -16,6 +16,7 @@ from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.common.reproduce import RECIPE, as_yaml
 from topiarist.results.papers import write_papers
 from topiarist.results.report import RunReport
+from topiarist.results.result import chained
 
 
 @runtime_checkable
@@ -69,6 +70,10 @@ def base_model(source: OpenedModel, out: Path) -> str:
 
 
 def weights_of(before: OpenedModel, after: nn.Module | None = None) -> dict[str, Any]:
-    """Bytes of all weights before and after, and their dtype, for the report. after: None if they stay as many."""
+    """Bytes of all weights before and after, their dtype, and the start of the chain, for the report.
+
+    after: None if they stay as many.
+    """
     left = before.nbytes if after is None else sum(p.nbytes for p in after.parameters())
-    return {"before": before.nbytes, "after": left, "dtype": str(before.dtype).removeprefix("torch.")}
+    dtype = str(before.dtype).removeprefix("torch.")
+    return {"before": before.nbytes, "after": left, "dtype": dtype, **chained(before.folder)}

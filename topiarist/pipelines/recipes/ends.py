@@ -20,7 +20,7 @@ from topiarist.pipelines.common.options import Progress, RunOptions
 from topiarist.results.pages import save_evaluation
 from topiarist.runtime import pack_folder
 from topiarist.runtime.manifest import MANIFEST
-from topiarist.runtime.packed import GROUP, check_group
+from topiarist.runtime.packed import GROUP, check_group, rounds
 
 
 def _several(given: Any) -> Any:
@@ -44,6 +44,11 @@ class PackOptions:
 
     def __post_init__(self) -> None:
         check_group(self.values, self.group)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the weights are others afterwards."""
+        return rounds(self.values, self.head)
 
 
 @options

@@ -102,6 +102,15 @@ class Recipe:
                 raise OptionError(
                     f"{self.source} line {step.line}: {step.name} ends a recipe: put it after all stages that change the model"
                 )
+            if (
+                step.name == "pack"
+                and step.options.rounds
+                and "eval" in (earlier.name for earlier in self.steps[:number])
+            ):
+                raise OptionError(
+                    f"{self.source} line {step.line}: pack rounds the weights that eval has measured: leave values and head "
+                    "out, or leave eval out and measure what `topiarist unpack` makes of OUT"
+                )
         if not changing or self.steps[-1].stage.to_file:
             raise OptionError(f"{self.source} line {self.steps[-1].line}: the last stage must write a model")
 

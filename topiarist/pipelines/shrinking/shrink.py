@@ -29,6 +29,7 @@ from topiarist.pipelines.shrinking.options import Search, ShrinkOptions
 from topiarist.pipelines.shrinking.report import ShrinkReport
 from topiarist.pipelines.shrinking.run import ShrinkRun, frozen, parameter_counts
 from topiarist.pipelines.shrinking.search import SplitSearch
+from topiarist.results.result import chained
 from topiarist.structured import METHODS, PruneSpec
 from topiarist.structured.derived import tried
 from topiarist.structured.trial import split
@@ -87,7 +88,7 @@ def shrink(
         model=name, base_digest=opened.digest(), calibration=calibration, command=words, not_in_command=unsaid,
         recipe=recipe("shrink", opened.said, resolved, always=SAID),
     )  # fmt: skip
-    output, source, digest = None, None, report.base_digest
+    output, source, digest, chain = None, None, report.base_digest, chained(opened.folder)
     if out is not None:
         asked = {field: entry for field, entry in plain(resolved).items() if field != "data"}
         fingerprint = {
@@ -148,7 +149,7 @@ def shrink(
         report.blocks, report.warnings = spec.by_block(), notes
         report.tensor_parallel = _tensor_parallel(report.blocks)
         dtype = str(opened.dtype).removeprefix("torch.")
-        report.weights = {"before": dense_bytes, "after": _nbytes(small), "dtype": dtype}
+        report.weights = {"before": dense_bytes, "after": _nbytes(small), "dtype": dtype, **chain}
         report.output, report.result = None if out is None else str(out), small if in_place else None
         report.run = meter.run(where)
         if output is not None:

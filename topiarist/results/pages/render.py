@@ -14,10 +14,10 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from topiarist.results.formats import command_text, error_text, percent, short, size_text
+from topiarist.results.formats import command_text, error_text, percent, short, size_text, start_text
 from topiarist.results.frontier import comparable, rival_of, sentences_of
 from topiarist.results.pages.figures import Panel, by_place, curve, heat_map, panel, place_of, rounds
-from topiarist.results.result import PAGE, Result
+from topiarist.results.result import PAGE, Result, labels_of
 
 MARK = '<meta name="generator" content="topiarist">'
 """In the head of every page."""
@@ -33,6 +33,7 @@ def report_page(result: Result, others: Sequence[Result] = ()) -> str:
     ranked = sorted((x for x in layers if score in x), key=lambda x: -_number(x[score]))
     evaluations = result.report.get("history", [])
     history = [(float(e["step"]), math.exp(min(e["hard_loss"], 700.0))) for e in evaluations]
+    recovery = [(float(e["step"]), float(e["loss"])) for e in result.recovery.get("evaluations", [])]
     return (
         _environment()
         .get_template("report.html")
@@ -40,6 +41,7 @@ def report_page(result: Result, others: Sequence[Result] = ()) -> str:
             result=result,
             report=result.report,
             rival=rival_of(result, others),
+            starts=start_text(e.get("start_tokens", 0) for e in result.perplexities),
             errors=heat_map(layers, "error", error_text, logarithmic=True),
             flips=heat_map(layers, "flips", percent, logarithmic=True),
             density=heat_map(layers, "sparsity", percent, logarithmic=False)
@@ -56,13 +58,21 @@ def report_page(result: Result, others: Sequence[Result] = ()) -> str:
             joined=rounds(result.report.get("joint", [])),
             kept_steps=Counter(block["best"] for block in result.report.get("joint", [])).most_common(),
             learning=curve(history),
-            learned=[perplexity for _, perplexity in history[:1] + history[-1:]],
-            recovering=curve([(float(e["step"]), e["loss"]) for e in result.recovery.get("evaluations", [])]),
+            learned=_first_and_best(history),
+            recovering=curve(recovery),
+            recovered=_first_and_best(recovery),
+            warnings=[*result.report["warnings"], *result.recovery.get("warnings", [])],
             command=command_text(result.report["command"]),
             settings={k: v for k, v in result.report["settings"].items() if not isinstance(v, dict | list)},
             linears=Counter(layer["reason"] for layer in _bench_layers(result)).most_common(),
         )
     )
+
+
+def _first_and_best(history: Sequence[tuple[float, float]]) -> list[float]:
+    """Of (step, loss): what a training began with, and the least, whose state the files hold; less if there was no more."""
+    known = [value for _, value in history if math.isfinite(value)]
+    return [known[0], min(known)] if known else []
 
 
 def _kept_shares(result: Result) -> list[dict[str, Any]]:
@@ -82,19 +92,20 @@ def compare_page(results: Sequence[Result], *, links_from: Path | None = None) -
         quality, label = [_mean_error(result) for result in results], "mean reconstruction error"
     links = [_link(result, links_from) for result in results]
     dense = next((e["dense"]["value"] for e in chosen if e and e.get("dense")), None)
-    texts = sorted({(e["text"], e["window"], e["digest"]) for r in results for e in r.perplexities})
-    tasks = sorted({e["task"] for r in results for e in r.tasks})
-    bases = sorted({result.report["model"] for result in results})
+    texts = sorted({_column(e) for r in results for e in r.perplexities})
+    tasks = sorted({_task(e) for r in results for e in r.tasks})
+    bases = sorted({result.origin for result in results})
     return (
         _environment()
         .get_template("compare.html")
         .render(
-            results=list(zip(results, quality, links, chosen, strict=True)),
+            results=list(zip(results, labels_of(results), links, strict=True)),
             panels=_panels(results, quality, dense),
             label=label,
             dense=dense,
             texts=texts,
             tasks=tasks,
+            score_of=lambda result, task: next((e for e in result.tasks if _task(e) == task), None),
             dense_row=_dense_row(results, texts, tasks) if len(bases) == 1 else None,
             bases=bases,
             said=sentences_of(results),
@@ -102,17 +113,24 @@ def compare_page(results: Sequence[Result], *, links_from: Path | None = None) -
     )
 
 
-def _dense_row(results: Sequence[Result], texts: Sequence[tuple], tasks: Sequence[str]) -> dict[str, list] | None:
+def _column(entry: Mapping[str, Any]) -> tuple[str, int, str, int]:
+    """What perplexities must share to stand in one column. An entry from before there were start tokens has none."""
+    return entry["text"], entry["window"], entry["digest"], entry.get("start_tokens", 0)
+
+
+def _task(entry: Mapping[str, Any]) -> tuple[str, str, int, str]:
+    """What scores must share to stand in one column: scores of other items say nothing of each other."""
+    return entry["task"], entry["metric"], entry["num_items"], entry["digest"]
+
+
+def _dense_row(results: Sequence[Result], texts: Sequence[tuple], tasks: Sequence[tuple]) -> dict[str, list] | None:
     """The dense model's figures, as any of its results states them; None if none does."""
 
     def stated(entries: Iterable[Mapping[str, Any]]) -> float | None:
         return next((entry["dense"]["value"] for entry in entries if entry.get("dense")), None)
 
-    by_text = [
-        stated(e for r in results for e in r.perplexities if (e["text"], e["window"], e["digest"]) == text)
-        for text in texts
-    ]
-    by_task = [stated(e for r in results for e in r.tasks if e["task"] == task) for task in tasks]
+    by_text = [stated(e for r in results for e in r.perplexities if _column(e) == text) for text in texts]
+    by_task = [stated(e for r in results for e in r.tasks if _task(e) == task) for task in tasks]
     return {"texts": by_text, "tasks": by_task} if any(by_text + by_task) else None
 
 
