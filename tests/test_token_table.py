@@ -106,6 +106,22 @@ def test_a_refusal_leaves_nothing(texts: Any, tmp_path: Path):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_folder_with_files_of_others_is_refused_and_left_as_it_is(texts: Any, tmp_path: Path):
+    folder = tmp_path / "out.tokens"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    with (
+        pytest.raises(tp.CheckpointError, match=r"out\.tokens .* holds mine.txt, .* choose another output"),
+        tokenised(texts, tiny.tiny_tokenizer(), tmp_path / "out", window=32, processes=ALONE),
+    ):
+        pass
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    (folder / "mine.txt").unlink()
+    with tokenised(texts, tiny.tiny_tokenizer(), tmp_path / "out", window=32, processes=ALONE):
+        (folder / "late.txt").write_text("mine")
+    assert [path.name for path in folder.iterdir()] == ["late.txt"]
+
+
 def test_passages_of_long_text_are_a_sample(texts: Any, tmp_path: Path, monkeypatch):
     tokenizer = tiny.tiny_tokenizer()
     expected = evaluation_windows(texts, tokenizer, window=32, usual=("train",)).passages
