@@ -92,6 +92,29 @@ def test_other_text_or_another_tokenizer_begins_anew(texts: Any, tmp_path: Path)
         assert found.digest == expected.digest
 
 
+def test_a_file_of_a_folder_written_anew_or_another_chat_template_begins_anew(tmp_path: Path):
+    def of(text: str, tokenizer: Any) -> str:
+        """The digest of the tokens, of a folder whose own time stays, by a run that is then killed."""
+        (folder / "train.jsonl").write_text(text)
+        with pytest.raises(KeyboardInterrupt), tokenised(source, tokenizer, out, window=32, processes=ALONE) as found:
+            digests.append(found.digest)
+            raise KeyboardInterrupt
+        expected = evaluation_windows(source, tokenizer, window=32, usual=("train",))
+        assert digests[-1] == expected.digest
+        return expected.digest
+
+    folder, out, digests = tmp_path / "data", tmp_path / "out", []
+    folder.mkdir()
+    source, tokenizer = text_files(folder), tiny.tiny_tokenizer()
+    old = of(json.dumps({"text": "old words " * 40}), tokenizer)
+    assert of(json.dumps({"text": "new words of another length " * 40}), tokenizer) != old
+    turns = json.dumps({"text": [{"role": "user", "content": "some words " * 40}]})
+    tokenizer.chat_template = "{% for m in messages %}Q {{ m.content }}{% endfor %}"
+    asked = of(turns, tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}A {{ m.content }}{% endfor %}"
+    assert of(turns, tokenizer) != asked
+
+
 def test_a_refusal_leaves_nothing(texts: Any, tmp_path: Path):
     base = tiny.tiny_checkpoint(tmp_path / "base")
     before = sorted(tmp_path.iterdir())

@@ -235,17 +235,20 @@ class _Work:
 
 
 def _identity(source: TextFiles) -> dict[str, Any]:
-    """What a resume compares: the files, their sizes and times, the field and split."""
+    """What a resume compares: the files, those of folders too, their sizes and times, the field and split."""
     about = {key: value for key, value in asdict(source).items() if key != "paths"}
-    stats = [(str(p), *((s.st_size, s.st_mtime_ns) if (s := _stat(p)) else ())) for p in source.paths]
+    stats = []
+    for path in source.paths:
+        # A folder's own time does not change with what is written into its files.
+        for file in (path, *sorted(path.rglob("*"))) if path.is_dir() else (path,):
+            known = file.stat() if file.is_file() else None
+            stats.append((str(file), *((known.st_size, known.st_mtime_ns) if known else ())))
     return json.loads(json.dumps({**about, "paths": stats}))
 
 
-def _stat(path: Path) -> os.stat_result | None:
-    return path.stat() if path.exists() else None
-
-
 def _tokenizer_digest(tokenizer: Any) -> str:
+    """Of all that makes tokens of text, and text of chat messages."""
     spoken = getattr(tokenizer, "backend_tokenizer", None)
     text = spoken.to_str() if spoken is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    template = json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)
+    return hashlib.sha256(f"{text}{template}".encode()).hexdigest()
