@@ -1,8 +1,8 @@
 """Training text of any length as token sequences in a file: tokenised once, by one process, read by rows.
 
-FOLDER/tokens.bin holds ids of two bytes, or four for vocabularies above 65,536, one after the other; FOLDER/state.json
-says how much of it is whole, of what text and by which tokenizer, sealed with the digests of both files. A killed run goes
-on behind the last whole part, and begins anew if a file is not what it wrote.
+FOLDER/tokens.bin holds ids of two bytes, or four where the vocabulary has ids above 65,535, one after the other;
+FOLDER/state.json says how much of it is whole, of what text and by which tokenizer, sealed with the digests of both files.
+A killed run goes on behind the last whole part, and begins anew if a file is not what it wrote.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ class _Work:
     def __init__(self, source: TextFiles, tokenizer: Any, folder: Path, window: int, progress: Progress) -> None:
         self.source, self.tokenizer, self.folder, self.window = source, tokenizer, folder, window
         self.progress = progress
-        self.item = 2 if len(tokenizer) <= 1 << 16 else 4
+        # A vocabulary with holes has ids above its length.
+        self.item = 2 if max(tokenizer.get_vocab().values()) < 1 << 16 else 4
         self.lock = FolderLock(folder)
         self.parts: Iterator[None] | None = None
         self.tokens = 0
