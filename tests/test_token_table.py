@@ -182,6 +182,21 @@ def test_every_sequence_begins_with_the_start_token_if_asked(texts: Any, tmp_pat
     assert len(digests) == 2
 
 
+def test_a_window_of_start_tokens_alone_is_refused(texts: Any, tmp_path: Path):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny.tiny_tokenizer()
+    begin: Any = TemplateProcessing(single="<s> </s> $A", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    given: Any = {"tokenizer": tokenizer, "bos": "auto", "num_windows": 4, "seed": 0, "out": tmp_path / "out"}
+    with (
+        pytest.raises(tp.CalibrationError, match="a window of 2 tokens has no room for text beside 2 start tokens"),
+        training_text(open_model(tiny.tiny_model()), texts, window_tokens=2, **given),
+    ):
+        pass
+    assert not (tmp_path / "out.tokens").exists()
+
+
 def test_a_refused_rerun_of_a_finished_result_leaves_nothing(texts: Any, tmp_path: Path):
     base = tiny.tiny_checkpoint(tmp_path / "base")
     settings = {"loss": "lm", "data": texts, "window_tokens": 16, "sequences": 1, "held_out": 1}
