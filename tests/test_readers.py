@@ -230,7 +230,7 @@ def test_a_dataset_without_the_usual_splits(tmp_path: Path):
         list(read_documents(tp.text_files(tmp_path / "empty")))
 
 
-def test_hub_datasets_are_streamed(monkeypatch):
+def test_hub_datasets_are_streamed(tmp_path: Path, monkeypatch):
     import datasets
     from test_data import words
 
@@ -254,6 +254,10 @@ def test_hub_datasets_are_streamed(monkeypatch):
     assert sum(any(tokenizer.decode(row) in text for text in texts) for row in first.tokens) > 15
     with pytest.raises(tp.CalibrationError, match="holds too few windows of 2048 tokens"):
         calibration_windows(source, tokenizer, num_samples=40, window=2048)
+    (tmp_path / "a.txt").write_text(words(200))
+    for mixed in ([tmp_path / "a.txt", "hub:a/b"], ["hub:a/b", tmp_path / "a.txt"]):
+        with pytest.raises(tp.CalibrationError, match=r"hub:a/b .*a\.txt .*: name datasets of the hub alone"):
+            calibration_windows(tp.text_files(mixed), tokenizer, num_samples=4, window=16)
 
 
 def test_a_hub_dataset_that_cannot_be_had_is_one_line(monkeypatch):
