@@ -17,6 +17,7 @@ import tiny
 
 import topiarist as tp
 from topiarist.data import calibration_windows, read_documents
+from topiarist.data.readers import TextReader
 from topiarist.data.text import readers
 
 TEXTS = ["first\ndocument", 'the "second", with ünïcode', "third"]
@@ -78,6 +79,28 @@ def test_a_long_text_file_is_one_document_too(tmp_path: Path, monkeypatch):
     text = "some words of a text\n" * 40
     (tmp_path / "a.txt").write_text(text)
     assert list(read_documents(tp.text_files(tmp_path / "a.txt"))) == [text]
+
+
+def test_a_long_text_file_ends_with_its_last_piece_though_it_is_blank(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("topiarist.data.readers.LONG_TEXT", 100)
+    (tmp_path / "a.txt").write_text("x" * 100 + "\n")
+    (tmp_path / "b.txt").write_text("y")
+    (tmp_path / "blank.txt").write_text("\n")
+    names = [tmp_path / name for name in ("a.txt", "blank.txt", "b.txt")]
+    assert list(read_documents(tp.text_files(names))) == ["x" * 100 + "\n", "y"]
+    assert list(read_documents(tp.text_files(names[0]))) == ["x" * 100 + "\n"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_are_one_character_wherever_a_block_ends(tmp_path: Path, monkeypatch, end: str):
+    monkeypatch.setattr("topiarist.data.readers.BLOCK", 5)  # ends after, before and inside line ends
+    lines = ["", "ab", "", "\u00e9", "c", "", ""]
+    (tmp_path / "a.txt").write_bytes(end.join(lines).encode())
+    (reader,) = readers(tp.text_files(tmp_path / "a.txt"), ())
+    assert isinstance(reader, TextReader)
+    blocks = [reader.value(row) for row in range(len(reader.sizes))]
+    assert "".join(blocks) == "".join(reader.values()) == "\n".join(lines)
+    reader.close()
 
 
 @pytest.mark.parametrize("blank", [" ", ""], ids=["words", "not even a blank"])

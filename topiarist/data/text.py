@@ -163,12 +163,14 @@ def pieces(
 def _pieces_of(reader: Reader | HubRows, rows: Rows) -> Iterator[tuple[str, bool]]:
     values = enumerate(reader.values())
     if isinstance(reader, Reader) and reader.separator != SEPARATOR:  # all rows are one document
-        previous = ""
+        previous, begun = "", False
         for _, value in values:
             if previous:
                 yield previous, False
+                begun = True
             previous = value
-        yield from [(previous, True)] if previous.strip() else []
+        if begun or previous.strip():  # what was begun ends, were its last piece blank
+            yield previous, True
         return
     for row, value in values:
         if text := rows.text(value, reader.where(row)):
