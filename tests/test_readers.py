@@ -155,8 +155,10 @@ def test_bad_rows_are_named(tmp_path: Path, content: str):
     ("name", "raw"),
     [("a.jsonl.gz", b"no gzip"), ("a.txt.xz", b"no xz"), ("a.txt.zst", b"no zstd"), ("a.txt.bz2", b"no bz2"),
      ("a.parquet", b"PAR1"), ("a.arrow", b"ARROW1"), ("a.txt", "ümlaut".encode("utf-16")), ("a.jsonl", b"\xff\xfe{"),
-     ("a.csv", b"text\n\"open"), ("a.csv", b"text\n\xff"), ("a.json", b"["),
-     ("a.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:-9])],
+     ("a.csv", b"text\n\"open"), ("a.csv", b"text,\"open\n1,2\n"), ("a.csv", b"text,b\r1,2\r"),
+     ("a.csv", b"text\n\xff"), ("a.json", b"["),
+     ("a.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:-9]),
+     ("a.jsonl.gz", gzip.compress(bytes(range(256)), mtime=0)[:10] + b"\xff" * 40)],
 )  # fmt: skip
 def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, name: str, raw: bytes):
     (tmp_path / name).write_bytes(raw)
