@@ -238,6 +238,16 @@ def test_one_split_is_read_and_never_all(splits: Path, folder: str):
         list(read_documents(tp.text_files(splits / folder, split="dev")))
 
 
+def test_a_field_that_no_file_of_a_folder_has_is_refused(tmp_path: Path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.txt").write_text("text")
+    with pytest.raises(tp.CalibrationError, match=r"--text-field body is for rows with fields, and .*folder has none"):
+        list(read_documents(tp.text_files(tmp_path / "folder", field="body")))
+    (tmp_path / "rows.jsonl").write_text('{"body": "row"}')
+    mixed = tp.text_files([tmp_path / "folder", tmp_path / "rows.jsonl"], field="body")
+    assert list(read_documents(mixed)) == ["text", "row"]
+
+
 def test_a_dataset_without_the_usual_splits(tmp_path: Path):
     import datasets
 

@@ -13,7 +13,7 @@ from topiarist.core.errors import CalibrationError, CalibrationWarning
 from topiarist.data.compressed import DAMAGE
 from topiarist.data.folders import HUB, HubRows, folder_readers, hub_rows
 from topiarist.data.kinds import check_kind, has_fields, reader_of
-from topiarist.data.readers import SEPARATOR, Reader
+from topiarist.data.readers import SEPARATOR, Reader, TextReader
 
 CALIBRATION = ("train",)
 HELD_OUT = ("test", "validation")
@@ -60,14 +60,22 @@ def check_heeded(source: TextFiles) -> None:
     datasets = [path for path in source.paths if str(path).startswith(HUB) or path.is_dir()]
     if source.split is not None and not datasets:
         raise CalibrationError(f"--split {source.split} is for datasets, and {first} is a file: leave it out")
-    if source.field != TextFiles.field and not datasets and not any(map(has_fields, source.paths)):
+    if not datasets:  # of their files it is known once they are opened
+        _check_field(source, any(map(has_fields, source.paths)))
+
+
+def _check_field(source: TextFiles, heeded: bool) -> None:
+    if source.field != TextFiles.field and not heeded:
         raise CalibrationError(
-            f"--text-field {source.field} is for rows with fields, and {first} has none: leave it out"
+            f"--text-field {source.field} is for rows with fields, and {source.paths[0]} has none: leave it out"
         )
 
 
 def readers(source: TextFiles, usual: Sequence[str]) -> list[Reader | HubRows]:
-    """A reader for every file of the source. usual: splits that are read when it names none."""
+    """A reader for every file of the source. usual: splits that are read when it names none.
+
+    Raises CalibrationError for a file that cannot be read, and for a field that none of the files has.
+    """
     found: list[Reader | HubRows] = []
     for path in source.paths:
         if str(path).startswith(HUB):
@@ -77,6 +85,7 @@ def readers(source: TextFiles, usual: Sequence[str]) -> list[Reader | HubRows]:
         else:
             with reading(path):
                 found.append(reader_of(path, source.field))
+    _check_field(source, not all(isinstance(reader, TextReader) for reader in found))
     return found
 
 
