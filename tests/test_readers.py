@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -166,6 +167,13 @@ def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, name: str, raw
         list(read_documents(tp.text_files(tmp_path / name)))
     assert "\n" not in str(refused.value)
     assert ("convert it to UTF-8" in str(refused.value)) == ("codec" in str(refused.value))
+
+
+def test_a_name_that_is_no_utf_8_is_refused(tmp_path: Path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.txt"))
+    path.write_text("text")
+    with pytest.raises(tp.CalibrationError, match="bytes in its name that are no UTF-8: rename it"):
+        tp.text_files(path)
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".json"])

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from topiarist.core.errors import CalibrationError, CalibrationWarning
+from topiarist.checkpoints.reading import check_name
+from topiarist.core.errors import CalibrationError, CalibrationWarning, CheckpointError
 from topiarist.data.compressed import DAMAGE
 from topiarist.data.folders import HUB, HubRows, folder_readers, hub_rows
 from topiarist.data.kinds import check_kind, has_fields, reader_of
@@ -35,12 +36,17 @@ def text_files(paths: str | Path | Iterable[str | Path], *, field: str = "text",
     """Name one or several text sources: files, datasets folders, or datasets of the hub as hub:NAME[:CONFIG].
 
     field: of rows, the one that holds the text or the chat messages. split: of datasets; see `TextFiles`.
-    Raises CalibrationError if one does not exist or is of no kind that can be read, and for a field or a split that none has.
+    Raises CalibrationError if one does not exist, is of no kind that can be read or has a name that is no UTF-8, and for a
+    field or a split that none has.
     """
     listed = [paths] if isinstance(paths, str | Path) else list(paths)
     if not listed:
         raise CalibrationError("no text files given: name at least one .txt, .jsonl, .parquet or datasets folder")
     for path in listed:
+        try:
+            check_name(Path(path))
+        except CheckpointError as error:
+            raise CalibrationError(str(error)) from None
         if str(path).startswith(HUB):
             continue
         if not str(path):
