@@ -91,7 +91,8 @@ def readers(source: TextFiles, usual: Sequence[str]) -> list[Reader | HubRows]:
         else:
             with reading(path):
                 found.append(reader_of(path, source.field))
-    _check_field(source, not all(isinstance(reader, TextReader) for reader in found))
+    if any(path.is_dir() for path in source.paths):  # files were told apart when they were named, perhaps beside others
+        _check_field(source, not all(isinstance(reader, TextReader) for reader in found))
     return found
 
 
