@@ -15,6 +15,8 @@ from topiarist.data import draw as drawing
 from topiarist.data.overlap import passage_hashes, shared
 from topiarist.data.readers import good_cut
 from topiarist.data.tokens import token_parts
+from topiarist.models.opened import open_model
+from topiarist.pipelines.training.text import training_text
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +162,26 @@ def test_every_window_begins_with_the_start_token():
     assert drawn.tokens.shape == (4, 16) and bool((drawn.tokens[:, 0] == 1).all())
     with pytest.raises(tp.CalibrationError, match="no room for text"):
         evaluation_windows(text, with_start(None, "<pad>", "<s>"), window=2, bos="auto")
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("training", [False, True])
+def test_token_windows_are_whole_numbers_on_any_device(training: bool, device: str):
+    def of(tokens: torch.Tensor) -> tuple[torch.Tensor, str]:
+        if not training:
+            return (found := calibration_windows(tokens, None, window=8)).tokens, found.digest
+        with training_text(open_model(tiny.tiny_model()), tokens, window_tokens=8, num_windows=2, seed=0) as text:
+            return text.table[:], text.digest
+
+    tokens = tiny.tiny_tokens(2, 8)
+    found, digest = of(tokens.int().to(device))
+    assert torch.equal(found, tokens) and digest == of(tokens)[1]
+    for wrong, reason in ((torch.rand(2, 8), "whole numbers, got torch.float32"), (tokens[0], r"got shape \(8,\)")):
+        with pytest.raises(tp.CalibrationError, match=reason):
+            of(wrong.to(device))
 
 
 @pytest.fixture

@@ -103,6 +103,16 @@ def test_learned_positions_are_a_limit_and_rotary_ones_a_warning(base: Path, tmp
     assert code == 0 and "longer than the 64 that base was made for" in error and "254 tokens" in printed
 
 
+def test_windows_of_tokens_longer_than_learned_positions_are_refused_too():
+    tokens = tiny.tiny_tokens(2, 100)
+    for family in ("gpt2", "opt"):
+        with pytest.raises(tp.CalibrationError, match="longer than the 64 positions"):
+            tp.perplexity(tiny.tiny_model(family), tokens)
+        with pytest.raises(tp.CalibrationError, match="window 100 is longer than the model's limit of 64"):
+            tp.prune(tiny.tiny_model(family), method="wanda", data=tokens)
+    assert tp.perplexity(tiny.tiny_model(), tokens).window == 100
+
+
 def test_tokens_that_the_model_has_no_row_for_are_refused(base: Path, command):
     tokenizer = tiny.tiny_tokenizer()
     tokenizer.add_tokens(["<a>", "<b>", "zz"])

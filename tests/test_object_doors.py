@@ -14,7 +14,7 @@ import torch
 import topiarist as tp
 
 TOKENS = tiny.tiny_tokens(16, 32)
-TEXT = {"calibration": TOKENS, "num_windows": 8, "window_tokens": 32}
+TEXT = {"calibration": TOKENS, "num_windows": 16, "window_tokens": 32}
 DOORS: dict[str, Callable[[Any], Any]] = {
     "prune": lambda model: tp.prune(model, method="sparsegpt", **TEXT),
     "learn": lambda model: tp.learn(model, data=TOKENS, preset="quick", steps=1, held_out=4),

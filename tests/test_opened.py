@@ -44,6 +44,31 @@ def test_a_folder_and_an_object_answer_alike(tmp_path: Path):
     assert all(torch.equal(value, state[name]) for name, value in whole.model.state_dict().items())
 
 
+def test_the_digest_of_an_object_is_that_of_all_its_forward_depends_on(tmp_path: Path):
+    model, other = tiny.tiny_model(), tiny.tiny_model()
+    digest = open_model(model).digest()
+    assert open_model(other).digest() == digest
+    model.save_pretrained(tmp_path / "saved")  # notes in the config who it is
+    assert digest == open_model(model).digest() == open_model(tp.load_pruned(tmp_path / "saved")).digest()
+    other.config.rms_norm_eps = 0.5
+    assert open_model(other).digest() != digest
+    model.model.register_buffer("scale", torch.ones(1), persistent=False)
+    assert open_model(model).digest() == digest
+    model.model.register_buffer("scale", torch.ones(1))
+    assert open_model(model).digest() not in (digest, open_model(other).digest())
+
+
+def test_an_object_of_another_config_is_not_the_one_of_a_finished_result(tmp_path: Path):
+    model, other = tiny.tiny_model(), tiny.tiny_model()
+    other.config.rms_norm_eps = 0.5
+    tp.prune(model, tmp_path / "out", method="magnitude")
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(tp.CheckpointError, match="model"):
+        tp.prune(other, tmp_path / "out", method="magnitude")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+    tp.prune(model, tmp_path / "out", method="magnitude")
+
+
 @pytest.mark.parametrize("missing", ["lm_head.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
 def test_a_missing_tensor_is_named(missing: str, tmp_path: Path):
     base = tiny.tiny_checkpoint(tmp_path / "base")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -19,6 +21,10 @@ from topiarist.models.families import Matrix
 from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.common.hidden_states import HiddenStates
 from topiarist.pipelines.common.stream import BlockStream
+from topiarist.pipelines.learning.options import LearnOptions
+from topiarist.pipelines.pruning.options import PruneOptions
+from topiarist.pipelines.quantizing.options import QuantizeOptions
+from topiarist.pipelines.recovering.options import RecoverOptions
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -90,6 +96,17 @@ def test_options_that_do_not_change_the_masks(options, tmp_path: Path):
     tp.prune(other, method="sparsegpt", pattern="0.5", calibration=tokens, **options)
     for name, value in weights(one).items():
         torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [PruneOptions, QuantizeOptions, RecoverOptions, LearnOptions])
+def test_settings_that_contradict_token_windows_are_refused(kind: Any):
+    tokens, has = tiny.tiny_tokens(4, 32), {field.name for field in dataclasses.fields(kind)}
+    agreeing = {"num_windows": 4, "window_tokens": 32, "bos": "never"}
+    kind(data=tokens, **{name: value for name, value in agreeing.items() if name in has})
+    for name, value in {"num_windows": 1, "window_tokens": 8, "bos": "always"}.items():
+        if name in has:
+            with pytest.raises(tp.CalibrationError, match=f"{name} {value} .* taken as they are: leave it out"):
+                kind(data=tokens, **{name: value})
 
 
 def test_a_spilled_file_has_no_name(tmp_path: Path):

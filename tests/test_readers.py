@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ import tiny
 
 import topiarist as tp
 from topiarist.data import calibration_windows, read_documents
+from topiarist.data.readers import TextReader
 from topiarist.data.text import readers
 
 TEXTS = ["first\ndocument", 'the "second", with ünïcode', "third"]
@@ -80,6 +82,28 @@ def test_a_long_text_file_is_one_document_too(tmp_path: Path, monkeypatch):
     assert list(read_documents(tp.text_files(tmp_path / "a.txt"))) == [text]
 
 
+def test_a_long_text_file_ends_with_its_last_piece_though_it_is_blank(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("topiarist.data.readers.LONG_TEXT", 100)
+    (tmp_path / "a.txt").write_text("x" * 100 + "\n")
+    (tmp_path / "b.txt").write_text("y")
+    (tmp_path / "blank.txt").write_text("\n")
+    names = [tmp_path / name for name in ("a.txt", "blank.txt", "b.txt")]
+    assert list(read_documents(tp.text_files(names))) == ["x" * 100 + "\n", "y"]
+    assert list(read_documents(tp.text_files(names[0]))) == ["x" * 100 + "\n"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_are_one_character_wherever_a_block_ends(tmp_path: Path, monkeypatch, end: str):
+    monkeypatch.setattr("topiarist.data.readers.BLOCK", 5)  # ends after, before and inside line ends
+    lines = ["", "ab", "", "\u00e9", "c", "", ""]
+    (tmp_path / "a.txt").write_bytes(end.join(lines).encode())
+    (reader,) = readers(tp.text_files(tmp_path / "a.txt"), ())
+    assert isinstance(reader, TextReader)
+    blocks = [reader.value(row) for row in range(len(reader.sizes))]
+    assert "".join(blocks) == "".join(reader.values()) == "\n".join(lines)
+    reader.close()
+
+
 @pytest.mark.parametrize("blank", [" ", ""], ids=["words", "not even a blank"])
 def test_a_long_text_file_may_be_one_line(tmp_path: Path, monkeypatch, blank: str):
     monkeypatch.setattr("topiarist.data.readers.LONG_TEXT", 100)
@@ -132,8 +156,10 @@ def test_bad_rows_are_named(tmp_path: Path, content: str):
     ("name", "raw"),
     [("a.jsonl.gz", b"no gzip"), ("a.txt.xz", b"no xz"), ("a.txt.zst", b"no zstd"), ("a.txt.bz2", b"no bz2"),
      ("a.parquet", b"PAR1"), ("a.arrow", b"ARROW1"), ("a.txt", "ümlaut".encode("utf-16")), ("a.jsonl", b"\xff\xfe{"),
-     ("a.csv", b"text\n\"open"), ("a.csv", b"text\n\xff"), ("a.json", b"["),
-     ("a.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:-9])],
+     ("a.csv", b"text\n\"open"), ("a.csv", b"text,\"open\n1,2\n"), ("a.csv", b"text,b\r1,2\r"),
+     ("a.csv", b"text\n\xff"), ("a.json", b"["),
+     ("a.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:-9]),
+     ("a.jsonl.gz", gzip.compress(bytes(range(256)), mtime=0)[:10] + b"\xff" * 40)],
 )  # fmt: skip
 def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, name: str, raw: bytes):
     (tmp_path / name).write_bytes(raw)
@@ -141,6 +167,13 @@ def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, name: str, raw
         list(read_documents(tp.text_files(tmp_path / name)))
     assert "\n" not in str(refused.value)
     assert ("convert it to UTF-8" in str(refused.value)) == ("codec" in str(refused.value))
+
+
+def test_a_name_that_is_no_utf_8_is_refused(tmp_path: Path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.txt"))
+    path.write_text("text")
+    with pytest.raises(tp.CalibrationError, match="bytes in its name that are no UTF-8: rename it"):
+        tp.text_files(path)
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".json"])
@@ -213,6 +246,16 @@ def test_one_split_is_read_and_never_all(splits: Path, folder: str):
         list(read_documents(tp.text_files(splits / folder, split="dev")))
 
 
+def test_a_field_that_no_file_of_a_folder_has_is_refused(tmp_path: Path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.txt").write_text("text")
+    with pytest.raises(tp.CalibrationError, match=r"--text-field body is for rows with fields, and .*folder has none"):
+        list(read_documents(tp.text_files(tmp_path / "folder", field="body")))
+    (tmp_path / "rows.jsonl").write_text('{"body": "row"}')
+    mixed = tp.text_files([tmp_path / "folder", tmp_path / "rows.jsonl"], field="body")
+    assert list(read_documents(mixed)) == ["text", "row"]
+
+
 def test_a_dataset_without_the_usual_splits(tmp_path: Path):
     import datasets
 
@@ -230,7 +273,7 @@ def test_a_dataset_without_the_usual_splits(tmp_path: Path):
         list(read_documents(tp.text_files(tmp_path / "empty")))
 
 
-def test_hub_datasets_are_streamed(monkeypatch):
+def test_hub_datasets_are_streamed(tmp_path: Path, monkeypatch):
     import datasets
     from test_data import words
 
@@ -254,6 +297,10 @@ def test_hub_datasets_are_streamed(monkeypatch):
     assert sum(any(tokenizer.decode(row) in text for text in texts) for row in first.tokens) > 15
     with pytest.raises(tp.CalibrationError, match="holds too few windows of 2048 tokens"):
         calibration_windows(source, tokenizer, num_samples=40, window=2048)
+    (tmp_path / "a.txt").write_text(words(200))
+    for mixed in ([tmp_path / "a.txt", "hub:a/b"], ["hub:a/b", tmp_path / "a.txt"]):
+        with pytest.raises(tp.CalibrationError, match=r"hub:a/b .*a\.txt .*: name datasets of the hub alone"):
+            calibration_windows(tp.text_files(mixed), tokenizer, num_samples=4, window=16)
 
 
 def test_a_hub_dataset_that_cannot_be_had_is_one_line(monkeypatch):

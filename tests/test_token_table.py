@@ -31,8 +31,8 @@ def texts(tmp_path: Path, monkeypatch) -> Any:
 @pytest.mark.parametrize("item", [2, 4])
 def test_a_table_is_the_windows_of_the_text(item: int, texts: Any, tmp_path: Path, monkeypatch):
     tokenizer = tiny.tiny_tokenizer()
-    if item == 4:
-        monkeypatch.setattr(type(tokenizer), "__len__", lambda _: 1 << 17)
+    if item == 4:  # with a hole below its last id
+        monkeypatch.setattr(tokenizer, "get_vocab", lambda: {"a": 3, "b": 1 << 16})
     expected = evaluation_windows(texts, tokenizer, window=32, usual=("train",))
     with tokenised(texts, tokenizer, tmp_path / "out", window=32, processes=ALONE) as found:
         assert len(found.table) == len(expected.tokens) and found.table.item == item
@@ -61,8 +61,8 @@ def test_a_killed_tokenising_goes_on_behind_the_last_whole_part(texts: Any, tmp_
     class Counting:
         backend_tokenizer = tokenizer.backend_tokenizer
 
-        def __len__(self) -> int:
-            return len(tokenizer)
+        def get_vocab(self) -> dict[str, int]:
+            return tokenizer.get_vocab()
 
         def __call__(self, text: str, **options: Any) -> Any:
             calls.append(text)
@@ -92,6 +92,29 @@ def test_other_text_or_another_tokenizer_begins_anew(texts: Any, tmp_path: Path)
         assert found.digest == expected.digest
 
 
+def test_a_file_of_a_folder_written_anew_or_another_chat_template_begins_anew(tmp_path: Path):
+    def of(text: str, tokenizer: Any) -> str:
+        """The digest of the tokens, of a folder whose own time stays, by a run that is then killed."""
+        (folder / "train.jsonl").write_text(text)
+        with pytest.raises(KeyboardInterrupt), tokenised(source, tokenizer, out, window=32, processes=ALONE) as found:
+            digests.append(found.digest)
+            raise KeyboardInterrupt
+        expected = evaluation_windows(source, tokenizer, window=32, usual=("train",))
+        assert digests[-1] == expected.digest
+        return expected.digest
+
+    folder, out, digests = tmp_path / "data", tmp_path / "out", []
+    folder.mkdir()
+    source, tokenizer = text_files(folder), tiny.tiny_tokenizer()
+    old = of(json.dumps({"text": "old words " * 40}), tokenizer)
+    assert of(json.dumps({"text": "new words of another length " * 40}), tokenizer) != old
+    turns = json.dumps({"text": [{"role": "user", "content": "some words " * 40}]})
+    tokenizer.chat_template = "{% for m in messages %}Q {{ m.content }}{% endfor %}"
+    asked = of(turns, tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}A {{ m.content }}{% endfor %}"
+    assert of(turns, tokenizer) != asked
+
+
 def test_a_refusal_leaves_nothing(texts: Any, tmp_path: Path):
     base = tiny.tiny_checkpoint(tmp_path / "base")
     before = sorted(tmp_path.iterdir())
@@ -104,6 +127,22 @@ def test_a_refusal_leaves_nothing(texts: Any, tmp_path: Path):
     ):
         pass
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_folder_with_files_of_others_is_refused_and_left_as_it_is(texts: Any, tmp_path: Path):
+    folder = tmp_path / "out.tokens"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    with (
+        pytest.raises(tp.CheckpointError, match=r"out\.tokens .* holds mine.txt, .* choose another output"),
+        tokenised(texts, tiny.tiny_tokenizer(), tmp_path / "out", window=32, processes=ALONE),
+    ):
+        pass
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    (folder / "mine.txt").unlink()
+    with tokenised(texts, tiny.tiny_tokenizer(), tmp_path / "out", window=32, processes=ALONE):
+        (folder / "late.txt").write_text("mine")
+    assert [path.name for path in folder.iterdir()] == ["late.txt"]
 
 
 def test_passages_of_long_text_are_a_sample(texts: Any, tmp_path: Path, monkeypatch):
@@ -141,6 +180,21 @@ def test_every_sequence_begins_with_the_start_token_if_asked(texts: Any, tmp_pat
                 assert rows.shape[1] == 32 and bool((rows[:, 0] == 1).all()) == (bos == "always")
                 assert not bool((rows[:, 1:] == 1).any())
     assert len(digests) == 2
+
+
+def test_a_window_of_start_tokens_alone_is_refused(texts: Any, tmp_path: Path):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny.tiny_tokenizer()
+    begin: Any = TemplateProcessing(single="<s> </s> $A", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    given: Any = {"tokenizer": tokenizer, "bos": "auto", "num_windows": 4, "seed": 0, "out": tmp_path / "out"}
+    with (
+        pytest.raises(tp.CalibrationError, match="a window of 2 tokens has no room for text beside 2 start tokens"),
+        training_text(open_model(tiny.tiny_model()), texts, window_tokens=2, **given),
+    ):
+        pass
+    assert not (tmp_path / "out.tokens").exists()
 
 
 def test_a_refused_rerun_of_a_finished_result_leaves_nothing(texts: Any, tmp_path: Path):

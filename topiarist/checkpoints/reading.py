@@ -268,7 +268,7 @@ def weight_digest(weight: Shaped[Tensor, "..."]) -> str:
 
 
 def check_name(path: Path) -> None:
-    """Raise CheckpointError for a name with bytes that are no UTF-8: safetensors opens no such path."""
+    """Raise CheckpointError for a name with bytes that are no UTF-8: safetensors opens no such path, no report says it."""
     try:
         os.fsencode(path).decode()
     except UnicodeDecodeError:

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class _Zstandard(io.RawIOBase):
 
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _Zstandard}
 COMPRESSIONS = tuple(_OPENERS)
-DAMAGE = (OSError, EOFError, lzma.LZMAError, pa.ArrowException, UnicodeDecodeError)
+DAMAGE = (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException, UnicodeDecodeError)
 """What reading a file raises that is truncated, or is not what its name says."""
 
 

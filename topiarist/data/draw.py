@@ -50,6 +50,12 @@ def draw_windows(
     """
     generator = torch.Generator().manual_seed(seed)
     hub = [reader for reader in readers if isinstance(reader, HubRows)]
+    if 0 < len(hub) < len(readers):
+        other = next(reader.path for reader in readers if not isinstance(reader, HubRows))
+        raise CalibrationError(
+            f"windows of {hub[0].path} are drawn as it arrives, of unknown length, so that {other} beside it has no known "
+            "share: name datasets of the hub alone"
+        )
     if hub:
         return _from_hub(hub, rows, tokenizer, num, length, seed, generator)
     files = [reader for reader in readers if isinstance(reader, Reader)]

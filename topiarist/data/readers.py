@@ -110,12 +110,14 @@ class TextReader(ByteReader):
 
     def value(self, row: int) -> str:
         r"""The text of one block: the characters whose first byte lies in it, with line ends as \n."""
-        self.stream.seek(row * BLOCK)
-        raw = self.stream.read(BLOCK + 3)
-        # A character belongs to the block in which its first byte stands.
-        begin, end = _first_byte(raw, 0), _first_byte(raw, min(BLOCK, len(raw)))
+        before = min(row, 1)
+        self.stream.seek(row * BLOCK - before)
+        raw = self.stream.read(before + BLOCK + 3)
+        split, raw = raw[: before + 1] == b"\r\n", raw[before:]
+        # A character belongs to the block in which its first byte stands, and so does a line end.
+        begin, end = _first_byte(raw, 0) + split, _first_byte(raw, min(BLOCK, len(raw)))
         text = raw[begin:end].decode("utf-8-sig" if row == 0 else "utf-8")
-        return self._checked(text).replace("\r\n", "\n")
+        return self._checked(text).replace("\r\n", "\n").replace("\r", "\n")
 
     def _checked(self, text: str) -> str:
         if "\0" in text:

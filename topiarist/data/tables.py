@@ -37,7 +37,7 @@ class TableReader(ByteReader):
     def _begin(self) -> int:
         """Where the first record begins."""
         with open_bytes(self.path) as stream:
-            return next(_table(stream, self._delimiter), (0, []))[0]
+            return next(self._table(stream), (0, []))[0]
 
     @cached_property
     def sizes(self) -> np.ndarray:
@@ -49,30 +49,45 @@ class TableReader(ByteReader):
         begin = int(self._ends[row - 1]) if row else self._begin
         self.stream.seek(begin)
         record = io.BytesIO(self.stream.read(int(self._ends[row]) - begin))
-        return self._cell(row, next(cells for _, cells in _table(record, self._delimiter) if cells))
+        return self._cell(row, next(cells for _, cells in self._table(record) if cells))
 
-    @property
-    def _delimiter(self) -> str:
-        return "\t" if kind_of(self.path)[0] == ".tsv" else ","
+    def _table(self, stream: io.BufferedIOBase) -> Iterator[tuple[int, list[str]]]:
+        """(bytes read so far, cells) of every record, the names first. Raises CalibrationError for what is no such table."""
+        csv.field_size_limit(_MAX_CELL)
+        delimiter = "\t" if kind_of(self.path)[0] == ".tsv" else ","
+        position = number = 0
+
+        def lines() -> Iterator[str]:
+            nonlocal position
+            for line in stream:
+                text = line.decode("utf-8-sig" if position == 0 else "utf-8")
+                position += len(line)
+                yield text
+
+        try:
+            for record in csv.reader(lines(), delimiter=delimiter, strict=True):
+                yield position, record
+                number += 1
+        except csv.Error as error:
+            where = self.where(number - 1) if number else f"the names of {self.path}"
+            cure = "close its quotes, and end its lines with \\n"
+            raise CalibrationError(f"cannot read text from {where}: {error}; {cure}") from None
 
     @cached_property
     def _column(self) -> int:
         with open_bytes(self.path) as stream:
-            _, names = next(_table(stream, self._delimiter), (0, []))
+            _, names = next(self._table(stream), (0, []))
         if self.field not in names:
             raise self.lacks_field(str(self.path), names)
         return names.index(self.field)
 
     def _records(self) -> Iterator[tuple[int, Any]]:
         """(end in bytes, value) of every record after the names."""
-        row, _ = -1, self._column  # the names are checked first
+        _ = self._column  # the names are checked first
         with open_bytes(self.path) as stream:
-            try:
-                for row, (end, record) in enumerate(_table(stream, self._delimiter), -1):
-                    if row >= 0 and record:
-                        yield end, self._cell(row, record)
-            except csv.Error as error:
-                raise CalibrationError(f"cannot read text from {self.where(row + 1)}: {error}") from None
+            for row, (end, record) in enumerate(self._table(stream), -1):
+                if row >= 0 and record:
+                    yield end, self._cell(row, record)
 
     def _cell(self, row: int, record: Sequence[str]) -> str:
         if len(record) <= self._column:
@@ -160,22 +175,6 @@ class ParquetReader(Reader):
         """One cell; its row group stays in memory until a row of another is asked for."""
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._column(group)[row - int(self._starts[group])].as_py()
-
-
-def _table(stream: io.BufferedIOBase, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """(bytes read so far, cells) of every record."""
-    csv.field_size_limit(_MAX_CELL)
-    position = 0
-
-    def lines() -> Iterator[str]:
-        nonlocal position
-        for line in stream:
-            text = line.decode("utf-8-sig" if position == 0 else "utf-8")
-            position += len(line)
-            yield text
-
-    for record in csv.reader(lines(), delimiter=delimiter, strict=True):
-        yield position, record
 
 
 def _arrow_table(path: Path) -> pa.Table:

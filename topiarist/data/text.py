@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from topiarist.core.errors import CalibrationError, CalibrationWarning
+from topiarist.checkpoints.reading import check_name
+from topiarist.core.errors import CalibrationError, CalibrationWarning, CheckpointError
 from topiarist.data.compressed import DAMAGE
 from topiarist.data.folders import HUB, HubRows, folder_readers, hub_rows
 from topiarist.data.kinds import check_kind, has_fields, reader_of
-from topiarist.data.readers import SEPARATOR, Reader
+from topiarist.data.readers import SEPARATOR, Reader, TextReader
 
 CALIBRATION = ("train",)
 HELD_OUT = ("test", "validation")
@@ -35,12 +36,17 @@ def text_files(paths: str | Path | Iterable[str | Path], *, field: str = "text",
     """Name one or several text sources: files, datasets folders, or datasets of the hub as hub:NAME[:CONFIG].
 
     field: of rows, the one that holds the text or the chat messages. split: of datasets; see `TextFiles`.
-    Raises CalibrationError if one does not exist or is of no kind that can be read, and for a field or a split that none has.
+    Raises CalibrationError if one does not exist, is of no kind that can be read or has a name that is no UTF-8, and for a
+    field or a split that none has.
     """
     listed = [paths] if isinstance(paths, str | Path) else list(paths)
     if not listed:
         raise CalibrationError("no text files given: name at least one .txt, .jsonl, .parquet or datasets folder")
     for path in listed:
+        try:
+            check_name(Path(path))
+        except CheckpointError as error:
+            raise CalibrationError(str(error)) from None
         if str(path).startswith(HUB):
             continue
         if not str(path):
@@ -60,14 +66,22 @@ def check_heeded(source: TextFiles) -> None:
     datasets = [path for path in source.paths if str(path).startswith(HUB) or path.is_dir()]
     if source.split is not None and not datasets:
         raise CalibrationError(f"--split {source.split} is for datasets, and {first} is a file: leave it out")
-    if source.field != TextFiles.field and not datasets and not any(map(has_fields, source.paths)):
+    if not datasets:  # of their files it is known once they are opened
+        _check_field(source, any(map(has_fields, source.paths)))
+
+
+def _check_field(source: TextFiles, heeded: bool) -> None:
+    if source.field != TextFiles.field and not heeded:
         raise CalibrationError(
-            f"--text-field {source.field} is for rows with fields, and {first} has none: leave it out"
+            f"--text-field {source.field} is for rows with fields, and {source.paths[0]} has none: leave it out"
         )
 
 
 def readers(source: TextFiles, usual: Sequence[str]) -> list[Reader | HubRows]:
-    """A reader for every file of the source. usual: splits that are read when it names none."""
+    """A reader for every file of the source. usual: splits that are read when it names none.
+
+    Raises CalibrationError for a file that cannot be read, and for a field that none of the files has.
+    """
     found: list[Reader | HubRows] = []
     for path in source.paths:
         if str(path).startswith(HUB):
@@ -77,6 +91,8 @@ def readers(source: TextFiles, usual: Sequence[str]) -> list[Reader | HubRows]:
         else:
             with reading(path):
                 found.append(reader_of(path, source.field))
+    if any(path.is_dir() for path in source.paths):  # files were told apart when they were named, perhaps beside others
+        _check_field(source, not all(isinstance(reader, TextReader) for reader in found))
     return found
 
 
@@ -163,12 +179,14 @@ def pieces(
 def _pieces_of(reader: Reader | HubRows, rows: Rows) -> Iterator[tuple[str, bool]]:
     values = enumerate(reader.values())
     if isinstance(reader, Reader) and reader.separator != SEPARATOR:  # all rows are one document
-        previous = ""
+        previous, begun = "", False
         for _, value in values:
             if previous:
                 yield previous, False
+                begun = True
             previous = value
-        yield from [(previous, True)] if previous.strip() else []
+        if begun or previous.strip():  # what was begun ends, were its last piece blank
+            yield previous, True
         return
     for row, value in values:
         if text := rows.text(value, reader.where(row)):

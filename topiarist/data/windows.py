@@ -65,15 +65,12 @@ def calibration_windows(
     Raises CalibrationError if the text holds fewer windows than asked for.
     """
     if isinstance(source, Tensor):
-        if source.ndim != 2 or source.numel() == 0:
-            raise CalibrationError(f"calibration tokens must be (num, window), got shape {tuple(source.shape)}")
-        if source.is_floating_point() or source.is_complex():
-            raise CalibrationError(f"calibration tokens must be whole numbers, got {source.dtype}: give token ids")
-        return Windows(source.long(), _digest(source.long()), frozenset())
+        tokens = given_windows(source)
+        return Windows(tokens, _digest(tokens), frozenset())
     if num_samples < 1 or window < 2:
         raise CalibrationError(f"need at least 1 sample of 2 tokens, got {num_samples} of {window}")
     start = start_tokens(tokenizer, bos)
-    length = _room(window, start)
+    length = text_room(window, start)
     files = readers(source, CALIBRATION) if isinstance(source, TextFiles) else []
     if files and is_long(files, num_samples * window):
         rows = Rows(tokenizer)
@@ -113,7 +110,7 @@ def evaluation_windows(
     if max_windows is not None and max_windows < 1:
         raise CalibrationError(f"{max_windows} windows is nothing to evaluate on: 1 is the least")
     start = start_tokens(tokenizer, bos)
-    length = _room(window, start)
+    length = text_room(window, start)
     texts = pieces(source, tokenizer=tokenizer, usual=usual)
     stream, hashes = _tokenize(texts, tokenizer, None if max_windows is None else max_windows * length)
     available = len(stream) // length
@@ -123,6 +120,18 @@ def evaluation_windows(
     available = min(available, max_windows or available)
     tokens = stream[: available * length].reshape(available, length)
     return _windows(tokens, start, hashes, overlap=shared(hashes, calibration))
+
+
+def given_windows(tokens: Shaped[Tensor, "..."], what: str = "calibration") -> Int[Tensor, "num window"]:
+    """Token windows that were given as a tensor, as int64 on the CPU, where text would have them.
+
+    Raises CalibrationError for a tensor of another shape, an empty one, and one of anything but whole numbers.
+    """
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        raise CalibrationError(f"{what} tokens must be (num, window), got shape {tuple(tokens.shape)}")
+    if tokens.is_floating_point() or tokens.is_complex():
+        raise CalibrationError(f"{what} tokens must be whole numbers, got {tokens.dtype}: give token ids")
+    return tokens.long().cpu()
 
 
 def check_vocabulary(tokens: Int[Tensor, "num window"], size: int, what: str = "calibration") -> None:
@@ -157,8 +166,8 @@ def _tokenize(
     return np.concatenate(ids), np.concatenate(hashes)
 
 
-def _room(window: int, start: Sequence[int]) -> int:
-    """Tokens of text in a window."""
+def text_room(window: int, start: Sequence[int]) -> int:
+    """Tokens of text in a window, beside its start tokens. Raises CalibrationError if there are none."""
     if window <= len(start):
         raise CalibrationError(f"a window of {window} tokens has no room for text beside {len(start)} start tokens")
     return window - len(start)

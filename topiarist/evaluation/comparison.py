@@ -18,7 +18,7 @@ from topiarist.core.errors import CalibrationError
 from topiarist.data import MAX_SHARED, Bos, TextFiles, Windows, check_vocabulary, evaluation_windows
 from topiarist.data.record import RECORD, recorded_passages
 from topiarist.evaluation.adapter import check_adapters, has_adapter, with_adapter
-from topiarist.evaluation.perplexity import Perplexity, check_batch_size, perplexity
+from topiarist.evaluation.perplexity import Perplexity, check_batch_size, exceeds_positions, perplexity
 from topiarist.models.derive import check_has_text_loss
 from topiarist.models.opened import OpenedModel, open_model
 
@@ -117,20 +117,13 @@ def held_out_windows(
 
 
 def _check_positions(opened: OpenedModel, window: int) -> None:
-    limit, config = opened.limit, opened.text_config
-    if limit is None or window <= limit:
-        return
-    relative = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_dim", "rotary_pct", "alibi")
-    if not any(getattr(config, key, None) for key in relative):
-        raise CalibrationError(
-            f"a window of {window} tokens is longer than the {limit} positions of {opened.name}: pass --window {limit}"
+    if exceeds_positions(opened, window):
+        warnings.warn(
+            f"a window of {window} tokens is longer than the {opened.limit} that {opened.name} was made for; "
+            f"--window {opened.limit} fits",
+            UserWarning,
+            stacklevel=3,
         )
-    warnings.warn(
-        f"a window of {window} tokens is longer than the {limit} that {opened.name} was made for; "
-        f"--window {limit} fits",
-        UserWarning,
-        stacklevel=3,
-    )
 
 
 def with_reference(models: Sequence[str], reference: bool = True) -> list[tuple[str, bool, str | None]]:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from topiarist.core.errors import CalibrationError, NumericalError
 from topiarist.core.losses import next_token_losses
 from topiarist.data import Windows, check_vocabulary
-from topiarist.models.opened import evaluated, open_model
+from topiarist.models.interface import OpenedModel
+from topiarist.models.opened import ObjectModel, evaluated, open_model
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ def perplexity(
     """Perplexity of a loaded causal LM on token windows (num, window).
 
     Every window predicts its tokens from the second on, start tokens excepted.
-    Raises CalibrationError for windows of less than 2 tokens, none at all, a token outside the vocabulary or a batch size
-    below 1, NumericalError if the loss is not finite.
+    Raises CalibrationError for windows of less than 2 tokens, none at all, more tokens than the model has learned positions, a
+    token outside the vocabulary or a batch size below 1, NumericalError if the loss is not finite.
     """
     tokens = windows.tokens if isinstance(windows, Windows) else windows
     start = windows.start if isinstance(windows, Windows) else 0
@@ -62,6 +63,8 @@ def perplexity(
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if isinstance(embeddings, nn.Embedding):
         check_vocabulary(tokens, embeddings.num_embeddings, "text")
+    if getattr(model, "config", None) is not None:
+        exceeds_positions(ObjectModel(model), tokens.shape[1])  # raises here; more than rotary ones is no error
     device = next(model.parameters()).device
     total, predicted = 0.0, 0
     with evaluated(model):
@@ -80,6 +83,22 @@ def perplexity(
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     value = math.exp(mean) if mean < 700 else math.inf
     return Perplexity(value, tokens.shape[1], predicted, digest, dtype, start)
+
+
+def exceeds_positions(opened: OpenedModel, window: int) -> bool:
+    """Whether a window is longer than the model was made for.
+
+    Raises CalibrationError if its positions were learned, so that there are no more.
+    """
+    limit, config = opened.limit, opened.text_config
+    if limit is None or window <= limit:
+        return False
+    relative = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_dim", "rotary_pct", "alibi")
+    if not any(getattr(config, key, None) for key in relative):
+        raise CalibrationError(
+            f"a window of {window} tokens is longer than the {limit} positions of {opened.name}: pass --window {limit}"
+        )
+    return True
 
 
 def check_batch_size(batch_size: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -21,6 +22,9 @@ from topiarist.core.products import quick_products
 from topiarist.models.checks import check_folder, check_object, device_or_default
 from topiarist.models.interface import OpenedModel
 from topiarist.models.saving import save_model, write_model
+
+NOTES = frozenset({"_name_or_path", "architectures", "dtype", "pruning_config", "torch_dtype", "transformers_version"})
+"""Entries of a config that loading and saving change, and no forward of a model in memory depends on."""
 
 
 class ObjectModel(OpenedModel):
@@ -40,12 +44,15 @@ class ObjectModel(OpenedModel):
         return self._origin._tokenizer_folder() if self._origin else self.config.name_or_path
 
     def digest(self) -> str:
-        """sha256 over names and values of all parameters; of a loaded folder, that of its files."""
+        """sha256 over the config, and names and values of all parameters and stored buffers; of a loaded folder, its files'."""
         if self._origin is not None:
             return self._origin.digest()
-        total = hashlib.sha256()
-        for name, parameter in self.model.named_parameters():
-            total.update(f"{name} {weight_digest(parameter)}".encode())
+        ask = getattr(getattr(self.model, "config", None), "to_dict", dict)
+        total = hashlib.sha256(json.dumps(_without_notes(ask()), sort_keys=True, default=str).encode())
+        stored = self.model.state_dict()
+        buffers = [(name, buffer) for name, buffer in self.model.named_buffers() if name in stored]
+        for name, tensor in [*self.model.named_parameters(), *buffers]:
+            total.update(f"{name} {weight_digest(tensor)}".encode())
         return total.hexdigest()
 
     @property
@@ -68,7 +75,7 @@ class ObjectModel(OpenedModel):
         return digest
 
     def result_digest(self) -> str:
-        """sha256 over the parameters as they are now; empty for a folder's model."""
+        """Its digest as it is now; empty for a folder's model."""
         return self.digest() if self._origin is None else ""
 
     def become(self, folder: Path) -> None:
@@ -140,6 +147,13 @@ class ObjectModel(OpenedModel):
     def fresh(self) -> Any:
         """A deep copy, in evaluation mode."""
         return copy.deepcopy(self.model).eval()
+
+
+def _without_notes(entry: Any) -> Any:
+    """A config's entries, also of its parts, without NOTES."""
+    if not isinstance(entry, Mapping):
+        return entry
+    return {str(key): _without_notes(value) for key, value in entry.items() if key not in NOTES}
 
 
 def shell(opened: OpenedModel) -> ObjectModel:

@@ -11,7 +11,8 @@ import torch
 from pydantic import BeforeValidator, Field, PositiveInt, SkipValidation
 from torch import Tensor
 
-from topiarist.core.options import About, OptionError, options
+from topiarist.core.errors import CalibrationError
+from topiarist.core.options import About, OptionError, changed, options
 from topiarist.core.patterns import Pattern, parse_pattern
 from topiarist.data import Bos, TextFiles, check_heeded, text_files
 
@@ -99,6 +100,8 @@ class DataOptions(RunOptions):
     """Chooses the text, and all noise."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, Tensor):
+            self._check_agrees(self.data)
         if isinstance(self.data, TextFiles):  # what TextFiles say is said here too, so that a command can say it
             field = self.text_field or (None if self.data.field == TextFiles.field else self.data.field)
             split = self.split or self.data.split
@@ -106,6 +109,20 @@ class DataOptions(RunOptions):
             object.__setattr__(self, "split", split)
             object.__setattr__(self, "data", replace(self.data, field=field or TextFiles.field, split=split))
             check_heeded(self.data)
+
+    def _check_agrees(self, tokens: Tensor) -> None:
+        """Raise CalibrationError for a setting that token windows contradict: it would be ignored without a word."""
+        if self.bos != "never":
+            raise CalibrationError(f"bos {self.bos} is for text, and token windows are taken as they are: leave it out")
+        if tokens.ndim != 2:  # refused where the windows are made
+            return
+        said = changed(self)
+        for field, size in zip(("num_windows", "window_tokens"), tokens.shape, strict=True):
+            if (asked := said.get(field, size)) != size:
+                raise CalibrationError(
+                    f"{field} {asked} contradicts the tokens given, {len(tokens)} windows of {tokens.shape[1]}, which are "
+                    "taken as they are: leave it out, or cut the tensor"
+                )
 
 
 @options

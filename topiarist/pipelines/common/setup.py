@@ -99,7 +99,7 @@ def windows_of(options: TextOptions, source: OpenedModel) -> Windows:
     data, asked = options.data, options.window_tokens
     if data is None:
         return Windows(torch.empty(0, 0, dtype=torch.int64), "", frozenset())
-    check_window(asked, source)
+    check_window(asked, source)  # before the text is read
     tokenizer = None if isinstance(data, Tensor) else source.tokenizer(options.tokenizer)
     windows = calibration_windows(
         data,
@@ -109,5 +109,6 @@ def windows_of(options: TextOptions, source: OpenedModel) -> Windows:
         seed=options.seed,
         bos=options.bos,
     )
+    check_window(windows.window, source)  # of token windows too, which nobody asked for by length
     check_vocabulary(windows.tokens, source.vocabulary)
     return windows

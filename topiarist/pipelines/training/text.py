@@ -25,6 +25,7 @@ from topiarist.data import (
 from topiarist.data.draw import is_long
 from topiarist.data.record import record
 from topiarist.data.text import CALIBRATION, readers
+from topiarist.data.windows import given_windows, text_room
 from topiarist.models.interface import DEFAULT_WINDOW, OpenedModel
 from topiarist.pipelines.training.batches import split_held_out
 from topiarist.pipelines.training.loop import Progress
@@ -110,16 +111,14 @@ def training_text(
     if isinstance(data, TextFiles) and out is not None and not long:
         own = model.tokenizer(tokenizer)
         start = start_tokens(own, bos)
-        room = window - len(start)
+        room = text_room(window, start)
         with tokenised(data, own, out, window=room, processes=processes, progress=progress) as text:
             check_vocabulary(torch.tensor([[text.highest, *start]]), model.vocabulary, "training")
             digest = hashlib.sha256(f"{text.digest} {start}".encode()).hexdigest() if start else text.digest
             yield TrainingText(text.table, window, digest, text.passages, tuple(start))
         return
     if isinstance(data, Tensor):
-        if data.ndim != 2 or data.numel() == 0:
-            raise CalibrationError(f"training tokens must be (num, window), got shape {tuple(data.shape)}")
-        tokens, passages = data.long(), frozenset()
+        tokens, passages = given_windows(data, "training"), frozenset()
         digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
     else:
         own = model.tokenizer(tokenizer)

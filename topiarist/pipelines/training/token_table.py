@@ -1,8 +1,8 @@
 """Training text of any length as token sequences in a file: tokenised once, by one process, read by rows.
 
-FOLDER/tokens.bin holds ids of two bytes, or four for vocabularies above 65,536, one after the other; FOLDER/state.json
-says how much of it is whole, of what text and by which tokenizer, sealed with the digests of both files. A killed run goes
-on behind the last whole part, and begins anew if a file is not what it wrote.
+FOLDER/tokens.bin holds ids of two bytes, or four where the vocabulary has ids above 65,535, one after the other;
+FOLDER/state.json says how much of it is whole, of what text and by which tokenizer, sealed with the digests of both files.
+A killed run goes on behind the last whole part, and begins anew if a file is not what it wrote.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,12 +22,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from topiarist.checkpoints.atomic import disk_errors, write_atomically
+from topiarist.checkpoints.atomic import TEMPORARY, disk_errors, remove_empty, write_atomically
 from topiarist.checkpoints.journal import read_sealed, sealed
-from topiarist.checkpoints.locking import FolderLock
+from topiarist.checkpoints.locking import LOCK, FolderLock
 from topiarist.checkpoints.reading import file_digest
 from topiarist.checkpoints.writing import JOURNAL
-from topiarist.core.errors import CalibrationError
+from topiarist.core.errors import CalibrationError, CheckpointError
 from topiarist.data.overlap import ONE_OF, passage_hashes
 from topiarist.data.text import CALIBRATION, TextFiles, pieces
 from topiarist.data.tokens import token_parts
@@ -37,6 +36,8 @@ from topiarist.pipelines.training.loop import Progress
 from topiarist.pipelines.training.processes import Processes
 
 TOKENS, STATE, PASSAGES = "tokens.bin", "state.json", "passages.npy"
+OWN = (TOKENS, STATE, STATE + TEMPORARY, PASSAGES)
+"""All that is written into the folder, and all that is ever removed from it, beside the lock."""
 TOLD_AFTER = 30.0
 """Seconds of tokenising after which the other processes hear from the main one: they would give it up for lost."""
 MOST_PASSAGES = 1 << 20
@@ -93,8 +94,8 @@ def tokenised(
 
     The folder is locked inside. It goes when the work inside is done, or refused before OUT was begun; what ends the
     work later leaves it for the call that resumes. window: tokens a sequence; what fills no sequence is dropped.
-    Raises CalibrationError if there is not one sequence, CheckpointError if the disk is full, ProcessError if not all
-    processes see the folder.
+    Raises CalibrationError if there is not one sequence, CheckpointError if the disk is full or the folder holds files of
+    others, ProcessError if not all processes see the folder.
     """
     work = _Work(source, tokenizer, out.absolute().with_name(out.absolute().name + ".tokens"), window, progress)
     done = False
@@ -119,7 +120,8 @@ class _Work:
     def __init__(self, source: TextFiles, tokenizer: Any, folder: Path, window: int, progress: Progress) -> None:
         self.source, self.tokenizer, self.folder, self.window = source, tokenizer, folder, window
         self.progress = progress
-        self.item = 2 if len(tokenizer) <= 1 << 16 else 4
+        # A vocabulary with holes has ids above its length.
+        self.item = 2 if max(tokenizer.get_vocab().values()) < 1 << 16 else 4
         self.lock = FolderLock(folder)
         self.parts: Iterator[None] | None = None
         self.tokens = 0
@@ -129,10 +131,20 @@ class _Work:
     def go_on(self) -> bool:
         """Tokenise for some seconds. True once all is done."""
         if self.parts is None:
+            self._refuse_foreign()
             self.lock.acquire()
             self.parts = self._write()
         until = time.monotonic() + TOLD_AFTER
         return all(time.monotonic() < until for _ in self.parts)
+
+    def _refuse_foreign(self) -> None:
+        with disk_errors(f"cannot read {self.folder}"):
+            names = sorted(p.name for p in self.folder.iterdir()) if self.folder.is_dir() else []
+        if foreign := [name for name in names if name not in (*OWN, LOCK)]:
+            raise CheckpointError(
+                f"{self.folder} is where the tokens of this run would stand, and holds {foreign[0]}, which is not "
+                "topiarist's: move it, or choose another output"
+            )
 
     def _write(self) -> Iterator[None]:
         """Append part after part; yield after each."""
@@ -216,25 +228,28 @@ class _Work:
         if not self.lock.held:  # refused: what lies there is another run's
             return
         if remove:
-            for name in (TOKENS, STATE, PASSAGES):
+            for name in OWN:
                 (self.folder / name).unlink(missing_ok=True)
         self.lock.release()
         if remove:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove_empty([self.folder])
 
 
 def _identity(source: TextFiles) -> dict[str, Any]:
-    """What a resume compares: the files, their sizes and times, the field and split."""
+    """What a resume compares: the files, those of folders too, their sizes and times, the field and split."""
     about = {key: value for key, value in asdict(source).items() if key != "paths"}
-    stats = [(str(p), *((s.st_size, s.st_mtime_ns) if (s := _stat(p)) else ())) for p in source.paths]
+    stats = []
+    for path in source.paths:
+        # A folder's own time does not change with what is written into its files.
+        for file in (path, *sorted(path.rglob("*"))) if path.is_dir() else (path,):
+            known = file.stat() if file.is_file() else None
+            stats.append((str(file), *((known.st_size, known.st_mtime_ns) if known else ())))
     return json.loads(json.dumps({**about, "paths": stats}))
 
 
-def _stat(path: Path) -> os.stat_result | None:
-    return path.stat() if path.exists() else None
-
-
 def _tokenizer_digest(tokenizer: Any) -> str:
+    """Of all that makes tokens of text, and text of chat messages."""
     spoken = getattr(tokenizer, "backend_tokenizer", None)
     text = spoken.to_str() if spoken is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    template = json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)
+    return hashlib.sha256(f"{text}{template}".encode()).hexdigest()
