@@ -117,6 +117,18 @@ def test_refusals(tmp_path):
         runtime.bench_folder(tmp_path / "nothing")
 
 
+def test_learned_positions_are_a_limit_and_rotary_ones_a_warning(tmp_path, command):
+    model = tiny_checkpoint(tmp_path / "model", "opt")
+    code, _, said = command("bench", model, "--prompt", 60, "--tokens", 5, "--batch", 1)
+    assert (
+        code == 2
+        and f"a prompt of 60 tokens with 5 more is longer than the 64 positions of {model}: pass a shorter" in said
+    )
+    tiny_llama().save_pretrained(tmp_path / "rotary")
+    with pytest.warns(UserWarning, match="with 1 more is longer than the 64 that .*rotary was made for"):
+        runtime.bench_folder(tmp_path / "rotary", tokens=1, batches=(1,), prompt=64)
+
+
 @pytest.mark.parametrize("wrong", [{"tokens": 0}, {"tokens": -1}, {"prompt": 0}, {"batches": (4, 0)}, {"batches": ()}])
 def test_numbers_below_one_are_refused_before_the_model_is_read(wrong, tmp_path, command):
     with pytest.raises(OptionError, match="nothing can be timed"):

@@ -101,7 +101,7 @@ def held_out_windows(
     window is longer than its learned positions, or if a token is outside its vocabulary.
     """
     opened = model if isinstance(model, OpenedModel) else open_model(model, device="cpu")
-    _check_positions(opened, window)
+    opened.check_length(window, f"a window of {window} tokens", f"--window {opened.limit}")
     known = recorded_passages(opened.beside(RECORD))
     windows = evaluation_windows(
         text, opened.tokenizer(), window=window, max_windows=max_windows, calibration=known, bos=bos
@@ -114,23 +114,6 @@ def held_out_windows(
             "on other text"
         )
     return windows
-
-
-def _check_positions(opened: OpenedModel, window: int) -> None:
-    limit, config = opened.limit, opened.text_config
-    if limit is None or window <= limit:
-        return
-    relative = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_dim", "rotary_pct", "alibi")
-    if not any(getattr(config, key, None) for key in relative):
-        raise CalibrationError(
-            f"a window of {window} tokens is longer than the {limit} positions of {opened.name}: pass --window {limit}"
-        )
-    warnings.warn(
-        f"a window of {window} tokens is longer than the {limit} that {opened.name} was made for; "
-        f"--window {limit} fits",
-        UserWarning,
-        stacklevel=3,
-    )
 
 
 def with_reference(models: Sequence[str], reference: bool = True) -> list[tuple[str, bool, str | None]]:

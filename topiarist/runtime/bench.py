@@ -20,7 +20,7 @@ from torch import nn
 from topiarist.core.compiled import NoKernels
 from topiarist.core.errors import CheckpointError, UnsupportedModel
 from topiarist.core.grammar import OptionError
-from topiarist.models.opened import evaluated
+from topiarist.models.opened import ObjectModel, evaluated
 from topiarist.runtime import cpu, cuda
 from topiarist.runtime.cpu import MARGIN, Acceleration
 from topiarist.runtime.decoder import Decoder
@@ -87,14 +87,18 @@ def bench_folder(
 ) -> BenchReport:
     """Load a pruned model folder, ordinary or packed, and measure it.
 
-    Raises OptionError for numbers below 1, CheckpointError if the folder cannot be read, or if the model in it has no sparse
-    linear.
+    Raises OptionError for numbers below 1, CalibrationError for more tokens than learned positions, CheckpointError if the
+    folder cannot be read, or if the model in it has no sparse linear.
     """
     if not batches or min(tokens, prompt, *batches) < 1:
         raise OptionError(
             f"tokens is {tokens}, prompt {prompt}, batches {list(batches)}: nothing can be timed with less than 1 of each"
         )
     model = load_model(folder, device=device)
+    loaded = ObjectModel(model)
+    loaded.name = str(folder)
+    asked = f"a prompt of {prompt} tokens with {tokens} more"
+    loaded.check_length(prompt + tokens, asked, "a shorter --prompt or fewer --tokens")
     try:
         return bench_model(model, tokens=tokens, batches=batches, prompt=prompt)
     except CheckpointError as error:
