@@ -25,7 +25,7 @@ from topiarist.runtime import cpu, cuda
 from topiarist.runtime.cpu import MARGIN, Acceleration
 from topiarist.runtime.decoder import Decoder
 from topiarist.runtime.generate import cache_word
-from topiarist.runtime.linear import PackedLinear
+from topiarist.runtime.linear import PackedLinear, QuantisedEmbedding
 from topiarist.runtime.loading import load_model
 
 ROUNDS = 3
@@ -116,7 +116,11 @@ def bench_model(
     original = dict(linears)
     dense = {name: module.to_linear() if isinstance(module, PackedLinear) else module for name, module in linears}
     _exchange(model, dense)
-    dense_bytes = sum(weight.nbytes for weight in model.parameters())
+    # Embeddings of integers have no parameters; where they are tied, their table is the head, which is a linear.
+    embeddings = (module for module in model.modules() if isinstance(module, QuantisedEmbedding))
+    tables = [module.table for module in embeddings if module.table not in original.values()]
+    dense_tables = sum(table.out_features * table.in_features * table.dtype.itemsize for table in tables)
+    dense_bytes = sum(weight.nbytes for weight in model.parameters()) + dense_tables
     _exchange(model, original)
     if model.device.type == "cuda":
         acceleration = cuda.accelerate(model, tokens=[*batches, max(batches) * prompt])
@@ -143,7 +147,8 @@ def bench_model(
                     speeds.append(Speed(phase, batch, *rates))
     finally:
         _exchange(model, original)
-    sparse_bytes = dense_bytes - acceleration.bytes_before + acceleration.bytes_after
+    packed_tables = sum(table.packed_bytes for table in tables)
+    sparse_bytes = dense_bytes - acceleration.bytes_before + acceleration.bytes_after - dense_tables + packed_tables
     return BenchReport(tuple(speeds), acceleration, dense_bytes, sparse_bytes, machine(model.device.type))
 
 
