@@ -103,6 +103,22 @@ def test_other_models_go_through_transformers(family, options, reason):
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_of_the_generation_config_only_the_ends_are_heeded(family):
+    """In our loop and in that of transformers alike."""
+    model, ids = tiny_model(family), tiny_tokens(1, 6)
+    generator = Generator(model)
+    texts = [generator.generate(ids, 12, temperature=t) for t in (0.0, 2.0)]
+    said = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 1, "do_sample": True, "top_p": 0.01, "min_p": 0.9}
+    model.generation_config.update(**said, num_return_sequences=3)
+    assert all(
+        text.equal(generator.generate(ids, 12, temperature=t)) for text, t in zip(texts, (0.0, 2.0), strict=True)
+    )
+    assert {name: getattr(model.generation_config, name) for name in said} == said
+    model.generation_config.eos_token_id = int(texts[0][0, 3])
+    assert torch.equal(generator.generate(ids, 12)[0], texts[0][0, : texts[0][0].tolist().index(texts[0][0, 3]) + 1])
+
+
 def test_without_a_compiler(monkeypatch):
     def none():
         raise NoKernels("no C++ compiler found")
