@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from topiarist.cli.common import literal, out, progress_bar, say, set_threads
+from topiarist.cli.common import err, literal, out, progress_bar, say, set_threads
 from topiarist.core import former
 
 BROKEN, UNSEEN = 1, 2
@@ -116,6 +116,10 @@ def evaluate(
             _print_scores(scores)
     if save:
         texts, items = entries(rows, [path.name for path in paths]), task_entries(scores)
+        if not texts and not items:
+            err.print(
+                "nothing is saved: --save puts figures beside pruned models, and no MODEL is one", highlight=False
+            )
         for folder in dict.fromkeys([*texts, *items]):
             save_evaluation(folder, {"perplexity": texts.get(folder, []), "tasks": items.get(folder, [])})
 
