@@ -65,7 +65,7 @@ def evaluate(
     from topiarist.core.errors import TopiaristError
     from topiarist.data import text_files
     from topiarist.evaluation.adapter import has_adapter
-    from topiarist.evaluation.comparison import compare, entries
+    from topiarist.evaluation.comparison import check_heeded, compare, entries
     from topiarist.evaluation.tasks import compare_tasks, specs_of
     from topiarist.evaluation.tasks import entries as task_entries
     from topiarist.results.pages import save_evaluation
@@ -79,7 +79,10 @@ def evaluate(
             f"{'--save' if save else '--tasks'} out"
         )
     paths, wanted = text or [], [task.strip() for task in (tasks or "").split(",") if task.strip()]
-    specs_of(wanted, task_files, limit)  # refused before any text is measured
+    options: dict[str, Any] = {"window": window, "max_windows": max_windows, "allow_overlap": allow_overlap, "bos": bos}
+    # Refused before any text is measured.
+    specs_of(wanted, task_files, limit)
+    check_heeded(paths, text_field=text_field, split=split, **options)
     whole = text_files(paths, field=text_field, split=split) if paths else None
     sources = [replace(whole, paths=(path,)) for path in whole.paths] if whole else []
     common: dict[str, Any] = {
@@ -95,9 +98,7 @@ def evaluate(
         scores = (
             compare_tasks(models, wanted, files=task_files, limit=limit, progress=progress, **common) if wanted else []
         )
-        options = {"window": window, "max_windows": max_windows, "allow_overlap": allow_overlap, "bos": bos}
-        options["adapter"] = adapter
-        rows = compare(models, sources, progress=progress, **options, **common) if sources else []
+        rows = compare(models, sources, progress=progress, adapter=adapter, **options, **common) if sources else []
     if as_json:
         tables = {"perplexity": [asdict(row) for row in rows], "tasks": [asdict(row) for row in scores]}
         # One kind of measurement is a plain list, as it always was.

@@ -14,7 +14,7 @@ from torch import nn
 from topiarist.checkpoints.reading import Checkpoint, locate
 from topiarist.checkpoints.references import resolved
 from topiarist.checkpoints.writing import ADAPTER
-from topiarist.core.errors import CalibrationError
+from topiarist.core.errors import CalibrationError, TopiaristError
 from topiarist.data import MAX_SHARED, Bos, TextFiles, Windows, check_vocabulary, evaluation_windows
 from topiarist.data.record import RECORD, recorded_passages
 from topiarist.evaluation.adapter import check_adapters, has_adapter, with_adapter
@@ -24,6 +24,15 @@ from topiarist.models.opened import OpenedModel, open_model
 
 MANY_ZEROS = 0.1
 """Share of zero weights above which a model is no dense reference."""
+OF_TEXT = {
+    "text_field": "text",
+    "split": None,
+    "window": 1024,
+    "max_windows": None,
+    "bos": "auto",
+    "allow_overlap": False,
+}
+"""Settings that only perplexity heeds, with their defaults."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,15 @@ def compare(
         rows.append(Row(name, dense and is_dense(name, model), results, base))
         del model
     return sorted(rows, key=lambda row: not row.dense)
+
+
+def check_heeded(texts: Sequence[object], **asked: object) -> None:
+    """Raise TopiaristError for a setting of text, of those in `OF_TEXT`, where no text is named."""
+    changed = next((name for name, value in asked.items() if value != OF_TEXT[name]), None)
+    if not texts and changed is not None:
+        raise TopiaristError(
+            f"{changed.replace('_', ' ')} is a setting of text, and none is named: name text, or leave that out"
+        )
 
 
 def held_out_windows(
