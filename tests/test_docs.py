@@ -16,7 +16,7 @@ from documents import DOCS, ROOT
 
 import topiarist
 from topiarist.allocate import ALLOCATIONS
-from topiarist.cli.app import OPTIONS, app
+from topiarist.cli.app import OPTIONS, RESUMING, app
 from topiarist.cli.from_options import understood
 from topiarist.models import FAMILIES
 from topiarist.pipelines.recipes.recipe import read_recipe
@@ -71,6 +71,11 @@ def test_flags_exist():
     pages = {page: text for page, text in PAGES.items() if not page.startswith(("docs/develop/", "CHANGELOG"))}
     named = {(page, flag) for page, text in pages.items() for flag in FLAG.findall(text)}
     assert not {(page, flag) for page, flag in named if understood([flag], OPTIONS)[0] not in known}
+
+
+def test_the_reference_names_the_commands_that_resume():
+    said = re.search(r"The same command then resumes for ([^;]*);", PAGES["docs/reference/cli.md"])
+    assert said and set(re.findall(r"`(\w+)`", said[1])) == RESUMING
 
 
 def test_every_page_is_in_the_navigation():
