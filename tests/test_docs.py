@@ -7,13 +7,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import documents
 import pytest
+import typer
 from documents import DOCS, ROOT
 
 import topiarist
 from topiarist.allocate import ALLOCATIONS
+from topiarist.cli.app import OPTIONS, RESUMING, app
+from topiarist.cli.from_options import understood
 from topiarist.models import FAMILIES
 from topiarist.pipelines.recipes.recipe import read_recipe
 from topiarist.solvers import SOLVERS
@@ -24,6 +28,8 @@ BASELINES = {"magnitude", "random", "uniform", "occlusion"}
 """Methods that stand on no page of their own."""
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 NAME = re.compile(r"`((?:topiarist|tp)\.[A-Za-z_][\w.]*)")
+FLAG = re.compile(r"`(--[a-z][a-z-]+)(?!\w)")
+"""A code span that begins with a flag; those of other programs stand behind their names."""
 COMMIT = re.compile(r"\*(?:Measured|Counted)[^*]*(?:commits?|format)[^*]*\*")
 
 
@@ -56,6 +62,20 @@ def test_names_in_code_exist(page: str):
             if not hasattr(value, part):
                 importlib.import_module(".".join(parts[:number]))
             value = getattr(value, part)
+
+
+def test_flags_exist():
+    commands: Any = typer.main.get_command(app)
+    options = [option for command in commands.commands.values() for option in command.params]
+    known = {name for option in options for name in (*option.opts, *option.secondary_opts)}
+    pages = {page: text for page, text in PAGES.items() if not page.startswith(("docs/develop/", "CHANGELOG"))}
+    named = {(page, flag) for page, text in pages.items() for flag in FLAG.findall(text)}
+    assert not {(page, flag) for page, flag in named if understood([flag], OPTIONS)[0] not in known}
+
+
+def test_the_reference_names_the_commands_that_resume():
+    said = re.search(r"The same command then resumes for ([^;]*);", PAGES["docs/reference/cli.md"])
+    assert said and set(re.findall(r"`(\w+)`", said[1])) == RESUMING
 
 
 def test_every_page_is_in_the_navigation():

@@ -95,6 +95,14 @@ def test_what_eval_refuses_is_one_line(base: Path, command, words: list[str], sa
     assert error.count("error ") == 1
 
 
+def test_eval_says_that_there_is_nothing_to_save(base: Path, command):
+    words = ("--text", "text.txt", "--window", "32", "--max-windows", "1", "--save")
+    code, printed, error = command("eval", "base", *words)
+    assert code == 0 and "perplexity" in printed and error.count("nothing is saved: --save puts figures beside") == 1
+    tp.prune("base", "out", method="magnitude")
+    assert "nothing is saved" not in command("eval", "out", *words)[2] and Path("out/pruning_evaluation.json").is_file()
+
+
 def test_learned_positions_are_a_limit_and_rotary_ones_a_warning(base: Path, tmp_path: Path, command):
     tiny.tiny_checkpoint(tmp_path / "learned", "gpt2")
     code, _, error = command("eval", "learned", "--text", "text.txt", "--window", "128")

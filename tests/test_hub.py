@@ -13,6 +13,7 @@ from hub_standin import Hub, running
 import topiarist as tp
 from topiarist.checkpoints.writing import JOURNAL, STATES
 from topiarist.results.hub import push
+from topiarist.runtime import pack_folder, unpack_folder
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,25 @@ def test_only_finished_undamaged_results_are_uploaded(result: Path, tmp_path: Pa
     with pytest.raises(tp.CheckpointError, match="is not finished"):
         upload(copy, "a/b", hub)
     assert not hub.repositories
+
+
+@pytest.mark.parametrize("values", [None, "int4"])
+def test_packed_and_unpacked_results_are_uploaded_unless_damaged(values, result: Path, tmp_path: Path, hub: Hub):
+    packed, back = tmp_path / "packed", tmp_path / "back"
+    pack_folder(result, packed, values=values)
+    unpack_folder(packed, back)
+    for folder, weights in ((packed, "packed-00001.safetensors"), (back, "model.safetensors")):
+        upload(folder, f"org/{folder.name}", hub)
+        assert hub.repositories[f"org/{folder.name}"][weights] == (folder / weights).read_bytes()
+    reports = [(folder / "pruning_report.json").read_bytes() for folder in (result, back)]
+    assert (reports[0] == reports[1]) is (values is None), "as it was where the weights are"
+    for folder, weights in ((packed, "packed-00001.safetensors"), (back, "model.safetensors")):
+        raw = bytearray((folder / weights).read_bytes())
+        raw[-1] ^= 1
+        (folder / weights).write_bytes(raw)
+        with pytest.raises(tp.CheckpointError, match=f"{weights} is not what the run wrote"):
+            upload(folder, "org/damaged", hub)
+    assert "org/damaged" not in hub.repositories
 
 
 def test_the_command(result: Path, hub: Hub, command, monkeypatch):

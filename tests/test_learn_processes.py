@@ -136,8 +136,8 @@ def test_what_cannot_be_sharded_is_refused(tmp_path: Path):
     with pytest.raises(tp.TopiaristError, match="shards need several processes"):
         run(base, tmp_path / "out", RECIPE, shard=True)
     for processes, relaxation, pattern, message in (
-        (3, None, "2:4", "cannot be divided among 3 processes"),
-        (2, "bernoulli", "0.5", "looks at whole matrices"),
+        (3, None, "2:4", r"cannot be divided among 3 processes; .* \(--no-shard\)"),
+        (2, "bernoulli", "0.5", "looks at whole matrices, .*: --no-shard"),
     ):
         source = ObjectModel(load_model(base))
         patterns, _ = resolve_patterns(source, parse_pattern(pattern), None, [])

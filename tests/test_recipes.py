@@ -317,6 +317,11 @@ WRONG_ENDS = [
     ("text: [heldout.txt]", "text: [nowhere.txt]", "nowhere.txt does not exist"),
     ("max_windows: 2", "limit: 3", "line 7: a limit is of zero-shot tasks, and none is named"),
     (
+        "text: [heldout.txt], window_tokens: 32, max_windows: 2",
+        "tasks: piqa, bos: never",
+        "line 7: bos is a setting of text, and none is named",
+    ),
+    (
         "max_windows: 2",
         "tasks: piqa, task_files: nowhere",
         "line 7: nowhere must hold one file piqa*.jsonl, found none",

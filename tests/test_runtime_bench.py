@@ -117,6 +117,18 @@ def test_refusals(tmp_path):
         runtime.bench_folder(tmp_path / "nothing")
 
 
+def test_learned_positions_are_a_limit_and_rotary_ones_a_warning(tmp_path, command):
+    model = tiny_checkpoint(tmp_path / "model", "opt")
+    code, _, said = command("bench", model, "--prompt", 60, "--tokens", 5, "--batch", 1)
+    assert (
+        code == 2
+        and f"a prompt of 60 tokens with 5 more is longer than the 64 positions of {model}: pass a shorter" in said
+    )
+    tiny_llama().save_pretrained(tmp_path / "rotary")
+    with pytest.warns(UserWarning, match="with 1 more is longer than the 64 that .*rotary was made for"):
+        runtime.bench_folder(tmp_path / "rotary", tokens=1, batches=(1,), prompt=64)
+
+
 @pytest.mark.parametrize("wrong", [{"tokens": 0}, {"tokens": -1}, {"prompt": 0}, {"batches": (4, 0)}, {"batches": ()}])
 def test_numbers_below_one_are_refused_before_the_model_is_read(wrong, tmp_path, command):
     with pytest.raises(OptionError, match="nothing can be timed"):
@@ -151,9 +163,24 @@ def test_a_folder_of_integers(tmp_path):
     tiny_llama(pruned=False).save_pretrained(tmp_path / "plain")
     runtime.pack_folder(tmp_path / "plain", tmp_path / "packed", values="int4", group=32, head="int8")
     report = runtime.bench_folder(tmp_path / "packed", tokens=1, batches=(1,), prompt=2)
-    assert report.acceleration.num_packed == 15 and report.sparse_bytes < report.dense_bytes / 3
+    assert report.acceleration.num_packed == 15 and report.sparse_bytes < 0.35 * report.dense_bytes
     assert {layer.reason for layer in report.acceleration.layers} == {"4-bit integers", "8-bit integers"}
     assert all(1 <= layer.max_batch <= 32 for layer in report.acceleration.layers)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_of_integers_are_counted_once(tied, tmp_path):
+    if not compiled():
+        pytest.skip("no C++ compiler")
+    source = tiny_checkpoint(tmp_path / "source", tie_word_embeddings=tied)
+    runtime.pack_folder(source, tmp_path / "packed", values="int8", group=32, head="int8")
+    report = runtime.bench_folder(tmp_path / "packed", tokens=1, batches=(1,), prompt=2)
+    assert report.dense_bytes == sum(weight.nbytes for weight in load_model(source).parameters())
+    model = load_model(tmp_path / "packed")
+    packed = {id(table): table.packed_bytes for table in model.modules() if isinstance(table, QuantisedLinear)}
+    table = model.get_input_embeddings().table
+    rest = sum(weight.nbytes for weight in model.parameters())
+    assert report.sparse_bytes == rest + sum((packed | {id(table): table.packed_bytes}).values())
 
 
 def test_accelerated_logits_and_saved_weights(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokens
@@ -101,6 +103,22 @@ def test_other_models_go_through_transformers(family, options, reason):
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_of_the_generation_config_only_the_ends_are_heeded(family):
+    """In our loop and in that of transformers alike."""
+    model, ids = tiny_model(family), tiny_tokens(1, 6)
+    generator = Generator(model)
+    texts = [generator.generate(ids, 12, temperature=t) for t in (0.0, 2.0)]
+    said = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 1, "do_sample": True, "top_p": 0.01, "min_p": 0.9}
+    model.generation_config.update(**said, num_return_sequences=3)
+    assert all(
+        text.equal(generator.generate(ids, 12, temperature=t)) for text, t in zip(texts, (0.0, 2.0), strict=True)
+    )
+    assert {name: getattr(model.generation_config, name) for name in said} == said
+    model.generation_config.eos_token_id = int(texts[0][0, 3])
+    assert torch.equal(generator.generate(ids, 12)[0], texts[0][0, : texts[0][0].tolist().index(texts[0][0, 3]) + 1])
+
+
 def test_without_a_compiler(monkeypatch):
     def none():
         raise NoKernels("no C++ compiler found")
@@ -195,6 +213,29 @@ def test_the_command(command, tmp_path):
     code, _, said = command("generate", folder, "--prompt", "ab", "-n", 500)
     assert code == 2 and "the model's 64 positions" in said
     assert command("generate", tmp_path / "nothing", "--prompt", "ab")[0] == 2
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (b"and", b" \xe6\x9d", b"\xb1", b"\xe4\xba", b"\xac \xe2", b"\x82", b"\xac5"),
+        (b"a \xf0", b"\x9f", b"\x99\x82", b"\xff", b"\xef\xbf\xbd", b"b"),
+        (b"cut", b" \xe2\x82"),
+    ],
+    ids=["halves", "no characters", "cut"],
+)
+def test_the_command_prints_every_character(pieces, command, tmp_path, monkeypatch):
+    """Tokens of a byte-level tokenizer may end inside a character, and have whole ones before it."""
+    from tiny import tiny_checkpoint
+
+    folder = tiny_checkpoint(tmp_path / "model")
+    tokenizer = mock.Mock()
+    tokenizer.return_value.input_ids = tiny_tokens(1, 2)
+    tokenizer.decode = lambda ids, **_: b"".join(pieces[i] for i in ids).decode(errors="replace")
+    monkeypatch.setattr("topiarist.data.load_tokenizer", lambda _: tokenizer)
+    monkeypatch.setattr(Generator, "stream", lambda *_, **__: iter(torch.arange(len(pieces))[:, None]))
+    code, text, said = command("generate", folder, "--prompt", "ab")
+    assert code == 0 and text == b"".join(pieces).decode(errors="replace") + "\n", said
 
 
 def test_public_names():

@@ -74,6 +74,22 @@ def test_items_without_a_task_and_tasks_without_items_are_refused(tmp_path: Path
     assert code == 2 and says in error and error.count("error ") == 1 and not printed
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (("--bos", "always"), "bos"),
+        (("--window", "32"), "window"),
+        (("--max-windows", "3"), "max windows"),
+        (("--split", "train"), "split"),
+        (("--text-field", "body"), "text field"),
+        (("--allow-overlap",), "allow overlap"),
+    ],
+)
+def test_settings_of_text_without_text_are_refused(command, words, name):
+    code, printed, error = command("eval", "nowhere", "--tasks", "piqa", *words)
+    assert code == 2 and f"{name} is a setting of text, and none is named" in error and not printed
+
+
 def test_every_format_includes_the_harness_s_own_task(items: Path, tmp_path: Path):
     """Only where the rows come from differs: no prompt, choice or metric is written down here."""
     for name, given in ITEMS.items():

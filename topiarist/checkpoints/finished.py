@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from topiarist.checkpoints.reading import file_digest, read_json
+from topiarist.checkpoints.atomic import write_atomically
+from topiarist.checkpoints.reading import INDEX, PACKED, file_digest, read_json
 from topiarist.core.errors import CheckpointError
 
 REPORT = "pruning_report.json"
@@ -37,6 +39,28 @@ def check_files(folder: Path, files: Mapping[str, Any]) -> None:
         )
 
 
+def described(path: Path) -> dict[str, Any]:
+    """Return what a report says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def describe_again(source: Path, folder: Path) -> None:
+    """Let the report in `folder`, if it has one, say what its files are: those of `source`, but packed or unpacked weights."""
+    if not (folder / REPORT).is_file():
+        return
+    report = read_json(source / REPORT, cure=f"copy {source} again")
+    if not isinstance(known := report.get("files"), dict):
+        return
+    weights = sorted(path.name for kind in ("model", "packed-") for path in folder.glob(f"{kind}*.safetensors"))
+    anew = [*weights, INDEX, PACKED]
+    files = {
+        name: described(folder / name) if name in (*anew, "config.json") else known[name]
+        for name in dict.fromkeys((*anew, *known))
+        if (folder / name).is_file()
+    }
+    write_atomically(folder / REPORT, json.dumps(report | {"files": files}, indent=2) + "\n")
+
+
 def check_finished(folder: Path) -> None:
-    """Raise CheckpointError unless the files of a finished run are what its report says."""
+    """Raise CheckpointError unless the files of a finished run, packed or not, are what its report says."""
     check_files(folder, read_finished(folder).get("files", {}))

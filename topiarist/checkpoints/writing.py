@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from topiarist.checkpoints.atomic import TEMPORARY, disk_errors, fsync, save_tensors, write_atomically
-from topiarist.checkpoints.finished import REPORT, check_files, read_finished
+from topiarist.checkpoints.finished import REPORT, check_files, described, read_finished
 from topiarist.checkpoints.journal import complete_lines, differences, listed, sealed
 from topiarist.checkpoints.locking import LOCK, FolderLock
 from topiarist.checkpoints.reading import INDEX, Checkpoint, StoredTensor, check_name, file_digest
@@ -316,7 +316,7 @@ class OutputFolder:
         files = {name: {"bytes": line["bytes"], "sha256": line["sha256"]} for name, line in self.files.items()}
         for name in _CHECKED:
             if (path := self.folder / name).is_file():
-                files[name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+                files[name] = described(path)
         files["config.json"] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
         whole = {**report, "files": files, "fingerprint": self.fingerprint}
         self.write_text(REPORT, json.dumps(whole, indent=2) + "\n")

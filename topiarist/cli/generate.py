@@ -35,16 +35,17 @@ def generate(
     generator = Generator(model)
     if generator.reason:
         err.print(literal(f"transformers' own loop: {generator.reason}"), highlight=False)
-    written, times = [], [time.perf_counter()]
+    written, times, text, printed = [], [time.perf_counter()], "", 0
     for token in generator.stream(ids, max_new_tokens, temperature=temperature, seed=seed):
         times.append(time.perf_counter())
-        before = tokenizer.decode(written, skip_special_tokens=True)
         written.append(int(token))
         text = tokenizer.decode(written, skip_special_tokens=True)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: its other half comes with the next token
-            sys.stdout.write(text[len(before.rstrip("\N{REPLACEMENT CHARACTER}")) :])
-            sys.stdout.flush()
-    sys.stdout.write("\n")
+        # Half a character at the end waits for its other half, which may come with the next token.
+        whole = len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+        sys.stdout.write(text[printed:whole])
+        sys.stdout.flush()
+        printed = max(printed, whole)
+    sys.stdout.write(text[printed:] + "\n")
     if generator.reason:  # all tokens come at once, when the last is there
         speed = f", {len(written) / (times[-1] - times[0]):.1f} a second, the prompt's {ids.shape[1]} tokens included"
     else:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from topiarist.cli.common import literal, out, progress_bar, say, set_threads
+from topiarist.cli.common import err, literal, out, progress_bar, say, set_threads
 from topiarist.core import former
 from topiarist.results.formats import start_text
 
@@ -66,7 +66,7 @@ def evaluate(
     from topiarist.core.errors import TopiaristError
     from topiarist.data import text_files
     from topiarist.evaluation.adapter import has_adapter
-    from topiarist.evaluation.comparison import compare, entries
+    from topiarist.evaluation.comparison import check_heeded, compare, entries
     from topiarist.evaluation.tasks import compare_tasks, specs_of
     from topiarist.evaluation.tasks import entries as task_entries
     from topiarist.results.pages import save_evaluation
@@ -80,7 +80,10 @@ def evaluate(
             f"{'--save' if save else '--tasks'} out"
         )
     paths, wanted = text or [], [task.strip() for task in (tasks or "").split(",") if task.strip()]
-    specs_of(wanted, task_files, limit)  # refused before any text is measured
+    options: dict[str, Any] = {"window": window, "max_windows": max_windows, "allow_overlap": allow_overlap, "bos": bos}
+    # Refused before any text is measured.
+    specs_of(wanted, task_files, limit)
+    check_heeded(paths, text_field=text_field, split=split, **options)
     whole = text_files(paths, field=text_field, split=split) if paths else None
     sources = [replace(whole, paths=(path,)) for path in whole.paths] if whole else []
     common: dict[str, Any] = {
@@ -96,9 +99,7 @@ def evaluate(
         scores = (
             compare_tasks(models, wanted, files=task_files, limit=limit, progress=progress, **common) if wanted else []
         )
-        options = {"window": window, "max_windows": max_windows, "allow_overlap": allow_overlap, "bos": bos}
-        options["adapter"] = adapter
-        rows = compare(models, sources, progress=progress, **options, **common) if sources else []
+        rows = compare(models, sources, progress=progress, adapter=adapter, **options, **common) if sources else []
     if as_json:
         tables = {"perplexity": [asdict(row) for row in rows], "tasks": [asdict(row) for row in scores]}
         # One kind of measurement is a plain list, as it always was.
@@ -117,6 +118,10 @@ def evaluate(
             _print_scores(scores)
     if save:
         texts, items = entries(rows, [path.name for path in paths]), task_entries(scores)
+        if not texts and not items:
+            err.print(
+                "nothing is saved: --save puts figures beside pruned models, and no MODEL is one", highlight=False
+            )
         for folder in dict.fromkeys([*texts, *items]):
             save_evaluation(folder, {"perplexity": texts.get(folder, []), "tasks": items.get(folder, [])})
 

@@ -14,16 +14,25 @@ from torch import nn
 from topiarist.checkpoints.reading import Checkpoint, locate
 from topiarist.checkpoints.references import resolved
 from topiarist.checkpoints.writing import ADAPTER
-from topiarist.core.errors import CalibrationError
+from topiarist.core.errors import CalibrationError, TopiaristError
 from topiarist.data import MAX_SHARED, Bos, TextFiles, Windows, check_vocabulary, evaluation_windows
 from topiarist.data.record import RECORD, recorded_passages
 from topiarist.evaluation.adapter import check_adapters, has_adapter, with_adapter
-from topiarist.evaluation.perplexity import Perplexity, check_batch_size, exceeds_positions, perplexity
+from topiarist.evaluation.perplexity import Perplexity, check_batch_size, perplexity
 from topiarist.models.derive import check_has_text_loss
 from topiarist.models.opened import OpenedModel, open_model
 
 MANY_ZEROS = 0.1
 """Share of zero weights above which a model is no dense reference."""
+OF_TEXT = {
+    "text_field": "text",
+    "split": None,
+    "window": 1024,
+    "max_windows": None,
+    "bos": "auto",
+    "allow_overlap": False,
+}
+"""Settings that only perplexity heeds, with their defaults."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,15 @@ def compare(
     return sorted(rows, key=lambda row: not row.dense)
 
 
+def check_heeded(texts: Sequence[object], **asked: object) -> None:
+    """Raise TopiaristError for a setting of text, of those in `OF_TEXT`, where no text is named."""
+    changed = next((name for name, value in asked.items() if value != OF_TEXT[name]), None)
+    if not texts and changed is not None:
+        raise TopiaristError(
+            f"{changed.replace('_', ' ')} is a setting of text, and none is named: name text, or leave that out"
+        )
+
+
 def held_out_windows(
     model: str | Path | OpenedModel,
     text: TextFiles,
@@ -101,7 +119,7 @@ def held_out_windows(
     window is longer than its learned positions, or if a token is outside its vocabulary.
     """
     opened = model if isinstance(model, OpenedModel) else open_model(model, device="cpu")
-    _check_positions(opened, window)
+    opened.check_length(window, f"a window of {window} tokens", f"--window {opened.limit}")
     known = recorded_passages(opened.beside(RECORD))
     windows = evaluation_windows(
         text, opened.tokenizer(), window=window, max_windows=max_windows, calibration=known, bos=bos
@@ -114,16 +132,6 @@ def held_out_windows(
             "on other text"
         )
     return windows
-
-
-def _check_positions(opened: OpenedModel, window: int) -> None:
-    if exceeds_positions(opened, window):
-        warnings.warn(
-            f"a window of {window} tokens is longer than the {opened.limit} that {opened.name} was made for; "
-            f"--window {opened.limit} fits",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 def with_reference(models: Sequence[str], reference: bool = True) -> list[tuple[str, bool, str | None]]:

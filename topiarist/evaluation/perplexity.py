@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from topiarist.core.errors import CalibrationError, NumericalError
 from topiarist.core.losses import next_token_losses
 from topiarist.data import Windows, check_vocabulary
-from topiarist.models.interface import OpenedModel
 from topiarist.models.opened import ObjectModel, evaluated, open_model
 
 
@@ -64,7 +64,9 @@ def perplexity(
     if isinstance(embeddings, nn.Embedding):
         check_vocabulary(tokens, embeddings.num_embeddings, "text")
     if getattr(model, "config", None) is not None:
-        exceeds_positions(ObjectModel(model), tokens.shape[1])  # raises here; more than rotary ones is no error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # more than rotary positions were made for is no error
+            ObjectModel(model).check_length(tokens.shape[1], f"a window of {tokens.shape[1]} tokens", "shorter windows")
     device = next(model.parameters()).device
     total, predicted = 0.0, 0
     with evaluated(model):
@@ -83,22 +85,6 @@ def perplexity(
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     value = math.exp(mean) if mean < 700 else math.inf
     return Perplexity(value, tokens.shape[1], predicted, digest, dtype, start)
-
-
-def exceeds_positions(opened: OpenedModel, window: int) -> bool:
-    """Whether a window is longer than the model was made for.
-
-    Raises CalibrationError if its positions were learned, so that there are no more.
-    """
-    limit, config = opened.limit, opened.text_config
-    if limit is None or window <= limit:
-        return False
-    relative = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_dim", "rotary_pct", "alibi")
-    if not any(getattr(config, key, None) for key in relative):
-        raise CalibrationError(
-            f"a window of {window} tokens is longer than the {limit} positions of {opened.name}: pass --window {limit}"
-        )
-    return True
 
 
 def check_batch_size(batch_size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Mapping
 from functools import cached_property
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.references import MODEL, resolved
 from topiarist.checkpoints.writing import OutputFolder, check_place
+from topiarist.core.errors import CalibrationError
 from topiarist.data import load_tokenizer
 from topiarist.models.calls import Flow
 from topiarist.models.derive import block_lists, family_of
@@ -144,6 +146,23 @@ class OpenedModel(ABC):
     def window(self) -> int:
         """Tokens of a window where the user does not say."""
         return min(DEFAULT_WINDOW, self.limit or DEFAULT_WINDOW)
+
+    def check_length(self, tokens: int, what: str, cure: str) -> None:
+        """Refuse what is longer than learned positions, and warn of what is longer than relative ones were made for.
+
+        what, cure: of so many tokens, for the line that says so. Raises CalibrationError.
+        """
+        limit = self.limit
+        if limit is None or tokens <= limit:
+            return
+        relative = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_dim", "rotary_pct", "alibi")
+        if not any(getattr(self.text_config, key, None) for key in relative):
+            raise CalibrationError(f"{what} is longer than the {limit} positions of {self.name}: pass {cure}")
+        warnings.warn(
+            f"{what} is longer than the {limit} that {self.name} was made for; pass {cure} to stay within them",
+            UserWarning,
+            stacklevel=3,
+        )
 
     @property
     def vocabulary(self) -> int:

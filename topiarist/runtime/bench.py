@@ -20,12 +20,12 @@ from torch import nn
 from topiarist.core.compiled import NoKernels
 from topiarist.core.errors import CheckpointError, UnsupportedModel
 from topiarist.core.grammar import OptionError
-from topiarist.models.opened import evaluated
+from topiarist.models.opened import ObjectModel, evaluated
 from topiarist.runtime import cpu, cuda
 from topiarist.runtime.cpu import MARGIN, Acceleration
 from topiarist.runtime.decoder import Decoder
 from topiarist.runtime.generate import cache_word
-from topiarist.runtime.linear import PackedLinear
+from topiarist.runtime.linear import PackedLinear, QuantisedEmbedding
 from topiarist.runtime.loading import load_model
 
 ROUNDS = 3
@@ -92,14 +92,18 @@ def bench_folder(
 ) -> BenchReport:
     """Load a pruned model folder, ordinary or packed, and measure it.
 
-    Raises OptionError for numbers below 1, CheckpointError if the folder cannot be read, or if the model in it has no sparse
-    linear.
+    Raises OptionError for numbers below 1, CalibrationError for more tokens than learned positions, CheckpointError if the
+    folder cannot be read, or if the model in it has no sparse linear.
     """
     if not batches or min(tokens, prompt, *batches) < 1:
         raise OptionError(
             f"tokens is {tokens}, prompt {prompt}, batches {list(batches)}: nothing can be timed with less than 1 of each"
         )
     model = load_model(folder, device=device)
+    loaded = ObjectModel(model)
+    loaded.name = str(folder)
+    asked = f"a prompt of {prompt} tokens with {tokens} more"
+    loaded.check_length(prompt + tokens, asked, "a shorter --prompt or fewer --tokens")
     try:
         return bench_model(model, tokens=tokens, batches=batches, prompt=prompt)
     except CheckpointError as error:
@@ -117,7 +121,11 @@ def bench_model(
     original = dict(linears)
     dense = {name: module.to_linear() if isinstance(module, PackedLinear) else module for name, module in linears}
     _exchange(model, dense)
-    dense_bytes = sum(weight.nbytes for weight in model.parameters())
+    # Embeddings of integers have no parameters; where they are tied, their table is the head, which is a linear.
+    embeddings = (module for module in model.modules() if isinstance(module, QuantisedEmbedding))
+    tables = [module.table for module in embeddings if module.table not in original.values()]
+    dense_tables = sum(table.out_features * table.in_features * table.dtype.itemsize for table in tables)
+    dense_bytes = sum(weight.nbytes for weight in model.parameters()) + dense_tables
     _exchange(model, original)
     if model.device.type == "cuda":
         acceleration = cuda.accelerate(model, tokens=[*batches, max(batches) * prompt])
@@ -144,7 +152,8 @@ def bench_model(
                     speeds.append(Speed(phase, batch, *rates))
     finally:
         _exchange(model, original)
-    sparse_bytes = dense_bytes - acceleration.bytes_before + acceleration.bytes_after
+    packed_tables = sum(table.packed_bytes for table in tables)
+    sparse_bytes = dense_bytes - acceleration.bytes_before + acceleration.bytes_after - dense_tables + packed_tables
     return BenchReport(
         tuple(speeds), acceleration, dense_bytes, sparse_bytes, machine(model.device.type), tokens=tokens, prompt=prompt
     )

@@ -23,7 +23,8 @@ class Generator:
     """Decodes with a causal LM of transformers, whose linears may be packed (`topiarist.runtime.accelerate`).
 
     The prompt goes through the model itself. Tokens after it come from a C++ loop with a cache of fixed size, whose
-    activations are fp32: a greedy text can differ from transformers' in bf16 where two tokens are as good as equal.
+    activations are fp32: a greedy text can differ from transformers' in bf16 where two tokens are as good as equal. Of the
+    model's generation config the ends and the padding are heeded, no penalties and no cuts of what is drawn from.
     `reason` says why a model goes through transformers instead; it is empty for those that do not.
     """
 
@@ -108,16 +109,18 @@ class Generator:
             )
 
     def _stream_by_transformers(self, ids: Tensor, new: int, temperature: float, seed: int) -> Iterator[Tensor]:
+        from transformers import GenerationConfig
+
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-        with torch.random.fork_rng(devices=[]), evaluated(self.model):
-            torch.manual_seed(seed)
-            out = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new,
-                pad_token_id=int(self._ends()[1]),
-                **sampling,
-            )
+        own, padding = self.model.generation_config, int(self._ends()[1])
+        # Of the model's own nothing but the ends, as in our loop; what else it says would fill in what a call leaves out.
+        self.model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=padding)
+        try:
+            with torch.random.fork_rng(devices=[]), evaluated(self.model):
+                torch.manual_seed(seed)
+                out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **sampling)
+        finally:
+            self.model.generation_config = own
         yield from out[:, ids.shape[1] :].unbind(1)
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from topiarist.checkpoints.dequantised import QUANTIZATION, DequantisedCheckpoint
+from topiarist.checkpoints.finished import describe_again
 from topiarist.checkpoints.reading import Checkpoint, opened
 from topiarist.checkpoints.side_files import OWN, check_inside, copy_side_files
 from topiarist.checkpoints.writing import ADAPTER, MASKS, REPORT
@@ -118,6 +119,7 @@ def pack_folder(
         )
         manifest = {"format": KEY, "version": VERSIONS[-1], "shards": shards.names, **asdict(report)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        describe_again(src, partial)
         if is_result:
             refresh(partial)
     return report
@@ -172,6 +174,7 @@ def unpack_folder(src: Path | str, out: Path | str, *, shard_bytes: int = SHARD_
     with new_folder(out) as partial:
         write_dense(read_packed(src), partial, shard_bytes=shard_bytes)
         copy_other_files(src, partial)
+        describe_again(src, partial)
         if (partial / REPORT).is_file():
             refresh(partial)
 

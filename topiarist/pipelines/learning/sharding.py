@@ -120,10 +120,10 @@ class ShardedModel(MaskedModel):
             if along % self.processes.size:
                 raise PatternError(
                     f"layer {target.label}: {along} rows cannot be divided among {self.processes.size} processes; use "
-                    "another number, or a whole copy in each (--replicate)"
+                    "another number, or a whole copy in each (--no-shard)"
                 )
             if not kind.by_row:
-                raise PatternError(f"relaxation {kind.name} looks at whole matrices, which shards are not: --replicate")
+                raise PatternError(f"relaxation {kind.name} looks at whole matrices, which shards are not: --no-shard")
 
     @property
     def device(self) -> torch.device:

@@ -82,6 +82,14 @@ class EvalOptions(RunOptions):
         for path in self.text:  # refused before any stage runs
             text_files(path)
         tasks.specs_of(self.tasks, self.task_files, self.limit)
+        comparison.check_heeded(
+            self.text,
+            text_field=self.text_field,
+            split=self.split,
+            window=self.window_tokens,
+            max_windows=self.max_windows,
+            bos=self.bos,
+        )
 
 
 def run_eval(model: Path | str, place: Path, options: EvalOptions, _: Mapping[str, Any], progress: Progress) -> None:

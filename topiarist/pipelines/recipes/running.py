@@ -22,7 +22,7 @@ from topiarist.pipelines.common.reproduce import RECIPE, as_yaml
 from topiarist.pipelines.recipes.reading import parse, read_text
 from topiarist.pipelines.recipes.recipe import Recipe
 from topiarist.pipelines.recipes.stages import STAGES
-from topiarist.runtime.manifest import MANIFEST, read_manifest
+from topiarist.runtime.manifest import MANIFEST
 
 MADE = "made.json"
 """In OUT's folder of stages: the recipe as far as its stages are finished."""
@@ -40,7 +40,7 @@ def run_recipe(recipe: Recipe, *, keep_stages: bool = False, progress: Progress 
     said = json.loads(json.dumps({**recipe.plain, "out": str(out)}, default=str))
     if (out / RECIPE).is_file() and (out / REPORT).is_file() and not (out / STAGES_FOLDER).exists():
         _check_same(out, parse(read_text(out / RECIPE), str(out / RECIPE))[0], said)
-        _check_finished(out)
+        check_finished(out)
     else:
         with _stages_folder(out) as places:
             _run_stages(recipe, out, places, said, keep_stages, progress or (lambda *_: None))
@@ -61,14 +61,6 @@ def _by_stage(plain: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe with its stages by number, as differences between two are told."""
     stages = {f"stage {number}": stage for number, stage in enumerate(plain["stages"], start=1)}
     return {key: value for key, value in plain.items() if key != "stages"} | stages
-
-
-def _check_finished(out: Path) -> None:
-    """Raise CheckpointError if a file of a finished OUT is damaged."""
-    if (out / MANIFEST).is_file():
-        read_manifest(out)
-    else:
-        check_finished(out)
 
 
 @contextmanager
