@@ -44,7 +44,7 @@ class RecoverOptions(DataOptions):
     """Sequences a forward, at most."""
     learning_rate: Annotated[float | None, Field(gt=0)] = None
     """Peak; falls to zero along a cosine. Default: 0.0016 times the size of the model's weights (the median over its matrices
-    of the root mean square of what they keep)."""
+    of their root mean square, zeros included)."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the learning rate climbs to its peak."""
     held_out: Annotated[int, Field(gt=0)] = 16

@@ -100,8 +100,9 @@ class TrainedWeights:
                 grad.mul_(self._kept[name].view(torch.uint8))
 
     def typical_size(self, parameters: Iterable[Shaped[Tensor, "..."]], processes: Processes) -> float:
-        """Median over the matrices among `parameters` of the root mean square of their weights that are not zero.
+        """Median over the matrices among `parameters` of the root mean square of their weights, zeros included.
 
+        With them a matrix is of about the size that it had before it was pruned, however many of its weights went.
         What a learning rate has to be seen against: Adam moves every weight by about the rate, and one model's weights are
         ten times as large as another's (compare Adafactor's relative step: Shazeer and Stern 2018, section 8). Raises
         NumericalError if all are zero.
@@ -109,12 +110,15 @@ class TrainedWeights:
         matrices = [self.rows(parameter.detach()) for parameter in parameters if parameter.ndim > 1]
         norms = [torch.linalg.vector_norm(m, dtype=torch.float32) for m in matrices]
         sums = torch.stack(
-            [torch.stack([n.square(), m.count_nonzero().float()]) for n, m in zip(norms, matrices, strict=True)]
+            [
+                torch.stack([n.square(), torch.tensor(float(m.numel()), device=n.device)])
+                for n, m in zip(norms, matrices, strict=True)
+            ]
         )
         squares, counts = self._over_rows(sums, processes).T
-        if not counts.any():
+        if not squares.any():
             raise NumericalError("all weights of the model's matrices are zero, and training starts from what is there")
-        return float((squares / counts)[counts > 0].sqrt().median())
+        return float((squares / counts)[squares > 0].sqrt().median())
 
     def rows(self, tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """What this process holds of a parameter, or of what the optimiser has of it: here all of it."""
