@@ -164,26 +164,30 @@ ALLOCATED = (
 - allocate: {rule: owl, pattern: 0.5, num_windows: 4, window_tokens: 32, data: [text.txt]}
 - prune: {method: magnitude, pattern: 0.5}
 - eval: {text: [heldout.txt], window_tokens: 32, max_windows: 2}
-- pack: {head: int8}
+- pack
 """
 )
+ROUNDED = ALLOCATED.partition("- eval")[0] + "- pack: {head: int8}\n"
 
 
 @pytest.mark.parametrize(
-    ("stop", "was", "becomes", "said"),
+    ("text", "stop", "was", "becomes", "said"),
     [
-        ("prune", "rule: owl", "rule: linear", "stage 1 allocate rule was 'owl' and is 'linear'"),
-        ("pack", "max_windows: 2", "max_windows: 1", "stage 3 eval max_windows was 2 and is 1"),
-        ("", "head: int8", "values: int8", "stage 4 pack head was 'int8' and is None"),
+        (ALLOCATED, "prune", "rule: owl", "rule: linear", "stage 1 allocate rule was 'owl' and is 'linear'"),
+        (ALLOCATED, "pack", "max_windows: 2", "max_windows: 1", "stage 3 eval max_windows was 2 and is 1"),
+        (ROUNDED, "", "head: int8", "values: int8", "stage 3 pack head was 'int8' and is None"),
     ],
+    ids=["allocate", "eval", "pack"],
 )
-def test_what_a_stage_left_is_not_taken_for_that_of_other_settings(folder: Path, monkeypatch, stop, was, becomes, said):
-    (folder / "recipe.yaml").write_text(ALLOCATED)
+def test_what_a_stage_left_is_not_taken_for_that_of_other_settings(
+    folder: Path, monkeypatch, text, stop, was, becomes, said
+):
+    (folder / "recipe.yaml").write_text(text)
     seen: list[str] = []
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt) if stop else nullcontext():
         watched(patched, seen, stop)
         run_recipe(read_recipe("recipe.yaml"), keep_stages=True)
-    (folder / "other.yaml").write_text(ALLOCATED.replace(was, becomes))
+    (folder / "other.yaml").write_text(text.replace(was, becomes))
     before = (folder / "out" / "stages" / "01-allocate.json").read_bytes()
     with pytest.raises(tp.TopiaristError, match=said):
         run_recipe(read_recipe("other.yaml"), keep_stages=True)
@@ -195,7 +199,7 @@ def test_what_a_stage_left_is_not_taken_for_that_of_other_settings(folder: Path,
 
 
 def test_a_stage_that_failed_may_have_other_settings(folder: Path, monkeypatch):
-    (folder / "recipe.yaml").write_text(ALLOCATED)
+    (folder / "recipe.yaml").write_text(ROUNDED)
     for stop, was, becomes in (("allocate", "rule: owl", "rule: linear"), ("pack", "{head: int8}", "{values: int8}")):
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             watched(patched, [], stop)
