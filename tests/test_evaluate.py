@@ -13,6 +13,7 @@ import tiny
 import torch
 
 import topiarist as tp
+from topiarist.checkpoints.reading import Checkpoint
 from topiarist.data import Windows
 from topiarist.data.record import RECORD
 from topiarist.evaluation import tasks
@@ -294,3 +295,18 @@ def test_results_are_printed_before_they_are_saved(base: Path, monkeypatch, comm
         "eval", "out", "--text", "text.txt", "--window", "32", "--max-windows", "1", "--save"
     )
     assert code == 2 and "disk is full" in error and "(dense)" in printed
+
+
+def test_a_base_of_several_results_is_read_once(tmp_path: Path, monkeypatch):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    outs = [str(tmp_path / name) for name in ("a", "b")]
+    for out in outs:
+        tp.prune(base, out, method="magnitude")
+    read: list[Path] = []
+    own = Checkpoint.digest
+    monkeypatch.setattr(Checkpoint, "digest", lambda self: read.append(self.folder) or own(self))
+    assert [(name, dense) for name, dense, _ in with_reference(outs)] == [
+        (str(base), True),
+        *((o, False) for o in outs),
+    ]
+    assert [path.name for path in read] == ["base"]

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,14 @@ def with_reference(models: Sequence[str], reference: bool = True) -> list[tuple[
     """
     names = [str(name) for name in models]
     named = [name for name in names if _base_of(name) is None]
+    digest_of = cache(
+        lambda folder: Checkpoint(folder).digest()
+    )  # which reads all of a model: once for all of its results
     added: list[str] = []
     bases: dict[str, str | None] = dict.fromkeys(named)
     for name in names:
         if name not in bases:
-            found = _own_base(name, named, warn=reference)
+            found = _own_base(name, named, digest_of, warn=reference)
             if found is not None and found not in named:
                 known = next((base for base in added if Path(base).samefile(found)), None)
                 found = known or (found if reference else None)
@@ -194,8 +198,15 @@ def _base_of(model: str | Path) -> str | None:
     return resolved(str(named), checkpoint.folder)
 
 
-def _own_base(pruned: str, named: Sequence[str], *, warn: bool) -> str | None:
-    """The dense model at the end of the chain of bases: one of those that were named, or else a folder that is here."""
+def _own_base(pruned: str, named: Sequence[str], digest_of: Callable[[Path], str], *, warn: bool) -> str | None:
+    """The dense model at the end of the chain of bases: one of those that were named, or else a folder that is here.
+
+    digest_of: of the model in a folder, by its path without links.
+    """
+
+    def has(model: str, digest: str) -> bool:
+        return digest_of(locate(model).resolve()) == digest
+
     name, seen = pruned, {pruned}
     while (base := _base_of(name)) is not None:
         here = Path(base) if base and base not in seen and Path(base).is_dir() else None
@@ -203,7 +214,7 @@ def _own_base(pruned: str, named: Sequence[str], *, warn: bool) -> str | None:
         if here is None or _base_of(here) is None:
             there = [other for other in named if other == base or (here is not None and here.samefile(locate(other)))]
             if digest:
-                there = [other for other in dict.fromkeys((*there, *named)) if _has_digest(other, digest)]
+                there = [other for other in dict.fromkeys((*there, *named)) if has(other, digest)]
             elif here is None and len(named) == 1:  # nothing says that it is another
                 there = named
             if there:
@@ -212,7 +223,7 @@ def _own_base(pruned: str, named: Sequence[str], *, warn: bool) -> str | None:
         if here is None:
             fault = f"{base} is not here" if base else "its name is not recorded"
             fault += "; name it as a MODEL"
-        elif digest and not _has_digest(base, digest):
+        elif digest and not has(base, digest):
             fault = f"{base} is not the model that was pruned; name that one as a MODEL"
         if fault:
             if warn:
@@ -221,10 +232,6 @@ def _own_base(pruned: str, named: Sequence[str], *, warn: bool) -> str | None:
         seen.add(base)
         name = base
     return name
-
-
-def _has_digest(model: str, digest: str) -> bool:
-    return Checkpoint(locate(model)).digest() == digest
 
 
 def _stated_digest(pruned: str) -> str:

@@ -156,7 +156,7 @@ def plan_walk(
 
 @dataclass(frozen=True)
 class Probe:
-    """What a few windows through the first block took on this machine, and what is in memory with them."""
+    """What a few windows through one block took on this machine, and what is in memory with them."""
 
     groups: Sequence[GramGroup]
     matrices: int
