@@ -5,7 +5,8 @@
 
 Weights and inputs are random: no time depends on them. With one thread the seconds are those of the processor, so that
 what else runs on the machine does not count. The table scales each piece by its operations and adds the time of the sums
-on their way at the bandwidth that it is given (bytes a second); nothing in it was run at that size.
+on their way at the bandwidth that it is given (bytes a second); nothing in it was run at that size. The program divides
+windows into eight slots, so 64 processes, each with a slot of its own, are beyond it.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ def block_seconds(
     for solve, size, owner in zip(solves, sums, owners(work, processes), strict=True):
         load[owner] += solve
         arriving[owner] += (processes - 1) * size
-    adding = sum(rates.seconds("addition", *g) for g in groups) * (SLOTS / processes + processes.bit_length())
+    slots = max(SLOTS, processes) / processes  # a process has one at least
+    adding = sum(rates.seconds("addition", *g) for g in groups) * (slots + processes.bit_length())
     weights = 2.0 * sum(rows * width for rows, width in groups) * (processes > 1)
     moved = max(arriving) / bandwidth + adding
     return {"forward": forward, "sums": moved, "solver": max(load), "weights": weights / bandwidth}
@@ -146,7 +148,7 @@ def table(known: dict[str, Any], windows: int, bandwidth: float) -> None:
     for name, shape in MODELS.items():
         for method in [m for m in METHODS if m in measured]:
             alone = 0.0
-            for processes in (1, 2, 4, 8):
+            for processes in (1, 2, 4, 8, 64):
                 parts = block_seconds(shape, rates, method, windows, processes, bandwidth)
                 hours = {part: shape[0] * taken / 3600 for part, taken in parts.items()}
                 total = sum(hours.values())
