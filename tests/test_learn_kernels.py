@@ -13,12 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from topiarist.core.patterns import NM, Unstructured, parse_pattern
 from topiarist.masklearn import kernels, native, noise
 from topiarist.masklearn.candidates import candidates
+from topiarist.masklearn.layer import Annealing
 from topiarist.masklearn.relax import Bernoulli, Categorical, TopN
 from topiarist.masklearn.relaxation import Draw, Prior
 
 needs_compiler = pytest.mark.skipif(native.load() is None, reason="no C++ compiler")
 RECORDED = [0.9921393, 0.9534005, 0.0481385, 0.0063218, 0.5083727, 0.7201622, 0.5805369, 0.1909281]
-DRAW = Draw(noise.noise_key(3, 1, 4), kappa=150.0, tau=0.7, lam=1e-2, first_row=3, first_group=2)
+DRAW = Draw(noise.noise_key(3, 1, 4), kappa=150.0, tau=0.7, lam=1e-2, first_row=3, first_group=2, share=0.5)
 CASES = [("2:4", (40, 1200)), ("2:4", (17, 20)), ("1:4", (8, 576)), ("4:8", (4, 96)), ("3:6", (5, 30))]
 
 
@@ -156,6 +157,43 @@ def test_masked_linear_is_a_linear_with_the_effective_weight(relaxation, split):
         assert torch.allclose(pi.grad, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("native_path", [True, False])
+def test_under_autocast_and_on_one_vector_it_is_a_linear_too(native_path, monkeypatch):
+    if not native_path:
+        monkeypatch.setattr(native, "load", lambda: None)
+    relaxation, W, _, pi = problem("2:4", (16, 48))
+    effective = kernels.effective(relaxation, W, pi, DRAW)
+    for x in (torch.randn(8, 48), torch.randn(48)):
+        results = []
+        for masked in (True, False):
+            leaf, logits = x.clone().requires_grad_(), pi.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                if masked:
+                    out = kernels.masked_linear(leaf, W, logits, None, relaxation, DRAW)
+                else:
+                    out = torch.nn.functional.linear(leaf, effective)
+            out.float().square().sum().backward()
+            results.append((out, leaf.grad))
+        assert results[0][0].dtype == torch.bfloat16 and results[0][1].dtype == torch.float32
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+    x, leaf = torch.randn(48), pi.clone().requires_grad_()
+    kernels.masked_linear(x, W, leaf, None, relaxation, DRAW).sum().backward()
+    assert torch.allclose(leaf.grad, kernels.gradient(relaxation, W, pi, x.expand(16, 48), DRAW), rtol=1e-5)
+
+
+def test_draws_of_a_step_share_the_density_penalty():
+    relaxation, W = Bernoulli(Unstructured(0.5)), torch.randn(8, 64)
+    pi = relaxation.init_logits(relaxation.pattern.mask(W.abs()), Prior(gap=0.1), seed=0, layer=0)
+    nothing = torch.zeros_like(W)
+
+    def of(samples):
+        draw = dataclasses.replace(DRAW, lam=0.0, share=Annealing().draw(0, 2, layer=0, samples=samples).share)
+        return samples * kernels.gradient(relaxation, W, pi, nothing, draw)
+
+    once, four = of(1), of(4)
+    assert once.abs().max() > 0 and torch.allclose(once, four)
+
+
 def test_nothing_of_the_mask_is_saved_for_backward():
     relaxation, W, _, pi = problem("2:4", (256, 256))
     x = torch.randn(4, 256, requires_grad=True)
@@ -188,7 +226,7 @@ for pattern, name, shape in CASES:
     bound = 1e-3 if name == "topn" else 1e-5  # it divides by 1 - a
     W, G = torch.randn(shape), torch.randn(shape)
     pi = relaxation.init_logits(relaxation.pattern.mask(W.abs()), Prior(gap=None), seed=0, layer=0)
-    draw = Draw(noise.noise_key(3, 1, 4), kappa=150.0, tau=0.7, lam=1e-2, first_row=3, first_group=2)
+    draw = Draw(noise.noise_key(3, 1, 4), kappa=150.0, tau=0.7, lam=1e-2, first_row=3, first_group=2, share=0.5)
     ours, oracle = triton_kernel.forward(relaxation, W, pi, draw), relaxation.effective(W, pi, draw)
     assert (ours - oracle).abs().max() < bound, (pattern, name)
     ours, oracle = triton_kernel.backward(relaxation, W, pi, G, draw), relaxation.gradient(W, pi, G, draw)

@@ -96,6 +96,16 @@ def test_wrong_priors_and_modules_are_errors():
         mask_parameter(linear, "weight", Categorical(NM(2, 4)), torch.ones(2, dtype=torch.bool), index=0)
 
 
+def test_the_certainty_of_shards_is_that_of_the_whole():
+    W = torch.randn(32, 64)
+    mask = NM(2, 4).mask(W.abs())
+    parts = [slice(0, 32), slice(0, 12), slice(12, 32)]
+    layers = [MaskedLinear(W[p], None, Categorical(NM(2, 4)), mask[p], index=0, first_row=p.start) for p in parts]
+    set_draws(layers, Annealing(), 0, 2)
+    whole, *shards = [float(layer.statistics()["certainty"]) for layer in layers]
+    assert (12 * shards[0] + 20 * shards[1]) / 32 == pytest.approx(whole, rel=1e-6)
+
+
 def planted(relaxation, *, steps=150, lr=5e-3, **optimizer):
     """Fraction of weights whose state is the planted one after learning from y = x (W * planted)^T alone."""
     torch.manual_seed(0)

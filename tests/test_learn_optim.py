@@ -9,7 +9,7 @@ from torch import nn
 from topiarist.core.patterns import NM
 from topiarist.masklearn import eight_bit, native, noise
 from topiarist.masklearn.adamw import Step, _write, adamw_
-from topiarist.masklearn.layer import Annealing, MaskedLinear, set_draws
+from topiarist.masklearn.layer import Annealing, MaskedLinear, mask_parameter, set_draws
 from topiarist.masklearn.optim import MaskAdamW, resident_bytes
 from topiarist.masklearn.relax import Categorical, TopN
 from topiarist.masklearn.relaxation import Prior
@@ -173,6 +173,27 @@ def test_resident_bytes_per_masked_weight(options, dtype, bound):
     assert resident_bytes(chain, optimizer) <= bound + step_counters
     topn = layers(dtype=dtype, weight=torch.bfloat16, shape=(256, 64), relaxation=TopN(NM(2, 4)))
     assert resident_bytes(topn, MaskAdamW(topn, **options)) < bound
+
+
+def test_resident_bytes_of_experts_stored_transposed():
+    """Their rows are copies, made one after the other and maybe in the same memory."""
+    chain = []
+    for index in range(4):
+        experts = nn.Bilinear(64, 32, 2, bias=False)  # for its weight (2, 64, 32)
+        mask = PATTERN.mask(experts.weight.detach().mT.reshape(64, 64).abs()).view(2, 32, 64).mT
+        chain.append(mask_parameter(experts, "weight", Categorical(PATTERN), mask, index=index, transposed=True))
+    assert resident_bytes(chain) == 4 + 6
+
+
+def test_a_gradient_that_is_one_number_everywhere_adds_up():
+    module = nn.Linear(64, 16, bias=False)
+    mask = PATTERN.mask(module.weight.detach().abs())
+    layer = mask_parameter(module, "weight", Categorical(PATTERN), mask, index=0)
+    optimizer = MaskAdamW([layer])
+    layer.draw = Annealing().draw(0, 2, layer=0)
+    for _ in range(2):
+        module.weight.sum().backward()
+    assert torch.equal(optimizer.pending()[0], torch.full((16, 64), 2.0))
 
 
 @EIGHT_BIT

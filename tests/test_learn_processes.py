@@ -18,13 +18,7 @@ from safetensors.torch import load_file
 
 import topiarist as tp
 from topiarist.checkpoints.writing import STATES
-from topiarist.core.patterns import parse_pattern
-from topiarist.evaluation.perplexity import load_model
-from topiarist.masklearn import Preset, Prior, Schedule
-from topiarist.models.opened import ObjectModel
-from topiarist.pipelines.common.setup import resolve_patterns
-from topiarist.pipelines.learning.masking import targets
-from topiarist.pipelines.learning.sharding import ShardedModel
+from topiarist.masklearn import Preset, Schedule
 from topiarist.pipelines.training import loop
 from topiarist.pipelines.training.processes import Processes
 
@@ -126,24 +120,24 @@ def test_sequences_that_cannot_be_divided_are_refused(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Processes, "join", classmethod(lambda cls: Processes(0, 3)))
     monkeypatch.setattr(Processes, "on_main", lambda self, what: what())
     monkeypatch.setattr(Processes, "check_agreement", lambda self, about: None)
+    monkeypatch.setattr("topiarist.pipelines.learning.job.training_text", lambda *_, **__: pytest.fail("text is read"))
     base = tiny.tiny_checkpoint(tmp_path / "base")
-    with pytest.raises(tp.CalibrationError, match="4 sequences a step cannot be divided among 3 processes"):
-        run(base, tmp_path / "out", RECIPE)
+    with pytest.raises(tp.CalibrationError, match="4 sequences a step cannot be divided among 3 processes: start 2"):
+        run(base, tmp_path / "out", RECIPE, shard=False)
 
 
-def test_what_cannot_be_sharded_is_refused(tmp_path: Path):
+def test_what_cannot_be_sharded_is_refused_before_the_prior(tmp_path: Path, monkeypatch):
     base = tiny.tiny_checkpoint(tmp_path / "base")
     with pytest.raises(tp.TopiaristError, match="shards need several processes"):
         run(base, tmp_path / "out", RECIPE, shard=True)
-    for processes, relaxation, pattern, message in (
-        (3, None, "2:4", r"cannot be divided among 3 processes; .* \(--no-shard\)"),
-        (2, "bernoulli", "0.5", "looks at whole matrices, .*: --no-shard"),
+    monkeypatch.setattr("topiarist.pipelines.learning.run.Run.prior_masks", lambda *_: pytest.fail("a prior"))
+    monkeypatch.setattr(Processes, "on_main", lambda self, what: what())
+    monkeypatch.setattr(Processes, "check_agreement", lambda self, about: None)
+    for processes, pattern, message in (
+        (3, "2:4", r"cannot be divided among 3 processes; .* \(--no-shard\)"),
+        (2, "0.5", "looks at whole matrices, .*: --no-shard"),
     ):
-        source = ObjectModel(load_model(base))
-        patterns, _ = resolve_patterns(source, parse_pattern(pattern), None, [])
-        wanted = [target for block in targets(source, patterns) for target in block]
+        monkeypatch.setattr(Processes, "join", classmethod(lambda cls, size=processes: Processes(0, size)))
         with pytest.raises(tp.PatternError, match=message):
-            ShardedModel(
-                source, wanted, {}, relaxation=relaxation, prior=Prior(), seed=0, dtype=torch.float32,
-                processes=Processes(0, processes),
-            )  # fmt: skip
+            run(base, tmp_path / "out", RECIPE, pattern=pattern)
+    assert not (tmp_path / "out").exists()

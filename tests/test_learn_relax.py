@@ -144,7 +144,7 @@ def test_random_prior_does_not_depend_on_sharding():
     (torch.zeros(4, 8, dtype=torch.bool), "keeps 0 of 32"),
     (torch.ones(4, 8, dtype=torch.bool), "keeps 32 of 32"),
     (torch.ones(4, 8), "boolean"),
-    (torch.tensor([[1, 1, 1, 0, 1, 0, 0, 0]], dtype=torch.bool).expand(4, 8), "not a 2:4 mask"),
+    (torch.tensor([[1, 1, 1, 0, 1, 0, 0, 0]], dtype=torch.bool).expand(4, 8), "as is due, but too many .* side by side"),
     (torch.zeros(4, 6, dtype=torch.bool), "divisible by 4"),
 ])  # fmt: skip
 def test_a_prior_that_does_not_fit_is_an_error(prior, message):

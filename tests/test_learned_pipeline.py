@@ -371,11 +371,13 @@ def test_batches_depend_on_the_seed_alone():
 
 def test_user_errors(base: Path, learned: Path, tmp_path: Path):
     out = tmp_path / "out"
+    numbers = {name: mask.to(torch.uint8) for name, mask in tp.masks.MaskFile(learned / MASKS).items()}
     cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (tp.PatternError, "needs a prior", {"prior": None}),
         (tp.CheckpointError, "neither a method", {"prior": "wandering"}),
         (tp.PatternError, r"layer .*layers.0.*not a 1:4 mask", {"prior": learned / MASKS, "pattern": "1:4"}),
         (tp.PatternError, "no mask for", {"prior": {}}),
+        (tp.PatternError, r"layer .*layers.0.*it is of torch.uint8, where booleans are due", {"prior": numbers}),
         (tp.TopiaristError, "unknown preset", {"preset": "instant"}),
         (tp.TopiaristError, "steps is 0, should be greater than 0", {"steps": 0}),
         (tp.TopiaristError, "nothing is left to prune", {"skip": ["."]}),
@@ -442,6 +444,43 @@ def test_a_plan_counts_the_recovery(base: Path):
     )
     assert plain.recovery_seconds is None and more.recovery_seconds > 0 and more.disk_bytes > plain.disk_bytes
     assert "recovery after it, about" in dict(more.lines()) and "recovery after it, about" not in dict(plain.lines())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prior": "wandering"}, "neither a method"),
+        ({"prior": {}}, "no mask for"),
+        ({"shard": True}, "shards need several processes"),
+        ({"preset": replace(FAST, sequences=117)}, "a step takes 117"),
+    ],
+)
+def test_what_a_run_refuses_its_plan_refuses(base: Path, tmp_path: Path, options, message: str):
+    said = {"data": DATA, "held_out": 4, "preset": FAST} | options
+    errors = []
+    for call in (lambda: learn(base, tmp_path / "out", **options), lambda: plan_learn(base, LearnOptions(**said))):
+        with pytest.raises(tp.TopiaristError, match=message) as refused:
+            call()
+        errors.append(str(refused.value))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+def test_a_disk_is_asked_for_what_states_take(base: Path, tmp_path: Path, pattern: str):
+    options = {"pattern": pattern, "relaxation": "categorical"}
+    stopped(base, tmp_path / "out", 0, **options)
+    state = (tmp_path / "out" / STATES / "learning.safetensors").stat().st_size
+    plan = plan_learn(base, LearnOptions(data=DATA, held_out=4, preset=FAST, **options))
+    assert 2 * state * 0.9 < plan.disk_bytes - open_model(base).whole().nbytes < 2 * state * 1.1
+
+
+def test_blocks_keep_a_forward_of_their_own(base: Path):
+    model, calls = load_model(base), []
+    block = model.model.layers[0]
+    block.forward = lambda *args, **kwargs: calls.append(0) or type(block).forward(block, *args, **kwargs)
+    own = block.forward
+    learn(model, None, steps=1, activation_checkpointing=True, recover={"steps": 1})
+    assert calls and block.forward is own and "forward" not in vars(model.model.layers[1])
 
 
 def test_copies_decide_by_one_certainty(base: Path, monkeypatch):

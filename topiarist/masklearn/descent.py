@@ -29,7 +29,7 @@ def improve_mask(
     """Minimise tr(E H E^T) over N:M masks: each group in turn takes the best of its C(of, keep) masks while all others
     stay, for all rows at once; `sweeps` passes over the groups, fewer if nothing moves any more.
 
-    The error never rises. Cost of a pass: 2 out in^2 flops in products, C(of, keep) trials a group. Raises PatternError
+    The error never rises. Cost of a pass: 4 out in^2 flops in products, C(of, keep) trials a group. Raises PatternError
     for a pattern with more than 128 masks a group.
     """
     S = candidates(pattern, W.device)

@@ -50,10 +50,11 @@ def effective(
         return triton_kernel.forward(relaxation, weight, logits, draw)
     if draw is None:
         return relaxation.effective(weight, logits, None)
-    parts = [
-        relaxation.effective(weight[rows], logits[rows].float(), part)
-        for rows, part in _chunks(relaxation, logits, draw)
-    ]
+    with torch.autocast(weight.device.type, enabled=False):  # of a caller's forward: sums over classes stay in fp32
+        parts = [
+            relaxation.effective(weight[rows], logits[rows].float(), part)
+            for rows, part in _chunks(relaxation, logits, draw)
+        ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -120,7 +121,7 @@ def native_mask(
         keep=relaxation.pattern.keep if isinstance(relaxation, TopN) else 0,
     )  # fmt: skip
     if push and isinstance(relaxation, Bernoulli):
-        mask.push = relaxation.push(native.forward(mask, None))
+        mask.push = relaxation.push(native.forward(mask, None), draw_or_plain)
     return mask
 
 
@@ -179,10 +180,12 @@ class _MaskedLinear(torch.autograd.Function):
     def backward(ctx, grad_out):
         x, weight, logits = ctx.saved_tensors
         relaxation, draw, sink = ctx.how
-        dx = grad_out @ effective(relaxation, weight, logits, draw) if ctx.needs_input_grad[0] else None
-        dpi = None
+        dx = dpi = None
+        if ctx.needs_input_grad[0]:  # under autocast the products are in the output's dtype, as those of a linear are
+            dx = (grad_out @ effective(relaxation, weight, logits, draw).to(grad_out.dtype)).to(x.dtype)
         if ctx.needs_input_grad[2]:
-            grad_effective = grad_out.flatten(0, -2).T @ x.flatten(0, -2)
+            rows_out, rows_in = (t.reshape(-1, t.shape[-1]) for t in (grad_out, x))
+            grad_effective = rows_out.T @ rows_in.to(grad_out.dtype)
             dpi = _deliver(relaxation, weight, logits, grad_effective, draw, sink)
         return dx, None, dpi, None, None, None, None
 

@@ -39,11 +39,12 @@ class Annealing:
     def draw(self, step: int, total: int, *, layer: int, seed: int = 0, sample: int = 0, samples: int = 1) -> Draw:
         """The draw of a layer; `sample` counts the micro-batches of a step if each has its own noise (global count).
 
-        `samples` is how many draws share one step: each then carries its share of the regulariser.
+        `samples` is how many draws share one step: each then carries its share of the regulariser and of a density penalty.
         """
         key = noise.noise_key(seed, layer, step, sample)
         lam = self.lam(step, total) / samples
-        return Draw(key, self.kappa(step, total), self.tau(step, total), lam, self.straight_through)
+        kappa, tau = self.kappa(step, total), self.tau(step, total)
+        return Draw(key, kappa, tau, lam, self.straight_through, share=1.0 / samples)
 
 
 class LearnedMask(nn.Module):
@@ -115,7 +116,8 @@ class LearnedMask(nn.Module):
         """
         found = {}
         if self.draw is not None:
-            found["certainty"] = self.relaxation.certainty(self.logits.float(), self.draw)
+            draw = replace(self.draw, first_row=self.first_row, first_group=self.first_group)
+            found["certainty"] = self.relaxation.certainty(self.logits.float(), draw)
         if prior is not None:
             found["flips"] = (self.hard_mask() != prior).float().mean()
         return found

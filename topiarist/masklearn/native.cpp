@@ -118,8 +118,7 @@ struct Mask {
 };
 
 struct Adam {
-  const void* grad_effective;  // G, or null when grad_logits is given
-  const float* grad_logits;
+  const void* grad_effective;  // G
   void* m;
   void* v;
   int32_t grad_bf16;
@@ -474,24 +473,20 @@ void topiarist_forward(const Mask* a, void* out, double* top, int64_t begin, int
   *top = sum;
 }
 
-// dpi of rows begin..end (or o->grad_logits, if given): into `out` if given, its squared norm into `squares` if given,
-// and one step of AdamW on logits and moments in place if o->m is given.
+// dpi of rows begin..end: into `out` if given, its squared norm into `squares` if given, and one step of AdamW on logits
+// and moments in place if o->m is given.
 void topiarist_backward(const Mask* a, const Adam* o, float* out, double* squares, int64_t begin, int64_t end) {
   Block block(*a);
   const int64_t size = a->classes * a->groups;
-  std::vector<float> scratch(out || o->grad_logits ? 0 : size), shared(a->groups);
+  std::vector<float> scratch(out ? 0 : size), shared(a->groups);
   const AdamRow step = a->logits_bf16 ? adam_of<bf16>(*o) : adam_of<float>(*o);
   double sum = 0.0;
   for (int64_t row = begin; row < end; ++row) {
     float* grad = out ? out + row * size : scratch.data();
-    if (o->grad_logits) {
-      grad = const_cast<float*>(o->grad_logits) + row * size;
-    } else {
-      block.start_row(row);
-      for (int64_t first = 0; first < a->groups; first += BLOCK)
-        block.backward(row, first, int(std::min<int64_t>(BLOCK, a->groups - first)), o->grad_effective, o->grad_bf16,
-                       grad + first);
-    }
+    block.start_row(row);
+    for (int64_t first = 0; first < a->groups; first += BLOCK)
+      block.backward(row, first, int(std::min<int64_t>(BLOCK, a->groups - first)), o->grad_effective, o->grad_bf16,
+                     grad + first);
     if (squares) sum += sum_of(grad, size, true);
     if (o->m) step(*a, *o, row, grad, shared.data());
   }

@@ -46,7 +46,7 @@ class Adam(ctypes.Structure):
     """Kept in step with `struct Adam` in native.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("grad_effective", "grad_logits", "m", "v")),
+        *((name, ctypes.c_void_p) for name in ("grad_effective", "m", "v")),
         *((name, ctypes.c_int32) for name in ("grad_bf16", "moments_bf16", "share")),
         *(
             (name, ctypes.c_float)

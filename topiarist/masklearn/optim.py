@@ -94,7 +94,7 @@ class MaskAdamW(torch.optim.Optimizer):
         if position in self._pending:
             held, held_draw = self._pending[position]
             if held_draw == draw:
-                grad = held.float().add_(grad)
+                grad = held.float() + grad  # what autograd handed over may be an expanded view, or another's too
             else:
                 self._flush(position)
         self._pending[position] = grad, draw
@@ -214,17 +214,15 @@ class MaskAdamW(torch.optim.Optimizer):
 
 def resident_bytes(layers: Iterable[LearnedMask], optimizer: torch.optim.Optimizer | None = None) -> float:
     """Bytes per masked weight that live between steps: weight, logits, optimiser state, and gradients still held."""
-    total, weights, seen = 0, 0, set()
+    total, weights = 0, 0
     for layer in layers:
-        tensors = [layer.matrix, layer.logits, layer.logits.grad]
+        weight = layer.matrix
+        tensors = [weight, layer.logits, layer.logits.grad]
         if optimizer is not None:
             states = [t for t in optimizer.state.get(layer.logits, {}).values() if isinstance(t, Tensor)]
             tensors += [part for state in states for part in eight_bit.parts("", state).values()]
-        weights += layer.matrix.numel()
-        for tensor in tensors:
-            if tensor is not None and tensor.data_ptr() not in seen:
-                seen.add(tensor.data_ptr())
-                total += tensor.numel() * tensor.element_size()
+        weights += weight.numel()
+        total += sum(tensor.nbytes for tensor in tensors if tensor is not None)
     if isinstance(optimizer, MaskAdamW):
         total += sum(t.numel() * t.element_size() for t in optimizer.pending())
     return total / weights

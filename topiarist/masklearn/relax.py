@@ -164,11 +164,11 @@ class Bernoulli(Relaxation):
     def soft_mask_backward(self, logits: Logits, draw: Draw, dM: Dense) -> Logits:
         """dpi = kappa / tau * M * (1 - M) * (dM + push), `push` holding the density."""
         M = self.soft_mask(logits, draw)
-        return ((draw.kappa / draw.tau) * M * (1.0 - M) * (dM + self.push(M.mean()))).unsqueeze(1)
+        return ((draw.kappa / draw.tau) * M * (1.0 - M) * (dM + self.push(M.mean(), draw))).unsqueeze(1)
 
-    def push(self, density):
+    def push(self, density, draw: Draw):
         """What the density penalty adds to every dM, given mean M."""
-        return 2.0 * self.density_weight * (density - (1.0 - self.pattern.sparsity))
+        return 2.0 * draw.share * self.density_weight * (density - (1.0 - self.pattern.sparsity))
 
     def preference(self, mask: Mask) -> Logits:
         """1/2 for the weights that the prior keeps, -1/2 for the others."""

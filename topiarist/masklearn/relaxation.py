@@ -42,6 +42,8 @@ class Draw:
     """Global index of the weight's first row, if it is a shard."""
     first_group: int = 0
     """Global index of the first group of a row, if the weight is sharded along its inputs."""
+    share: float = 1.0
+    """What part of a step's draws this one is: its part of a penalty that a step pays once. `lam` is that part already."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,20 @@ class Prior:
     std: float = 0.01
     # Differs from the authors' code in: 1. std is this constant, not the empirical deviation of the layer's noise, so
     # that shards agree (the two differ by 1 / sqrt(2 * logits)). 2. The similarity subtracts the true mean.
+
+
+def check_prior(mask: Shaped[Tensor, "out in"], pattern: Pattern, origin: str = "the prior") -> None:
+    """Raise PatternError, with what is wrong, unless a mask is boolean and exactly of the pattern. origin: what it is."""
+    kept, wanted = int((mask != 0).sum()), pattern.num_kept((mask.shape[0], mask.shape[1]))
+    if mask.dtype != torch.bool:
+        wrong = f"it is of {mask.dtype}, where booleans are due (True = kept)"
+    elif kept != wanted:
+        wrong = f"it keeps {kept:,} of {mask.numel():,} weights, where {wanted:,} are due"
+    elif not pattern.holds(mask):
+        wrong = f"it keeps {kept:,} of {mask.numel():,} weights as is due, but too many of them side by side"
+    else:
+        return
+    raise PatternError(f"{origin} is not a {pattern} mask: {wrong}")
 
 
 @dataclass(frozen=True)
@@ -102,7 +118,7 @@ class Relaxation(ABC):
         if mask is None:
             raise PatternError(f"learning a {self.pattern} mask needs a prior mask; compute one with a one-shot method")
         shape = self.logits_shape((mask.shape[0], mask.shape[1]))
-        self._check_prior(mask)
+        check_prior(mask, self.pattern)
         preference = self.preference(mask)
         if prior.gap is not None:
             return preference * prior.gap
@@ -110,16 +126,6 @@ class Relaxation(ABC):
         key_b = noise.noise_key(seed, layer, 0, use=noise.INIT_B)
         normal = noise.normal(key_a, key_b, shape, first_row=first_row, first_group=first_group, device=mask.device)
         return prior.std * (normal + prior.alpha * preference)
-
-    def _check_prior(self, mask: Tensor) -> None:
-        if mask.dtype != torch.bool:
-            raise PatternError(f"a prior mask is boolean (True = kept), got {mask.dtype}")
-        kept, wanted = int(mask.sum()), self.pattern.num_kept((mask.shape[0], mask.shape[1]))
-        if kept != wanted or not self.pattern.holds(mask):
-            raise PatternError(
-                f"the prior is not a {self.pattern} mask: it keeps {kept:,} of {mask.numel():,} weights, where "
-                f"{wanted:,} are due"
-            )
 
     def effective(self, weight: Dense, logits: Logits, draw: Draw | None) -> Dense:
         """W * M in the weight's dtype; the hard mask if `draw` is None (evaluation). For autograd see kernels.py."""

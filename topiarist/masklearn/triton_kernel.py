@@ -232,7 +232,7 @@ def backward(
         rows, _, groups = logits.shape
         sums = torch.empty(rows, triton.cdiv(groups, TILE), dtype=torch.float32, device=weight.device)
         _launch(_bernoulli_sums, relaxation, weight, logits, draw, sums, sums, extra)
-        extra = relaxation.push(sums.sum() / weight.numel())
+        extra = relaxation.push(sums.sum() / weight.numel(), draw)
     out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     _launch(KERNELS[type(relaxation)][1], relaxation, weight, logits, draw, grad_effective, out, extra)
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from topiarist.checkpoints.writing import MASKS, OutputFolder
 from topiarist.core.errors import TopiaristError
+from topiarist.masklearn import relaxation_for
 from topiarist.masks import MaskFile, save_masks
 from topiarist.masks.applying import write_masked
 from topiarist.models.opened import ObjectModel
@@ -24,8 +26,8 @@ from topiarist.pipelines.training.weights import STATE_BYTES as WEIGHT_STATE_BYT
 STATE = "learning"
 PRIOR, SHARDS = "prior", "shards"
 """Of sharded runs instead; SHARDS: a folder with the states of their processes (sharding.py)."""
-STATE_BYTES = 13
-"""Of the state on disk, per masked weight at 2:4: fp32 logits, bf16 moments, the prior's bit."""
+LOGIT_BYTES = 8
+"""Of the state on disk, per logit at most: itself in fp32, its moments in bf16."""
 
 
 def open_output(
@@ -35,6 +37,7 @@ def open_output(
     wanted: Sequence[Target],
     held: ExitStack,
     *,
+    relaxation: str | None,
     recovers: bool,
 ) -> OutputFolder:
     """Begin the output or open it again, locked for as long as `held` is.
@@ -43,14 +46,17 @@ def open_output(
     """
     output = held.enter_context(OutputFolder(out, fingerprint))
     if not output.complete:
-        weights = sum(target.parameter.numel() for target in wanted)
-        output.begin(bytes_due(nbytes, weights, recovers=recovers))
+        output.begin(bytes_due(nbytes, wanted, relaxation, recovers=recovers))
     return output
 
 
-def bytes_due(nbytes: int, weights: int, *, recovers: bool) -> int:
+def bytes_due(nbytes: int, wanted: Sequence[Target], relaxation: str | None, *, recovers: bool) -> int:
     """Bytes on disk that a run needs at most: the model, and states of which a new one is whole before the old one goes."""
-    return nbytes + weights * (STATE_BYTES + max(STATE_BYTES, 2 * WEIGHT_STATE_BYTES if recovers else 0))
+    weights = sum(target.parameter.numel() for target in wanted)
+    shapes = [relaxation_for(target.pattern, relaxation).logits_shape(target.rows_shape) for target in wanted]
+    # A bit a weight for the prior's masks, and for the best ones.
+    state = LOGIT_BYTES * sum(map(math.prod, shapes)) + -(-weights // 4)
+    return nbytes + state + max(state, 2 * WEIGHT_STATE_BYTES * weights if recovers else 0)
 
 
 def packed_prior(wanted: Sequence[Target], bits: Sequence[Any]) -> dict[str, Tensor]:

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from topiarist.core.errors import CalibrationError
+from topiarist.core.errors import CalibrationError, PatternError, TopiaristError
 from topiarist.core.patterns import Pattern
-from topiarist.masklearn import PRESETS, Preset, relaxation_for
+from topiarist.masklearn import PRESETS, Preset, Relaxation, relaxation_for
 from topiarist.masklearn.eight_bit import check_installed
 from topiarist.models.derive import check_has_text_loss
 from topiarist.models.opened import ObjectModel, shell
@@ -53,13 +53,14 @@ def prepare(
     processes: Processes,
     held: ExitStack,
     *,
-    held_out: int | None = None,
+    sharded: bool,
     out: Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> Job:
     """Resolve the options of `learn`.
 
-    held: keeps the text's file open. held_out: in place of the options'. out: beside which the text's tokens stand.
+    held: keeps the text's file open. sharded: whether the processes divide the weights. out: beside which the text's
+    tokens stand.
     Raises a TopiaristError for every option that does not fit.
     """
     recipe, skip = _recipe(options), list(options.skip)
@@ -67,24 +68,25 @@ def prepare(
         skip.append(f"^{re.escape(source.block_names[-1])}\\.")
     patterns, unmatched = resolve_patterns(source, options.base_pattern, None, skip)
     blocks = targets(source, patterns)
-    for target in (target for block in blocks for target in block):
-        relaxation_for(target.pattern, options.relaxation)  # refused here, not after the prior
+    for target in (target for block in blocks for target in block):  # refused here, not after the prior
+        relaxation = relaxation_for(target.pattern, options.relaxation)
+        if sharded:
+            _check_divisible(target, relaxation, processes.size)
     if options.eight_bit:
         check_installed()
+    size = _batch_size(options.batch_size, recipe.sequences, processes.size)
     notes = [f"--skip {expression!r} matches no layer" for expression in unmatched]
-    aside = held_out or options.held_out
-    num = recipe.steps * recipe.sequences + aside
+    num = recipe.steps * recipe.sequences + options.held_out
     text = held.enter_context(
         training_text(
             source, options.data, window_tokens=recipe.length, num_windows=num, seed=options.seed, tokenizer=options.tokenizer,
             bos=options.bos, out=out, processes=processes, progress=progress,
         )
     )  # fmt: skip
-    training, evaluated = text.split(aside)
+    training, evaluated = text.split(options.held_out)
     if text.window < recipe.length and not isinstance(options.data, Tensor):
         notes.append(f"sequences of {text.window} tokens, the model's limit, instead of the preset's {recipe.length}")
     recipe = replace(recipe, length=text.window)
-    size = _batch_size(options.batch_size, recipe.sequences, processes.size)
     if len(training) < recipe.sequences:
         raise CalibrationError(
             f"training text holds {len(training)} sequences of {text.window} tokens beside the {len(evaluated)} that "
@@ -133,9 +135,39 @@ def open_shell(model: str | Path | nn.Module, options: LearnOptions) -> ObjectMo
     return shell(open_for(replace(options, device="cpu"), model))
 
 
+def divides(options: LearnOptions, processes: Processes, model: str | Path | nn.Module) -> bool:
+    """Whether weights and logits are divided among processes. Raises TopiaristError where they cannot be."""
+    is_object = isinstance(model, nn.Module)
+    if not (processes.size > 1 and not is_object if options.shard is None else options.shard):
+        return False
+    if processes.size == 1:
+        raise TopiaristError("shards need several processes: start with torchrun --nproc-per-node N -m topiarist learn")
+    if is_object:
+        raise TopiaristError("a model object cannot be sharded and given back: pass its folder, or shard=False")
+    if options.recover:
+        raise TopiaristError("recovery trains whole weights in every process: leave it out, or use --no-shard")
+    return True
+
+
+def _check_divisible(target: Target, relaxation: Relaxation, processes: int) -> None:
+    shape = tuple(target.parameter.shape)
+    along = shape[1] if target.transposed and len(shape) == 2 else shape[0]
+    if along % processes:
+        raise PatternError(
+            f"layer {target.label}: {along} rows cannot be divided among {processes} processes; use another number, or a "
+            "whole copy in each (--no-shard)"
+        )
+    if not relaxation.by_row:
+        raise PatternError(f"relaxation {relaxation.name} looks at whole matrices, which shards are not: --no-shard")
+
+
 def _batch_size(asked: int | None, sequences: int, processes: int) -> int:
     if sequences % processes:
-        raise CalibrationError(f"{sequences} sequences a step cannot be divided among {processes} processes")
+        fit = max(number for number in range(1, processes) if sequences % number == 0)
+        raise CalibrationError(
+            f"{sequences} sequences a step cannot be divided among {processes} processes: start {fit}, or take a preset with "
+            "more a step"
+        )
     share = sequences // processes
     if asked is None:
         return micro_batch_size(share, 2)

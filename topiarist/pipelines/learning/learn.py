@@ -20,7 +20,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from topiarist.checkpoints.writing import SavedState
-from topiarist.core.errors import TopiaristError
 from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import given_or_made, plain, takes
 from topiarist.models.opened import evaluated
@@ -39,7 +38,7 @@ from topiarist.pipelines.learning.files import (
     open_output,
     write_weights,
 )
-from topiarist.pipelines.learning.job import open_shell, open_whole, prepare
+from topiarist.pipelines.learning.job import divides, open_shell, open_whole, prepare
 from topiarist.pipelines.learning.masking import targets
 from topiarist.pipelines.learning.options import LearnOptions
 from topiarist.pipelines.learning.priors import given_masks, prior_identity
@@ -50,7 +49,6 @@ from topiarist.pipelines.learning.trainer import MaskTrainer
 from topiarist.pipelines.training.loop import Progress
 from topiarist.pipelines.training.processes import Processes, check_same_run
 from topiarist.pipelines.training.recompute import blocks_of
-from topiarist.solvers import SOLVERS
 
 SAID = ("pattern", "prior", "preset", "seed")
 """Settings that the command says even at their defaults."""
@@ -90,7 +88,7 @@ def _learn(
     processes = Processes.join()
     scalars = Scalars(options.tensorboard if processes.is_main else None)
     identity = prior_identity(prior)
-    sharded = _sharded(options, processes, model)
+    sharded = divides(options, processes, model)
     # FSDP moves the shards to the accelerator: only the main process' host has to hold the whole model.
     if sharded and not processes.is_main:
         source = open_shell(model, options)
@@ -100,11 +98,12 @@ def _learn(
     check_same_run(processes, options, source, {"out": str(out), "prior": identity})
     held.enter_context(evaluated(source.model))
     name = source.name
-    job = prepare(source, options, processes, held, out=out, progress=progress)
+    job = prepare(source, options, processes, held, sharded=sharded, out=out, progress=progress)
     recipe, wanted, notes = job.recipe, job.targets, job.notes
     given: dict[str, Tensor] = {}
-    if not (isinstance(prior, str) and prior in SOLVERS):  # refused, if at all, before anything is written
-        processes.on_main(lambda: given.update(given_masks(prior, wanted)))  # pyright: ignore[reportArgumentType]
+    processes.on_main(
+        lambda: given.update(given_masks(prior, wanted))
+    )  # refused, if at all, before anything is written
     every = options.evaluate_every or max(1, min(25, recipe.steps // 5))
     preset, seed = options.preset if isinstance(options.preset, str) else "own", options.seed
     asked = {
@@ -146,7 +145,9 @@ def _learn(
             **asked,
         }
         output = processes.on_main(
-            lambda: open_output(out, fingerprint, source.nbytes, wanted, held, recovers=bool(recovery))
+            lambda: open_output(
+                out, fingerprint, source.nbytes, wanted, held, relaxation=options.relaxation, recovers=bool(recovery)
+            )
         )
         if output.complete:
             source.become(output.folder)
@@ -201,17 +202,3 @@ def _learn(
         # Nobody returns before the folder is whole.
         processes.on_main(lambda: finish(folder, report, source, text=job.text, written=written))
     return report
-
-
-def _sharded(options: LearnOptions, processes: Processes, model: Any) -> bool:
-    """Whether weights and logits are divided among processes. Raises TopiaristError where they cannot be."""
-    is_object = isinstance(model, nn.Module)
-    if not (processes.size > 1 and not is_object if options.shard is None else options.shard):
-        return False
-    if processes.size == 1:
-        raise TopiaristError("shards need several processes: start with torchrun --nproc-per-node N -m topiarist learn")
-    if is_object:
-        raise TopiaristError("a model object cannot be sharded and given back: pass its folder, or shard=False")
-    if options.recover:
-        raise TopiaristError("recovery trains whole weights in every process: leave it out, or use --no-shard")
-    return True

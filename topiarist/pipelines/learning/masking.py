@@ -27,7 +27,7 @@ from topiarist.masklearn import (
 )
 from topiarist.models.families import Matrix, block_names
 from topiarist.models.opened import ObjectModel
-from topiarist.pipelines.training.recompute import recomputed
+from topiarist.pipelines.training.recompute import recomputed, wrapping
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,13 @@ class Target:
         """Whether the module stays, because it does more with the parameter than a linear layer: experts, grouped rows."""
         return not self.matrices[0].is_plain
 
+    @property
+    def rows_shape(self) -> tuple[int, int]:
+        """Shape of `rows` of the parameter."""
+        shape = self.parameter.shape
+        width = shape[-2] if self.transposed else shape[-1]
+        return shape.numel() // width, width
+
     def rows(self, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "rows in"]:
         """A tensor in the parameter's shape as the (rows, in) matrix whose rows the groups run along."""
         return (tensor.transpose(-1, -2) if self.transposed else tensor).flatten(0, -2)
@@ -92,9 +99,7 @@ class Target:
 
     def unpacked(self, bits: UInt8[Tensor, "rows bytes"]) -> Bool[Tensor, "*shape"]:
         """The inverse of `packed`: a mask in the parameter's shape."""
-        shape = self.parameter.shape
-        width = shape[-2] if self.transposed else shape[-1]
-        return self.unrows(torch.from_numpy(np.unpackbits(bits.numpy(), axis=1, count=width)).bool())
+        return self.unrows(torch.from_numpy(np.unpackbits(bits.numpy(), axis=1, count=self.rows_shape[1])).bool())
 
     def whole(self, masks: Mapping[str, Tensor], path: str) -> Tensor:
         """The mask in the parameter's shape, from masks (out, in) by matrix name."""
@@ -209,13 +214,8 @@ class MaskedModel:
         but its input for backward (activation checkpointing).
         """
         blocks = [self.model.get_submodule(name) for name in block_names(self.model, self.source.family)]
-        for block in blocks:
-            block.forward = _wrapped(block.forward, recompute)
-        try:
+        with wrapping(blocks, lambda forward: _wrapped(forward, recompute)):
             yield
-        finally:
-            for block in blocks:
-                del block.forward  # the class's own shows again
 
     def restore(self) -> None:
         """The model as it came: its own modules and dense weights."""

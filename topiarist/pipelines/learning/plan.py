@@ -17,9 +17,10 @@ from topiarist.core.meter import duration, peak_memory_bytes
 from topiarist.masklearn import Prior, resident_bytes
 from topiarist.models.opened import ObjectModel
 from topiarist.pipelines.learning.files import bytes_due
-from topiarist.pipelines.learning.job import Job, open_whole, prepare
+from topiarist.pipelines.learning.job import Job, divides, open_whole, prepare
 from topiarist.pipelines.learning.masking import MaskedModel
 from topiarist.pipelines.learning.options import LearnOptions
+from topiarist.pipelines.learning.priors import given_masks, prior_identity
 from topiarist.pipelines.learning.train_kept import Recover, recover_weights
 from topiarist.pipelines.learning.trainer import MaskTrainer
 from topiarist.pipelines.training.batches import micro_batch_size
@@ -46,10 +47,16 @@ def plan_learn(model: str | Path, options: LearnOptions) -> LearnPlan:
     """Load the model, take two micro-batches through it (the first warms up), and extrapolate. Writes nothing.
 
     A recovery takes two of its own. Without the prior (a few percent of `quick`) and the evaluations (about a tenth).
+    Under `torchrun`, the time is that of so many processes; each holds the whole model here, whatever the run will hold.
+    What the options get wrong is refused as the run refuses it.
     """
+    processes = Processes.join()
+    prior_identity(options.prior)
+    sharded = divides(options, processes, model)
     source = open_whole(model, options, options.device)
     with ExitStack() as held:  # the text is in memory and outlives it
-        plan = prepare(source, options, Processes(), held, held_out=1)
+        plan = prepare(source, options, processes, held, sharded=sharded)
+    given_masks(options.prior, plan.targets)
     masks = {}
     for target in plan.targets:  # any mask of the pattern costs the same
         masks[target.name] = target.unrows(target.pattern.mask(target.rows(target.parameter.abs().float())))
@@ -85,8 +92,8 @@ def plan_learn(model: str | Path, options: LearnOptions) -> LearnPlan:
         steps=plan.recipe.steps,
         bytes_per_weight=each,
         peak_memory_bytes=peak_memory_bytes(),
-        disk_bytes=bytes_due(source.nbytes, weights, recovers=options.recover is not None),
-        step_seconds=seconds * plan.recipe.sequences / plan.batch_size,
+        disk_bytes=bytes_due(source.nbytes, plan.targets, options.relaxation, recovers=options.recover is not None),
+        step_seconds=seconds * plan.recipe.sequences / plan.batch_size / processes.size,
         recovery_seconds=recovery,
     )
 

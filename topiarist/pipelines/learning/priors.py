@@ -16,6 +16,7 @@ from topiarist.core.errors import CheckpointError, PatternError
 from topiarist.core.patterns import NM, Pattern
 from topiarist.masklearn.candidates import MAX_CLASSES, num_classes
 from topiarist.masklearn.descent import improve_mask
+from topiarist.masklearn.relaxation import check_prior
 from topiarist.masks import MaskFile, read_npz, weight_digest
 from topiarist.models.opened import ObjectModel, at_rest
 from topiarist.pipelines.common.stream import BlockStream
@@ -118,10 +119,13 @@ def prior_identity(prior: str | Path | Mapping[str, Tensor] | None) -> str:
 
 
 def given_masks(prior: str | Path | Mapping[str, Tensor], wanted: Sequence[Target]) -> dict[str, Tensor]:
-    """The prior's masks of all targets, from a mask file (checked against the weights), an .npz, or a mapping.
+    """The prior's masks of all targets, from a mask file (checked against the weights), an .npz, or a mapping; none of a
+    method, which finds them.
 
     Raises CheckpointError for another base, PatternError for a mask that is missing or of another shape or pattern.
     """
+    if isinstance(prior, str) and prior in SOLVERS:
+        return {}
     shapes = {target.name: tuple(target.parameter.shape) for target in wanted}
     if isinstance(prior, Mapping):
         masks: Mapping[str, Tensor] = prior
@@ -144,11 +148,5 @@ def given_masks(prior: str | Path | Mapping[str, Tensor], wanted: Sequence[Targe
             raise PatternError(
                 f"{origin}: mask of {target.name} has shape {tuple(mask.shape)}, the weight {shapes[target.name]}"
             )
-        rows = target.rows(mask)
-        due = target.pattern.num_kept((rows.shape[0], rows.shape[1]))
-        if mask.dtype != torch.bool or int(mask.sum()) != due or not target.pattern.holds(rows):
-            raise PatternError(
-                f"layer {target.label}: {origin} is not a {target.pattern} mask: it keeps {int(mask.sum()):,} of "
-                f"{mask.numel():,} weights, where {due:,} are due"
-            )
+        check_prior(target.rows(mask), target.pattern, f"layer {target.label}: {origin}")
     return chosen

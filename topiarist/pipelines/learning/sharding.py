@@ -20,7 +20,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from topiarist.core.errors import PatternError
 from topiarist.masklearn import Annealing, LearnedMask, Prior, kernels, relaxation_for, set_draws
 from topiarist.models.families import block_names
 from topiarist.models.opened import ObjectModel
@@ -87,7 +86,6 @@ class ShardedModel(MaskedModel):
         self.model = source.model.requires_grad_(False).eval()
         self.source, self.targets, self.processes = source, list(wanted), processes
         kinds = [relaxation_for(target.pattern, relaxation) for target in wanted]
-        self._check(kinds)
         turned = {id(t.parameter_itself) for t in wanted if t.transposed and t.matrices[0].expert is None}
         for target in wanted:
             target.parameter_itself.requires_grad_(True)
@@ -112,18 +110,6 @@ class ShardedModel(MaskedModel):
             )  # fmt: skip
             self.layers.append(layer.to(rows.device))
             self.prior_bits.append(np.packbits(mask.contiguous().cpu().numpy(), axis=1))
-
-    def _check(self, kinds: Sequence[Any]) -> None:
-        for target, kind in zip(self.targets, kinds, strict=True):
-            shape = tuple(target.parameter.shape)
-            along = shape[1] if target.transposed and len(shape) == 2 else shape[0]
-            if along % self.processes.size:
-                raise PatternError(
-                    f"layer {target.label}: {along} rows cannot be divided among {self.processes.size} processes; use "
-                    "another number, or a whole copy in each (--no-shard)"
-                )
-            if not kind.by_row:
-                raise PatternError(f"relaxation {kind.name} looks at whole matrices, which shards are not: --no-shard")
 
     @property
     def device(self) -> torch.device:

@@ -27,12 +27,22 @@ def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def recomputing(blocks: Sequence[nn.Module], wanted: bool = True) -> Iterator[None]:
-    """Let every block recompute its activations in backward while inside."""
-    for block in blocks if wanted else ():
-        block.forward = recomputed(block.forward)
+def wrapping(blocks: Sequence[nn.Module], wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Every block's forward is what `wrap` makes of it while inside."""
+    given = [vars(block).get("forward") for block in blocks]  # of an object that was given one beside its class's
+    for block in blocks:
+        block.forward = wrap(block.forward)
     try:
         yield
     finally:
-        for block in blocks if wanted else ():
+        for block, own in zip(blocks, given, strict=True):
             del block.forward  # the class's own shows again
+            if own is not None:
+                block.forward = own
+
+
+@contextmanager
+def recomputing(blocks: Sequence[nn.Module], wanted: bool = True) -> Iterator[None]:
+    """Let every block recompute its activations in backward while inside."""
+    with wrapping(blocks if wanted else (), recomputed):
+        yield
