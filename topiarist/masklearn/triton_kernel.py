@@ -251,8 +251,9 @@ def _launch(
     rows, classes, groups = logits.shape
     padded = triton.next_power_of_2(classes)
     block = max(16, TILE // padded)
-    kernel[rows, triton.cdiv(groups, block)](
-        weight, logits, grad, out, extra, groups, draw.kappa, draw.tau, draw.lam, draw.key[0], draw.key[1],
-        draw.first_row, draw.first_group, CLASSES=classes, OF=weight.shape[1] // groups,
-        KEEP=relaxation.pattern.keep if isinstance(relaxation, TopN) else 0, PADDED=padded, BLOCK=block,
-    )  # fmt: skip
+    with torch.cuda.device_of(weight):  # Triton launches on the current device, wherever the tensors lie
+        kernel[rows, triton.cdiv(groups, block)](
+            weight, logits, grad, out, extra, groups, draw.kappa, draw.tau, draw.lam, draw.key[0], draw.key[1],
+            draw.first_row, draw.first_group, CLASSES=classes, OF=weight.shape[1] // groups,
+            KEEP=relaxation.pattern.keep if isinstance(relaxation, TopN) else 0, PADDED=padded, BLOCK=block,
+        )  # fmt: skip
