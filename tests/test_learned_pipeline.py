@@ -533,8 +533,13 @@ def test_tensorboard_is_optional(base: Path, tmp_path: Path):
     try:
         import tensorboard  # noqa: F401
     except ImportError:
-        with pytest.raises(tp.TopiaristError, match="TensorBoard is not installed"):
-            learn(load_model(base), None, steps=1, tensorboard=tmp_path / "scalars")
+        scalars = {"data": DATA, "tensorboard": tmp_path / "scalars"}
+        for call in (
+            lambda: learn(load_model(base), None, steps=1, **scalars),
+            lambda: plan_learn(base, LearnOptions(preset=FAST, **scalars)),
+        ):
+            with pytest.raises(tp.TopiaristError, match="TensorBoard is not installed"):
+                call()
     else:
         learn(load_model(base), None, steps=1, tensorboard=tmp_path / "scalars")
         assert list((tmp_path / "scalars").iterdir())

@@ -70,6 +70,15 @@ def keep_prior(output: OutputFolder, wanted: Sequence[Target], masks: Mapping[st
     output.state(PRIOR).save(bits, {"notes": json.dumps(notes)})
 
 
+def summary_writer() -> Any:
+    """TensorBoard's writer of event files. Raises TopiaristError if it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise TopiaristError("TensorBoard is not installed: pip install 'topiarist[logging]'") from None
+    return SummaryWriter
+
+
 class Scalars:
     """TensorBoard, or nothing.
 
@@ -77,13 +86,7 @@ class Scalars:
     """
 
     def __init__(self, folder: str | Path | None) -> None:
-        self.writer: Any = None
-        if folder is not None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise TopiaristError("TensorBoard is not installed: pip install 'topiarist[logging]'") from None
-            self.writer = SummaryWriter(str(folder))
+        self.writer: Any = None if folder is None else summary_writer()(str(folder))
 
     def __enter__(self) -> Scalars:
         return self

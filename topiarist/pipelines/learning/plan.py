@@ -16,7 +16,7 @@ from topiarist.checkpoints.writing import SavedState
 from topiarist.core.meter import duration, peak_memory_bytes
 from topiarist.masklearn import Prior, resident_bytes
 from topiarist.models.opened import ObjectModel
-from topiarist.pipelines.learning.files import bytes_due
+from topiarist.pipelines.learning.files import bytes_due, summary_writer
 from topiarist.pipelines.learning.job import Job, divides, open_whole, prepare
 from topiarist.pipelines.learning.masking import MaskedModel
 from topiarist.pipelines.learning.options import LearnOptions
@@ -52,6 +52,8 @@ def plan_learn(model: str | Path, options: LearnOptions) -> LearnPlan:
     """
     processes = Processes.join()
     prior_identity(options.prior)
+    if options.tensorboard is not None:
+        summary_writer()
     sharded = divides(options, processes, model)
     source = open_whole(model, options, options.device)
     with ExitStack() as held:  # the text is in memory and outlives it
