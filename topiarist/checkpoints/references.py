@@ -20,7 +20,7 @@ def reference(name: str | Path, result: Path) -> str:
     path = Path(name)
     if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
         return path.parents[1].name.removeprefix("models--").replace("--", "/", 1)
-    if path.exists() and str(name):
+    if os.path.exists(path) and str(name):
         way = Path(os.path.relpath(path.resolve(), result.resolve())).as_posix()
         return way if way.startswith("../") else f"./{way}"  # never to be taken for a hub id
     try:

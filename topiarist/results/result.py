@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from topiarist.checkpoints.access import check_name
 from topiarist.checkpoints.reading import PACKED, read_json
 from topiarist.checkpoints.writing import REPORT
 from topiarist.core.errors import CheckpointError
@@ -50,6 +51,7 @@ class Result:
     def from_folder(cls, folder: str | Path) -> Result:
         """Raises CheckpointError if there is no report, or a file is not what it should be."""
         folder = Path(folder)
+        check_name(folder)
         if not folder.is_dir():
             raise CheckpointError(f"result folder {folder} does not exist")
         if not (folder / REPORT).is_file():
