@@ -243,6 +243,17 @@ def test_the_page_of_a_recovery_claims_no_more_than_was_gained(losses: tuple[flo
     assert says in text and "one of pruning" in text and "a warning of the recovery" in text
 
 
+def test_papers_of_a_dense_model_that_was_trained_say_nothing_of_pruning(root: Path, tmp_path: Path):
+    settings = {"tokens": 128, "window_tokens": 32, "sequences": 2, "batch_size": 2, "held_out": 2}
+    text = tp.text_files(tiny.tiny_text(tmp_path))
+    tp.recover(root / "base", tmp_path / "out", data=text, loss="lm", **settings)
+    shown = Page((tmp_path / "out" / "pruning_report.html").read_text()).text
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base, trained further" in shown and "nothing was pruned" in shown and "Nothing was pruned." in card
+    for wrong in ("masked", "masks", "0 % of", "zeros held", "stayed zero", "- pruned", "?"):
+        assert wrong not in card and wrong not in shown, wrong
+
+
 def test_the_axis_of_blocks_begins_with_the_first_that_was_pruned():
     page = report_page(result([layer("l.2.up", 0.1), layer("l.3.up", 0.1, 0.9), layer("l.7.up", 0.1)]))
     assert "<span>block 2</span><span>block 7</span>" in page

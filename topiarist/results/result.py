@@ -22,7 +22,7 @@ PAGE = "pruning_report.html"
 CARD = "README.md"
 RECOVERY = "recovery"
 """Of the report and `pruning_config` of a recovered model: what the recovery did."""
-_DONE = {"prune": "pruned", "apply": "masked", "recover": "recovered", "quantize": "quantised"}
+_DONE = {"prune": "pruned", "apply": "masked", "quantize": "quantised"}
 _TYPES = {
     "model": str, "method": str, "pattern": str, "layers": list, "warnings": list, "command": list, "not_in_command": list,
     "calibration": dict, "settings": dict, "weights": dict,
@@ -97,6 +97,8 @@ class Result:
     @property
     def title(self) -> str:
         """What was done to the model, in a few words."""
+        if self.trained_dense:
+            return "trained further"
         if self.pipeline == "learn":
             return f"learned {self.pattern} masks"
         if self.pipeline == "shrink":
@@ -135,6 +137,11 @@ class Result:
     def dense_quantised(self) -> bool:
         """Whether quantising is all that was done to the dense model."""
         return self.pipeline == "quantize" and not self.report.get("pruned")
+
+    @property
+    def trained_dense(self) -> bool:
+        """Whether training is all that was done to the dense model; the report of a pruned one stays that of its pruning."""
+        return self.pipeline == "recover"
 
     @property
     def layers(self) -> list[Mapping[str, Any]]:
