@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,13 +62,14 @@ def compare(
     tokenizer: Any = None,
     bos: Bos = "auto",
     adapter: bool = False,
+    ready: Callable[[], object] = lambda: None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> list[Row]:
     """Perplexity of every model on every text, dense models first.
 
     With `reference`, the base of every pruned model joins if it can be found. All windows are made, and refused, before any
     model is loaded. tokenizer: a folder or an object, for all models. bos: see `topiarist.data.Bos`. adapter: put the low-rank
-    companion of every model that has one on it.
+    companion of every model that has one on it. ready: called once all windows are made, before any model is loaded.
     Raises as `open_model` and `held_out_windows` do.
     """
     check_batch_size(batch_size)
@@ -82,6 +84,7 @@ def compare(
             for text in texts
         ]
         prepared.append((name, dense, base, opened, made))
+    ready()
     rows = []
     for name, dense, base, opened, made in prepared:
         model, label = opened.whole().model, Path(name).name
