@@ -16,7 +16,7 @@ import topiarist as tp
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.data import Windows
 from topiarist.data.record import RECORD
-from topiarist.evaluation import tasks
+from topiarist.evaluation import comparison, tasks
 from topiarist.evaluation.comparison import compare, entries, held_out_windows, with_reference
 from topiarist.masklearn import PRESETS
 from topiarist.models.opened import ObjectModel
@@ -74,6 +74,30 @@ def base(tmp_path: Path, monkeypatch) -> Path:
 def edit_config(folder: Path, **changes) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_result_behind_a_link_is_made_of_what_its_own_folder_says(base: Path, tmp_path: Path):
+    tp.prune("base", "out", method="magnitude")
+    (tmp_path / "else" / "where").mkdir(parents=True)
+    link = tmp_path / "else" / "where" / "link"
+    link.symlink_to(tmp_path / "out")
+    assert with_reference([str(link)])[0] == (str(tmp_path / "base"), True, None)
+    assert with_reference(["out"])[0] == ("base", True, None)
+
+
+def test_a_base_of_that_name_that_is_another_model_is_called_so(base: Path, tmp_path: Path, monkeypatch):
+    """A hub id that was named, whose files are another revision's."""
+    tp.prune("base", "out", method="magnitude")
+    tiny.tiny_checkpoint(tmp_path / "later", seed=1)
+    provenance = json.loads(Path("out/config.json").read_text())["pruning_config"]
+    edit_config(Path("out"), pruning_config=provenance | {"base_model": "org/base"})
+    monkeypatch.setattr(comparison, "locate", lambda name: Path("later" if str(name) == "org/base" else name))
+    with pytest.warns(
+        UserWarning, match="for out: org/base is not the model that was pruned; name that one as a MODEL"
+    ):
+        with_reference(["out", "org/base"])
+    with pytest.warns(UserWarning, match="for out: org/base is not here; name it as a MODEL"):
+        with_reference(["out"])
 
 
 @pytest.mark.parametrize(

@@ -32,4 +32,7 @@ def reference(name: str | Path, result: Path) -> str:
 
 def resolved(reference: str, result: Path) -> str:
     """Return the model that the folder `result` refers to, for whoever opens it from the current folder."""
-    return os.path.normpath(result / reference) if reference.startswith(".") else reference
+    if not reference.startswith("."):
+        return reference
+    plain, real = (os.path.normpath(place / reference) for place in (result, result.resolve()))
+    return plain if os.path.realpath(plain) == os.path.realpath(real) else real  # "..": of a link, of where it leads

@@ -212,7 +212,7 @@ def _own_base(pruned: str, named: Sequence[str], digest_of: Callable[[Path], str
 
     name, seen = pruned, {pruned}
     while (base := _base_of(name)) is not None:
-        here = Path(base) if base and base not in seen and Path(base).is_dir() else None
+        here = Path(base) if base and base not in seen and os.path.isdir(base) else None
         digest = _stated_digest(name)
         if here is None or _base_of(here) is None:
             there = [other for other in named if other == base or (here is not None and here.samefile(locate(other)))]
@@ -223,10 +223,10 @@ def _own_base(pruned: str, named: Sequence[str], digest_of: Callable[[Path], str
             if there:
                 return there[0]
         fault = ""
-        if here is None:
+        if here is None and base not in named:
             fault = f"{base} is not here" if base else "its name is not recorded"
             fault += "; name it as a MODEL"
-        elif digest and not has(base, digest):
+        elif here is None or (digest and not has(base, digest)):
             fault = f"{base} is not the model that was pruned; name that one as a MODEL"
         if fault:
             if warn:
