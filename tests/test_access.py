@@ -15,6 +15,7 @@ import topiarist as tp
 from topiarist.checkpoints import reading
 from topiarist.checkpoints.access import check_name
 from topiarist.checkpoints.reading import Checkpoint
+from topiarist.checkpoints.states import FileState
 from topiarist.data.record import RECORD, recorded_passages
 from topiarist.masks import MaskFile, read_npz
 from topiarist.masks import files as mask_files
@@ -71,6 +72,7 @@ def close(monkeypatch) -> Callable[[Path], None]:
         ("out/README.md", lambda path: refresh("out")),
         (RECORD, recorded_passages),
         ("masks.safetensors", MaskFile),
+        ("state.safetensors", lambda path: FileState(path).load()),
         ("masks.npz", lambda path: read_npz(path, {})),
     ],
 )
