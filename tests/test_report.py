@@ -389,7 +389,8 @@ def test_two_that_save_at_once_keep_both_their_figures(root: Path, tmp_path: Pat
         second = pool.submit(
             lambda: (both.wait(), save_evaluation(tmp_path / "a", {"perplexity": [entry | {"digest": "2"}]}))
         )
-        first.result(), second.result()
+        for saving in (first, second):
+            saving.result()
     assert [found["digest"] for found in Result.from_folder(tmp_path / "a").perplexities] == ["1", "2"]
     assert not (tmp_path / "a" / LOCK).exists()
     with pytest.raises(tp.CheckpointError, match="none does not exist"):
