@@ -1,4 +1,7 @@
-"""The part of the hub's HTTP interface that an upload needs, on loopback: repositories, uploads and commits in memory."""
+"""The part of the hub's HTTP interface that an upload needs, on loopback: repositories, uploads and commits in memory.
+
+What is asked for is not there, or (a name in `gated`) not for everybody.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ class Hub(ThreadingHTTPServer):
         self.private: dict[str, bool] = {}
         self.large: dict[str, bytes] = {}
         """Files that are stored by their sha256."""
+        self.gated: set[str] = set()
         self.refuse = 0
         """HTTP status to answer everything with, if not 0."""
 
@@ -54,16 +58,25 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-    def _answer(self, answer: object, status: int = 200) -> None:
+    def _answer(self, answer: object, status: int = 200, code: str = "") -> None:
         text = json.dumps(answer).encode()
         self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)
 
     def do_GET(self) -> None:
-        self._answer({"error": "not found"}, 404)
+        if self.server.refuse:
+            self._answer({"error": "refused"}, self.server.refuse)
+        elif any(f"/{name}/" in f"{self.path}/" for name in self.server.gated):
+            self._answer({"error": "Access is restricted"}, 403, "GatedRepo")
+        else:
+            self._answer({"error": "Repository not found"}, 401, "RepoNotFound")
+
+    do_HEAD = do_GET
 
     def do_PUT(self) -> None:
         self.server.large[self.path.rsplit("/", 1)[-1]] = self._body()

@@ -55,6 +55,13 @@ def test_every_card_has_the_same_metadata_and_scores(number: int):
     assert all(line.count("|") - line.count("\\|") in (0, 3, 4, 5, 6) for line in card.text.splitlines())
 
 
+def test_a_dense_model_that_was_only_quantised_is_not_said_to_be_pruned():
+    plain = {**reports()[0].to_dict(), "pipeline": "quantize", "bits": 8, "group": None, "pattern": "int8"}
+    assert ModelCard(model_card(Result(plain, "0"))).data.tags == ["quantized", "int8", "alps"]
+    chained = ModelCard(model_card(Result({**plain, "pruned": {"base_model": "org/base"}}, "0")))
+    assert chained.data.tags == ["pruned", "sparse", "int8", "alps"]
+
+
 @pytest.mark.parametrize("splits", [[], [{"loss": 1.0}]])
 def test_the_budget_of_a_split_search_is_of_the_whole_model(splits: list):
     card = model_card(Result({**reports()[2].to_dict(), "splits": splits}, "0"))

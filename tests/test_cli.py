@@ -325,6 +325,8 @@ def test_evaluating_on_the_calibration_text_is_refused(call, folder: Path):
         stream.write("\n".join(map(json.dumps, rows)))
     assert call("eval", "out", "--text", "both.jsonl.gz", "--window", "32")[0] == 2
     assert call("eval", "out", "--text", "calibration.txt", "--window", "32", "--allow-overlap")[0] == 0
+    code, _, error = call("eval", "out", "--text", "calibration.txt", "--window", "32", "--allow-overlap", "--save")
+    assert code == 2 and "leave --save out" in error and not (folder / "out" / "pruning_evaluation.json").exists()
 
 
 def test_a_full_disk_keeps_what_is_done(call, folder: Path, monkeypatch):

@@ -16,9 +16,10 @@ import topiarist as tp
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.data import Windows
 from topiarist.data.record import RECORD
-from topiarist.evaluation import tasks
+from topiarist.evaluation import comparison, tasks
 from topiarist.evaluation.comparison import compare, entries, held_out_windows, with_reference
 from topiarist.masklearn import PRESETS
+from topiarist.models.opened import ObjectModel
 
 
 def test_perplexity_agrees_with_a_plain_loop():
@@ -75,6 +76,30 @@ def edit_config(folder: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def test_a_result_behind_a_link_is_made_of_what_its_own_folder_says(base: Path, tmp_path: Path):
+    tp.prune("base", "out", method="magnitude")
+    (tmp_path / "else" / "where").mkdir(parents=True)
+    link = tmp_path / "else" / "where" / "link"
+    link.symlink_to(tmp_path / "out")
+    assert with_reference([str(link)])[0] == (str(tmp_path / "base"), True, None)
+    assert with_reference(["out"])[0] == ("base", True, None)
+
+
+def test_a_base_of_that_name_that_is_another_model_is_called_so(base: Path, tmp_path: Path, monkeypatch):
+    """A hub id that was named, whose files are another revision's."""
+    tp.prune("base", "out", method="magnitude")
+    tiny.tiny_checkpoint(tmp_path / "later", seed=1)
+    provenance = json.loads(Path("out/config.json").read_text())["pruning_config"]
+    edit_config(Path("out"), pruning_config=provenance | {"base_model": "org/base"})
+    monkeypatch.setattr(comparison, "locate", lambda name: Path("later" if str(name) == "org/base" else name))
+    with pytest.warns(
+        UserWarning, match="for out: org/base is not the model that was pruned; name that one as a MODEL"
+    ):
+        with_reference(["out", "org/base"])
+    with pytest.warns(UserWarning, match="for out: org/base is not here; name it as a MODEL"):
+        with_reference(["out"])
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -120,6 +145,31 @@ def test_windows_of_tokens_longer_than_learned_positions_are_refused_too():
         with pytest.raises(tp.CalibrationError, match="window 100 is longer than the model's limit of 64"):
             tp.prune(tiny.tiny_model(family), method="wanda", data=tokens)
     assert tp.perplexity(tiny.tiny_model(), tokens).window == 100
+
+
+OLD = {"vocab_size": tiny.VOCAB, "n_head": 4, "n_layer": 2}
+POSITIONS: dict[str, dict] = {
+    "bloom": OLD | {"hidden_size": 32, "seq_length": 64},
+    "falcon": tiny.CONFIGS["gpt_neox"] | {"alibi": True},
+    "mpt": {"vocab_size": tiny.VOCAB, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
+    "gptj": OLD | {"n_embd": 32, "rotary_dim": 4, "n_positions": 64},
+}
+
+
+@pytest.mark.parametrize("family", POSITIONS)
+def test_a_length_binds_where_the_model_has_a_table_of_positions(family: str, monkeypatch):
+    """Biases that depend on distances alone end nowhere; MPT's, and GPT-J's rotary positions, stand in a table."""
+    monkeypatch.setitem(tiny.CONFIGS, family, POSITIONS[family])
+    model, tokens = tiny.tiny_model(family), tiny.tiny_tokens(2, 65)
+    assert ObjectModel(model).window == 64
+    if family in ("bloom", "falcon"):
+        assert tp.perplexity(model, tokens).window == 65
+        tp.prune(model, method="wanda", data=tokens)
+        return
+    with pytest.raises(tp.CalibrationError, match="longer than the 64 positions"):
+        tp.perplexity(model, tokens)
+    with pytest.raises(tp.CalibrationError, match="window 65 is longer than the model's limit of 64"):
+        tp.prune(model, method="wanda", data=tokens)
 
 
 def test_tokens_that_the_model_has_no_row_for_are_refused(base: Path, command):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import tiny
 from hub_standin import Hub, running
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 import topiarist as tp
+from topiarist.checkpoints.reading import locate
 from topiarist.checkpoints.writing import JOURNAL, STATES
 from topiarist.results.hub import push
 from topiarist.runtime import pack_folder, unpack_folder
@@ -100,6 +103,47 @@ def test_packed_and_unpacked_results_are_uploaded_unless_damaged(values, result:
         with pytest.raises(tp.CheckpointError, match=f"{weights} is not what the run wrote"):
             upload(folder, "org/damaged", hub)
     assert "org/damaged" not in hub.repositories
+
+
+def test_why_the_hub_gives_no_model_is_said(tmp_path: Path, hub: Hub, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    hub.gated.add("org/closed")
+    for name, says in {
+        "org/closed": "org/closed is gated on the hub: ask for access on its page there, and log in with `hf auth login`",
+        "org/none": "org/none does not exist, and the hub shows this login no model of that name: correct it, or, if it is",
+    }.items():
+        with pytest.raises(tp.CheckpointError, match=says):
+            locate(name)
+    hub.refuse = 501
+    with pytest.raises(
+        tp.CheckpointError, match=r"in the cache of the hub, which cannot be asked \(.*501.*\): give a folder"
+    ):
+        locate("org/closed")
+
+
+def test_a_copy_of_the_hub_s_that_is_incomplete_is_said(monkeypatch):
+    class Incomplete(LocalEntryNotFoundError):  # as huggingface_hub has it since 2.0
+        snapshot_path = "cache"
+
+    def fails(*_, **__):
+        raise Incomplete("The cached snapshot is incomplete: 1 file(s) are missing")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    with pytest.raises(
+        tp.CheckpointError, match="that name in the cache of the hub is incomplete, which cannot be asked"
+    ):
+        locate("org/model")
+
+
+def test_stages_that_a_recipe_kept_stay_here(result: Path, hub: Hub):
+    kept = result / "stages" / "01-prune"
+    kept.mkdir(parents=True)
+    (kept / "model.safetensors").write_bytes(b"earlier")
+    upload(result, "org/small", hub)
+    assert not any(name.startswith("stages") for name in hub.repositories["org/small"])
+    shutil.rmtree(result / "stages")
 
 
 def test_the_command(result: Path, hub: Hub, command, monkeypatch):

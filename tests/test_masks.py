@@ -17,6 +17,7 @@ from topiarist import masks
 from topiarist.core.errors import CheckpointError, PatternError
 from topiarist.core.patterns import NM, Unstructured
 from topiarist.masks.bitpack import encoding_for, pack, packed_size, unpack
+from topiarist.results.pages import Result
 
 PATTERNS = [NM(2, 4), NM(1, 4), NM(1, 2), NM(2, 8), NM(4, 8), NM(3, 7), NM(8, 16), NM(16, 32), Unstructured(0.6)]
 
@@ -124,6 +125,17 @@ def test_apply_writes_plain_zeros_and_all_else_unchanged(saved, folder, tmp_path
     config = json.loads((out / "config.json").read_text())
     assert config["pruning_config"]["pattern"] == "2:4" and "quantization_config" not in config
     assert masks.apply(folder, path, tmp_path / "out") == out  # finished: nothing to do
+
+
+def test_the_page_of_applied_masks_says_what_they_are(saved, folder, tmp_path):
+    path, made, _ = saved
+    out = masks.apply(folder, path, tmp_path / "out")
+    result = Result.from_folder(out)
+    assert result.sparsity == 0.5 and [layer["name"] for layer in result.layers] == ["a", "b", "c"]
+    page, card = (out / "pruning_report.html").read_text(), (out / "README.md").read_text()
+    assert "50 % of the weights in 3 matrices are zero" in page and "50 % of the weights of 3 matrices are zero" in card
+    weights = sum(mask.numel() for mask in made.values())
+    assert result.size is not None and result.size["matrices_packed"] == weights + -(-128 // 12) * 2 + -(-96 // 12)
 
 
 def test_apply_refuses_another_base_and_names_the_tensor(saved, folder, tmp_path):

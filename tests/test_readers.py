@@ -169,6 +169,20 @@ def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, name: str, raw
     assert ("convert it to UTF-8" in str(refused.value)) == ("codec" in str(refused.value))
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.csv"])
+def test_two_columns_of_one_name_are_refused(tmp_path: Path, name: str):
+    table = pa.Table.from_arrays([pa.array(["one"]), pa.array(["two"])], names=["text", "text"])
+    if name == "a.csv":
+        (tmp_path / name).write_text("text,text\none,two\n")
+    elif name == "a.parquet":
+        pa.parquet.write_table(table, tmp_path / name)
+    else:
+        with pa.ipc.new_file(tmp_path / name, table.schema) as file:
+            file.write_table(table)
+    with pytest.raises(tp.CalibrationError, match=f"{name} has several columns `text`: rename all but one"):
+        list(read_documents(tp.text_files(tmp_path / name)))
+
+
 def test_a_name_that_is_no_utf_8_is_refused(tmp_path: Path):
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.txt"))
     path.write_text("text")

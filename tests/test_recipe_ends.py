@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,24 @@ def test_figures_of_weights_that_pack_rounds_are_refused_before_any_work(folder:
     (folder / "recipe.yaml").write_text(ENDS.replace("- pack", f"- pack: {settings}"))
     code, _, error = command("run", "recipe.yaml")
     assert code == 2 and "pack rounds the weights that eval has measured" in error and not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("plan", [(), ("--plan",)])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [(("window_tokens: 32", "window_tokens: 4096"), "line 7: text holds 2,399 tokens, less than one window of 4096"),
+     (("max_windows: 2", "max_windows: 2, text_field: body"), "--text-field body is for rows with fields"),
+     (("heldout.txt", "text.txt"), "line 7: eval measures on text.txt, which is the text of prune: the result would"),
+     (("text: [heldout.txt]", "text: [heldout.txt], tasks: [piqa]"), "tasks need lm-evaluation-harness")],
+)  # fmt: skip
+def test_what_eval_would_refuse_at_the_end_is_refused_before_any_work(
+    folder: Path, command, monkeypatch, change: tuple[str, str], says: str, plan: tuple[str, ...]
+):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # importing it now raises ImportError
+    recipe = ENDS.replace(*change).replace("pattern: 2:4", "pattern: 2:4, data: [text.txt], num_windows: 4")
+    (folder / "recipe.yaml").write_text(recipe)
+    code, _, error = command("run", "recipe.yaml", *plan)
+    assert code == 2 and says in error and not (folder / "out").exists(), error
 
 
 def test_a_command_takes_its_settings_from_a_recipe(folder: Path, command):

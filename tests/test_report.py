@@ -6,6 +6,10 @@ import json
 import math
 import re
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +17,8 @@ import pytest
 import tiny
 
 import topiarist as tp
+from topiarist.checkpoints.locking import LOCK
+from topiarist.results import saved
 from topiarist.results.formats import percent, short, size_text
 from topiarist.results.pages import Result, compare_page, report_page, save_benchmark, save_evaluation
 from topiarist.results.pages.figures import curve, heat_map, nice_ticks, panel, place_of
@@ -237,6 +243,17 @@ def test_the_page_of_a_recovery_claims_no_more_than_was_gained(losses: tuple[flo
     assert says in text and "one of pruning" in text and "a warning of the recovery" in text
 
 
+def test_papers_of_a_dense_model_that_was_trained_say_nothing_of_pruning(root: Path, tmp_path: Path):
+    settings = {"tokens": 128, "window_tokens": 32, "sequences": 2, "batch_size": 2, "held_out": 2}
+    text = tp.text_files(tiny.tiny_text(tmp_path))
+    tp.recover(root / "base", tmp_path / "out", data=text, loss="lm", **settings)
+    shown = Page((tmp_path / "out" / "pruning_report.html").read_text()).text
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base, trained further" in shown and "nothing was pruned" in shown and "Nothing was pruned." in card
+    for wrong in ("masked", "masks", "0 % of", "zeros held", "stayed zero", "- pruned", "?"):
+        assert wrong not in card and wrong not in shown, wrong
+
+
 def test_the_axis_of_blocks_begins_with_the_first_that_was_pruned():
     page = report_page(result([layer("l.2.up", 0.1), layer("l.3.up", 0.1, 0.9), layer("l.7.up", 0.1)]))
     assert "<span>block 2</span><span>block 7</span>" in page
@@ -347,6 +364,49 @@ def test_papers_of_a_packed_folder_say_how_it_is_opened(root: Path, tmp_path: Pa
     unpack_folder(tmp_path / "packed", tmp_path / "again")
     assert papers(tmp_path / "again")[0] == f"{card}\nMine.\n"
     assert "topiarist pack" in papers(tmp_path / "again")[1] and "from_packed" not in papers(tmp_path / "again")[1]
+
+
+def test_two_that_save_at_once_keep_both_their_figures(root: Path, tmp_path: Path, monkeypatch):
+    """The second reads what the first has written, however long that takes."""
+    shutil.copytree(root / "a", tmp_path / "a")
+    (tmp_path / "a" / "pruning_evaluation.json").unlink(missing_ok=True)
+    entry = {"text": "t", "window": 8, "tokens": 8, "dtype": "float32", "value": 2.0, "dense": None}
+    reading, both = threading.Event(), threading.Barrier(2, timeout=60)
+    read = saved.json_if_any
+
+    def slowly(path: Path) -> dict:
+        found = read(path)
+        if not reading.is_set() and path.name == "pruning_evaluation.json":
+            reading.set()
+            both.wait()  # the other is on its way
+            time.sleep(0.2)
+        return found
+
+    monkeypatch.setattr(saved, "json_if_any", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(save_evaluation, tmp_path / "a", {"perplexity": [entry | {"digest": "1"}]})
+        assert reading.wait(60)
+        second = pool.submit(
+            lambda: (both.wait(), save_evaluation(tmp_path / "a", {"perplexity": [entry | {"digest": "2"}]}))
+        )
+        for saving in (first, second):
+            saving.result()
+    assert [found["digest"] for found in Result.from_folder(tmp_path / "a").perplexities] == ["1", "2"]
+    assert not (tmp_path / "a" / LOCK).exists()
+    with pytest.raises(tp.CheckpointError, match="none does not exist"):
+        save_benchmark(tmp_path / "none", BENCH)
+
+
+def test_of_several_base_models_none_is_the_dense_one(root: Path):
+    results = [Result.from_folder(root / name) for name in ("a", "b")]
+    entry = {"text": "t", "digest": "d", "window": 8, "tokens": 8, "dtype": "float32", "value": 2.0}
+    one, two = (
+        replace(r, evaluation={"perplexity": [entry | {"dense": {"model": "m", "value": 1.5}}]}) for r in results
+    )
+    assert "D is the dense model, 1.5" in Page(compare_page([one, two])).text
+    other = replace(two, report={**two.report, "model": "another"})
+    text = Page(compare_page([one, other])).text
+    assert "is the dense model" not in text and "different base models: another, base" in text
 
 
 def test_measurements_can_wait_for_a_report(tmp_path: Path):

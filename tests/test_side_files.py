@@ -69,6 +69,15 @@ def test_snapshots_of_the_hub_are_links_to_their_own_blobs(tmp_path: Path):
     assert [str(path) for path in side_files(home / "snapshots" / "1")] == ["tokenizer.json"]
 
 
+def test_a_link_that_leads_nowhere_is_refused(tmp_path: Path):
+    """What was fetched in part: a result of it would lack its tokenizer, without a word."""
+    home = tmp_path / "models--org--name"
+    (home / "snapshots" / "1").mkdir(parents=True)
+    (home / "snapshots" / "1" / "tokenizer.json").symlink_to("../../blobs/abc")
+    with pytest.raises(tp.CheckpointError, match=r"tokenizer.json is a symbolic link that leads nowhere: download"):
+        list(side_files(home / "snapshots" / "1"))
+
+
 def test_a_model_object_is_saved_with_the_tokenizer_that_read_its_text(base: Path, tmp_path: Path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -55,6 +55,18 @@ def test_nothing_to_evaluate_on(tmp_path: Path, command):
     assert code == 2 and "name --text" in error and "--tasks" in error
 
 
+def test_text_that_does_not_fit_is_refused_before_any_task_runs(items: Path, tmp_path: Path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    tiny.tiny_checkpoint(Path("base"))
+    tiny.tiny_text(tmp_path)
+    ran = []
+    monkeypatch.setattr(tasks, "compare_tasks", lambda *_, **__: ran.append(1) or [])
+    words = ("eval", "base", "--text", "text.txt", "--tasks", "piqa", "--task-files", str(items), "--window")
+    code, _, error = command(*words, "65536")
+    assert code == 2 and "less than one window" in error and not ran
+    assert command(*words, "32", "--max-windows", "1")[0] == 0 and ran == [1]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -208,7 +220,7 @@ def test_the_harness_s_products_are_quick(items: Path, tmp_path: Path, monkeypat
         products, "_in_float32", lambda func, x, w, *bias: (dtypes.append(x.dtype), linear(x, w, *bias))[1]
     )
     monkeypatch.setattr(linalg, "search_dtype", lambda device: torch.float32)
-    monkeypatch.setattr(tasks, "_harness", lambda: harness)
+    monkeypatch.setattr(tasks, "installed_harness", lambda: harness)
     tasks.compare_tasks([str(tmp_path / "base")], ["piqa"], tokenizer=tiny.tiny_tokenizer(), reference=False)
     assert len(dtypes) > 8 and set(dtypes) == {torch.bfloat16}
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from topiarist.checkpoints.access import check_name
 from topiarist.core.errors import CheckpointError
 
 TEMPORARY = ".tmp"
@@ -46,6 +47,7 @@ def write_atomically(path: Path, text: str, *, cure: str = "") -> None:
 
 def refuse_foreign(path: Path, mark: str) -> None:
     """Raise CheckpointError if there is no folder for a file, or a file without `mark`, which all files of our kind hold."""
+    check_name(path)
     if not path.parent.is_dir():
         raise CheckpointError(f"folder {path.parent} does not exist: make it first")
     if not path.exists():

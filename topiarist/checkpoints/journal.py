@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from topiarist.checkpoints.reading import whole
 from topiarist.core.errors import CheckpointError
 
 SEAL = "seal"
@@ -34,8 +35,9 @@ def unsealed_text(text: bytes) -> dict[str, Any] | None:
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
-    """As `unsealed_text`, of a file; None also if there is none."""
-    return unsealed_text(path.read_bytes()) if path.is_file() else None
+    """As `unsealed_text`, of a file; None also if there is none. Raises CheckpointError if it cannot be read."""
+    with whole(path):
+        return unsealed_text(path.read_bytes()) if path.is_file() else None
 
 
 def _digest(line: Mapping[str, Any]) -> str:
@@ -50,7 +52,9 @@ def complete_lines(path: Path) -> list[dict[str, Any]]:
     Raises CheckpointError for a line that is anything else, or that is not what the run wrote.
     """
     lines: list[dict[str, Any]] = []
-    for number, raw in enumerate(path.read_bytes().split(b"\n")[:-1]):
+    with whole(path):
+        found = path.read_bytes()
+    for number, raw in enumerate(found.split(b"\n")[:-1]):
         try:
             line = json.loads(raw)
         except (ValueError, RecursionError):

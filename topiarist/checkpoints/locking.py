@@ -37,12 +37,15 @@ class FolderLock:
         """Whether `acquire` created the folder."""
         return self.folder in self._made
 
-    def acquire(self) -> None:
-        """Create the folder if need be, and lock it. Raises CheckpointError that names the process which holds it."""
+    def acquire(self, *, wait: float = 0.0) -> None:
+        """Create the folder if need be, and lock it. wait: seconds to wait for another holder, who takes a moment.
+
+        Raises CheckpointError that names the process which holds it.
+        """
         path = self.folder / LOCK
         self._made = make_folder(self.folder)
         with disk_errors(f"cannot create {self.folder}"):
-            lock = FileLock(path, timeout=0)
+            lock = FileLock(path, timeout=wait)
             try:
                 lock.acquire()
             except Timeout:

@@ -17,7 +17,9 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from topiarist.core.errors import CheckpointError, first_line
+from topiarist.checkpoints.access import check_name, check_readable
+from topiarist.checkpoints.hub import snapshot
+from topiarist.core.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -105,7 +107,9 @@ class Checkpoint:
         elif (self.folder / PACKED).is_file():
             raise CheckpointError(f"{self.folder} is packed: write it back with `topiarist unpack {self.folder} OUT`")
         else:
-            raise CheckpointError(f"{self.folder} has no {SINGLE} and no {INDEX}: no weights to prune")
+            raise CheckpointError(
+                f"{self.folder} has no {SINGLE} and no {INDEX}: no weights to prune; download it again, or name another folder"
+            )
         held: dict[Path, set[str]] = {}
         for path in sorted(set(files.values())):
             if not path.is_file():
@@ -161,7 +165,7 @@ class Checkpoint:
     def _header(self, path: Path) -> tuple[dict[str, Any], int]:
         """A file's header and where its data begins. The format: 8 bytes of length, JSON, data."""
         if path not in self._headers:
-            with path.open("rb") as stream:
+            with whole(path), path.open("rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
                 self._headers[path] = json.loads(stream.read(length)), 8 + length
         return self._headers[path]
@@ -170,7 +174,7 @@ class Checkpoint:
         """The bytes of a tensor as they are stored, in pieces of at most `size` bytes."""
         header, data = self._header(self.files[name])
         begin, end = header[name]["data_offsets"]
-        with self.files[name].open("rb") as source:
+        with whole(self.files[name]), self.files[name].open("rb") as source:
             source.seek(data + begin)
             for place in range(begin, end, size):
                 yield source.read(min(size, end - place))
@@ -233,6 +237,7 @@ def read_json(path: Path, *, cure: str = "delete it, or make it again") -> dict[
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
+        check_readable(path)
         raise CheckpointError(f"{path} is not valid JSON: {error}; {cure}") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} does not hold a JSON object; {cure}")
@@ -248,16 +253,17 @@ def opened(path: Path) -> Iterator[Any]:
 
 @contextmanager
 def whole(path: Path) -> Iterator[None]:
-    """What is read inside comes from a whole file. Raises CheckpointError that names it if it is truncated or damaged."""
+    """What is read inside comes from a whole file. Raises CheckpointError that names it if it cannot be read, or is damaged."""
     try:
         yield
     except (SafetensorError, OSError) as error:
+        check_readable(path)
         raise CheckpointError(f"{path} is truncated or damaged ({error}); download or copy it again") from error
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as stream:
+    """sha256 of a file's bytes, in hexadecimal. Raises CheckpointError if it cannot be read."""
+    with whole(path), path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -267,38 +273,15 @@ def weight_digest(weight: Shaped[Tensor, "..."]) -> str:
     return hashlib.sha256(raw.numpy().data).hexdigest()
 
 
-def check_name(path: Path) -> None:
-    """Raise CheckpointError for a name with bytes that are no UTF-8: safetensors opens no such path, no report says it."""
-    try:
-        os.fsencode(path).decode()
-    except UnicodeDecodeError:
-        raise CheckpointError(f"{path} has bytes in its name that are no UTF-8: rename it, or choose another") from None
-
-
 def locate(model: str | Path) -> Path:
     """A local folder, or a hub id's snapshot. Raises CheckpointError if neither can be had."""
     if not isinstance(model, str | os.PathLike):
         raise CheckpointError(f"a {type(model).__name__} is no model folder: give a folder, or a hub id")
     path = Path(model)
+    check_name(path)
     if path.exists():
         return path
     text = str(model)
     if text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/"):
         raise CheckpointError(f"model folder {model} does not exist")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(text, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf"]))
-    except LocalEntryNotFoundError as error:
-        why = (
-            "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else "there is no network"
-        )
-        raise CheckpointError(
-            f"model folder {model} does not exist, and no model of that name is in the cache of the hub, which cannot be asked "
-            f"({why}): give a folder, or run the same command where the hub can be reached"
-        ) from error
-    except Exception as error:  # the hub client raises many types: no such repository, no rights, no room
-        raise CheckpointError(
-            f"model folder {model} does not exist, and the hub gives no model of that name ({first_line(error)})"
-        ) from error
+    return snapshot(text)

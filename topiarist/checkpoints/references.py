@@ -20,7 +20,7 @@ def reference(name: str | Path, result: Path) -> str:
     path = Path(name)
     if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
         return path.parents[1].name.removeprefix("models--").replace("--", "/", 1)
-    if path.exists() and str(name):
+    if os.path.exists(path) and str(name):
         way = Path(os.path.relpath(path.resolve(), result.resolve())).as_posix()
         return way if way.startswith("../") else f"./{way}"  # never to be taken for a hub id
     try:
@@ -32,4 +32,7 @@ def reference(name: str | Path, result: Path) -> str:
 
 def resolved(reference: str, result: Path) -> str:
     """Return the model that the folder `result` refers to, for whoever opens it from the current folder."""
-    return os.path.normpath(result / reference) if reference.startswith(".") else reference
+    if not reference.startswith("."):
+        return reference
+    plain, real = (os.path.normpath(place / reference) for place in (result, result.resolve()))
+    return plain if os.path.realpath(plain) == os.path.realpath(real) else real  # "..": of a link, of where it leads

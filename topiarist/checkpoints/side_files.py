@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from topiarist.checkpoints.access import check_readable
 from topiarist.core.errors import CheckpointError
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -19,7 +20,8 @@ def side_files(folder: Path) -> Iterator[Path]:
     """Yield the files that a copy of the model needs beside its weights and config, relative to `folder`.
 
     Not among them: files of topiarist, adapters (their weights stay behind), hidden files.
-    Raises CheckpointError for a symbolic link that leads out of the folder: its target is none of the model's business.
+    Raises CheckpointError for a symbolic link that leads out of the folder, whose target is none of the model's business, or
+    nowhere, and for a file that cannot be read.
     """
     places = [folder, *(folder / name for name in FOLDERS if (folder / name).is_dir())]
     for path in sorted(file for place in places for file in place.iterdir()):
@@ -27,9 +29,16 @@ def side_files(folder: Path) -> Iterator[Path]:
             continue
         if path.name in OWN and path.parent == folder:
             continue
-        if not path.is_file():
+        if path.is_dir():
             continue
         check_inside(path, folder)
+        if not path.exists():
+            raise CheckpointError(
+                f"{path} is a symbolic link that leads nowhere: download the model again, or remove it"
+            )
+        if not path.is_file():
+            continue
+        check_readable(path)
         yield path.relative_to(folder)
 
 

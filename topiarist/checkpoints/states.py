@@ -10,6 +10,7 @@ from pathlib import Path
 from jaxtyping import Shaped
 from torch import Tensor
 
+from topiarist.checkpoints.access import check_readable
 from topiarist.checkpoints.atomic import disk_errors, save_tensors
 from topiarist.checkpoints.reading import opened
 from topiarist.checkpoints.streaming import tensor_bytes
@@ -40,9 +41,13 @@ class FileState(SavedState):
         self.path = path
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        """Return what the last `save` was given; None if there is no file. Raises CheckpointError if it is damaged."""
+        """Return what the last `save` was given; None if there is no file.
+
+        Raises CheckpointError if it is damaged, or cannot be read.
+        """
         if not self.path.is_file():
             return None
+        check_readable(self.path)
         try:
             with opened(self.path) as reader:
                 tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118

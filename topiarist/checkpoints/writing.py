@@ -19,11 +19,12 @@ from typing import Any
 
 from torch import Tensor
 
+from topiarist.checkpoints.access import check_name
 from topiarist.checkpoints.atomic import TEMPORARY, disk_errors, fsync, save_tensors, write_atomically
 from topiarist.checkpoints.finished import REPORT, check_files, described, read_finished
 from topiarist.checkpoints.journal import complete_lines, differences, listed, sealed
 from topiarist.checkpoints.locking import LOCK, FolderLock
-from topiarist.checkpoints.reading import INDEX, Checkpoint, StoredTensor, check_name, file_digest
+from topiarist.checkpoints.reading import INDEX, Checkpoint, StoredTensor, file_digest
 from topiarist.checkpoints.side_files import copy_side_files
 from topiarist.checkpoints.states import KEPT, FileState, SavedState
 from topiarist.checkpoints.streaming import SHARD_BYTES, Chunks, split, write_tensors

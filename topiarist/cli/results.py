@@ -79,6 +79,11 @@ def evaluate(
             "--adapter measures perplexity alone and saves nothing, for what is saved is said of the model without it: leave "
             f"{'--save' if save else '--tasks'} out"
         )
+    if allow_overlap and save:
+        raise TopiaristError(
+            "--allow-overlap measures on text that the model knows, and what is saved is said of text that it does not: leave "
+            "--save out"
+        )
     paths, wanted = text or [], [task.strip() for task in (tasks or "").split(",") if task.strip()]
     options: dict[str, Any] = {"window": window, "max_windows": max_windows, "allow_overlap": allow_overlap, "bos": bos}
     # Refused before any text is measured.
@@ -95,11 +100,18 @@ def evaluate(
     }
     if bos not in BOS:
         raise TopiaristError(f"--bos {bos}: it is one of {', '.join(BOS)}")
+    scores: list[Any] = []
     with progress_bar() as progress:
-        scores = (
-            compare_tasks(models, wanted, files=task_files, limit=limit, progress=progress, **common) if wanted else []
-        )
-        rows = compare(models, sources, progress=progress, adapter=adapter, **options, **common) if sources else []
+
+        def score() -> None:
+            if wanted:
+                scores.extend(compare_tasks(models, wanted, files=task_files, limit=limit, progress=progress, **common))
+
+        rows = []
+        if sources:  # whose refusals come before hours of tasks
+            rows = compare(models, sources, ready=score, progress=progress, adapter=adapter, **options, **common)
+        else:
+            score()
     if as_json:
         tables = {"perplexity": [asdict(row) for row in rows], "tasks": [asdict(row) for row in scores]}
         # One kind of measurement is a plain list, as it always was.

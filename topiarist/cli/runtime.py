@@ -61,9 +61,11 @@ def unpack(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="new folder for the ordinary one")],
 ) -> None:
     """Write the ordinary checkpoint back, bit for bit. Also reads compressed-tensors' orphaned sparse formats."""
+    from topiarist.checkpoints.access import check_name
     from topiarist.runtime import convert_legacy, unpack_folder
     from topiarist.runtime.packed import MANIFEST
 
+    check_name(folder)
     if (folder / MANIFEST).exists():
         unpack_folder(folder, output)
     else:

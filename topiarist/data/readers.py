@@ -62,6 +62,13 @@ class Reader(ABC):
             f"{where} has no field `{self.field}`; it has {', '.join(map(str, known)) or 'none'}: name one with --text-field"
         )
 
+    def check_field(self, known: Sequence[str]) -> None:
+        """Raise CalibrationError if the field is none of those there are, or is two of them."""
+        if known.count(self.field) > 1:
+            raise CalibrationError(f"{self.path} has several columns `{self.field}`: rename all but one")
+        if self.field not in known:
+            raise self.lacks_field(str(self.path), known)
+
 
 class ByteReader(Reader):
     """A reader of the file's bytes, compressed or not."""

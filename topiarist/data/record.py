@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+from topiarist.checkpoints.access import check_readable
 from topiarist.core.errors import CheckpointError
 
 RECORD = "pruning_calibration.json"
@@ -30,4 +31,5 @@ def recorded_passages(path: Path | None) -> frozenset[int]:
             warnings.warn(f"{path} is of version 0.1: overlap with it cannot be seen", UserWarning, stacklevel=4)
         return frozenset(int(found, 16) for found in passages or ())
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        check_readable(path)
         raise CheckpointError(f"{path} is damaged ({error}); copy it again, or remove it") from error

@@ -77,8 +77,7 @@ class TableReader(ByteReader):
     def _column(self) -> int:
         with open_bytes(self.path) as stream:
             _, names = next(self._table(stream), (0, []))
-        if self.field not in names:
-            raise self.lacks_field(str(self.path), names)
+        self.check_field(names)
         return names.index(self.field)
 
     def _records(self) -> Iterator[tuple[int, Any]]:
@@ -108,8 +107,7 @@ class ColumnReader(Reader):
     def column(self) -> Any:
         """The column of the field. Raises CalibrationError that names the columns there are, if it is missing."""
         table = self._given if self._given is not None else _arrow_table(self.path)
-        if self.field not in table.column_names:
-            raise self.lacks_field(str(self.path), table.column_names)
+        self.check_field(table.column_names)
         return table.column(self.field)
 
     def values(self) -> Iterator[Any]:
@@ -140,8 +138,7 @@ class ParquetReader(Reader):
         compressed = kind_of(self.path)[1]
         source = pa.BufferReader(open_bytes(self.path).read()) if compressed else self.path
         file = pq.ParquetFile(source)
-        if self.field not in file.schema_arrow.names:
-            raise self.lacks_field(str(self.path), file.schema_arrow.names)
+        self.check_field(file.schema_arrow.names)
         self._group: tuple[int, Any] = (-1, None)
         return file
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from topiarist.checkpoints.reading import check_name
+from topiarist.checkpoints.access import check_name
 from topiarist.core.errors import CalibrationError, CalibrationWarning, CheckpointError
 from topiarist.data.compressed import DAMAGE
 from topiarist.data.folders import HUB, HubRows, folder_readers, hub_rows

@@ -49,7 +49,7 @@ def _of_one(name: str, weight: Tensor | Unread, claim: str | None) -> MatrixAudi
     if isinstance(weight, Unread):
         return MatrixAudit(name, (), None, claim, None, weight.why)
     mask = weight != 0
-    sparsity = 1.0 - float(mask.double().mean())
+    sparsity = 1.0 - int(mask.sum()) / mask.numel()
     holds = None if claim is None else pattern_holds(mask, claim)
     return MatrixAudit(name, tuple(weight.shape), sparsity, claim or _kept_pattern(mask, sparsity), holds)
 

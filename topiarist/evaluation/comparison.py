@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,13 +62,14 @@ def compare(
     tokenizer: Any = None,
     bos: Bos = "auto",
     adapter: bool = False,
+    ready: Callable[[], object] = lambda: None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> list[Row]:
     """Perplexity of every model on every text, dense models first.
 
     With `reference`, the base of every pruned model joins if it can be found. All windows are made, and refused, before any
     model is loaded. tokenizer: a folder or an object, for all models. bos: see `topiarist.data.Bos`. adapter: put the low-rank
-    companion of every model that has one on it.
+    companion of every model that has one on it. ready: called once all windows are made, before any model is loaded.
     Raises as `open_model` and `held_out_windows` do.
     """
     check_batch_size(batch_size)
@@ -82,6 +84,7 @@ def compare(
             for text in texts
         ]
         prepared.append((name, dense, base, opened, made))
+    ready()
     rows = []
     for name, dense, base, opened, made in prepared:
         model, label = opened.whole().model, Path(name).name
@@ -209,7 +212,7 @@ def _own_base(pruned: str, named: Sequence[str], digest_of: Callable[[Path], str
 
     name, seen = pruned, {pruned}
     while (base := _base_of(name)) is not None:
-        here = Path(base) if base and base not in seen and Path(base).is_dir() else None
+        here = Path(base) if base and base not in seen and os.path.isdir(base) else None
         digest = _stated_digest(name)
         if here is None or _base_of(here) is None:
             there = [other for other in named if other == base or (here is not None and here.samefile(locate(other)))]
@@ -220,10 +223,10 @@ def _own_base(pruned: str, named: Sequence[str], digest_of: Callable[[Path], str
             if there:
                 return there[0]
         fault = ""
-        if here is None:
+        if here is None and base not in named:
             fault = f"{base} is not here" if base else "its name is not recorded"
             fault += "; name it as a MODEL"
-        elif digest and not has(base, digest):
+        elif here is None or (digest and not has(base, digest)):
             fault = f"{base} is not the model that was pruned; name that one as a MODEL"
         if fault:
             if warn:

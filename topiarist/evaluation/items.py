@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from topiarist.checkpoints.access import check_name
 from topiarist.checkpoints.reading import file_digest
 from topiarist.core.errors import CalibrationError, TopiaristError
 
@@ -106,7 +107,11 @@ class LocalTask:
 
 
 def local_task(task: str, folder: str | Path) -> LocalTask:
-    """The items of a task from `folder`, read and checked. Raises CalibrationError if they do not fit."""
+    """The items of a task from `folder`, read and checked.
+
+    Raises CalibrationError if they do not fit, CheckpointError for a folder that may not be looked into.
+    """
+    check_name(Path(folder))
     if task not in FORMATS:
         raise CalibrationError(f"no item format is known for task {task!r}; known are {', '.join(FORMATS)}")
     found = sorted(Path(folder).glob(f"{task}*.jsonl"))

@@ -71,7 +71,7 @@ def compare_tasks(
     Raises as `open_model` does, CalibrationError for items that do not fit, TopiaristError without the harness.
     """
     check_batch_size(batch_size)
-    harness = _harness()
+    harness = installed_harness()
     specs = specs_of(tasks, files, limit)
     digests = {spec.name: spec.digest for spec in specs if isinstance(spec, LocalTask)}
     named = with_reference(models, reference)
@@ -123,7 +123,8 @@ def entries(results: Sequence[Scores]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _harness() -> Any:
+def installed_harness() -> Any:
+    """The package of lm-evaluation-harness. Raises TopiaristError if it cannot be imported."""
     try:
         harness = importlib.import_module("lm_eval")
         importlib.import_module("lm_eval.models.huggingface")  # needs more than the package itself does

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from topiarist.checkpoints.reading import Checkpoint, locate
@@ -27,17 +29,35 @@ from topiarist.results.report import RunReport
 from topiarist.results.result import chained
 
 
+@dataclass(frozen=True)
+class MaskedLayer:
+    """One masked parameter; stacked experts are one."""
+
+    name: str
+    shape: list[int]
+    pattern: str
+    sparsity: float
+
+
 @dataclass(kw_only=True)
 class ApplyReport(RunReport):
     """The result of `apply`."""
 
     pipeline: ClassVar[str] = "apply"
+    derived: ClassVar[tuple[str, ...]] = ("sparsity",)
+    parts: ClassVar[Mapping[str, Callable[[Any], Any]]] = {"layers": lambda plain: MaskedLayer(**plain)}
 
     masks: str
     """Name of the mask file."""
     modules: Mapping[str, Mapping[str, str]]
     """Pattern of every masked matrix."""
-    layers: list[Any] = field(default_factory=list)
+    layers: list[MaskedLayer] = field(default_factory=list)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over all masked weights."""
+        sizes = [math.prod(layer.shape) for layer in self.layers]
+        return sum(layer.sparsity * size for layer, size in zip(self.layers, sizes, strict=True)) / max(sum(sizes), 1)
 
     def provenance(self) -> dict[str, Any]:
         """The mask file, and the pattern of every matrix."""
@@ -83,11 +103,20 @@ def _apply(
         base_digest=output.fingerprint["base"],
         masks=file.path.name,
         modules={name.removesuffix(".weight"): {"pattern": entry.pattern} for name, entry in file.entries.items()},
+        layers=[
+            MaskedLayer(name.removesuffix(".weight"), list(entry.shape), entry.pattern, _zeros(file[name]))
+            for name, entry in file.entries.items()
+        ],
         weights={"before": size, "after": size, "dtype": dtype, **chained(checkpoint.folder)},
         command=["topiarist", "apply", str(base), str(file.path), "OUT"],
     )
     texts = {RECORD: record("", seen)} if seen else {}
     write_papers(output, report, checkpoint.config, side_files=checkpoint.folder, texts=texts)
+
+
+def _zeros(mask: Bool[Tensor, "..."]) -> float:
+    """The share of weights that go."""
+    return 1.0 - int(mask.sum()) / mask.numel()
 
 
 def write_masked(

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from topiarist.__about__ import __version__
+from topiarist.checkpoints.access import check_name, check_readable
 from topiarist.checkpoints.atomic import save_tensors
 from topiarist.checkpoints.reading import Checkpoint, locate, weight_digest
 from topiarist.core.errors import CheckpointError, PatternError, first_line
@@ -87,6 +88,7 @@ class MaskFile(Mapping[str, Tensor]):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        check_name(self.path)
         if not self.path.is_file():
             raise CheckpointError(f"mask file {path} does not exist")
         with self._opened() as reader:
@@ -119,6 +121,7 @@ class MaskFile(Mapping[str, Tensor]):
         try:
             return safe_open(self.path, framework="pt")
         except (SafetensorError, OSError) as error:
+            check_readable(self.path)
             raise CheckpointError(f"{self.path} is truncated or damaged ({error})") from error
 
     def __iter__(self) -> Iterator[str]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from topiarist.checkpoints.access import check_readable
 from topiarist.checkpoints.atomic import replacing
 from topiarist.core.errors import CheckpointError, PatternError
 
@@ -48,6 +49,7 @@ def read_npz(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     except _DAMAGE as error:
         if isinstance(error, CheckpointError):
             raise
+        check_readable(Path(path))
         raise CheckpointError(f"{path} is not a readable .npz of masks ({error})") from error
     return masks
 

@@ -20,6 +20,7 @@ from topiarist.data import load_tokenizer
 from topiarist.models.calls import Flow
 from topiarist.models.derive import block_lists, family_of
 from topiarist.models.families import Family, Matrix, block_names, matrices_of
+from topiarist.models.positions import ends_there, has_table, stated_length
 
 if TYPE_CHECKING:
     from topiarist.models.opened import ObjectModel
@@ -135,28 +136,23 @@ class OpenedModel(ABC):
 
     @property
     def limit(self) -> int | None:
-        """Tokens that a window may have at most; None where the config names no limit."""
-        for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
-            value = getattr(self.text_config, key, None)
-            if isinstance(value, int) and value > 0:
-                return value
-        return None
+        """Tokens that a window may have at most; None where the config names no limit, or nothing ends there."""
+        return stated_length(self.text_config) if ends_there(self.text_config) else None
 
     @property
     def window(self) -> int:
         """Tokens of a window where the user does not say."""
-        return min(DEFAULT_WINDOW, self.limit or DEFAULT_WINDOW)
+        return min(DEFAULT_WINDOW, stated_length(self.text_config) or DEFAULT_WINDOW)
 
     def check_length(self, tokens: int, what: str, cure: str) -> None:
-        """Refuse what is longer than learned positions, and warn of what is longer than relative ones were made for.
+        """Refuse what is longer than a table of positions, and warn of what is longer than rotary ones were made for.
 
         what, cure: of so many tokens, for the line that says so. Raises CalibrationError.
         """
         limit = self.limit
         if limit is None or tokens <= limit:
             return
-        relative = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_dim", "rotary_pct", "alibi")
-        if not any(getattr(self.text_config, key, None) for key in relative):
+        if has_table(self.text_config):
             raise CalibrationError(f"{what} is longer than the {limit} positions of {self.name}: pass {cure}")
         warnings.warn(
             f"{what} is longer than the {limit} that {self.name} was made for; pass {cure} to stay within them",

@@ -52,7 +52,7 @@ def model_card(result: Result) -> str:
     data = ModelCardData(
         library_name="transformers",
         base_model=None if report["base_model"].startswith(".") else report["base_model"] or None,
-        tags=["pruned", "structured" if result.shrunk else "sparse", result.pattern, result.method],
+        tags=[*_kinds(result), result.method],
         model_name=f"{result.name}, {result.title}",
         eval_results=eval_results(result),
     )
@@ -71,6 +71,15 @@ def model_card(result: Result) -> str:
         )
     )
     return f"---\n{data.to_yaml()}\n---\n{text}"
+
+
+def _kinds(result: Result) -> list[str]:
+    """How the hub finds what was pruned, and does not find what was only trained or quantised."""
+    if result.trained_dense:
+        return []
+    if result.dense_quantised:
+        return ["quantized", result.pattern]
+    return ["pruned", "structured" if result.shrunk else "sparse", result.pattern]
 
 
 def _stored(result: Result) -> str:

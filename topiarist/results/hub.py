@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from topiarist.checkpoints import finished
+from topiarist.checkpoints.access import check_name
 from topiarist.checkpoints.atomic import TEMPORARY
 from topiarist.checkpoints.locking import LOCK
-from topiarist.checkpoints.writing import JOURNAL, REPORT, STATES
-from topiarist.core.errors import CheckpointError, TopiaristError
+from topiarist.checkpoints.writing import JOURNAL, REPORT, STAGES, STATES
+from topiarist.core.errors import CheckpointError, TopiaristError, first_line
 
-NEVER = [JOURNAL, LOCK, f"{STATES}/*", f"*{TEMPORARY}", ".*"]
+NEVER = [JOURNAL, LOCK, f"{STATES}/*", f"{STAGES}/*", f"*{TEMPORARY}", ".*"]
 """What belongs to a run, not to its result."""
 
 
@@ -40,19 +41,22 @@ def push(
             ignore_patterns=NEVER,
         )
     except HFValidationError as error:
-        raise TopiaristError(f"{name!r} is no name for a repository ({_line(error)}): choose ORG/NAME") from error
+        raise TopiaristError(f"{name!r} is no name for a repository ({first_line(error)}): choose ORG/NAME") from error
     except OfflineModeIsEnabled as error:
         raise TopiaristError("the hub's client is told to stay offline: unset HF_HUB_OFFLINE") from error
     except HfHubHTTPError as error:
         cure = "log in with `hf auth login`, or check the name"
-        raise TopiaristError(f"the hub refuses {name} ({_line(error)}): {cure}") from error
+        raise TopiaristError(f"the hub refuses {name} ({first_line(error)}): {cure}") from error
     except Exception as error:  # what its client raises without a connection differs from version to version
-        raise TopiaristError(f"the hub does not take {name} ({_line(error)}): run the same command again") from error
+        raise TopiaristError(
+            f"the hub does not take {name} ({first_line(error)}): run the same command again"
+        ) from error
     return str(made)
 
 
 def check_finished(folder: Path) -> None:
     """Raise CheckpointError unless a folder is a finished result whose files are what its report says."""
+    check_name(folder)
     if not folder.is_dir():
         raise CheckpointError(f"result folder {folder} does not exist")
     if (folder / JOURNAL).exists():
@@ -60,8 +64,3 @@ def check_finished(folder: Path) -> None:
     if not (folder / REPORT).is_file() or not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is no finished result of topiarist: it has no {REPORT} or no config.json")
     finished.check_finished(folder)
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__

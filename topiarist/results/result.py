@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from topiarist.checkpoints.access import check_name
 from topiarist.checkpoints.reading import PACKED, read_json
 from topiarist.checkpoints.writing import REPORT
 from topiarist.core.errors import CheckpointError
@@ -21,7 +22,7 @@ PAGE = "pruning_report.html"
 CARD = "README.md"
 RECOVERY = "recovery"
 """Of the report and `pruning_config` of a recovered model: what the recovery did."""
-_DONE = {"prune": "pruned", "apply": "masked", "recover": "recovered", "quantize": "quantised"}
+_DONE = {"prune": "pruned", "apply": "masked", "quantize": "quantised"}
 _TYPES = {
     "model": str, "method": str, "pattern": str, "layers": list, "warnings": list, "command": list, "not_in_command": list,
     "calibration": dict, "settings": dict, "weights": dict,
@@ -50,6 +51,7 @@ class Result:
     def from_folder(cls, folder: str | Path) -> Result:
         """Raises CheckpointError if there is no report, or a file is not what it should be."""
         folder = Path(folder)
+        check_name(folder)
         if not folder.is_dir():
             raise CheckpointError(f"result folder {folder} does not exist")
         if not (folder / REPORT).is_file():
@@ -95,6 +97,8 @@ class Result:
     @property
     def title(self) -> str:
         """What was done to the model, in a few words."""
+        if self.trained_dense:
+            return "trained further"
         if self.pipeline == "learn":
             return f"learned {self.pattern} masks"
         if self.pipeline == "shrink":
@@ -133,6 +137,11 @@ class Result:
     def dense_quantised(self) -> bool:
         """Whether quantising is all that was done to the dense model."""
         return self.pipeline == "quantize" and not self.report.get("pruned")
+
+    @property
+    def trained_dense(self) -> bool:
+        """Whether training is all that was done to the dense model; the report of a pruned one stays that of its pruning."""
+        return self.pipeline == "recover"
 
     @property
     def layers(self) -> list[Mapping[str, Any]]:

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from topiarist.checkpoints.access import check_name
 from topiarist.checkpoints.atomic import disk_errors, fsync
-from topiarist.checkpoints.reading import PACKED, check_name, read_json
+from topiarist.checkpoints.reading import PACKED, read_json
 from topiarist.core.errors import CheckpointError
 
 VERSIONS = (1, 2)

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from topiarist.checkpoints.access import check_name
 from topiarist.checkpoints.dequantised import QUANTIZATION, DequantisedCheckpoint
 from topiarist.checkpoints.finished import describe_again
 from topiarist.checkpoints.reading import Checkpoint, opened
@@ -85,6 +86,7 @@ def pack_folder(
     """
     check_group(values, group)
     src = Path(src)
+    check_name(src)
     is_result = (src / REPORT).is_file()
     if is_result:
         renewed_papers(src)  # what cannot be read is refused before any work

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from topiarist import allocate
 from topiarist.allocate.fixed import check_budget, read_file
+from topiarist.checkpoints.access import check_name
 from topiarist.checkpoints.locking import LOCK
 from topiarist.checkpoints.writing import REPORT, OutputFolder
 from topiarist.core.errors import CalibrationError, PatternError
@@ -43,6 +44,7 @@ def resolve_patterns(
     if isinstance(allocation, Mapping):
         patterns, uncounted, what = allocate.given(shapes, allocation, source.stays_dense), [], "the allocation"
     else:
+        check_name(Path(allocation))
         if not Path(allocation).is_file():
             raise PatternError(
                 f"allocation {str(allocation)!r} is neither a file nor a rule; rules are {', '.join(allocate.ALLOCATIONS)}"

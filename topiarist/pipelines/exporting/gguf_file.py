@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from topiarist.checkpoints.access import check_name
 from topiarist.checkpoints.dequantised import DequantisedCheckpoint
 from topiarist.checkpoints.reading import Checkpoint, locate
 from topiarist.core.errors import CheckpointError, TopiaristError
@@ -91,6 +92,7 @@ def export_gguf(
         raise CheckpointError(
             f"{target} would be a GGUF file, which programs know by its name: call it {target.stem}.gguf"
         )
+    check_name(target)
     if target.exists():
         raise CheckpointError(f"{target} exists; choose another name")
     opened = open_model(path)  # every tensor is there, with its shape

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from topiarist.checkpoints.access import check_name
 from topiarist.core import linalg
 from topiarist.core.errors import CheckpointError, PatternError
 from topiarist.core.patterns import NM, Pattern
@@ -112,6 +113,7 @@ def prior_identity(prior: str | Path | Mapping[str, Tensor] | None) -> str:
     if isinstance(prior, str) and prior in SOLVERS:
         return prior
     path = Path(prior)
+    check_name(path)
     if not path.is_file():
         raise CheckpointError(f"prior {prior} is neither a method ({', '.join(SOLVERS)}) nor a mask file")
     with path.open("rb") as stream:

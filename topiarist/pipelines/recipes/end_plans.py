@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from topiarist.core.meter import duration, resident_bytes
 from topiarist.core.patterns import NM
-from topiarist.data import text_files
-from topiarist.evaluation.comparison import held_out_windows
 from topiarist.models.opened import open_model
 from topiarist.pipelines.common.probe import timed, window_seconds
-from topiarist.pipelines.recipes.ends import EvalOptions, PackOptions
+from topiarist.pipelines.recipes.ends import EvalOptions, PackOptions, check_eval
 from topiarist.runtime.entries import store
 from topiarist.runtime.packed import SHARD_BYTES, rounded
 from topiarist.runtime.skeleton import Roles, roles
@@ -24,15 +21,9 @@ LOGITS = 2
 def plan_eval(model: str, options: EvalOptions, _: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Draw the windows, take one through the first block, and extrapolate to the result and to its dense model."""
     lines: list[tuple[str, str]] = []
-    if options.text:
-        source = open_model(model, device=options.device, trust_remote_code=options.trust_remote_code)
-        whole = text_files(options.text, field=options.text_field, split=options.split)
-        asked: dict[str, Any] = {
-            "window": options.window_tokens,
-            "max_windows": options.max_windows,
-            "bos": options.bos,
-        }
-        found = [held_out_windows(source, replace(whole, paths=(path,)), **asked).tokens for path in whole.paths]
+    source = open_model(model, device=options.device, trust_remote_code=options.trust_remote_code)
+    found = [windows.tokens for windows in check_eval(source, options)]
+    if found:
         num = sum(map(len, found))
         logits = LOGITS * source.dtype.itemsize * source.vocabulary * found[0].shape[1] * options.batch_size
         seconds = 2 * num * window_seconds(source, found[0][:1])

@@ -14,8 +14,9 @@ from topiarist.checkpoints.atomic import write_atomically
 from topiarist.checkpoints.reading import INDEX
 from topiarist.core.errors import TopiaristError
 from topiarist.core.options import About, options
-from topiarist.data import Bos, text_files
+from topiarist.data import Bos, Windows, text_files
 from topiarist.evaluation import comparison, tasks
+from topiarist.models.interface import OpenedModel
 from topiarist.pipelines.common.options import Progress, RunOptions
 from topiarist.results.pages import save_evaluation
 from topiarist.runtime import pack_folder
@@ -90,6 +91,20 @@ class EvalOptions(RunOptions):
             max_windows=self.max_windows,
             bos=self.bos,
         )
+
+
+def check_eval(source: OpenedModel, options: EvalOptions) -> list[Windows]:
+    """The windows of every text, by the model that the recipe starts from, whose tokenizer and positions the result has.
+
+    Raises what measuring would raise, were all stages before it done, as far as it can be known.
+    """
+    if options.tasks:
+        tasks.installed_harness()
+    if not options.text:
+        return []
+    whole = text_files(options.text, field=options.text_field, split=options.split)
+    asked: dict[str, Any] = {"window": options.window_tokens, "max_windows": options.max_windows, "bos": options.bos}
+    return [comparison.held_out_windows(source, replace(whole, paths=(path,)), **asked) for path in whole.paths]
 
 
 def run_eval(model: Path | str, place: Path, options: EvalOptions, _: Mapping[str, Any], progress: Progress) -> None:

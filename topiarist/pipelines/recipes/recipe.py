@@ -20,11 +20,15 @@ from typing import Any
 
 import yaml
 
+from topiarist.checkpoints.access import check_name
 from topiarist.checkpoints.reading import Checkpoint, locate
 from topiarist.checkpoints.writing import check_place
 from topiarist.core.errors import CalibrationError, PatternError, TopiaristError
 from topiarist.core.grammar import OptionError
 from topiarist.core.options import ALIASES, changed, shown
+from topiarist.data import TextFiles
+from topiarist.data.compressed import kind_of
+from topiarist.data.draw import SMALL
 from topiarist.pipelines.common.reproduce import RECIPE_VERSION
 from topiarist.pipelines.recipes.reading import parse, read_text
 from topiarist.pipelines.recipes.stages import STAGES, Stage, state_of
@@ -86,6 +90,21 @@ class Recipe:
             raise OptionError(f"{self.source} names no {missing}: write it there, or give --{missing}")
         check_place(Path(self.out))
         self.check(state_of(Checkpoint(locate(self.model)).config))
+        self._check_held_out()
+
+    def _check_held_out(self) -> None:
+        """Raise OptionError for an eval on a file that a stage before it reads whole: it would be refused at the end."""
+        read: dict[tuple[Path, str], str] = {}
+        for step in self.steps:
+            data, measured = getattr(step.options, "data", None), getattr(step.options, "text", ())
+            if step.changes and isinstance(data, TextFiles):
+                read |= {(path.resolve(), data.field): step.name for path in data.paths if _is_read_whole(path)}
+            for path in map(Path, measured):
+                if name := read.get((path.resolve(), step.options.text_field)):
+                    raise OptionError(
+                        f"{self.source} line {step.line}: eval measures on {path}, which is the text of {name}: the result "
+                        "would flatter it; name other text"
+                    )
 
     def check(self, state: str) -> None:
         """Raise OptionError, with its line, for a stage that does not fit what the model is when it begins."""
@@ -147,6 +166,7 @@ def read_recipe(
     it, and TopiaristError if there is no such recipe.
     """
     path, known = Path(source), shipped()
+    check_name(path)
     if path.is_file():
         text = read_text(path)
     elif str(source) in known:
@@ -239,6 +259,11 @@ def _paths(where: str, said: Any) -> list[Path]:
     if not all(isinstance(path, str) for path in listed):
         raise OptionError(f"{where}: data is {shown(said)}; name a file, or a list of files")
     return [Path(path) for path in listed]
+
+
+def _is_read_whole(path: Path) -> bool:
+    """Whether a file is so short that all of it is known to the result, and so long that it would be seen."""
+    return path.is_file() and not kind_of(path)[1] and 1 << 12 <= path.stat().st_size <= SMALL
 
 
 def _lines(node: Any) -> dict[str, int]:

@@ -17,8 +17,10 @@ from topiarist.checkpoints.locking import FolderLock
 from topiarist.checkpoints.writing import REPORT
 from topiarist.checkpoints.writing import STAGES as STAGES_FOLDER
 from topiarist.core.errors import DamagedWeights, TopiaristError
+from topiarist.models.opened import open_model
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.reproduce import RECIPE, as_yaml
+from topiarist.pipelines.recipes.ends import EvalOptions, check_eval
 from topiarist.pipelines.recipes.reading import parse, read_text
 from topiarist.pipelines.recipes.recipe import Recipe
 from topiarist.pipelines.recipes.stages import STAGES
@@ -42,12 +44,22 @@ def run_recipe(recipe: Recipe, *, keep_stages: bool = False, progress: Progress 
         _check_same(out, parse(read_text(out / RECIPE), str(out / RECIPE))[0], said)
         check_finished(out)
     else:
+        _check_ends(recipe)
         with _stages_folder(out) as places:
             _run_stages(recipe, out, places, said, keep_stages, progress or (lambda *_: None))
             write_atomically(out / RECIPE, as_yaml(said))
             if not keep_stages:
                 shutil.rmtree(places, ignore_errors=True)
     return recipe.steps[recipe.final].stage.report.from_folder(out)
+
+
+def _check_ends(recipe: Recipe) -> None:
+    """Raise what eval, which comes last, would raise after hours."""
+    for step in recipe.steps:
+        if isinstance(step.options, EvalOptions):
+            with recipe.telling(step):
+                trusted = step.options.trust_remote_code
+                check_eval(open_model(recipe.model, device="cpu", trust_remote_code=trusted), step.options)
 
 
 def _check_same(out: Path, written: Mapping[str, Any], said: Mapping[str, Any]) -> None:

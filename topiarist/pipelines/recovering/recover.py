@@ -170,6 +170,10 @@ def recover(
     return report
 
 
+DENSE = {"pipeline": "recover", "method": "recover", "pattern": "dense"}
+"""What the report of a model says of it that nothing was pruned of."""
+
+
 def _report(
     opened: OpenedModel,
     dense: OpenedModel | None,
@@ -198,7 +202,7 @@ def _report(
         command=[*words, *(word for name, value in said.items() for word in (f"--{name}", value))],
         not_in_command=unsaid,
         recipe=recipe("recover", opened.said, options, more=said),
-        pruned=renewed({"model": base, **claims, **pruned}),
+        pruned=renewed({"model": base, **({} if "pattern" in claims else DENSE), **claims, **pruned}),
         claims=claims,
     )
 

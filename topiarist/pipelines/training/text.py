@@ -26,7 +26,7 @@ from topiarist.data.draw import is_long
 from topiarist.data.record import record
 from topiarist.data.text import CALIBRATION, readers
 from topiarist.data.windows import given_windows, text_room
-from topiarist.models.interface import DEFAULT_WINDOW, OpenedModel
+from topiarist.models.interface import OpenedModel
 from topiarist.pipelines.training.batches import split_held_out
 from topiarist.pipelines.training.loop import Progress
 from topiarist.pipelines.training.processes import Processes
@@ -101,8 +101,8 @@ def training_text(
     Raises CalibrationError if there is no text, less than one sequence of it, or if it does not fit the model; ProcessError
     if processes see other text.
     """
-    limit = model.limit or DEFAULT_WINDOW
-    window = min(window_tokens, limit)
+    limit = model.limit
+    window = min(window_tokens, limit or window_tokens)
     if data is None:
         raise CalibrationError("training needs text: name --data FILE")
     processes = processes or Processes()
@@ -127,7 +127,8 @@ def training_text(
         else:
             windows = evaluation_windows(data, own, window=window, bos=bos, usual=CALIBRATION)
         tokens, digest, passages = windows.tokens, windows.digest, windows.passages
-    if not 2 <= tokens.shape[1] <= limit:
-        raise CalibrationError(f"sequences of {tokens.shape[1]} tokens do not fit the model: it takes 2 to {limit}")
+    if not 2 <= tokens.shape[1] <= (limit or tokens.shape[1]):
+        takes = f"2 to {limit}" if limit else "2 and more"
+        raise CalibrationError(f"sequences of {tokens.shape[1]} tokens do not fit the model: it takes {takes}")
     check_vocabulary(tokens, model.vocabulary, "training")
     yield TrainingText(tokens, tokens.shape[1], digest, passages)

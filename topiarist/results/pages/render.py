@@ -91,10 +91,11 @@ def compare_page(results: Sequence[Result], *, links_from: Path | None = None) -
     if not any(quality):
         quality, label = [_mean_error(result) for result in results], "mean reconstruction error"
     links = [_link(result, links_from) for result in results]
-    dense = next((e["dense"]["value"] for e in chosen if e and e.get("dense")), None)
+    bases = sorted({result.origin for result in results})
+    stated = (e["dense"]["value"] for e in chosen if e and e.get("dense"))
+    dense = next(stated, None) if len(bases) == 1 else None  # of several none is the dense model
     texts = sorted({_column(e) for r in results for e in r.perplexities})
     tasks = sorted({_task(e) for r in results for e in r.tasks})
-    bases = sorted({result.origin for result in results})
     return (
         _environment()
         .get_template("compare.html")
