@@ -205,6 +205,14 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     (source / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UnsupportedModel, match="BPE after Whitespace"):
         export_gguf(source, tmp_path / "a.gguf")
+    for damaged in (tokenizer | {"model": None}, tokenizer | {"added_tokens": [{"id": 0}]}, [], {}):
+        (source / "tokenizer.json").write_text(json.dumps(damaged))
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
+            export_gguf(source, tmp_path / "a.gguf")
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (source / "tokenizer_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is not valid JSON"):
+        export_gguf(source, tmp_path / "a.gguf")
     (source / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
         export_gguf(source, tmp_path / "a.gguf")
