@@ -182,7 +182,7 @@ def generation_seconds(model: Any, ids: Int[torch.Tensor, "batch tokens"], token
         return seconds
     start = _now(model)
     for position in range(ids.shape[1], ids.shape[1] + tokens):  # over a cache of zeros, which takes as long
-        decoder.step(ids[:, 0].contiguous(), position)
+        decoder.step(ids[:, 0], position)
     return seconds | {"generate": _now(model) - start}
 
 
