@@ -151,10 +151,12 @@ def test_texts_end_each_by_itself():
 
 @needs_kernels
 @pytest.mark.parametrize("padding", [-1, 10**9])
-def test_padding_need_not_be_a_token(padding):
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_padding_need_not_be_a_token(family, padding):
     """Published configs have -1, or the first number after the vocabulary: the decoder must not read what lies there."""
-    model, ids = tiny_model(), tiny_tokens(4, 6)
+    model, ids = tiny_model(family), tiny_tokens(4, 6)
     model.generation_config.eos_token_id = int(Generator(model).generate(ids, 12)[0, 3])
+    model.generation_config.pad_token_id = 0
     expected = Generator(model).generate(ids, 12)
     model.generation_config.pad_token_id = padding
     assert torch.equal(Generator(model).generate(ids, 12), expected.masked_fill(expected == 0, padding))
@@ -164,7 +166,9 @@ def test_padding_need_not_be_a_token(padding):
 @needs_kernels
 def test_streams_of_one_generator_do_not_meet():
     generator, one, other = Generator(tiny_model()), tiny_tokens(1, 5), tiny_tokens(1, 9, seed=1)
-    expected = generator.generate(one, 8), generator.generate(other, 8)
+    expected, decoder = (generator.generate(one, 8), generator.generate(other, 8)), generator._decoder
+    assert torch.equal(generator.generate(one, 8), expected[0])
+    assert decoder is not None and generator._decoder is decoder, "one text after the other needs no other cache"
     for at, tokens in enumerate(zip(generator.stream(one, 8), generator.stream(other, 8), strict=True)):
         assert list(tokens) == [text[:, at] for text in expected]
 

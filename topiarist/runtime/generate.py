@@ -128,16 +128,19 @@ class Generator:
         from transformers import GenerationConfig
 
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-        own, padding = self.model.generation_config, int(self._ends()[1])
-        # Of the model's own nothing but the ends, as in our loop; what else it says would fill in what a call leaves out.
-        self.model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=padding)
+        own, (ends, padding) = self.model.generation_config, self._ends()
+        # Of the model's own nothing but the ends, as in our loop; what else it says would fill in what a call leaves out. It
+        # pads with any token that has an embedding: what follows an end is padded here.
+        self.model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=0)
         try:
             with torch.random.fork_rng(devices=[]), evaluated(self.model):
                 torch.manual_seed(seed)
                 out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **sampling)
         finally:
             self.model.generation_config = own
-        yield from out[:, ids.shape[1] :].unbind(1)
+        written = out[:, ids.shape[1] :]
+        end = torch.isin(written, ends).int()
+        yield from written.masked_fill(end.cumsum(1) > end, int(padding)).unbind(1)
 
 
 def cache_word(model: Any) -> str:
