@@ -156,7 +156,7 @@ def write_gguf(path: Path, config: Any, kind: str) -> None:
     writer, rename = gguf.GGUFWriter(path, row.name), architecture.name_map(row, config)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
     architecture.write_settings(writer, config, row)
-    vocabulary.write_vocabulary(writer, TOKENIZER, config.vocab_size)
+    vocabulary.write_vocabulary(writer, TOKENIZER, vocabulary.read(TOKENIZER), config.vocab_size)
     block = {name: encoded(shape, kind) for name, shape in matrices(config).items()}
     count = distinct(config, sum(rows.nbytes for rows in block.values()))
     blocks = [

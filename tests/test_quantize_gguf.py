@@ -63,6 +63,17 @@ def test_a_checkpoint_comes_back(tmp_path, family):
     assert len(reader.fields["tokenizer.ggml.tokens"].contents()) == 260
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_as_much_of_a_head_turns_as_in_transformers(tmp_path, family):
+    """A config may state a part, which most models do not heed."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    done = export_gguf(tiny_checkpoint(tmp_path / "model", family, rope_parameters=rope), tmp_path / "model.gguf")
+    embeddings = tiny_model(family, rope_parameters=rope).model.rotary_emb
+    cosines, _ = embeddings(torch.zeros(1, 1), torch.zeros(1, 1))
+    stated = gguf.GGUFReader(done.path).fields[f"{family}.rope.dimension_count"].contents()
+    assert stated == cosines.shape[-1] == (4 if family == "phi3" else 8)
+
+
 def llama_cpp(path, ids: list[int]) -> torch.Tensor:
     """Log-probabilities of the token after `ids` as llama.cpp computes them."""
     llama = pytest.importorskip("xllamacpp")
@@ -204,6 +215,14 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
     (source / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UnsupportedModel, match="BPE after Whitespace"):
+        export_gguf(source, tmp_path / "a.gguf")
+    for damaged in (tokenizer | {"model": None}, tokenizer | {"added_tokens": [{"id": 0}]}, [], {}):
+        (source / "tokenizer.json").write_text(json.dumps(damaged))
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
+            export_gguf(source, tmp_path / "a.gguf")
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (source / "tokenizer_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is not valid JSON"):
         export_gguf(source, tmp_path / "a.gguf")
     (source / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):

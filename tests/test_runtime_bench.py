@@ -19,7 +19,7 @@ from topiarist.results.pages import save_evaluation
 from topiarist.runtime import bench, cpu, limits
 from topiarist.runtime.bench import BenchReport, Speed, bench_model
 from topiarist.runtime.build import load_kernels
-from topiarist.runtime.linear import QuantisedLinear
+from topiarist.runtime.linear import PackedLinear, QuantisedLinear
 from topiarist.runtime.loading import load_model
 
 
@@ -55,6 +55,15 @@ def test_a_model_in_memory_comes_back_as_it_was():
     assert all(speed.dense > 0 and speed.sparse > 0 for speed in report.speeds)
     assert report.verdict and "torch" in report.machine
     assert {layer.name: layer.reason for layer in report.acceleration.layers}["lm_head"] == "not pruned"
+
+
+def test_a_model_that_runs_packed_already():
+    model = tiny_llama()
+    cpu.accelerate(model, measure=False)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, PackedLinear))}
+    report = bench_model(model, tokens=1, batches=(1,), prompt=2)
+    assert [layer.name for layer in report.acceleration.layers] == list(linears)
+    assert all(model.get_submodule(name) is module for name, module in linears.items())
 
 
 def test_folders_ordinary_and_packed(tmp_path):

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from topiarist.core import products
 from topiarist.core.compiled import NoKernels
 from topiarist.core.patterns import NM
 from topiarist.runtime import build, cpu, linear
@@ -306,6 +307,26 @@ def test_the_measured_threshold(monkeypatch, packed_ms, expected, keep_dense):
     assert layer.packed == (expected[keep_dense] > 0) == isinstance(model[0], PackedLinear)
     if not layer.packed:
         assert "dense is faster at batch" in layer.reason
+
+
+@needs_kernels
+@pytest.mark.parametrize("keep_dense", [False, True])
+def test_dense_layers_are_timed_as_models_run_them(monkeypatch, keep_dense):
+    """Several tokens in fp32, where the processor would emulate the product of 16 bits."""
+    wide = mock.Mock(wraps=products._in_float32)
+    monkeypatch.setattr(products, "_in_float32", wide)
+    monkeypatch.setattr(products.linalg, "search_dtype", lambda _: torch.float32)
+    counts = []
+
+    def race(rivals, *_):
+        before = wide.call_count
+        rivals[0][0]()
+        counts.append(wide.call_count - before)
+        return [2.0, 1.0]
+
+    monkeypatch.setattr(cpu, "race", race)
+    cpu.accelerate(nn.Sequential(sparse_linear(64, 64, 0.7)), keep_dense=keep_dense)
+    assert counts == [0, 1, 1, *3 * [int(keep_dense)]]
 
 
 @needs_kernels

@@ -119,6 +119,16 @@ def test_of_the_generation_config_only_the_ends_are_heeded(family):
     assert torch.equal(generator.generate(ids, 12)[0], texts[0][0, : texts[0][0].tolist().index(texts[0][0, 3]) + 1])
 
 
+def test_a_model_inside_another_goes_through_transformers():
+    peft = pytest.importorskip("peft")
+    model, ids = tiny_model(), tiny_tokens(2, 5)
+    expected = by_transformers(model, ids, 4)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    generator = Generator(wrapped)
+    assert "and not PeftModelForCausalLM" in generator.reason
+    assert torch.equal(generator.generate(ids, 4), expected), "an adapter begins with zeros"
+
+
 def test_without_a_compiler(monkeypatch):
     def none():
         raise NoKernels("no C++ compiler found")
@@ -140,8 +150,59 @@ def test_texts_end_each_by_itself():
 
 
 @needs_kernels
+@pytest.mark.parametrize("padding", [-1, 10**9])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_padding_need_not_be_a_token(family, padding):
+    """Published configs have -1, or the first number after the vocabulary: the decoder must not read what lies there."""
+    model, ids = tiny_model(family), tiny_tokens(4, 6)
+    model.generation_config.eos_token_id = int(Generator(model).generate(ids, 12)[0, 3])
+    model.generation_config.pad_token_id = 0
+    expected = Generator(model).generate(ids, 12)
+    model.generation_config.pad_token_id = padding
+    assert torch.equal(Generator(model).generate(ids, 12), expected.masked_fill(expected == 0, padding))
+    assert (expected == 0).any()
+
+
+@needs_kernels
+def test_streams_of_one_generator_do_not_meet():
+    generator, one, other = Generator(tiny_model()), tiny_tokens(1, 5), tiny_tokens(1, 9, seed=1)
+    expected, decoder = (generator.generate(one, 8), generator.generate(other, 8)), generator._decoder
+    assert torch.equal(generator.generate(one, 8), expected[0])
+    assert decoder is not None and generator._decoder is decoder, "one text after the other needs no other cache"
+    for at, tokens in enumerate(zip(generator.stream(one, 8), generator.stream(other, 8), strict=True)):
+        assert list(tokens) == [text[:, at] for text in expected]
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "change",
+    [lambda model, new: model.load_state_dict(new), lambda model, new: model.load_state_dict(new, assign=True),
+     lambda model, new: model.load_state_dict(new) and model.half().float()],
+    ids=["in place", "other tensors", "cast"],
+)  # fmt: skip
+def test_a_model_that_changes_is_followed(change):
+    model, other, ids = tiny_model(), tiny_model(seed=5), tiny_tokens(2, 5)
+    generator = Generator(model)
+    generator.generate(ids, 4)
+    change(model, other.state_dict())
+    assert torch.equal(generator.generate(ids, 8), Generator(model).generate(ids, 8))
+
+
+@needs_kernels
+def test_a_step_outside_the_cache_or_the_vocabulary():
+    decoder = Decoder(tiny_model(), batch=2, max_tokens=8)
+    for tokens, position in (([5, 260], 0), ([-1, 5], 0), ([5, 5], 8), ([5, 5], -1), ([5], 0)):
+        with pytest.raises(IndexError):
+            decoder.step(torch.tensor(tokens), position)
+    pairs = torch.tensor([[5, 0], [6, 0]])
+    expected = decoder.step(torch.tensor([5, 6]), 0).clone()
+    assert torch.equal(decoder.step(pairs[:, 0], 0), expected), "tokens that lie apart"
+
+
+@needs_kernels
 def test_temperature_draws_by_the_seed():
     generator, ids = Generator(tiny_model()), tiny_tokens(2, 5)
+    assert torch.equal(generator.generate(ids, 8, temperature=1e-45), generator.generate(ids, 8))
     drawn = [generator.generate(ids, 8, temperature=2.0, seed=seed) for seed in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     assert torch.equal(generator.generate(ids, 8, temperature=1e-4), generator.generate(ids, 8))
@@ -192,6 +253,18 @@ def test_sublayers_that_shrink_removed(family):
 def test_refusals(prompt, new, message):
     with pytest.raises(TopiaristError, match=message):
         Generator(tiny_model()).generate(tiny_tokens(1, prompt), new)
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [(torch.tensor([[5, 260]]), {}, "token 260, the model knows 0 to 259"),
+     (torch.tensor([[5]]), {"temperature": float("nan")}, "temperature at least 0"),
+     (torch.zeros(0, 4, dtype=torch.int64), {}, "needs a token")],
+)  # fmt: skip
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_prompts_that_no_model_can_read(family, ids, options, message):
+    with pytest.raises(TopiaristError, match=message):
+        Generator(tiny_model(family)).generate(ids, 2, **options)
 
 
 @needs_kernels

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from topiarist.core.errors import CheckpointError, TopiaristError
 from topiarist.core.patterns import NM, Unstructured
-from topiarist.runtime import bits, packed
+from topiarist.runtime import bits, loading, packed
 
 DTYPES = [
     torch.float32,
@@ -307,7 +307,7 @@ def test_from_packed_is_the_same_model(tmp_path):
                 weight.mul_(NM(2, 4).mask(weight.abs()))
     model.save_pretrained(tmp_path / "model")
     packed.pack_folder(tmp_path / "model", tmp_path / "packed")
-    loaded = packed.from_packed(tmp_path / "packed")
+    loaded = loading.from_packed(tmp_path / "packed")
     expected = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
     assert loaded.dtype == torch.bfloat16 and not loaded.training
     tokens = torch.arange(12)[None]

@@ -15,7 +15,7 @@ from tiny import tiny_checkpoint, tiny_tokens
 
 from topiarist import runtime
 from topiarist.core.compiled import NoKernels
-from topiarist.core.errors import CheckpointError
+from topiarist.core.errors import CheckpointError, TopiaristError
 from topiarist.core.patterns import NM
 from topiarist.quantization.grid import Grid, QuantizedWeight
 from topiarist.runtime import packed
@@ -131,6 +131,62 @@ def test_a_folder_is_rounded_and_runs_packed(folder, tmp_path, values):
     assert error < 0.03, "the rounding of bf16 alone"
     generator = runtime.Generator(model)
     assert not generator.reason and generator.generate(ids, 4).shape == (2, 4)
+
+
+@pytest.mark.skipif(not compiled(), reason="no C++ compiler")
+def test_embeddings_of_ids_in_any_layout():
+    """The last token of every text is a column of a table: its ids lie apart."""
+    codes, scales = integers(40, 64, 8, "none", 1, torch.bfloat16)
+    embeddings = QuantisedEmbedding(QuantisedLinear(codes, scales, 8))
+    ids = torch.randint(40, (3, 5), generator=torch.Generator().manual_seed(0))
+    for wanted in (ids, ids[:, -1:], ids[:, 2], ids.T, ids.int(), ids[:0]):
+        assert torch.equal(embeddings(wanted), embeddings.weight[wanted])
+    for wrong in (-1, 40):
+        with pytest.raises(IndexError, match="a table of 40 rows"):
+            embeddings(torch.tensor([[wrong, 3]]))
+
+
+@pytest.mark.parametrize("values", [None, "int8"])
+def test_a_packed_model_has_the_dtypes_and_the_ends_of_its_folder(folder, tmp_path, values):
+    """Norms in fp32 beside matrices in bf16, and a chat model's own ends: as transformers opens the folder."""
+    state = load_file(folder / "model.safetensors")
+    state = {name: tensor.float() if "norm" in name else tensor for name, tensor in state.items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 77], "pad_token_id": 5}')
+    runtime.pack_folder(folder, tmp_path / "packed", values=values)
+    expected, ids = runtime.from_packed(tmp_path / "packed"), tiny_tokens(2, 8)
+    model = runtime.load_model(tmp_path / "packed")
+    assert model.generation_config.eos_token_id == expected.generation_config.eos_token_id == [2, 77]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    for linear in model.modules():
+        if isinstance(linear, QuantisedLinear):
+            linear.max_batch = 0  # panels compute what dense weights do
+    error = (model(ids).logits - expected(ids).logits).float().norm() / expected(ids).logits.float().norm()
+    assert error < 0.03 if values else error == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "change", "message"),
+    [(values, change, message) for values in (None, "int8") for change, message in (
+        ({"num_hidden_layers": 3}, "lacks model.layers.2"), ({"intermediate_size": 96}, "config.json asks for .*96"))],
+)  # fmt: skip
+def test_a_config_of_another_model_is_refused(folder, tmp_path, values, change, message):
+    runtime.pack_folder(folder, tmp_path / "packed", values=values)
+    config = json.loads((tmp_path / "packed/config.json").read_text())
+    (tmp_path / "packed/config.json").write_text(json.dumps(config | change))
+    for load in (runtime.load_model, runtime.from_packed):
+        with pytest.raises(CheckpointError, match=message):
+            load(tmp_path / "packed")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(("int2", 64), "int8 or int4"), (("int8", 64, "int4"), "take int8"), (("int8", 0), "group is 0"),
+     (("int8", -5), "group is -5")],
+)  # fmt: skip
+def test_roundings_that_there_are_not(options, message):
+    with pytest.raises(TopiaristError, match=message):
+        packed.check_rounding(*options)
 
 
 def test_unpacking_gives_the_dense_weights(folder, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from topiarist.checkpoints.reading import Checkpoint
-from topiarist.core.errors import CheckpointError, TopiaristError, UnsupportedModel
+from topiarist.core.errors import CheckpointError, TopiaristError, UnsupportedModel, first_line
 from topiarist.models import checks, modeling_pruned
 
 
@@ -47,7 +48,7 @@ def without_memory(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         raise CheckpointError(
             f"transformers {transformers.__version__} cannot build a model from {checkpoint.folder}: {why}"
         ) from error
-    _keep_in_fp32(model, checkpoint.dtype())
+    keep_in_fp32(model, checkpoint.dtype())
     return model.eval().requires_grad_(False)
 
 
@@ -110,7 +111,7 @@ def _build(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Any:
         ) from None
 
 
-def _keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
+def keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
     """Parameters that transformers would load in fp32 whatever the model's dtype are fp32 here too."""
     plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
     if not plan:
@@ -126,6 +127,19 @@ def _keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
                 module._buffers[leaf] = tensor.float()
             else:
                 module._parameters[leaf] = nn.Parameter(tensor.detach().float(), requires_grad=False)
+
+
+def generation_config(folder: Path) -> Any | None:
+    """That of a folder, or None. Raises CheckpointError for a damaged one."""
+    import transformers
+
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return transformers.GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({first_line(error)}); copy it again, or remove it") from error
 
 
 def restore_computed(model: Any, built: Any) -> None:

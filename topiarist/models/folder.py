@@ -13,7 +13,7 @@ from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.side_files import side_files
 from topiarist.checkpoints.streaming import tensor_bytes
 from topiarist.checkpoints.writing import OutputFolder, bytes_to_write
-from topiarist.core.errors import CheckpointError, UnsupportedModel, first_line
+from topiarist.core.errors import CheckpointError, UnsupportedModel
 from topiarist.data.record import RECORD, recorded_passages
 from topiarist.models import building, checks
 from topiarist.models.derive import base_model, is_unread
@@ -188,7 +188,7 @@ class FolderModel(OpenedModel):
         # The tensors are handed over, so that adapters beside them, or a second set of weights, play no part.
         state = {name: self.checkpoint.read(name) for name in self.checkpoint.files}
         self.checkpoint.close()
-        generation = self._generation_config()
+        generation = building.generation_config(folder)
         try:
             model, about = type(self.model).from_pretrained(
                 None, config=self.model.config, state_dict=state, dtype=self.dtype, output_loading_info=True
@@ -203,18 +203,6 @@ class FolderModel(OpenedModel):
         if generation is not None:
             model.generation_config = generation
         return ObjectModel(model.to(self.device).eval(), origin=self)
-
-    def _generation_config(self) -> Any | None:
-        """That of the folder, or None. Raises CheckpointError for a damaged one."""
-        import transformers
-
-        path = self.checkpoint.folder / "generation_config.json"
-        if not path.is_file():
-            return None
-        try:
-            return transformers.GenerationConfig.from_pretrained(path.parent)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged ({first_line(error)}); copy it again, or remove it") from error
 
     def fresh(self) -> Any:
         """The model loaded anew from the files."""

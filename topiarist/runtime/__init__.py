@@ -9,8 +9,8 @@ from topiarist.runtime.bench import BenchReport, bench_folder
 from topiarist.runtime.cpu import Acceleration
 from topiarist.runtime.generate import Generator
 from topiarist.runtime.legacy import convert_legacy
-from topiarist.runtime.loading import load_model
-from topiarist.runtime.packed import PackReport, from_packed, pack_folder, unpack_folder
+from topiarist.runtime.loading import from_packed, load_model
+from topiarist.runtime.packed import PackReport, pack_folder, unpack_folder
 
 __all__ = [
     "Acceleration",

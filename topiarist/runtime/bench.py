@@ -25,7 +25,7 @@ from topiarist.runtime import cpu, cuda
 from topiarist.runtime.cpu import MARGIN, Acceleration
 from topiarist.runtime.decoder import Decoder
 from topiarist.runtime.generate import cache_word
-from topiarist.runtime.linear import PackedLinear, QuantisedEmbedding
+from topiarist.runtime.linear import PackedLinear, QuantisedEmbedding, QuantisedLinear
 from topiarist.runtime.loading import load_model
 
 ROUNDS = 3
@@ -126,7 +126,8 @@ def bench_model(
     tables = [module.table for module in embeddings if module.table not in original.values()]
     dense_tables = sum(table.out_features * table.in_features * table.dtype.itemsize for table in tables)
     dense_bytes = sum(weight.nbytes for weight in model.parameters()) + dense_tables
-    _exchange(model, original)
+    # Integers run packed as they are; floats that are packed already are judged anew, as those of a folder are.
+    _exchange(model, {name: linear for name, linear in linears if isinstance(linear, QuantisedLinear)})
     if model.device.type == "cuda":
         acceleration = cuda.accelerate(model, tokens=[*batches, max(batches) * prompt])
     else:
@@ -182,7 +183,7 @@ def generation_seconds(model: Any, ids: Int[torch.Tensor, "batch tokens"], token
         return seconds
     start = _now(model)
     for position in range(ids.shape[1], ids.shape[1] + tokens):  # over a cache of zeros, which takes as long
-        decoder.step(ids[:, 0].contiguous(), position)
+        decoder.step(ids[:, 0], position)
     return seconds | {"generate": _now(model) - start}
 
 

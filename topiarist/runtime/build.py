@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int8, Int64, Shaped
+from jaxtyping import Float, Int8, Int64, Integer, Shaped
 from torch import Tensor
 
 from topiarist.core.compiled import loaded
@@ -134,9 +134,20 @@ class Kernels:
             self.level if level is None else level, threads,
         )  # fmt: skip
 
-    def rows(self, weight: Weight, indices: Int64[Tensor, " count"], out: Float[Tensor, "count cols"]) -> None:
-        """Write some rows of a weight to `out`, fp32 and contiguous."""
+    def rows(self, weight: Weight, indices: Integer[Tensor, " count"], out: Float[Tensor, "count cols"]) -> None:
+        """Write some rows of a weight to `out`, fp32 and contiguous. Raises IndexError for rows that it has not."""
+        indices = whole_indices(indices, weight.rows)
         self.code.topiarist_rows(ctypes.byref(weight), indices.data_ptr(), indices.numel(), out.data_ptr(), self.level)
+
+
+def whole_indices(indices: Integer[Tensor, " count"], rows: int) -> Int64[Tensor, " count"]:
+    """Indices as the kernels read them, one after the other in 64 bits. Raises IndexError for rows that are not there.
+
+    The kernels themselves look at nothing: they would read whatever memory lies there.
+    """
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < rows:
+        raise IndexError(f"index out of range: {int(indices.min())} to {int(indices.max())} in a table of {rows} rows")
+    return indices.to(torch.int64).contiguous()
 
 
 @functools.cache

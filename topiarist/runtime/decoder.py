@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from topiarist.core.errors import UnsupportedModel
 from topiarist.models.modeling_pruned import PREFIX, Absent
-from topiarist.runtime.build import FORMS, TYPES, Weight, load_kernels
+from topiarist.runtime.build import FORMS, TYPES, Weight, load_kernels, whole_indices
 from topiarist.runtime.linear import PackedLinear, QuantisedEmbedding
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
@@ -56,6 +56,7 @@ class Decoder:
     def __init__(self, model: Any, *, batch: int, max_tokens: int) -> None:
         self.kernels = load_kernels()
         self.max_tokens = max_tokens
+        self._state = _state(model)
         self._kept: list[Any] = []  # tensors whose addresses the structures hold
         _check(model)
         config, body = model.config, model.model
@@ -93,12 +94,25 @@ class Decoder:
         self.logits = torch.empty(batch, model.lm_head.out_features)
 
     def step(self, tokens: Int64[Tensor, " batch"], position: int) -> Float[Tensor, "batch vocabulary"]:
-        """Logits after one more token of each sequence, all at `position`; overwritten by the next step."""
+        """Logits after one more token of each sequence, all at `position`; overwritten by the next step.
+
+        Raises IndexError for a token that has no embedding, or a position beyond the cache.
+        """
+        if not 0 <= position < self.max_tokens or len(tokens) != len(self.logits):
+            raise IndexError(
+                f"{len(tokens)} tokens at position {position}: the cache is for {len(self.logits)} sequences of "
+                f"{self.max_tokens} tokens"
+            )
+        tokens = whole_indices(tokens, self._decoder.embedding.rows)
         self.kernels.code.topiarist_step(
             ctypes.byref(self._decoder), tokens.data_ptr(), tokens.numel(), position, self._workspace.data_ptr(),
             self.logits.data_ptr(),
         )  # fmt: skip
         return self.logits
+
+    def fits(self, model: Any, batch: int, tokens: int) -> bool:
+        """Whether it computes what `model` does now, for so many sequences of at most so many tokens."""
+        return len(self.logits) == batch and tokens <= self.max_tokens and self._state == _state(model)
 
     def fill(self, cache: Any) -> None:
         """Take over the keys and values that transformers computed for a prompt."""
@@ -137,7 +151,7 @@ class Decoder:
     def _matrix(self, module: nn.Module) -> Weight:
         if isinstance(module, QuantisedEmbedding):
             module = module.table
-        self._keep(module)
+        self._keep((module, *module.parameters(), *module.buffers()))  # the model may get others
         if isinstance(module, PackedLinear):
             return module.described()
         weight: Tensor = module.weight.detach()  # pyright: ignore[reportCallIssue]
@@ -162,10 +176,17 @@ class Decoder:
         return thing
 
 
+def _state(model: Any) -> list[tuple[int, int]]:
+    """Where all weights of a model lie, and how often each was changed in place."""
+    tensors = (*model.parameters(), *model.buffers())
+    return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+
+
 def _check(model: Any) -> None:
     family = str(model.config.model_type).removeprefix(PREFIX)
-    if family not in FAMILIES:
-        raise UnsupportedModel(f"the decoder knows {', '.join(FAMILIES)}, and not {family}")
+    if family not in FAMILIES or not hasattr(model.model, "layers"):  # peft puts a model around them
+        found = type(model).__name__ if family in FAMILIES else family
+        raise UnsupportedModel(f"the decoder knows {', '.join(FAMILIES)}, and not {found}")
     rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in STATIC_ROPE:
         raise UnsupportedModel(f"the decoder knows no rotary embeddings of kind {rope!r}")

@@ -17,6 +17,8 @@ from topiarist.runtime.decoder import Decoder
 
 CACHE_STEP = 256
 """Caches are made for a multiple of so many tokens, so that texts of like lengths share one."""
+COLDEST = 1e-30
+"""A temperature below it draws as it does: logits divided by less are no numbers of fp32."""
 
 
 class Generator:
@@ -31,10 +33,9 @@ class Generator:
     def __init__(self, model: Any) -> None:
         self.model = model.eval()
         self._decoder: Decoder | None = None
-        self._batch = 0
         self.reason = ""
         try:
-            self._prepare(batch=1, tokens=1)
+            self._decoder = self._prepare(batch=1, tokens=1)
         except (UnsupportedModel, NoKernels) as error:
             self.reason = str(error)
 
@@ -49,12 +50,13 @@ class Generator:
     def stream(
         self, ids: Int64[Tensor, "batch prompt"], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0
     ) -> Iterator[Int64[Tensor, " batch"]]:
-        """New tokens as they come, until every text has ended.
+        """New tokens as they come, until every text has ended. Several streams may run at a time, each with a cache of its own.
 
         ids: prompts of one length. temperature: 0 takes the likeliest token, more draws from the softmax of logits divided by
         it. A text that has ended goes on in padding. Raises TopiaristError if the model's positions do not suffice.
         """
         self._check(ids, max_new_tokens, temperature)
+        temperature = temperature and max(temperature, COLDEST)
         if self.reason:
             yield from self._stream_by_transformers(ids, max_new_tokens, temperature, seed)
             return
@@ -62,15 +64,19 @@ class Generator:
         decoder = self._prepare(batch, length + max_new_tokens)
         draw = torch.Generator().manual_seed(seed)
         ends, padding = self._ends()
-        logits = self._read_prompt(decoder, ids)
-        ended = torch.zeros(batch, dtype=torch.bool)
-        for position in range(length, length + max_new_tokens):
-            tokens = torch.where(ended, padding, choose(logits, temperature, draw))
-            yield tokens
-            ended |= torch.isin(tokens, ends)
-            if ended.all() or position + 1 == length + max_new_tokens:
-                return
-            logits = decoder.step(tokens, position)
+        try:
+            logits = self._read_prompt(decoder, ids)
+            ended = torch.zeros(batch, dtype=torch.bool)
+            for position in range(length, length + max_new_tokens):
+                drawn = choose(logits, temperature, draw)
+                tokens = torch.where(ended, padding, drawn)
+                yield tokens
+                ended |= torch.isin(tokens, ends)
+                if ended.all() or position + 1 == length + max_new_tokens:
+                    return
+                logits = decoder.step(drawn, position)  # the padding need not have an embedding
+        finally:
+            self._decoder = decoder
 
     def _read_prompt(self, decoder: Decoder, ids: Tensor) -> Float[Tensor, "batch vocabulary"]:
         from transformers import DynamicCache
@@ -83,12 +89,15 @@ class Generator:
         return out.logits[:, -1].float()
 
     def _prepare(self, batch: int, tokens: int) -> Decoder:
-        """A decoder with room for so many tokens: the one at hand if it suffices."""
-        if self._decoder is None or self._batch != batch or self._decoder.max_tokens < tokens:
-            self._decoder = None  # two caches need not be in memory at once
-            self._decoder = Decoder(self.model, batch=batch, max_tokens=-(-tokens // CACHE_STEP) * CACHE_STEP)
-            self._batch = batch
-        return self._decoder
+        """A decoder of the model as it is now, with room for so many tokens: the one at hand if it suffices and is free.
+
+        Whoever takes it puts it back.
+        """
+        decoder, self._decoder = self._decoder, None
+        if decoder is None or not decoder.fits(self.model, batch, tokens):
+            del decoder  # two caches need not be in memory at once
+            decoder = Decoder(self.model, batch=batch, max_tokens=-(-tokens // CACHE_STEP) * CACHE_STEP)
+        return decoder
 
     def _ends(self) -> tuple[Tensor, Tensor]:
         """(tokens that end a text, the padding after it)."""
@@ -100,8 +109,15 @@ class Generator:
 
     def _check(self, ids: Tensor, max_new_tokens: int, temperature: float) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        if ids.shape[1] == 0 or max_new_tokens < 1 or temperature < 0:
-            raise TopiaristError("a prompt needs a token, max_new_tokens must be at least 1 and temperature at least 0")
+        if ids.ndim != 2 or not ids.numel() or max_new_tokens < 1 or not temperature >= 0:
+            raise TopiaristError(
+                "a prompt needs a token (ids are a row a prompt), max_new_tokens must be at least 1 and temperature at least 0"
+            )
+        known = getattr(self.model.config.get_text_config(), "vocab_size", None)
+        if known is not None and not 0 <= int(ids.min()) <= int(ids.max()) < known:
+            raise TopiaristError(
+                f"the prompt has token {int(ids.max())}, the model knows 0 to {known - 1}: it is of another tokenizer"
+            )
         if limit is not None and ids.shape[1] + max_new_tokens > limit:
             raise TopiaristError(
                 f"{ids.shape[1]} tokens of prompt and {max_new_tokens} new ones are more than the model's {limit} positions; "
@@ -112,16 +128,19 @@ class Generator:
         from transformers import GenerationConfig
 
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-        own, padding = self.model.generation_config, int(self._ends()[1])
-        # Of the model's own nothing but the ends, as in our loop; what else it says would fill in what a call leaves out.
-        self.model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=padding)
+        own, (ends, padding) = self.model.generation_config, self._ends()
+        # Of the model's own nothing but the ends, as in our loop; what else it says would fill in what a call leaves out. It
+        # pads with any token that has an embedding: what follows an end is padded here.
+        self.model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=0)
         try:
             with torch.random.fork_rng(devices=[]), evaluated(self.model):
                 torch.manual_seed(seed)
                 out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **sampling)
         finally:
             self.model.generation_config = own
-        yield from out[:, ids.shape[1] :].unbind(1)
+        written = out[:, ids.shape[1] :]
+        end = torch.isin(written, ends).int()
+        yield from written.masked_fill(end.cumsum(1) > end, int(padding)).unbind(1)
 
 
 def cache_word(model: Any) -> str:

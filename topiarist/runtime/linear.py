@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int8, Int64
+from jaxtyping import Float, Int8, Integer
 from torch import Tensor, nn
 
 from topiarist.runtime.build import FORMS, INTEGERS, TILE_ROWS, TYPES, Weight, load_kernels
@@ -247,8 +247,8 @@ class QuantisedEmbedding(nn.Module):
         """The dense embeddings, made anew at each call."""
         return self.table.weight
 
-    def forward(self, ids: Int64[Tensor, "*batch"]) -> Float[Tensor, "*batch width"]:
-        """The rows of the token ids, in the table's dtype."""
+    def forward(self, ids: Integer[Tensor, "*batch"]) -> Float[Tensor, "*batch width"]:
+        """The rows of the token ids, in the table's dtype. Raises IndexError for ids that the table has not."""
         out = torch.empty(ids.numel(), self.table.in_features)
         load_kernels().rows(self.table.described(), ids.flatten(), out)
         return out.to(self.table.dtype).view(*ids.shape, self.table.in_features)

@@ -11,13 +11,45 @@ from torch import nn
 from topiarist.checkpoints.dequantised import QUANTIZATION, DequantisedCheckpoint
 from topiarist.checkpoints.reading import read_json
 from topiarist.core.compiled import NoKernels
-from topiarist.core.errors import CheckpointError, TopiaristError
-from topiarist.models.checks import device_or_default
+from topiarist.core.errors import CheckpointError, TopiaristError, UnsupportedModel
+from topiarist.models import checks
+from topiarist.models.building import generation_config
 from topiarist.models.opened import open_model
 from topiarist.quantization.grid import QuantizedWeight
 from topiarist.runtime.linear import QuantisedEmbedding, QuantisedLinear
-from topiarist.runtime.packed import MANIFEST, from_packed, read_contents
+from topiarist.runtime.manifest import MANIFEST
+from topiarist.runtime.packed import read_contents, read_packed
 from topiarist.runtime.skeleton import skeleton
+
+
+def from_packed(folder: Path | str, **kwargs: Any) -> Any:
+    """A transformers causal LM with the weights of a packed folder; `kwargs` go to `from_pretrained`.
+
+    Raises CheckpointError for a damaged folder, or a config that asks for other weights than there are.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    folder = Path(folder)
+    state, generation = dict(read_packed(folder)), generation_config(folder)
+    try:
+        trust = kwargs.get("trust_remote_code", False)  # None would ask
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    except Exception as error:  # configurations are checked by several libraries, each with errors of its own
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"transformers cannot build a model from {folder}: {reason}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModel(f"transformers has no causal LM for model type {config.model_type!r} in {folder}")
+    # The Auto class itself wants a folder to look into even if it is given all weights.
+    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    asked = kwargs.pop("output_loading_info", False)
+    others = {"dtype": "auto", "ignore_mismatched_sizes": True, **kwargs}  # we say ourselves which differ
+    model, about = cls.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **others)
+    if not kwargs.get("ignore_mismatched_sizes"):
+        checks.check_shapes(folder, about["mismatched_keys"])
+    checks.check_complete(folder, about["missing_keys"], state)
+    if generation is not None:
+        model.generation_config = generation
+    return (model, about) if asked else model
 
 
 def load_model(folder: Path | str, *, device: str = "cpu") -> Any:
@@ -26,7 +58,7 @@ def load_model(folder: Path | str, *, device: str = "cpu") -> Any:
 
     Raises CheckpointError if the folder cannot be read, DeviceError for a device that is not here.
     """
-    folder, device = Path(folder), str(device_or_default(device))
+    folder, device = Path(folder), str(checks.device_or_default(device))
     try:
         packed = (folder / MANIFEST).exists()
         model = _integers_or_none(folder) if device == "cpu" and (packed or _is_quantised(folder)) else None
@@ -58,7 +90,6 @@ def load_integers(folder: Path) -> Any | None:
     Raises CheckpointError for damaged files, NoKernels without a compiler.
     """
     from accelerate.utils import set_module_tensor_to_device
-    from transformers import GenerationConfig
 
     if (folder / MANIFEST).exists():
         config, contents = read_json(folder / "config.json", cure="copy the folder again"), read_contents(folder)
@@ -67,20 +98,26 @@ def load_integers(folder: Path) -> Any | None:
         config = checkpoint.config
         contents = ((name, checkpoint.quantized(name) or checkpoint.read(name)) for name in checkpoint.files)
     model = skeleton(config)
-    known = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    # Where the config states no dtype, transformers takes that of the files.
+    stated = config.get("dtype", config.get("torch_dtype")) is not None
+    known = {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     for name, content in contents:
         if name not in known:
             return None
+        quantised = isinstance(content, QuantizedWeight)
+        stored, own = (content.q, content.scale.dtype) if quantised else (content, content.dtype)
+        checks.check_shapes(folder, [(name, tuple(stored.shape), tuple(known[name].shape))])
+        dtype = known[name].dtype if stated and own.is_floating_point else own
         path = name.rpartition(".")[0]
-        module = _packed(content, model.get_submodule(path)) if isinstance(content, QuantizedWeight) else None
+        module = _packed(content, model.get_submodule(path)) if quantised and own == dtype else None
         if module is not None:
             model.set_submodule(path, module)
         else:
-            value = content.dequantized() if isinstance(content, QuantizedWeight) else content
-            set_module_tensor_to_device(model, name, "cpu", value=value, dtype=value.dtype)
+            value = content.dequantized() if quantised else content
+            set_module_tensor_to_device(model, name, "cpu", value=value, dtype=dtype)
     _tie(model)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if (generation := generation_config(folder)) is not None:
+        model.generation_config = generation
     return None if any(parameter.is_meta for parameter in model.parameters()) else model
 
 

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jaxtyping import Shaped
 from safetensors import SafetensorError
@@ -30,7 +30,7 @@ from topiarist.checkpoints.finished import describe_again
 from topiarist.checkpoints.reading import Checkpoint, opened
 from topiarist.checkpoints.side_files import OWN, check_inside, copy_side_files
 from topiarist.checkpoints.writing import ADAPTER, MASKS, REPORT
-from topiarist.core.errors import CheckpointError, TopiaristError, UnsupportedModel
+from topiarist.core.errors import CheckpointError, TopiaristError
 from topiarist.models.checks import check_finite_tensor, check_floating
 from topiarist.quantization.grid import Grid, QuantizedWeight, round_to_nearest
 from topiarist.results.pages import refresh
@@ -40,6 +40,8 @@ from topiarist.runtime.entries import Content, read_entry, restore, store
 from topiarist.runtime.manifest import KEY, MANIFEST, VERSIONS, new_folder, read_manifest
 from topiarist.runtime.skeleton import Roles, roles
 
+Values = Literal["int8", "int4"]
+Head = Literal["int8"]
 SHARD_BYTES = 2 << 30
 GROUP = 64
 """Columns that share a scale where values are rounded, unless another number is asked for."""
@@ -68,9 +70,9 @@ def pack_folder(
     src: Path | str,
     out: Path | str,
     *,
-    values: Literal["int8", "int4"] | None = None,
+    values: Values | None = None,
     group: int = GROUP,
-    head: Literal["int8"] | None = None,
+    head: Head | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> PackReport:
     """Write a packed copy of the model folder `src` to `out`, which must not exist.
@@ -82,9 +84,9 @@ def pack_folder(
     head: rounds the head and the embeddings to int8 with a scale a row.
     What was measured of `src` goes with the weights if they stay what they are, and is left out if they are rounded.
     Raises CheckpointError if `src` is no readable checkpoint or is packed already, if its report is damaged, or if `out`
-    exists, DamagedWeights for NaN or Inf, TopiaristError for a group without values.
+    exists, DamagedWeights for NaN or Inf, TopiaristError as `check_rounding`.
     """
-    check_group(values, group)
+    check_rounding(values, group, head)
     src = Path(src)
     check_name(src)
     is_result = (src / REPORT).is_file()
@@ -132,8 +134,13 @@ def rounds(values: str | None, head: str | None) -> bool:
     return values is not None or head is not None
 
 
-def check_group(values: str | None, group: int) -> None:
-    """Raise TopiaristError for columns that share a scale where no values are rounded."""
+def check_rounding(values: str | None, group: int, head: str | None = None) -> None:
+    """Raise TopiaristError for integers that there are not, for a group below 1, or for one where no values are rounded."""
+    for name, asked, known in (("values", values, get_args(Values)), ("head", head, get_args(Head))):
+        if asked is not None and asked not in known:
+            raise TopiaristError(f"{name} cannot be rounded to {asked!r}: take {' or '.join(known)}")
+    if group < 1:
+        raise TopiaristError(f"group is {group}: a scale needs at least one column; leave it out for {GROUP}")
     if values is None and group != GROUP:
         raise TopiaristError(
             f"group {group} is of rounded values, and none are asked for: name values, or leave group out"
@@ -179,24 +186,6 @@ def unpack_folder(src: Path | str, out: Path | str, *, shard_bytes: int = SHARD_
         describe_again(src, partial)
         if (partial / REPORT).is_file():
             refresh(partial)
-
-
-def from_packed(folder: Path | str, **kwargs: Any) -> Any:
-    """A transformers causal LM with the weights of a packed folder; `kwargs` go to `from_pretrained`."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-
-    state = dict(read_packed(folder))
-    try:
-        trust = kwargs.get("trust_remote_code", False)  # None would ask
-        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    except Exception as error:  # configurations are checked by several libraries, each with errors of its own
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"transformers cannot build a model from {folder}: {reason}") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModel(f"transformers has no causal LM for model type {config.model_type!r} in {folder}")
-    # The Auto class itself wants a folder to look into even if it is given all weights.
-    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return cls.from_pretrained(None, config=config, state_dict=state, **{"dtype": "auto", **kwargs})
 
 
 def read_packed(folder: Path | str) -> Iterator[tuple[str, Tensor]]:

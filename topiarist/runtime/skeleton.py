@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from topiarist.core.errors import CheckpointError
-from topiarist.models import checks, modeling_pruned
+from topiarist.models import building, checks, modeling_pruned
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,9 @@ class Roles:
 
 
 def skeleton(config: dict[str, Any]) -> Any:
-    """The model of a config.json with parameters that take no memory; its other buffers are real.
+    """The model of a config.json with parameters that take no memory, each of the dtype in which transformers loads it.
+
+    Its buffers are real.
 
     Raises CheckpointError if transformers knows no such causal LM.
     """
@@ -31,10 +33,12 @@ def skeleton(config: dict[str, Any]) -> Any:
     try:
         settings = AutoConfig.for_model(**config)
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(settings, dtype=settings.dtype).eval()
+            model = AutoModelForCausalLM.from_config(settings, dtype=settings.dtype).eval()
     except Exception as error:  # configurations are checked by several libraries, each with errors of its own
         why = checks.why_unbuilt(config, error)[:300]
         raise CheckpointError(f"transformers cannot build a model from this config.json: {why}") from error
+    building.keep_in_fp32(model, model.dtype)
+    return model
 
 
 def roles(config: dict[str, Any]) -> Roles:

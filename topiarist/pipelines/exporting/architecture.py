@@ -101,7 +101,8 @@ def write_settings(writer: Any, config: Any, architecture: Architecture) -> None
     writer.add_rope_freq_base(about.get("rope_theta", 10000.0))
     writer.add_key_length(size)
     writer.add_value_length(size)
-    writer.add_rope_dimension_count(int(size * about.get("partial_rotary_factor", 1.0)))
+    turned = about.get("partial_rotary_factor", 1.0) if config.model_type == "phi3" else 1.0  # others heed none
+    writer.add_rope_dimension_count(int(size * turned))
     if count := getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
         writer.add_expert_count(count)
         writer.add_expert_used_count(config.num_experts_per_tok)

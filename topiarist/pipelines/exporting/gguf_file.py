@@ -98,7 +98,8 @@ def export_gguf(
     opened = open_model(path)  # every tensor is there, with its shape
     checkpoint, config = opened.as_folder().checkpoint, opened.text_config
     architecture = arch.architecture_of(config)
-    vocabulary.kind_of(vocabulary.read(path))
+    tokenizer = vocabulary.read(path)
+    vocabulary.kind_of(tokenizer)
     kind: Any = type or _type_of(checkpoint)
     rows = list(_rows(checkpoint, config, architecture, kind))
     _check_room(target, sum(row.nbytes for row in rows))
@@ -109,7 +110,7 @@ def export_gguf(
             writer.add_file_type(_file_type(kind))
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             arch.write_settings(writer, config, architecture)
-            vocabulary.write_vocabulary(writer, path, config.vocab_size)
+            vocabulary.write_vocabulary(writer, path, tokenizer, config.vocab_size)
             for row in rows:
                 writer.add_tensor_info(row.name, row.shape, np.dtype(row.dtype), row.nbytes, raw_dtype=row.raw)
             writer.write_header_to_file()

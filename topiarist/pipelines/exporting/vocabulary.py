@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from topiarist.checkpoints.reading import read_json
 from topiarist.core.errors import CheckpointError, UnsupportedModel
 
 _GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -19,14 +20,14 @@ SPLITS = {
 name of it."""
 
 
-def write_vocabulary(writer: Any, folder: Path, size: int) -> None:
-    """Write tokens, merges and special tokens. size: rows of the embeddings; those without a token are named [PAD...].
+def write_vocabulary(writer: Any, folder: Path, known: Mapping[str, Any], size: int) -> None:
+    """Write tokens, merges and special tokens.
 
-    Raises CheckpointError without tokenizer.json, UnsupportedModel for a tokenizer that llama.cpp would read otherwise.
+    known: what `read` gave of the folder. size: rows of the embeddings; those without a token are named [PAD...].
+    Raises UnsupportedModel for a tokenizer that llama.cpp would read otherwise.
     """
     import gguf
 
-    known = read(folder)
     kind, split = kind_of(known)
     writer.add_tokenizer_model(kind)
     if split:
@@ -55,12 +56,19 @@ def write_vocabulary(writer: Any, folder: Path, size: int) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """tokenizer.json. Raises CheckpointError if it is not there or not readable."""
+    """tokenizer.json. Raises CheckpointError if it, or what the gguf package reads beside it, is not there or damaged."""
+    from tokenizers import Tokenizer
+
     path = folder / "tokenizer.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = path.read_text(encoding="utf-8")
+        Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises nothing narrower
         raise CheckpointError(f"GGUF holds its tokenizer, and {path} cannot be read ({error}): put it there") from error
+    for beside in ("tokenizer_config.json", "chat_template.json"):
+        if (folder / beside).is_file():
+            read_json(folder / beside, cure="copy it again")
+    return json.loads(text)
 
 
 def kind_of(known: Mapping[str, Any]) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from topiarist.pipelines.common.options import Progress, RunOptions
 from topiarist.results.pages import save_evaluation
 from topiarist.runtime import pack_folder
 from topiarist.runtime.manifest import MANIFEST
-from topiarist.runtime.packed import GROUP, check_group, rounds
+from topiarist.runtime.packed import GROUP, check_rounding, rounds
 
 
 def _several(given: Any) -> Any:
@@ -44,7 +44,7 @@ class PackOptions:
     """Round the head and the embeddings, a scale a row."""
 
     def __post_init__(self) -> None:
-        check_group(self.values, self.group)
+        check_rounding(self.values, self.group, self.head)
 
     @property
     def rounds(self) -> bool:
