@@ -144,15 +144,20 @@ class Flap(Method):
         """The mean fluctuation of every unit's columns, standardised in its layer unless told otherwise."""
         matrices = consumers(task.model, task.groups)
         moments = input_moments(task, matrices)
-        scores: Scores = {}
+        columns: dict[str, Tensor] = {}
+        layers: dict[
+            str, list[str]
+        ] = {}  # the KV groups of a layer are several groups of heads, its experts of channels
         for group in task.groups:
             energy = matrices[group.consumer].weight.double().square().sum(0)
-            columns = by_unit(energy * moments[group.consumer].variance, group)
-            if self.standardise:
-                spread = columns.std(correction=0)
-                columns = (columns - columns.mean()) / torch.where(spread > 0, spread, 1.0)
-            scores[group.key] = columns.mean(-1)
-        return scores
+            columns[group.key] = by_unit(energy * moments[group.consumer].variance, group)
+            layers.setdefault(group.tie, []).append(group.key)
+        for keys in layers.values() if self.standardise else ():
+            together = torch.cat([columns[key].flatten() for key in keys])
+            spread = together.std(correction=0)
+            for key in keys:
+                columns[key] = (columns[key] - together.mean()) / torch.where(spread > 0, spread, 1.0)
+        return {key: those.mean(-1) for key, those in columns.items()}
 
     @torch.no_grad()
     def biases(self, task: Task, kept: Kept) -> dict[str, Tensor]:
