@@ -171,6 +171,20 @@ def test_experts_go_without_biases_and_others_keep_theirs(family: str, layout: s
     assert with_bias == ({"mlp.shared_expert.down_proj.bias"} if shared else set())
 
 
+@pytest.mark.parametrize(
+    ("options", "degrees"),
+    [
+        ({"units": ["channels"], "keep": 0.75}, [1, 2]),  # 48 channels, both KV heads
+        ({"units": ["kv_groups"], "keep": 0.5}, [1]),
+        ({"units": ["heads"], "keep": 0.75, "num_attention_heads": 8}, [1, 2]),  # three of four heads of each
+        ({"units": ["block"], "keep": 0.5}, [1, 2]),
+    ],
+)
+def test_degrees_of_tensor_parallelism_divide_what_was_not_cut_too(options: dict[str, Any], degrees: list[int]):
+    heads = {"num_attention_heads": options.pop("num_attention_heads", 4)}
+    assert run(tiny.tiny_model(**heads), None, method="magnitude", refit=False, **options).tensor_parallel == degrees
+
+
 def test_uniform_results_can_be_shrunk_again(tmp_path: Path):
     tiny.tiny_checkpoint(tmp_path / "base", num_hidden_layers=3)
     run(tmp_path / "base", tmp_path / "short", method="random", units=["block"], keep=0.7)
