@@ -13,6 +13,7 @@ from topiarist.pipelines.pruning.options import PruneOptions
 from topiarist.pipelines.pruning.plan import plan_prune
 
 TEXT = ("--data", "text.txt", "--samples", "8", "--window", "32", "--plan")
+FEW = ("--samples", "3")
 
 
 @pytest.fixture
@@ -87,11 +88,18 @@ def test_shrink(folder: Path, command, words: tuple[str, ...], said: list[str]):
         (("--units", "experts"), "experts"),
         (("--target-params", "30M"), "lower it"),
         (("--units", "hidden", "--rotate", "--layout", "hetero"), "hidden"),
+        (("--recover", "lora:sequences=9"), "a step of the recovery takes 9 windows of text, and there are 8"),
+        (("--target-params", "30k", *FEW), "3 calibration windows of 32 tokens are too few to hold some out"),
+        (("--method", "policy-gradient", *FEW), "3 calibration windows of 32 tokens are too few to hold some out"),
+        (
+            ("--method", "taylor:fusion=learned", *FEW),
+            "3 calibration windows of 32 tokens are too few to hold some out",
+        ),
     ],
 )
 def test_what_shrink_refuses_its_plan_refuses(folder: Path, command, words: tuple[str, ...], said: str):
-    run = command("shrink", "model", "out", *words, *TEXT[:-1])
-    plan = command("shrink", "model", "out", *words, *TEXT)
+    run = command("shrink", "model", "out", *TEXT[:-1], *words)
+    plan = command("shrink", "model", "out", *TEXT, *words)
     assert plan[0] == run[0] == 2 and said in plan[2] and plan[2] == run[2]
     assert not (folder / "out").exists()
 
@@ -125,6 +133,10 @@ def test_a_plan_goes_past_a_block_that_text_does_not_call(tmp_path: Path):
         (("model", "out", "--method", "sparsellm:recompute_after_attention=false", "--true-sequential"), "drop one of"),
         (("experts", "out", "--method", "wanda", "--low-rank", "2"), "experts share one"),
         (("paused", "out", "--method", "wanda", "--refine"), "refinement needs hidden states that are one tensor"),
+        (
+            ("paused", "out", "--method", "wanda", "--spill", "spill"),
+            "spilling hidden states to a file needs hidden states",
+        ),
     ],
 )
 def test_what_prune_refuses_its_plan_refuses(folder: Path, command, words: tuple[str, ...], said: str):

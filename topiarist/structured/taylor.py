@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 import torch
+from jaxtyping import Int
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from topiarist.structured.choose import total_cost
 from topiarist.structured.estimates import Estimates, taylor_estimates
 from topiarist.structured.fusion import FUSIONS, fixed_shares, learned_shares
 from topiarist.structured.methods import HEAD_WEIGHT, Method, Scores, Task, weigh_heads
-from topiarist.structured.trial import short_windows
+from topiarist.structured.trial import short_windows, split
 from topiarist.structured.units import KINDS
 
 LEVELS = ("model", "layer")
@@ -57,6 +58,11 @@ class Taylor(Method):
         for name, value, table in (("fusion", self.fusion, FUSIONS), ("level", self.level, LEVELS)):
             if value not in table:
                 raise TopiaristError(f"unknown {name} {value!r}; choose one of {', '.join(table)}")
+
+    def check_windows(self, tokens: Int[Tensor, "num window"]) -> None:
+        """Raise CalibrationError for windows too few to hold some out, for a fusion that is learned."""
+        if self.fusion == "learned":
+            split(short_windows(tokens, self.window_tokens), self.learn_windows)
 
     def scores(self, task: Task) -> Scores:
         """Taylor estimates on short windows: a forward and a backward pass for each of `num_windows` windows."""

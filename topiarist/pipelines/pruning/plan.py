@@ -125,7 +125,7 @@ def plan_walk(
         check_slots(-(-len(windows.tokens) // options.windows_a_forward), processes.size)
     if not len(windows.tokens):
         return _plan_without_data(source, solver, patterns, grid)
-    check_flow(source, windows.tokens, pruner.needs_states)
+    check_flow(source, windows.tokens, pruner.needs_states, spills=options.spill is not None)
     probe = probe_block(source, solver, patterns, windows.tokens[:PROBE_WINDOWS])
     groups, blocks = probe.groups, len(source.block_names)
     solves = sum(g.work for g in groups)

@@ -35,7 +35,7 @@ STEP = 4
 def plan_shrink(model: str | Path, options: ShrinkOptions) -> list[tuple[str, str]]:
     """Take a window through the first block, and its Grams, and extrapolate. Writes nothing.
 
-    Raises what the run itself would raise of the model's shapes.
+    Raises what the run itself would raise of the model's shapes and of the text.
     """
     source = open_for(options, model)
     decided = decide(source, options, [])
@@ -45,6 +45,7 @@ def plan_shrink(model: str | Path, options: ShrinkOptions) -> list[tuple[str, st
     if options.data is None:
         return [*lines, ("passes", "none: no text is looked at")]
     tokens = windows_of(options, source).tokens
+    options.check_windows(tokens)
     num, forward = len(tokens), window_seconds(source, tokens[:1])
     passes = PASSES.get(name)
     if passes is None:
