@@ -11,6 +11,8 @@ import tiny
 import topiarist as tp
 from topiarist.pipelines.pruning.options import PruneOptions
 from topiarist.pipelines.pruning.plan import plan_prune
+from topiarist.pipelines.shrinking.options import ShrinkOptions
+from topiarist.pipelines.shrinking.plan import plan_shrink
 
 TEXT = ("--data", "text.txt", "--samples", "8", "--window", "32", "--plan")
 FEW = ("--samples", "3")
@@ -147,6 +149,21 @@ def test_what_prune_refuses_its_plan_refuses(folder: Path, command, words: tuple
     plan = command("prune", *words, *TEXT)
     assert plan[0] == run[0] == 2 and said in plan[2] and plan[2] == run[2]
     assert not (folder / "out").exists()
+
+
+def test_hidden_states_in_a_file_are_told_and_not_written(folder: Path):
+    options = PruneOptions(method="wanda", data=tiny.tiny_tokens(8, 32))
+    kept, spilled = (plan_prune(folder / "model", replace(options, spill=spill)) for spill in (None, folder / "spill"))
+    assert (kept.spilled_bytes, spilled.spilled_bytes) == (0, 8 * 32 * 32 * 4)
+    assert dict(spilled.lines()).keys() - dict(kept.lines()).keys() == {"spilled hidden states, at most"}
+    assert not (folder / "spill").exists()
+
+
+def test_a_plan_of_taylor_counts_the_windows_that_it_looks_at(folder: Path, monkeypatch):
+    monkeypatch.setattr("topiarist.pipelines.shrinking.plan.window_seconds", lambda *_: 100.0)
+    monkeypatch.setattr("topiarist.pipelines.shrinking.plan.duration", str)
+    options = ShrinkOptions(method="taylor:num_windows=4,window_tokens=8", data=tiny.tiny_tokens(8, 32), refit=False)
+    assert dict(plan_shrink(folder / "model", options))["scores, taylor, about"] == "300.0"  # 4 * 8 of 32 tokens
 
 
 def test_shrink_without_text(folder: Path, command):

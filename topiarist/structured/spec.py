@@ -65,7 +65,7 @@ class PruneSpec:
             if plain.get("format") == 1:
                 plain = _renewed(plain, path)
             spec = cls(**{**plain, "units": tuple(plain["units"])})
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"cannot read {path} as a PruneSpec ({error})") from error
         if spec.format != FORMAT:
             raise CheckpointError(f"{path} is of format {spec.format}, this topiarist reads {FORMAT}: update topiarist")

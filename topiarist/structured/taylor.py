@@ -66,9 +66,12 @@ class Taylor(Method):
 
     def scores(self, task: Task) -> Scores:
         """Taylor estimates on short windows: a forward and a backward pass for each of `num_windows` windows."""
-        windows = short_windows(task.tokens, self.window_tokens)
-        found = taylor_estimates(task, windows[: self.num_windows], order=self.order, pooled=self.pooled)
+        found = taylor_estimates(task, self.windows_of(task.tokens), order=self.order, pooled=self.pooled)
         return self.fused(task, found)
+
+    def windows_of(self, tokens: Int[Tensor, "num window"]) -> Int[Tensor, "num_windows window_tokens"]:
+        """The windows that are looked at."""
+        return short_windows(tokens, self.window_tokens)[: self.num_windows]
 
     def fused(self, task: Task, found: Estimates) -> Scores:
         """Scores from ready estimates."""

@@ -53,6 +53,8 @@ class Plan:
     solver_seconds: float
     processes: int = 1
     """That divide the run; memory is that of one of them."""
+    spilled_bytes: int = 0
+    """Of hidden states in files, of all processes."""
 
     def lines(self) -> list[tuple[str, str]]:
         """(what, how much) of every need, in words."""
@@ -61,6 +63,7 @@ class Plan:
             *[("processes", f"{self.processes}")] * (self.processes > 1),
             ("peak memory, about", f"{self.peak_memory_bytes / 1e9:.2f} GB" + " each" * (self.processes > 1)),
             ("disk", f"{self.disk_bytes / 1e9:.2f} GB"),
+            *[("spilled hidden states, at most", f"{self.spilled_bytes / 1e9:.2f} GB")] * (self.spilled_bytes > 0),
             ("forward passes and Grams, about", duration(self.forward_seconds)),
             ("solver, about", duration(self.solver_seconds)),
             ("in all, about", duration(self.forward_seconds + self.solver_seconds)),
@@ -142,7 +145,9 @@ def plan_walk(
     load = [0.0] * processes.size
     for group, owner in zip(groups, owners([g.work for g in groups], processes.size), strict=True):
         load[owner] += group.work
-    working_set = _working_set(source, windows.window, groups, solver, own, options, refine, joint)
+    states = _hidden_bytes(source, windows.window, groups, options, refine, joint)
+    spilled = options.spill is not None
+    working_set = _working_set(source, groups, solver, options, refine) + (0 if spilled else own * states)
     return Plan(
         blocks=blocks,
         matrices=probe.matrices,
@@ -151,6 +156,7 @@ def plan_walk(
         forward_seconds=blocks * passes * own,
         solver_seconds=blocks * probe.solver_rate * solves * max(load) / sum(load),
         processes=processes.size,
+        spilled_bytes=len(windows.tokens) * states if spilled else 0,
     )
 
 
@@ -239,31 +245,34 @@ def _plan_without_data(source: Any, solver: Method, patterns: Mapping[str, Patte
     )
 
 
-def _working_set(
+def _hidden_bytes(
     source: Any,
     window: int,
     groups: Sequence[GramGroup],
-    solver: Method,
-    samples: int,
     options: PlannedOptions,
     refine: Refine | None,
     joint: SparseLLM | None,
 ) -> int:
-    """Bytes that come on top of the process as it is: hidden states, and beside them the most of what follows one another:
-    sums of Grams, the whole Grams with a solver's copies, a block in training, the embeddings.
-    """
-    spilled = options.spill is not None
+    """Bytes of hidden states and what goes with them, a window: in memory, or in files."""
     width = source.text_config.hidden_size
-    states = hidden = 0 if spilled else samples * window * width * source.dtype.itemsize
+    states = hidden = window * width * source.dtype.itemsize
     if joint is not None:  # inputs and fp32 outputs of a network, and its fp32 auxiliaries if rounds follow one another
-        tokens = 0 if spilled else samples * window
         rows = max(sum(m.shape[0] for m in g.matrices) for g in groups) if joint.epochs > 1 else 0
-        hidden += (1 + joint.needs_dense_inputs) * states + 4 * tokens * (width + rows)
-    grams = sum(4 * g.gram.in_features**2 for g in groups)
+        hidden += (1 + joint.needs_dense_inputs) * states + 4 * window * (width + rows)
     if options.correct is not None or (refine is not None and refine.target == "dense"):
         hidden += 2 * states  # the dense model's, on both sides of a block
     if refine is not None and refine.target == "current":  # targets
         hidden += states
+    return hidden
+
+
+def _working_set(
+    source: Any, groups: Sequence[GramGroup], solver: Method, options: PlannedOptions, refine: Refine | None
+) -> int:
+    """Bytes that come on top of the process and its hidden states, the most of what follows one another: sums of Grams, the
+    whole Grams with a solver's copies, a block in training, the embeddings.
+    """
+    grams = sum(4 * g.gram.in_features**2 for g in groups)
     if options.correct is not None:  # the block as it was, and sums over two inputs beside the Grams
         grams += grams + sum(m.tensor.numel() * m.tensor.element_size() for g in groups for m in g.matrices)
     local = solver.local if isinstance(solver, SparseLLM) else solver
@@ -274,4 +283,4 @@ def _working_set(
         solving = max(solving, squares * gram + 3 * own, min(2, squares) * gram + weights * own)
     embeddings = sum(p.numel() * p.element_size() for p in source.embedding_parameters())
     trained = sum(m.weight.numel() for g in groups for m in g.matrices) * (16 + 2) if refine is not None else 0
-    return hidden + max(GRAM_COPIES * grams, grams + solving, trained, embeddings)
+    return max(GRAM_COPIES * grams, grams + solving, trained, embeddings)

@@ -14,8 +14,10 @@ from topiarist.pipelines.common.probe import timed, window_seconds
 from topiarist.pipelines.common.setup import open_for, windows_of
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.shrinking.decide import decide
+from topiarist.pipelines.shrinking.distill import Distill
 from topiarist.pipelines.shrinking.options import Search, ShrinkOptions
 from topiarist.structured import METHODS
+from topiarist.structured.taylor import Taylor
 
 PASSES = {
     "taylor": 3,
@@ -51,17 +53,20 @@ def plan_shrink(model: str | Path, options: ShrinkOptions) -> list[tuple[str, st
     if passes is None:
         lines.append((f"scores, {name}", "no estimate: how many forwards it takes depends on the units"))
     else:
-        lines.append((f"scores, {name}, about", duration(passes * num * forward)))
+        method, looked = options.chosen_method, tokens
+        if isinstance(method, Taylor):  # whose windows are its own, and may be fewer tokens
+            looked = method.windows_of(tokens)
+        lines.append((f"scores, {name}, about", duration(passes * looked.numel() / tokens.shape[1] * forward)))
     if decided.refit:
         lines.append(("refit, about", duration(num * _refit_seconds(source, tokens[:1]))))
     if options.searches:
         settings = options.search or Search()
-        each = min(settings.held_out, num) * forward + settings.recover_steps * STEP * forward
-        lines.append(("trying a split, at most about", duration(each)))
+        recovery = settings.recover_steps * Distill().sequences * STEP
+        lines.append(("trying a split, at most about", duration((min(settings.held_out, num) + recovery) * forward)))
     if options.target_latency is not None:
         lines.append(("latency", "measured in the run alone, which refuses a target that no split meets"))
-    if (recovery := options.recover) is not None:
-        lines.append(("recovery, about", duration(recovery.steps * recovery.sequences * STEP * forward)))
+    if (asked := options.recover) is not None:
+        lines.append(("recovery, about", duration(asked.steps * asked.sequences * STEP * forward)))
     return lines
 
 
