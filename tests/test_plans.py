@@ -93,10 +93,10 @@ def test_shrink(folder: Path, command, words: tuple[str, ...], said: list[str]):
         (("--recover", "lora:sequences=9"), "a step of the recovery takes 9 windows of text, and there are 8"),
         (("--target-params", "30k", *FEW), "3 calibration windows of 32 tokens are too few to hold some out"),
         (("--method", "policy-gradient", *FEW), "3 calibration windows of 32 tokens are too few to hold some out"),
-        (
-            ("--method", "taylor:fusion=learned", *FEW),
-            "3 calibration windows of 32 tokens are too few to hold some out",
-        ),
+        (("--method", "taylor:fusion=uncertainty,window_tokens=32", "--samples", "1"), "2 windows or more"),
+        (("--method", "taylor:fusion=uncertainty,pooled=true"), "2 windows or more"),
+        (("--method", "taylor:fusion=learned", *FEW), "3 calibration windows of 32 tokens are too few"),
+        (("--method", "taylor:order=third"), "unknown order 'third'; choose one of first, second, mix"),
     ],
 )
 def test_what_shrink_refuses_its_plan_refuses(folder: Path, command, words: tuple[str, ...], said: str):

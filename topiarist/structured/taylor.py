@@ -13,8 +13,8 @@ from torch import Tensor
 from topiarist.core.errors import TopiaristError
 from topiarist.core.options import options
 from topiarist.structured.choose import total_cost
-from topiarist.structured.estimates import Estimates, taylor_estimates
-from topiarist.structured.fusion import FUSIONS, fixed_shares, learned_shares
+from topiarist.structured.estimates import ORDERS, Estimates, taylor_estimates
+from topiarist.structured.fusion import FUSIONS, check_windows, fixed_shares, learned_shares
 from topiarist.structured.methods import HEAD_WEIGHT, Method, Scores, Task, weigh_heads
 from topiarist.structured.trial import short_windows, split
 from topiarist.structured.units import KINDS
@@ -55,14 +55,19 @@ class Taylor(Method):
     learn_rate: PositiveFloat = 1.0
 
     def __post_init__(self) -> None:
-        for name, value, table in (("fusion", self.fusion, FUSIONS), ("level", self.level, LEVELS)):
+        named = (("order", self.order, ORDERS), ("fusion", self.fusion, FUSIONS), ("level", self.level, LEVELS))
+        for name, value, table in named:
             if value not in table:
                 raise TopiaristError(f"unknown {name} {value!r}; choose one of {', '.join(table)}")
+        if self.fusion == "uncertainty":
+            check_windows(1 if self.pooled else self.num_windows)
 
     def check_windows(self, tokens: Int[Tensor, "num window"]) -> None:
-        """Raise CalibrationError for windows too few to hold some out, for a fusion that is learned."""
+        """Raise CalibrationError for windows too few to hold some out, for a fusion that is learned, or for a variance."""
         if self.fusion == "learned":
             split(short_windows(tokens, self.window_tokens), self.learn_windows)
+        if self.fusion == "uncertainty":
+            check_windows(len(self.windows_of(tokens)))
 
     def scores(self, task: Task) -> Scores:
         """Taylor estimates on short windows: a forward and a backward pass for each of `num_windows` windows."""
