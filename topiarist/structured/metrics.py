@@ -166,6 +166,8 @@ class Flap(Method):
         moments = input_moments(task, matrices)
         grown: dict[str, Tensor] = {}
         for group in task.groups:
+            if bool(kept[group.key].all()):  # no bias at all: a config would give one to every matrix beside it
+                continue
             weight = by_unit(matrices[group.consumer].weight.double(), group)
             mean = by_unit(moments[group.consumer].mean, group)
             cut = ~kept[group.key].to(weight.device)
