@@ -135,18 +135,17 @@ def test_a_plan_goes_past_a_block_that_text_does_not_call(tmp_path: Path):
         (("model", "out", "--method", "sparsellm:recompute_after_attention=false", "--true-sequential"), "drop one of"),
         (("experts", "out", "--method", "wanda", "--low-rank", "2"), "experts share one"),
         (("paused", "out", "--method", "wanda", "--refine"), "refinement needs hidden states that are one tensor"),
-        (
-            ("paused", "out", "--method", "wanda", "--spill", "spill"),
-            "spilling hidden states to a file needs hidden states",
-        ),
+        (("paused", "out", "--method", "wanda", "--spill", "spill"), "spilling hidden states to a file needs"),
+        (("model", "out", "--method", "wanda", "--spill", "text.txt/spill"), "cannot create text.txt/spill"),
+        (("model", "out", "--method", "wanda", "--allocation", "search", *FEW), "3 calibration windows, of which"),
     ],
 )
 def test_what_prune_refuses_its_plan_refuses(folder: Path, command, words: tuple[str, ...], said: str):
     tiny.tiny_checkpoint(folder / "experts", "mixtral")
     tiny.model_with_uncalled_block().save_pretrained(folder / "paused")
     tiny.tiny_tokenizer().save_pretrained(folder / "paused")
-    run = command("prune", *words, *TEXT[:-1])
-    plan = command("prune", *words, *TEXT)
+    run = command("prune", *TEXT[:-1], *words)
+    plan = command("prune", *TEXT, *words)
     assert plan[0] == run[0] == 2 and said in plan[2] and plan[2] == run[2]
     assert not (folder / "out").exists()
 
@@ -157,6 +156,13 @@ def test_hidden_states_in_a_file_are_told_and_not_written(folder: Path):
     assert (kept.spilled_bytes, spilled.spilled_bytes) == (0, 8 * 32 * 32 * 4)
     assert dict(spilled.lines()).keys() - dict(kept.lines()).keys() == {"spilled hidden states, at most"}
     assert not (folder / "spill").exists()
+
+
+def test_a_plan_says_that_an_allocation_is_measured_first(folder: Path, command):
+    words = ("prune", "model", "out", "--method", "wanda", "--pattern", "0.5", *TEXT, "--allocation")
+    for rule, told in (("owl", True), ("linear", False)):
+        code, printed, error = command(*words, rule)
+        assert code == 0 and (f"allocation {rule}, of which" in printed) == told, (printed, error)
 
 
 def test_a_plan_of_taylor_counts_the_windows_that_it_looks_at(folder: Path, monkeypatch):

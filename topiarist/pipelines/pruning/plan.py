@@ -5,23 +5,27 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from jaxtyping import Int
 from torch import Tensor
 
+from topiarist.allocate import ALLOCATIONS, Search
 from topiarist.checkpoints.writing import bytes_to_write
 from topiarist.core.errors import CalibrationError
 from topiarist.core.meter import duration, peak_memory_bytes, resident_bytes
 from topiarist.core.patterns import Pattern
+from topiarist.core.registry import name_of
 from topiarist.core.slots import SLOTS, check_slots
 from topiarist.data import Windows
 from topiarist.models.families import Matrix
 from topiarist.models.opened import at_rest
 from topiarist.pipelines.allocating.allocation import fixed_patterns
+from topiarist.pipelines.allocating.search import divided
 from topiarist.pipelines.common.grams import GramGroup, owners
+from topiarist.pipelines.common.hidden_states import check_spill
 from topiarist.pipelines.common.integer_blocks import packed_bytes
 from topiarist.pipelines.common.setup import open_for, windows_of
 from topiarist.pipelines.common.stream import BlockStream, check_flow
@@ -55,6 +59,8 @@ class Plan:
     """That divide the run; memory is that of one of them."""
     spilled_bytes: int = 0
     """Of hidden states in files, of all processes."""
+    measured: str = ""
+    """The rule of an allocation that is measured first; what that takes is not in the plan."""
 
     def lines(self) -> list[tuple[str, str]]:
         """(what, how much) of every need, in words."""
@@ -67,6 +73,7 @@ class Plan:
             ("forward passes and Grams, about", duration(self.forward_seconds)),
             ("solver, about", duration(self.solver_seconds)),
             ("in all, about", duration(self.forward_seconds + self.solver_seconds)),
+            *[("beside it", f"allocation {self.measured}, of which `allocate --plan` tells")] * bool(self.measured),
         ]
 
 
@@ -84,7 +91,9 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
     windows = windows_of(options, source)
     if options.low_rank is not None:
         check_modules(source, patterns)
-    return plan_walk(
+    if isinstance(options.rule, Search):
+        divided(options.rule, windows.tokens)  # refuses too few
+    plan = plan_walk(
         source,
         solver_of(options, grid),
         patterns,
@@ -95,6 +104,9 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
         refine=options.refine,
         joint=joint,
     )
+    if (rule := options.rule) is not None and rule.measured_by:
+        plan = replace(plan, measured=str(name_of(ALLOCATIONS, rule)))
+    return plan
 
 
 class PlannedOptions(WalkOptions, Protocol):
@@ -126,6 +138,8 @@ def plan_walk(
     )
     if processes.size > 1:
         check_slots(-(-len(windows.tokens) // options.windows_a_forward), processes.size)
+    if options.spill is not None:
+        check_spill(Path(options.spill))
     if not len(windows.tokens):
         return _plan_without_data(source, solver, patterns, grid)
     check_flow(source, windows.tokens, pruner.needs_states, spills=options.spill is not None)
