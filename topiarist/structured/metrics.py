@@ -129,7 +129,7 @@ class Flap(Method):
 
     Standardised within every layer, so that layers compare; the mean of the removed inputs goes into the consumer's
     bias where the family can hold one (`biases`). Choose it when nothing may be trained and layers may differ in
-    size. Cost: one pass over the text.
+    size. Cost: one pass over the text, and one more for the biases.
 
     Differs from the authors' code in: 1. the variance over all tokens, not a running one over sequences. 2. The
     standardised channel values of a head are averaged over all its KV group's columns, so that grouped queries work.
