@@ -67,7 +67,8 @@ class Prefix:
         self._originals = list(self._blocks)
         self._start = 0
         try:
-            self._replays = flow_of(ObjectModel(model), tokens[:1]).replays
+            with torch.inference_mode():
+                self._replays = flow_of(ObjectModel(model), tokens[:1]).replays
         except UnsupportedModel:  # blocks that run twice
             self._replays = False
 
