@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import topiarist as tp
@@ -65,6 +67,27 @@ def test_names_and_dtypes_on_disk_stay(family: str, tmp_path: Path):
         return found
 
     assert described(tmp_path / "base") == described(tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_values_that_the_model_rounds_stay_as_the_files_have_them(family: str, tmp_path: Path):
+    """fp32 files under a config that says float16, in which the smallest weights are zeros."""
+    model = tiny.tiny_model(family)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.mul_(1e-7)
+    model.save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    tp.prune(tmp_path / "base", tmp_path / "out", method="wanda", data=tiny.tiny_tokens(8, 32), skip=["up_proj"])
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
+    for name, tensor in after.items():
+        kept = tensor != 0
+        assert torch.equal(tensor[kept], before[name][kept]), name
+        if "up_proj" in name or tensor.ndim == 1:
+            assert bool(kept.all()), name
+    with torch.no_grad():
+        q = after["model.layers.0.self_attn.q_proj.weight"]
+        assert int((q.unflatten(1, (-1, 4)) != 0).sum(-1).max()) <= 2
 
 
 def test_experts_are_pruned_on_their_own_tokens(tmp_path: Path):

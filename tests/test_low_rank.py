@@ -16,7 +16,7 @@ from tiny import tiny_checkpoint, tiny_model, tiny_text, tiny_tokens
 import topiarist as tp
 from topiarist.checkpoints.finished import check_finished
 from topiarist.cli import main
-from topiarist.core.errors import CheckpointError, TopiaristError, UnsupportedModel
+from topiarist.core.errors import CheckpointError, NumericalWarning, TopiaristError, UnsupportedModel
 from topiarist.core.grammar import OptionError
 from topiarist.core.linalg import reconstruction_error
 from topiarist.solvers.low_rank import low_rank_companion
@@ -50,6 +50,18 @@ def test_a_gram_without_an_inverse_and_a_rank_above_the_shape_are_served():
     weight, pruned, gram = problem(40, 24, tokens=6)
     found = low_rank_companion(weight, pruned, gram, 100)
     assert found.A.shape == (24, 24) and found.error < 1e-5
+
+
+def test_a_gram_of_few_tokens_is_served_with_a_warning():
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(256, 256, generator=generator) * (torch.arange(1, 257) ** -0.6)[:, None]
+    gram = tp.Gram(256)
+    gram.add(torch.randn(64, 256, generator=generator) @ mix)
+    weight = torch.randn(512, 256, generator=generator)
+    pruned = weight * tp.NM(2, 4).mask(weight.abs())
+    with pytest.warns(NumericalWarning, match="not positive definite"):
+        found = low_rank_companion(weight, pruned, gram, 16)
+    assert found.error < 0.5 * reconstruction_error(weight, pruned, gram)
 
 
 def test_nothing_is_made_up_for_where_nothing_was_lost():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import errno
 import os
@@ -243,6 +244,16 @@ def test_any_torch_module_can_be_pruned():
     assert tp.NM(2, 4).holds(model[0].weight != 0)
     with pytest.raises(tp.CalibrationError, match="no batches"):
         tp.prune_module(model, [])
+
+
+def test_inputs_of_any_module_are_those_of_evaluation():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4)).train()
+    evaluated, before, x = copy.deepcopy(model).eval(), copy.deepcopy(model.state_dict()), 3 + torch.randn(64, 8)
+    for given in (model, evaluated):
+        tp.prune_module(given, [x], method="sparsegpt", pattern="2:4")
+    assert torch.equal(model[2].weight, evaluated[2].weight) and model[1].training and not evaluated[1].training
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
 def test_a_layer_of_any_module_that_no_pattern_fits_can_be_skipped():

@@ -11,8 +11,11 @@ import tiny
 import topiarist as tp
 from topiarist.pipelines.pruning.options import PruneOptions
 from topiarist.pipelines.pruning.plan import plan_prune
+from topiarist.pipelines.shrinking.options import ShrinkOptions
+from topiarist.pipelines.shrinking.plan import plan_shrink
 
 TEXT = ("--data", "text.txt", "--samples", "8", "--window", "32", "--plan")
+FEW = ("--samples", "3")
 
 
 @pytest.fixture
@@ -87,11 +90,18 @@ def test_shrink(folder: Path, command, words: tuple[str, ...], said: list[str]):
         (("--units", "experts"), "experts"),
         (("--target-params", "30M"), "lower it"),
         (("--units", "hidden", "--rotate", "--layout", "hetero"), "hidden"),
+        (("--recover", "lora:sequences=9"), "a step of the recovery takes 9 windows of text, and there are 8"),
+        (("--target-params", "30k", *FEW), "3 calibration windows of 32 tokens are too few to hold some out"),
+        (("--method", "policy-gradient", *FEW), "3 calibration windows of 32 tokens are too few to hold some out"),
+        (("--method", "taylor:fusion=uncertainty,window_tokens=32", "--samples", "1"), "2 windows or more"),
+        (("--method", "taylor:fusion=uncertainty,pooled=true"), "2 windows or more"),
+        (("--method", "taylor:fusion=learned", *FEW), "3 calibration windows of 32 tokens are too few"),
+        (("--method", "taylor:order=third"), "unknown order 'third'; choose one of first, second, mix"),
     ],
 )
 def test_what_shrink_refuses_its_plan_refuses(folder: Path, command, words: tuple[str, ...], said: str):
-    run = command("shrink", "model", "out", *words, *TEXT[:-1])
-    plan = command("shrink", "model", "out", *words, *TEXT)
+    run = command("shrink", "model", "out", *TEXT[:-1], *words)
+    plan = command("shrink", "model", "out", *TEXT, *words)
     assert plan[0] == run[0] == 2 and said in plan[2] and plan[2] == run[2]
     assert not (folder / "out").exists()
 
@@ -125,16 +135,41 @@ def test_a_plan_goes_past_a_block_that_text_does_not_call(tmp_path: Path):
         (("model", "out", "--method", "sparsellm:recompute_after_attention=false", "--true-sequential"), "drop one of"),
         (("experts", "out", "--method", "wanda", "--low-rank", "2"), "experts share one"),
         (("paused", "out", "--method", "wanda", "--refine"), "refinement needs hidden states that are one tensor"),
+        (("paused", "out", "--method", "wanda", "--spill", "spill"), "spilling hidden states to a file needs"),
+        (("model", "out", "--method", "wanda", "--spill", "text.txt/spill"), "cannot create text.txt/spill"),
+        (("model", "out", "--method", "wanda", "--allocation", "search", *FEW), "3 calibration windows, of which"),
     ],
 )
 def test_what_prune_refuses_its_plan_refuses(folder: Path, command, words: tuple[str, ...], said: str):
     tiny.tiny_checkpoint(folder / "experts", "mixtral")
     tiny.model_with_uncalled_block().save_pretrained(folder / "paused")
     tiny.tiny_tokenizer().save_pretrained(folder / "paused")
-    run = command("prune", *words, *TEXT[:-1])
-    plan = command("prune", *words, *TEXT)
+    run = command("prune", *TEXT[:-1], *words)
+    plan = command("prune", *TEXT, *words)
     assert plan[0] == run[0] == 2 and said in plan[2] and plan[2] == run[2]
     assert not (folder / "out").exists()
+
+
+def test_hidden_states_in_a_file_are_told_and_not_written(folder: Path):
+    options = PruneOptions(method="wanda", data=tiny.tiny_tokens(8, 32))
+    kept, spilled = (plan_prune(folder / "model", replace(options, spill=spill)) for spill in (None, folder / "spill"))
+    assert (kept.spilled_bytes, spilled.spilled_bytes) == (0, 8 * 32 * 32 * 4)
+    assert dict(spilled.lines()).keys() - dict(kept.lines()).keys() == {"spilled hidden states, at most"}
+    assert not (folder / "spill").exists()
+
+
+def test_a_plan_says_that_an_allocation_is_measured_first(folder: Path, command):
+    words = ("prune", "model", "out", "--method", "wanda", "--pattern", "0.5", *TEXT, "--allocation")
+    for rule, told in (("owl", True), ("linear", False)):
+        code, printed, error = command(*words, rule)
+        assert code == 0 and (f"allocation {rule}, of which" in printed) == told, (printed, error)
+
+
+def test_a_plan_of_taylor_counts_the_windows_that_it_looks_at(folder: Path, monkeypatch):
+    monkeypatch.setattr("topiarist.pipelines.shrinking.plan.window_seconds", lambda *_: 100.0)
+    monkeypatch.setattr("topiarist.pipelines.shrinking.plan.duration", str)
+    options = ShrinkOptions(method="taylor:num_windows=4,window_tokens=8", data=tiny.tiny_tokens(8, 32), refit=False)
+    assert dict(plan_shrink(folder / "model", options))["scores, taylor, about"] == "300.0"  # 4 * 8 of 32 tokens
 
 
 def test_shrink_without_text(folder: Path, command):

@@ -16,16 +16,20 @@ from transformers import AutoModelForCausalLM
 import topiarist as tp
 from topiarist.models.opened import open_model
 from topiarist.structured import (
+    Task,
     audit_shrunk,
     choose,
     default_kinds,
+    gates,
     mask_in_place,
     plan_layout,
     proof,
     shrunk,
     units_of,
 )
+from topiarist.structured.occlusion import Occlusion
 from topiarist.structured.proposals import proposals
+from topiarist.structured.trial import Prefix, gated_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -87,6 +91,20 @@ def test_a_wrong_order_of_units_in_a_fused_matrix_is_refused():
     (stacked,) = proposals(model, "channels", "stacked")
     with pytest.raises(tp.UnsupportedModel, match="it computes something else"):
         proof.proven(model, [(stacked.groups, stacked.after)])
+
+
+def test_a_trial_of_a_late_block_whose_keys_are_an_earlier_one_s():
+    model = tiny_model("gemma4_unified_text")
+    groups = units_of(model, ("channels",))
+    assert model.config.num_kv_shared_layers and groups[-1].block == model.config.num_hidden_layers - 1
+    task, mask = Task(model, groups, tokens(), 0.5), {groups[-1].key: torch.zeros(groups[-1].count)}
+    with gates(model, groups) as masks:
+        whole = gated_loss(task, masks, mask, tokens())
+        with Prefix(model, tokens()) as prefix:
+            prefix.begin_at(groups[-1].block)
+            assert gated_loss(task, masks, mask, tokens()) == whole
+    scores = Occlusion(slices=1).scores(task)
+    assert all(bool(torch.isfinite(score).all()) for score in scores.values())
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_next", "glm_moe_dsa"])  # replayed, and paused at every block

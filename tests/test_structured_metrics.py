@@ -61,6 +61,16 @@ def test_flap_is_standardised_within_layers():
         assert float(value.mean().abs()) < 1e-9 and float(value.std(correction=0)) == pytest.approx(1)
 
 
+def test_flap_takes_the_heads_of_a_layer_together():
+    task = task_of(tiny.tiny_model(num_attention_heads=8), ("heads",))
+    raw, scores = Flap(standardise=False).scores(task), Flap().scores(task)
+    for layer in range(2):
+        keys = [group.key for group in task.groups if group.block == layer]
+        errors, standard = (torch.cat([found[key] for key in keys]) for found in (raw, scores))
+        assert len(keys) == 2 and float(standard.mean().abs()) < 1e-9
+        assert torch.equal(errors.argsort(), standard.argsort())
+
+
 def test_a_constant_channel_goes_for_nothing_and_its_bias_makes_up_for_it():
     """Channel 5 puts out the same for every token: FLAP cuts it first, and the compensation is exact."""
     model = tiny.tiny_model("starcoder2", intermediate_size=64)

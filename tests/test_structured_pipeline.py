@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,19 @@ def test_a_spec_of_the_first_version_is_read_in_todays_words(tmp_path: Path):
     with pytest.warns(UserWarning, match="'heads' is 'kv_groups' today"):
         found = PruneSpec.load(tmp_path / "old.json")
     assert (found.units, found.kept, found.method) == (("kv_groups", "channels"), spec.kept, "taylor")
+
+
+def test_a_spec_of_a_search_that_left_an_axis_whole_applies(tmp_path: Path):
+    tiny.tiny_checkpoint(tmp_path / "base")
+    run(tmp_path / "base", tmp_path / "out", refit=False)
+    spec = PruneSpec.load(tmp_path / "out")
+    expected, found = (
+        wanted.apply(tiny.tiny_model()).state_dict() for wanted in (spec, replace(spec, units=("hidden", *spec.units)))
+    )
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    (tmp_path / "odd.json").write_text("[]")
+    with pytest.raises(tp.CheckpointError, match=r"cannot read .*odd\.json as a PruneSpec"):
+        PruneSpec.load(tmp_path / "odd.json")
 
 
 def test_the_audit_sees_columns_that_came_back(tmp_path: Path):
@@ -156,6 +170,12 @@ def test_a_method_s_biases_are_kept_or_their_loss_is_told(tmp_path: Path):
     assert "biases" not in bare.parameters
 
 
+def test_where_nothing_goes_no_bias_comes():
+    report = run(tiny.tiny_model(), None, method="flap", refit=False, units=["kv_groups", "channels"], keep=0.7)
+    assert report.counts()["kv_groups"][:2] == (4, 4) and report.result.config.mlp_bias
+    assert not report.result.config.attention_bias and report.result.model.layers[0].self_attn.o_proj.bias is None
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 @pytest.mark.parametrize("layout", ["uniform", "hetero"])
 @pytest.mark.filterwarnings("ignore:the biases that make up for what was cut are left out")
@@ -169,6 +189,20 @@ def test_experts_go_without_biases_and_others_keep_theirs(family: str, layout: s
     }
     shared = family == "qwen2_moe" and layout == "hetero"
     assert with_bias == ({"mlp.shared_expert.down_proj.bias"} if shared else set())
+
+
+@pytest.mark.parametrize(
+    ("options", "degrees"),
+    [
+        ({"units": ["channels"], "keep": 0.75}, [1, 2]),  # 48 channels, both KV heads
+        ({"units": ["kv_groups"], "keep": 0.5}, [1]),
+        ({"units": ["heads"], "keep": 0.75, "num_attention_heads": 8}, [1, 2]),  # three of four heads of each
+        ({"units": ["block"], "keep": 0.5}, [1, 2]),
+    ],
+)
+def test_degrees_of_tensor_parallelism_divide_what_was_not_cut_too(options: dict[str, Any], degrees: list[int]):
+    heads = {"num_attention_heads": options.pop("num_attention_heads", 4)}
+    assert run(tiny.tiny_model(**heads), None, method="magnitude", refit=False, **options).tensor_parallel == degrees
 
 
 def test_uniform_results_can_be_shrunk_again(tmp_path: Path):

@@ -302,6 +302,8 @@ def test_every_planned_split_has_the_parameters_that_it_says():
         ("llama", {"target_params": 10_000, "keep": 0.8}, "keep and target_params both say how much stays"),
         ("llama", {"target_params": 20_000, "units": ["hidden"]}, "needs channels"),
         ("llama", {"target_params": 20_000, "layout": "hetero"}, "needs --layout uniform"),
+        ("llama", {"target_params": 20_000, "scope": "global"}, "scope global needs --layout hetero"),
+        ("llama", {"target_params": 20_000, "units": ["kv_groups", "channels", "ffn"]}, "leave ffn out of the units"),
         ("llama", {"target_params": 20_000, "data": TEXT[:3]}, "too few to hold some out"),
         ("llama", {"search": {"values": 3}}, "no target_params"),
         ("llama", {"rotate": True}, "add hidden"),

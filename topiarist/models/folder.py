@@ -120,7 +120,7 @@ class FolderModel(OpenedModel):
                 f"{self.checkpoint.folder} has no {lacking[0]}: it is not the folder that was trained"
             )
         whole = {target for name in names for target in self.names.group(name).targets}
-        stored = self.stored({name: values[name].detach() for name in sorted(whole)})
+        stored = self.stored({name: values[name].detach() for name in sorted(whole)}, restored=True)
         output.done()
         output.write_files(
             {name: self.checkpoint.stored(name) for name in self.checkpoint.files},
@@ -229,12 +229,21 @@ class FolderModel(OpenedModel):
             raise CheckpointError(f"{self.checkpoint.folder} has no {name}")
         return self._read(name, self.checkpoint, mapped=False)[name]
 
-    def stored(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters, whole groups of them, as the files hold them: names, shapes and dtypes."""
+    def stored(self, parameters: Mapping[str, Tensor], *, restored: bool = False) -> dict[str, Tensor]:
+        """Parameters, whole groups of them, as the files hold them: names, shapes and dtypes.
+
+        restored: values that are the files' own but for the rounding to the model's dtype are those again; zeros stay.
+        """
         stored = self.names.write(parameters)
         for key in stored.keys() - self._stored_dtype.keys():
             self._stored_dtype[key] = self.checkpoint.read(key, mapped=True).dtype
-        return {key: stored[key].to("cpu", self._stored_dtype[key]).contiguous() for key in sorted(stored)}
+        found = {key: stored[key].to("cpu", self._stored_dtype[key]).contiguous() for key in sorted(stored)}
+        for key in found if restored else ():
+            if (rounded := stored[key].cpu()).dtype != found[key].dtype:
+                own = self.checkpoint.read(key, mapped=True)
+                same = (own.to(rounded.dtype) == rounded) & (rounded != 0)  # which may be a pruned weight's
+                found[key] = torch.where(same, own, found[key])
+        return found
 
     def _read(self, name: str, checkpoint: Checkpoint, mapped: bool) -> dict[str, Tensor]:
         def read(key: str) -> Tensor:
@@ -324,7 +333,8 @@ class FolderModel(OpenedModel):
 
     def block_on_disk(self, index: int) -> dict[str, Tensor]:
         """The loaded block as the checkpoint stores it: its names, shapes and dtypes."""
-        return self.stored({name: self._get(name) for name in self._names_below(self.block_names[index])})
+        names = self._names_below(self.block_names[index])
+        return self.stored({name: self._get(name) for name in names}, restored=True)
 
     def names_in_blocks(self) -> set[str]:
         """The checkpoint's names of everything that belongs to a block."""

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from topiarist.core.gram import Gram
-from topiarist.core.linalg import reconstruction_error
+from topiarist.core.linalg import cholesky, reconstruction_error
 
 DAMPING = 1e-6
 """Of H, as a share of its mean diagonal, where it is factored: it may have no inverse."""
@@ -40,7 +40,7 @@ def low_rank_companion(
     one step, not one in turn with the mask as in 3BASiL.
 
     weight: the dense one. pruned: the same with zeros, or on a grid. Cost: an eigenproblem of min(out, in), about 10
-    n^3 flops, and three products.
+    n^3 flops, and three products. Warns and raises as `core.linalg.cholesky` does.
     """
     W = weight.detach().float()
     E = W - pruned.detach().float()
@@ -51,7 +51,7 @@ def low_rank_companion(
     else:
         damped = H.clone()
         damped.diagonal().add_(DAMPING * H.diagonal().mean().clamp_min(torch.finfo(H.dtype).tiny))
-        EL = E @ torch.linalg.cholesky(damped)
+        EL = E @ cholesky(damped)
         # Orthonormal again: singular vectors from V alone are only as good as their singular values are large.
         U = torch.linalg.qr(EL @ _leading(EL.T @ EL, rank))[0]
     A = U.T @ E

@@ -7,8 +7,10 @@ one down, so that rounding is part of the choice and not a repair afterwards. Gr
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -157,6 +159,10 @@ class _Ladder:
     round_to: int | None
     taken: int = 0
     sizes: list[int] = field(init=False)
+    sums: list[int] = field(init=False)
+    """Units of so many steps."""
+    unit_cost: int = field(init=False)
+    """Parameters that go with a unit of every group."""
     means: list[float] = field(init=False, default_factory=list)
     order: list[Tensor] = field(init=False, default_factory=list)
 
@@ -164,6 +170,8 @@ class _Ladder:
         first = self.groups[0]
         step = step_of(first, self.round_to)
         self.sizes = [min(step, first.count - start) for start in range(0, first.count, step)]
+        self.sums = [0, *accumulate(self.sizes)]
+        self.unit_cost = sum(group.cost for group in self.groups)
         self.floor_steps = self.units_to_steps(first.floor)
         self.taken = self.floor_steps
         if self.scores is None:
@@ -173,20 +181,20 @@ class _Ladder:
         ranked = torch.stack([value[order] for value, order in zip(values, self.order, strict=True)]).mean(0)
         steps = [float(part.mean()) for part in ranked.split(self.sizes)]
         # Falling but for rounding; a later step never comes before an earlier one.
-        self.means = [min(steps[: i + 1]) for i in range(len(steps))]
+        self.means = list(accumulate(steps, min))
 
     def units(self, steps: int) -> int:
-        return sum(self.sizes[:steps])
+        return self.sums[steps]
 
     def units_to_steps(self, units: int) -> int:
         """The fewest steps that hold so many units."""
-        return next(steps for steps in range(len(self.sizes) + 1) if self.units(steps) >= units)
+        return bisect_left(self.sums, units)
 
     def step_cost(self, step: int) -> int:
         return self.cost(step + 1) - self.cost(step) if step < len(self.sizes) else 0
 
     def cost(self, steps: int) -> int:
-        return sum(group.cost for group in self.groups) * self.units(steps)
+        return self.unit_cost * self.sums[steps]
 
     def kept(self) -> Kept:
         """The masks of its groups."""

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from topiarist.core.errors import TopiaristError
+from topiarist.core.errors import CalibrationError
 from topiarist.structured.estimates import Estimates
 from topiarist.structured.gates import gates
 from topiarist.structured.methods import Scores, Task
@@ -43,12 +43,17 @@ def attention_per_unit(
 
 def uncertainty(c: Float[Tensor, "windows n"], f: Float[Tensor, "windows n"]) -> Float[Tensor, "2"]:
     """R3: in proportion to 1 / sigma^2, the variance of each estimate over windows (as in SAAP, arXiv 2412.15127)."""
-    if len(c) < 2:
-        raise TopiaristError(
-            "fusion by uncertainty needs an estimate of every window: pooled=False and 2 windows or more"
-        )
+    check_windows(len(c))
     precision = torch.stack([1 / _positive((x / _positive(x.mean())).var(0).mean()) for x in (c, f)])
     return precision / precision.sum()
+
+
+def check_windows(num: int) -> None:
+    """Raise CalibrationError for too few estimates to have a variance."""
+    if num < 2:
+        raise CalibrationError(
+            "fusion by uncertainty needs an estimate of every window: pooled=False and 2 windows or more"
+        )
 
 
 def scale_free(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from topiarist.checkpoints.writing import SavedState
@@ -65,6 +66,9 @@ class Method:
     needs_data: ClassVar[bool] = True
     scope: ClassVar[str] = "global"
     """Scope of the choice where the layout leaves it free."""
+
+    def check_windows(self, tokens: Int[Tensor, "num window"]) -> None:
+        """Raise CalibrationError for calibration windows that are too few to score by."""
 
     def scores(self, task: Task) -> Scores:
         """Scores of the units of every group, (count,), by group key: the larger, the sooner a unit stays."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
+from jaxtyping import Int
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
@@ -90,6 +91,14 @@ class PolicyGradient(Method):
         if self.samples < 2 and self.baseline != "none":
             raise TopiaristError(f"{self.samples} samples a step are too few for baseline {self.baseline!r}; use 4")
 
+    def check_windows(self, tokens: Int[Tensor, "num window"]) -> None:
+        """Raise CalibrationError for windows too few to hold some out."""
+        self.divided(tokens)
+
+    def divided(self, tokens: Int[Tensor, "num window"]) -> tuple[Tensor, Tensor]:
+        """(windows that masks are tried on, held-out ones), (num, `window`). Raises CalibrationError for too few."""
+        return split(short_windows(tokens, self.window), self.held_out)
+
     def scores(self, task: Task) -> Scores:
         """Scores of the choice with the lowest held-out loss."""
         return self.search(task).scores
@@ -162,7 +171,7 @@ class _State:
 class _Search:
     def __init__(self, method: PolicyGradient, task: Task) -> None:
         self.method, self.task = method, task
-        self.training, self.held_out = split(short_windows(task.tokens, method.window), method.held_out)
+        self.training, self.held_out = method.divided(task.tokens)
         saved = task.state.load()
         if saved is None:
             metric, comparable = starting_metric(method, task)

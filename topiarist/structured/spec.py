@@ -65,7 +65,7 @@ class PruneSpec:
             if plain.get("format") == 1:
                 plain = _renewed(plain, path)
             spec = cls(**{**plain, "units": tuple(plain["units"])})
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"cannot read {path} as a PruneSpec ({error})") from error
         if spec.format != FORMAT:
             raise CheckpointError(f"{path} is of format {spec.format}, this topiarist reads {FORMAT}: update topiarist")
@@ -96,7 +96,9 @@ class PruneSpec:
         """
         if self.rotated:
             raise CheckpointError("the hidden states were rotated before the cut: no mask of the base is that cut")
-        groups = [group for kinds in cut_order(self.units) for group in units_of(model, kinds)]
+        cut = {key.rpartition(":")[2] for key in self.kept}  # a split may leave an axis whole
+        kinds = cut_order([kind for kind in self.units if kind in cut])
+        groups = [group for together in kinds for group in units_of(model, together)]
         mask_in_place(model, groups, self.masks(groups))
         return model
 

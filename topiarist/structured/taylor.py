@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 import torch
+from jaxtyping import Int
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from topiarist.core.errors import TopiaristError
 from topiarist.core.options import options
 from topiarist.structured.choose import total_cost
-from topiarist.structured.estimates import Estimates, taylor_estimates
-from topiarist.structured.fusion import FUSIONS, fixed_shares, learned_shares
+from topiarist.structured.estimates import ORDERS, Estimates, taylor_estimates
+from topiarist.structured.fusion import FUSIONS, check_windows, fixed_shares, learned_shares
 from topiarist.structured.methods import HEAD_WEIGHT, Method, Scores, Task, weigh_heads
-from topiarist.structured.trial import short_windows
+from topiarist.structured.trial import short_windows, split
 from topiarist.structured.units import KINDS
 
 LEVELS = ("model", "layer")
@@ -54,15 +55,28 @@ class Taylor(Method):
     learn_rate: PositiveFloat = 1.0
 
     def __post_init__(self) -> None:
-        for name, value, table in (("fusion", self.fusion, FUSIONS), ("level", self.level, LEVELS)):
+        named = (("order", self.order, ORDERS), ("fusion", self.fusion, FUSIONS), ("level", self.level, LEVELS))
+        for name, value, table in named:
             if value not in table:
                 raise TopiaristError(f"unknown {name} {value!r}; choose one of {', '.join(table)}")
+        if self.fusion == "uncertainty":
+            check_windows(1 if self.pooled else self.num_windows)
+
+    def check_windows(self, tokens: Int[Tensor, "num window"]) -> None:
+        """Raise CalibrationError for windows too few to hold some out, for a fusion that is learned, or for a variance."""
+        if self.fusion == "learned":
+            split(short_windows(tokens, self.window_tokens), self.learn_windows)
+        if self.fusion == "uncertainty":
+            check_windows(len(self.windows_of(tokens)))
 
     def scores(self, task: Task) -> Scores:
         """Taylor estimates on short windows: a forward and a backward pass for each of `num_windows` windows."""
-        windows = short_windows(task.tokens, self.window_tokens)
-        found = taylor_estimates(task, windows[: self.num_windows], order=self.order, pooled=self.pooled)
+        found = taylor_estimates(task, self.windows_of(task.tokens), order=self.order, pooled=self.pooled)
         return self.fused(task, found)
+
+    def windows_of(self, tokens: Int[Tensor, "num window"]) -> Int[Tensor, "num_windows window_tokens"]:
+        """The windows that are looked at."""
+        return short_windows(tokens, self.window_tokens)[: self.num_windows]
 
     def fused(self, task: Task, found: Estimates) -> Scores:
         """Scores from ready estimates."""

@@ -10,10 +10,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from topiarist.core.errors import CalibrationError
+from topiarist.core.errors import CalibrationError, UnsupportedModel
 from topiarist.core.losses import next_token_losses
 from topiarist.models.derive import family_of
 from topiarist.models.hooks import EndForward, StandIn, hooked
+from topiarist.models.opened import ObjectModel
+from topiarist.models.probe import flow_of
 from topiarist.structured.choose import choose
 from topiarist.structured.gates import Masks
 from topiarist.structured.methods import Scores, Task
@@ -55,6 +57,7 @@ def chosen(task: Task, scores: Scores) -> Kept:
 class Prefix:
     """Forwards of the same tokens that begin at a later and later block: what stands before it is computed once.
 
+    Whole forwards where a block needs more of earlier ones than hidden states, keys and values that it shares with them say.
     A context: inside, the model is good for these tokens only; on leaving it is as it was.
     """
 
@@ -63,13 +66,18 @@ class Prefix:
         self._blocks: nn.ModuleList = model.get_submodule(family_of(model).blocks)
         self._originals = list(self._blocks)
         self._start = 0
+        try:
+            with torch.inference_mode():
+                self._replays = flow_of(ObjectModel(model), tokens[:1]).replays
+        except UnsupportedModel:  # blocks that run twice
+            self._replays = False
 
     @torch.inference_mode()
     def begin_at(self, block: int) -> None:
         """Run the blocks up to this one, as they are now, for the last time."""
         if block < self._start:
             raise ValueError(f"block {block} lies before {self._start}, where forwards begin")
-        if block == self._start:
+        if block == self._start or not self._replays:
             return
         reached: list[Any] = []
 

@@ -14,6 +14,13 @@ from topiarist.checkpoints.atomic import disk_errors, make_folder
 ELSEWHERE = "; choose another folder for --spill"
 
 
+def check_spill(folder: Path) -> None:
+    """Raise CheckpointError where a folder for hidden states cannot be made because something else is there; make none."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        make_folder(folder, cure=ELSEWHERE)
+
+
 class HiddenStates:
     """(num, window, width) hidden states between two blocks, in the model's dtype, in memory or in a file.
 

@@ -91,8 +91,7 @@ class BlockStream:
         """
         if flow_of(source, tokens[:1]).replays:
             return cls(source, tokens, batch_size=batch_size, device=source.device, spill=spill, processes=processes)
-        if needs_states or spill is not None:
-            check_flow(source, tokens, needs_states or "spilling hidden states to a file")
+        check_flow(source, tokens, needs_states, spills=spill is not None)
         return PausedStream(source, tokens, batch_size=batch_size, device=source.device, processes=processes)
 
     def _begin(self, tokens: Tensor) -> None:
@@ -288,11 +287,12 @@ class BlockStream:
         return list(stages.values())
 
 
-def check_flow(source: OpenedModel, tokens: Int[Tensor, "num window"], what: str) -> None:
+def check_flow(source: OpenedModel, tokens: Int[Tensor, "num window"], what: str, *, spills: bool = False) -> None:
     """Raise UnsupportedModel for a model whose blocks cannot be run on text one by one, and if `what` needs hidden states
-    that it has not: one tensor between blocks. what: nothing, if it is empty.
+    that it has not: one tensor between blocks. what: nothing, if it is empty. spills: whether they are to go into a file.
     """
     flow = flow_of(source, tokens[:1])
+    what = what or ("spilling hidden states to a file" if spills else "")
     if what and not flow.replays:
         raise UnsupportedModel(f"{what} needs hidden states that are one tensor, and here {flow.why}: leave it out")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from topiarist.core.errors import CalibrationWarning, NumericalWarning, TopiaristError
 from topiarist.core.gram import Gram
@@ -109,14 +109,15 @@ class GroupSolver:
     def _outcome(self, group: GramGroup, path: str) -> Outcome | TopiaristError:
         """A group's solutions with what else its Gram is needed for, or the error that ended it, for all processes."""
         weights = [m.weight for m in group.matrices] if group.asked is None else group.asked
+        names, said, companions = [_join(path, m.name) for m in group.matrices], Said(), list[LowRank]()
         try:
-            solutions, said = self._solutions_and_warnings(path, group.matrices, weights, group.gram)
-            companions: list[LowRank] = []
-            if (companion := self.companion) is not None:
-                companions = [companion.of(W, s, group.gram) for W, s in zip(weights, solutions, strict=True)]
-            return solutions, said, companions
+            with self._named(group.matrices, names, said):
+                solutions = self.solver.together(weights, group.gram, [self.patterns[name] for name in names])  # pyright: ignore[reportArgumentType]
+                if (companion := self.companion) is not None:
+                    companions = [companion.of(W, s, group.gram) for W, s in zip(weights, solutions, strict=True)]
         except TopiaristError as error:
             return error
+        return solutions, said, companions
 
     def _called(self, matrices: Sequence[Matrix], reached: set[Matrix], path: str) -> list[Matrix]:
         """The matrices without the linear layers that were never called: no text says anything about those."""
@@ -124,14 +125,6 @@ class GroupSolver:
         if never:
             self.warn(f"{path}: never called for this text, so dense: {', '.join(never)}", CalibrationWarning)
         return [m for m in matrices if m.name not in never]
-
-    def _solutions_and_warnings(
-        self, path: str, matrices: Sequence[Matrix], weights: Sequence[Tensor], gram: Gram
-    ) -> tuple[list[Solution], Said]:
-        names, said = [_join(path, m.name) for m in matrices], list[tuple[str, type[Warning]]]()
-        with self._named(matrices, names, said):
-            solutions = self.solver.together(weights, gram, [self.patterns[name] for name in names])  # pyright: ignore[reportArgumentType]
-        return solutions, said
 
     def _take(self, path: str, matrix: Matrix, solution: Solution, tokens: int) -> LayerReport:
         """Put a solution into the model."""

@@ -222,8 +222,8 @@ def prune_module(
 ) -> Report:
     """Prune every Linear of any torch module in place (an encoder, a vision transformer), from one pass over `batches`.
 
-    A batch is a tensor, a tuple of positional or a dict of keyword arguments. All Grams are of the dense model and in
-    memory at once. Raises CalibrationError if there is no batch.
+    A batch is a tensor, a tuple of positional or a dict of keyword arguments. All Grams are of the dense model in evaluation
+    mode, and in memory at once. Raises CalibrationError if there is no batch.
     """
     solver, base_pattern = Registered(METHODS, base=(Solver,)).parse(method), parse_pattern(pattern)
     if isinstance(solver, SparseLLM):
@@ -238,7 +238,8 @@ def prune_module(
     wanted = [m for m in matrices if patterns[m.name] is not None]
     collector, count = GramCollector(wanted), 0
     pruner = BlockPruner(solver, patterns)
-    with torch.no_grad(), watch_inputs(wanted, collector.on_input), pruner.meter.timed("forward"):
+    watched = watch_inputs(wanted, collector.on_input)
+    with torch.no_grad(), at_rest(model), watched, pruner.meter.timed("forward"):
         for batch in batches:
             if isinstance(batch, Mapping):
                 model(**batch)

@@ -5,23 +5,27 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from jaxtyping import Int
 from torch import Tensor
 
+from topiarist.allocate import ALLOCATIONS, Search
 from topiarist.checkpoints.writing import bytes_to_write
 from topiarist.core.errors import CalibrationError
 from topiarist.core.meter import duration, peak_memory_bytes, resident_bytes
 from topiarist.core.patterns import Pattern
+from topiarist.core.registry import name_of
 from topiarist.core.slots import SLOTS, check_slots
 from topiarist.data import Windows
 from topiarist.models.families import Matrix
 from topiarist.models.opened import at_rest
 from topiarist.pipelines.allocating.allocation import fixed_patterns
+from topiarist.pipelines.allocating.search import divided
 from topiarist.pipelines.common.grams import GramGroup, owners
+from topiarist.pipelines.common.hidden_states import check_spill
 from topiarist.pipelines.common.integer_blocks import packed_bytes
 from topiarist.pipelines.common.setup import open_for, windows_of
 from topiarist.pipelines.common.stream import BlockStream, check_flow
@@ -53,6 +57,10 @@ class Plan:
     solver_seconds: float
     processes: int = 1
     """That divide the run; memory is that of one of them."""
+    spilled_bytes: int = 0
+    """Of hidden states in files, of all processes."""
+    measured: str = ""
+    """The rule of an allocation that is measured first; what that takes is not in the plan."""
 
     def lines(self) -> list[tuple[str, str]]:
         """(what, how much) of every need, in words."""
@@ -61,9 +69,11 @@ class Plan:
             *[("processes", f"{self.processes}")] * (self.processes > 1),
             ("peak memory, about", f"{self.peak_memory_bytes / 1e9:.2f} GB" + " each" * (self.processes > 1)),
             ("disk", f"{self.disk_bytes / 1e9:.2f} GB"),
+            *[("spilled hidden states, at most", f"{self.spilled_bytes / 1e9:.2f} GB")] * (self.spilled_bytes > 0),
             ("forward passes and Grams, about", duration(self.forward_seconds)),
             ("solver, about", duration(self.solver_seconds)),
             ("in all, about", duration(self.forward_seconds + self.solver_seconds)),
+            *[("beside it", f"allocation {self.measured}, of which `allocate --plan` tells")] * bool(self.measured),
         ]
 
 
@@ -81,7 +91,9 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
     windows = windows_of(options, source)
     if options.low_rank is not None:
         check_modules(source, patterns)
-    return plan_walk(
+    if isinstance(options.rule, Search):
+        divided(options.rule, windows.tokens)  # refuses too few
+    plan = plan_walk(
         source,
         solver_of(options, grid),
         patterns,
@@ -92,6 +104,9 @@ def plan_prune(model: str | Path, options: PruneOptions) -> Plan:
         refine=options.refine,
         joint=joint,
     )
+    if (rule := options.rule) is not None and rule.measured_by:
+        plan = replace(plan, measured=str(name_of(ALLOCATIONS, rule)))
+    return plan
 
 
 class PlannedOptions(WalkOptions, Protocol):
@@ -123,9 +138,11 @@ def plan_walk(
     )
     if processes.size > 1:
         check_slots(-(-len(windows.tokens) // options.windows_a_forward), processes.size)
+    if options.spill is not None:
+        check_spill(Path(options.spill))
     if not len(windows.tokens):
         return _plan_without_data(source, solver, patterns, grid)
-    check_flow(source, windows.tokens, pruner.needs_states)
+    check_flow(source, windows.tokens, pruner.needs_states, spills=options.spill is not None)
     probe = probe_block(source, solver, patterns, windows.tokens[:PROBE_WINDOWS])
     groups, blocks = probe.groups, len(source.block_names)
     solves = sum(g.work for g in groups)
@@ -142,7 +159,9 @@ def plan_walk(
     load = [0.0] * processes.size
     for group, owner in zip(groups, owners([g.work for g in groups], processes.size), strict=True):
         load[owner] += group.work
-    working_set = _working_set(source, windows.window, groups, solver, own, options, refine, joint)
+    states = _hidden_bytes(source, windows.window, groups, options, refine, joint)
+    spilled = options.spill is not None
+    working_set = _working_set(source, groups, solver, options, refine) + (0 if spilled else own * states)
     return Plan(
         blocks=blocks,
         matrices=probe.matrices,
@@ -151,6 +170,7 @@ def plan_walk(
         forward_seconds=blocks * passes * own,
         solver_seconds=blocks * probe.solver_rate * solves * max(load) / sum(load),
         processes=processes.size,
+        spilled_bytes=len(windows.tokens) * states if spilled else 0,
     )
 
 
@@ -239,31 +259,34 @@ def _plan_without_data(source: Any, solver: Method, patterns: Mapping[str, Patte
     )
 
 
-def _working_set(
+def _hidden_bytes(
     source: Any,
     window: int,
     groups: Sequence[GramGroup],
-    solver: Method,
-    samples: int,
     options: PlannedOptions,
     refine: Refine | None,
     joint: SparseLLM | None,
 ) -> int:
-    """Bytes that come on top of the process as it is: hidden states, and beside them the most of what follows one another:
-    sums of Grams, the whole Grams with a solver's copies, a block in training, the embeddings.
-    """
-    spilled = options.spill is not None
+    """Bytes of hidden states and what goes with them, a window: in memory, or in files."""
     width = source.text_config.hidden_size
-    states = hidden = 0 if spilled else samples * window * width * source.dtype.itemsize
+    states = hidden = window * width * source.dtype.itemsize
     if joint is not None:  # inputs and fp32 outputs of a network, and its fp32 auxiliaries if rounds follow one another
-        tokens = 0 if spilled else samples * window
         rows = max(sum(m.shape[0] for m in g.matrices) for g in groups) if joint.epochs > 1 else 0
-        hidden += (1 + joint.needs_dense_inputs) * states + 4 * tokens * (width + rows)
-    grams = sum(4 * g.gram.in_features**2 for g in groups)
+        hidden += (1 + joint.needs_dense_inputs) * states + 4 * window * (width + rows)
     if options.correct is not None or (refine is not None and refine.target == "dense"):
         hidden += 2 * states  # the dense model's, on both sides of a block
     if refine is not None and refine.target == "current":  # targets
         hidden += states
+    return hidden
+
+
+def _working_set(
+    source: Any, groups: Sequence[GramGroup], solver: Method, options: PlannedOptions, refine: Refine | None
+) -> int:
+    """Bytes that come on top of the process and its hidden states, the most of what follows one another: sums of Grams, the
+    whole Grams with a solver's copies, a block in training, the embeddings.
+    """
+    grams = sum(4 * g.gram.in_features**2 for g in groups)
     if options.correct is not None:  # the block as it was, and sums over two inputs beside the Grams
         grams += grams + sum(m.tensor.numel() * m.tensor.element_size() for g in groups for m in g.matrices)
     local = solver.local if isinstance(solver, SparseLLM) else solver
@@ -274,4 +297,4 @@ def _working_set(
         solving = max(solving, squares * gram + 3 * own, min(2, squares) * gram + weights * own)
     embeddings = sum(p.numel() * p.element_size() for p in source.embedding_parameters())
     trained = sum(m.weight.numel() for g in groups for m in g.matrices) * (16 + 2) if refine is not None else 0
-    return hidden + max(GRAM_COPIES * grams, grams + solving, trained, embeddings)
+    return max(GRAM_COPIES * grams, grams + solving, trained, embeddings)

@@ -94,7 +94,7 @@ class Walk:
         if self.processes.size > 1:
             check_slots(-(-len(tokens) // options.windows_a_forward), self.processes.size)
         if len(tokens):  # refused, if at all, before anything is written
-            check_flow(source, tokens, pruner.needs_states)
+            check_flow(source, tokens, pruner.needs_states, spills=options.spill is not None)
 
     def _start(self) -> BlockStream | None:
         """The hidden states before the first block; None where nothing has to flow."""

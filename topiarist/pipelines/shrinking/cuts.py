@@ -54,6 +54,12 @@ def check_scored(method: Method, kinds: Sequence[str]) -> None:
         raise TopiaristError(f"{name_of(METHODS, method)} cannot score {unfit[0]}; it scores {', '.join(method.kinds)}")
 
 
+def check_scope(layout: str, scope: str | None) -> None:
+    """Raise PatternError for a scope that the layout has no choice of."""
+    if layout == "uniform" and scope not in (None, "per_layer"):
+        raise PatternError(f"a uniform layout keeps the same count in every layer: scope {scope} needs --layout hetero")
+
+
 def plan_cuts(
     model: Any,
     method: Method,
@@ -76,6 +82,7 @@ def plan_cuts(
     kinds = check_kinds(kinds)
     check_scored(method, kinds)
     check_layout(layout, kinds)
+    check_scope(layout, scope)
     others = tuple(kind for kind in kinds if kind != HIDDEN)
     if HIDDEN not in kinds or not others:
         return [_plan_cut(model, keep, layout, kinds, scope or method.scope, scope, round_to, notes)]
@@ -119,8 +126,6 @@ def _plan_cut(
             else f"a norm of {inexact[0].key.rpartition('.')[0]} spans all heads: without some of them it sees other statistics"
         )
         remember(notes, f"{what}, and the result is not exactly the masked model")
-    if layout == "uniform" and scope not in (None, "per_layer"):
-        raise PatternError(f"a uniform layout keeps the same count in every layer: scope {scope} needs --layout hetero")
     scope = "per_layer" if layout == "uniform" else scope or default_scope
     counts = None
     if scope == "per_layer" and any(group.kind not in DEPTH_KINDS for group in groups):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+from jaxtyping import Int
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
 
 from topiarist.core.errors import CalibrationError, TopiaristError
 from topiarist.core.options import About, Registered, Settings, options
@@ -16,6 +18,7 @@ from topiarist.structured import METHODS, Method
 from topiarist.structured.layout import MAX_WASTE
 from topiarist.structured.reap import Reap
 from topiarist.structured.taylor import Taylor
+from topiarist.structured.trial import split
 
 KEEP = 0.8
 
@@ -120,3 +123,14 @@ class ShrinkOptions(TextOptions):
         else:
             return
         raise CalibrationError(f"{what} needs text: name --data FILE{cure}")
+
+    def check_windows(self, tokens: Int[Tensor, "num window"]) -> None:
+        """Raise CalibrationError for windows too few for a step of the recovery, or to hold some out where that is done."""
+        if self.recover is not None and len(tokens) < self.recover.sequences:
+            raise CalibrationError(
+                f"a step of the recovery takes {self.recover.sequences} windows of text, and there are {len(tokens)}: lower "
+                "its sequences, or add calibration samples"
+            )
+        if self.searches:
+            tokens, _ = split(tokens, (self.search or Search()).held_out)
+        self.chosen_method.check_windows(tokens)

@@ -14,8 +14,10 @@ from topiarist.pipelines.common.probe import timed, window_seconds
 from topiarist.pipelines.common.setup import open_for, windows_of
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.shrinking.decide import decide
+from topiarist.pipelines.shrinking.distill import Distill
 from topiarist.pipelines.shrinking.options import Search, ShrinkOptions
 from topiarist.structured import METHODS
+from topiarist.structured.taylor import Taylor
 
 PASSES = {
     "taylor": 3,
@@ -35,7 +37,7 @@ STEP = 4
 def plan_shrink(model: str | Path, options: ShrinkOptions) -> list[tuple[str, str]]:
     """Take a window through the first block, and its Grams, and extrapolate. Writes nothing.
 
-    Raises what the run itself would raise of the model's shapes.
+    Raises what the run itself would raise of the model's shapes and of the text.
     """
     source = open_for(options, model)
     decided = decide(source, options, [])
@@ -45,22 +47,26 @@ def plan_shrink(model: str | Path, options: ShrinkOptions) -> list[tuple[str, st
     if options.data is None:
         return [*lines, ("passes", "none: no text is looked at")]
     tokens = windows_of(options, source).tokens
+    options.check_windows(tokens)
     num, forward = len(tokens), window_seconds(source, tokens[:1])
     passes = PASSES.get(name)
     if passes is None:
         lines.append((f"scores, {name}", "no estimate: how many forwards it takes depends on the units"))
     else:
-        lines.append((f"scores, {name}, about", duration(passes * num * forward)))
+        method, looked = options.chosen_method, tokens
+        if isinstance(method, Taylor):  # whose windows are its own, and may be fewer tokens
+            looked = method.windows_of(tokens)
+        lines.append((f"scores, {name}, about", duration(passes * looked.numel() / tokens.shape[1] * forward)))
     if decided.refit:
         lines.append(("refit, about", duration(num * _refit_seconds(source, tokens[:1]))))
     if options.searches:
         settings = options.search or Search()
-        each = min(settings.held_out, num) * forward + settings.recover_steps * STEP * forward
-        lines.append(("trying a split, at most about", duration(each)))
+        recovery = settings.recover_steps * Distill().sequences * STEP
+        lines.append(("trying a split, at most about", duration((min(settings.held_out, num) + recovery) * forward)))
     if options.target_latency is not None:
         lines.append(("latency", "measured in the run alone, which refuses a target that no split meets"))
-    if (recovery := options.recover) is not None:
-        lines.append(("recovery, about", duration(recovery.steps * recovery.sequences * STEP * forward)))
+    if (asked := options.recover) is not None:
+        lines.append(("recovery, about", duration(asked.steps * asked.sequences * STEP * forward)))
     return lines
 
 

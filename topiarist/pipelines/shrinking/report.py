@@ -47,7 +47,8 @@ class ShrinkReport(RunReport):
     blocks: list[dict[str, Any]] = field(default_factory=list)
     """One entry a group of units: block, name, kind, kept, of, slots."""
     tensor_parallel: list[int] = field(default_factory=list)
-    """Degrees of tensor parallelism that divide all head and channel counts evenly, up to 8."""
+    """Degrees of tensor parallelism that divide the KV heads and channels of every layer evenly, up to 8; empty
+    for a model type without a row."""
     merged: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     """Of a run that merges experts: layer -> expert that stays -> those averaged into it, by their old numbers."""
     layers: list[Refitted] = field(default_factory=list)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from topiarist.checkpoints.writing import OutputFolder
-from topiarist.core.errors import TopiaristError
+from topiarist.core.errors import TopiaristError, UnsupportedModel
 from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import given_or_made, plain, takes
 from topiarist.core.registry import name_of
@@ -30,10 +30,8 @@ from topiarist.pipelines.shrinking.report import ShrinkReport
 from topiarist.pipelines.shrinking.run import ShrinkRun, frozen, parameter_counts
 from topiarist.pipelines.shrinking.search import SplitSearch
 from topiarist.results.result import chained
-from topiarist.structured import METHODS, PruneSpec
+from topiarist.structured import METHODS, PruneSpec, default_kinds, units_of
 from topiarist.structured.derived import tried
-from topiarist.structured.trial import split
-from topiarist.structured.units import DEPTH_KINDS
 
 SAID = ("method", "keep", "layout", "units", "seed")
 """Settings that the command says even at their defaults."""
@@ -74,8 +72,8 @@ def shrink(
             "a model object that is masked in place cannot teach itself: give its folder, or another layout"
         )
     windows = windows_of(options, opened) if options.data is not None else None
-    if splits is not None and windows is not None:
-        split(windows.tokens, 1)  # refuses too few
+    if windows is not None:
+        options.check_windows(windows.tokens)
     calibration = _calibration(windows, options.seed, options.batch_size)
     resolved = replace(
         options, method=scorer, keep=None if options.searches else keep, units=kinds, refit=refit,
@@ -147,7 +145,7 @@ def shrink(
         cut = {part.parameter for one in done for group in one.groups for part in group.parts}
         report.dense = left_dense(opened, cut, {}, otherwise=NO_UNIT)
         report.blocks, report.warnings = spec.by_block(), notes
-        report.tensor_parallel = _tensor_parallel(report.blocks)
+        report.tensor_parallel = _tensor_parallel(opened.model, report.blocks)
         dtype = str(opened.dtype).removeprefix("torch.")
         report.weights = {"before": dense_bytes, "after": _nbytes(small), "dtype": dtype, **chain}
         report.output, report.result = None if out is None else str(out), small if in_place else None
@@ -169,10 +167,17 @@ def _calibration(windows: Windows | None, seed: int, batch_size: int) -> dict[st
     }
 
 
-def _tensor_parallel(rows: Sequence[dict[str, Any]]) -> list[int]:
-    """Degrees up to 8 that divide every count of the stored model."""
-    counts = {row["slots"] for row in rows if row["kind"] not in DEPTH_KINDS}
-    return [degree for degree in range(1, 9) if counts and all(count % degree == 0 for count in counts)]
+def _tensor_parallel(model: Any, rows: Sequence[dict[str, Any]]) -> list[int]:
+    """Degrees up to 8 that divide the heads and channels of every layer as it is stored, those that were not cut too."""
+    if not has_row(model):
+        return []
+    stored = {f"{row['name']}:{row['kind']}": row["slots"] for row in rows}
+    try:
+        groups = units_of(model, default_kinds(model))
+    except UnsupportedModel:  # heads that cannot be told apart
+        return []
+    counts = {stored.get(group.key, group.count) for group in groups}
+    return [degree for degree in range(1, 9) if all(count % degree == 0 for count in counts)]
 
 
 def _numel(model: nn.Module) -> int:

@@ -13,11 +13,11 @@ import torch
 
 from topiarist.core.errors import PatternError, TopiaristError, UnsupportedModel
 from topiarist.models.derive import has_row
-from topiarist.pipelines.shrinking.cuts import Cut, check_scored
+from topiarist.pipelines.shrinking.cuts import Cut, check_scope, check_scored
 from topiarist.pipelines.shrinking.options import ShrinkOptions
 from topiarist.structured import UnitGroup, default_kinds, holds, layer_counts, plan_layout, units_of
 from topiarist.structured.choose import kept_cost, step_of, total_cost
-from topiarist.structured.units import HEAD_KINDS, HIDDEN, check_kinds, cut_order
+from topiarist.structured.units import HEAD_KINDS, HIDDEN, KINDS, check_kinds, cut_order
 from topiarist.structured.width import accepts, empty_model, parameter_count, width_config
 
 AXES = (HIDDEN, "block", *HEAD_KINDS)
@@ -149,7 +149,12 @@ def plan_splits(model: Any, options: ShrinkOptions) -> Splits:
         )
     if options.layout != "uniform":
         raise TopiaristError(f"a split over the axes is one for all layers: {flag} needs --layout uniform")
+    check_scope(options.layout, options.scope)
     kinds = tuple(options.units or (*_wide(model), *default_kinds(model)))
+    if other := [kind for kind in kinds if kind in KINDS and kind not in (*AXES, "channels")]:
+        raise TopiaristError(
+            f"a split is over {', '.join(AXES)} and channels: leave {other[0]} out of the units, or say --keep instead"
+        )
     for together in cut_order(kinds):
         check_kinds(together)
     check_scored(options.chosen_method, [kind for kind in kinds if kind != "block"])
