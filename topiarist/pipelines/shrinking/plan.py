@@ -17,6 +17,7 @@ from topiarist.pipelines.shrinking.decide import decide
 from topiarist.pipelines.shrinking.distill import Distill
 from topiarist.pipelines.shrinking.options import Search, ShrinkOptions
 from topiarist.structured import METHODS
+from topiarist.structured.metrics import Flap
 from topiarist.structured.taylor import Taylor
 
 PASSES = {
@@ -54,6 +55,8 @@ def plan_shrink(model: str | Path, options: ShrinkOptions) -> list[tuple[str, st
         lines.append((f"scores, {name}", "no estimate: how many forwards it takes depends on the units"))
     else:
         method, looked = options.chosen_method, tokens
+        if isinstance(method, Flap) and not decided.refit:
+            passes += 1  # for the biases of what was chosen
         if isinstance(method, Taylor):  # whose windows are its own, and may be fewer tokens
             looked = method.windows_of(tokens)
         lines.append((f"scores, {name}, about", duration(passes * looked.numel() / tokens.shape[1] * forward)))
