@@ -13,7 +13,7 @@ import torch
 from killing import Kept, Killed
 from safetensors.torch import load_file
 from sweep.check import tokens
-from sweep.tiny_types import tiny_folder
+from sweep.tiny_types import tiny_folder, tiny_model
 from torch import nn
 
 import topiarist as tp
@@ -24,6 +24,7 @@ from topiarist.masklearn import Preset, Schedule
 from topiarist.pipelines.recovering.objective import Objective
 from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.recovering.plan import plan_recover
+from topiarist.pipelines.shrinking.distill import Distill, distill
 from topiarist.pipelines.training import loop
 from topiarist.pipelines.training.batches import Batches, micro_batch_size, split_held_out
 from topiarist.pipelines.training.loop import FineTuning
@@ -239,6 +240,34 @@ def test_gradients_from_before_play_no_part():
     used(TOKENS[:2], labels=TOKENS[:2]).loss.backward()
     first, second = (tp.recover(model, teacher=teacher, **SETTINGS) for model in (clean, used))
     assert first.evaluations == second.evaluations
+
+
+def test_layers_of_one_weight_take_one_low_rank_update():
+    pruned, teacher = (tiny.tiny_model() for _ in range(2))
+    for model in (pruned, teacher):
+        first, last = model.model.layers
+        last.mlp.up_proj.weight = first.mlp.up_proj.weight
+    tp.prune(pruned, method="magnitude")
+    text = {**SETTINGS, "data": TOKENS[:8], "tokens": 6 * 64, "sequences": 2, "evaluate_every": 1, "held_out": 1}
+    report = tp.recover(pruned, teacher=teacher, kind="lora", **text)
+    _, held_out = split_held_out(8, 1)
+    with torch.no_grad():
+        after = float(divergence(pruned(TOKENS[:8][held_out]).logits, teacher(TOKENS[:8][held_out]).logits))
+    assert report.best["loss"] < report.before and after == pytest.approx(report.best["loss"], rel=1e-5)
+
+
+def test_a_matrix_that_is_never_called_takes_no_low_rank_update():
+    pruned, dense = (tiny_model("falcon_mamba") for _ in range(2))
+    tp.prune(pruned, method="magnitude")
+    before = {name: p.detach().clone() for name, p in pruned.named_parameters() if "dt_proj.weight" in name}
+    text = {"data": tokens().repeat(5, 1), "tokens": 64, "sequences": 2, "held_out": 2}
+    with pytest.warns(UserWarning, match="2 matrices are multiplied in their modules' own way"):
+        tp.recover(pruned, teacher=dense, kind="lora", **text)
+    assert len(before) == 2 and all(torch.equal(pruned.get_parameter(name), p) for name, p in before.items())
+    notes: list[str] = []
+    small = copy.deepcopy(dense)
+    distill(small, dense, Distill(steps=1), tokens(), batch_size=2, seed=0, on_note=notes.append)
+    assert len(notes) == 1 and "2 matrices" in notes[0]
 
 
 def test_matrices_with_a_forward_of_their_own_take_no_low_rank_update(tmp_path: Path):
