@@ -85,7 +85,9 @@ class Recipe:
             missing = "model" if not self.model else "out"
             raise OptionError(f"{self.source} names no {missing}: write it there, or give --{missing}")
         check_place(Path(self.out))
-        self.check(state_of(Checkpoint(locate(self.model)).config))
+        model = Checkpoint(locate(self.model))
+        self.check(state_of(model.config))
+        self._check_teachers(pruned=bool(model.claims()))
 
     def check(self, state: str) -> None:
         """Raise OptionError, with its line, for a stage that does not fit what the model is when it begins."""
@@ -113,6 +115,17 @@ class Recipe:
                 )
         if not changing or self.steps[-1].stage.to_file:
             raise OptionError(f"{self.source} line {self.steps[-1].line}: the last stage must write a model")
+
+    def _check_teachers(self, *, pruned: bool) -> None:
+        """Raise OptionError for a recovery that would learn from what the recipe starts from, if that is pruned itself."""
+        changed = False
+        for step in self.steps:
+            if pruned and changed and step.name == "recover" and step.options.needs_teacher and not step.more:
+                raise OptionError(
+                    f"{self.source} line {step.line}: recover learns from the model that the recipe starts from, and "
+                    f"{self.model} is pruned itself: name the dense model as its teacher"
+                )
+            changed |= step.changes
 
     @contextmanager
     def telling(self, step: Step) -> Iterator[None]:

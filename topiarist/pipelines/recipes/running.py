@@ -50,8 +50,10 @@ def run_recipe(recipe: Recipe, *, keep_stages: bool = False, progress: Progress 
     return recipe.steps[recipe.final].stage.report.from_folder(out)
 
 
-def _check_same(out: Path, written: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+def _check_same(out: Path, written: Any, said: Mapping[str, Any]) -> None:
     """Raise TopiaristError, naming what differs, if `out` was made by another recipe than the one that is said."""
+    if not isinstance(written, Mapping) or not isinstance(written.get("stages"), list):
+        raise TopiaristError(f"{out / RECIPE} is no recipe any more: choose another output, or delete {out}")
     named = list(differences(_by_stage(written), _by_stage(said)))
     if named:
         raise TopiaristError(f"{out} holds another run: {listed(named)}. Choose another output, or delete it")

@@ -32,7 +32,6 @@ from topiarist.pipelines.recovering.files import write_recovered
 from topiarist.pipelines.recovering.inputs import (
     check_dense,
     check_divisible,
-    check_sequences,
     check_teacher,
     cut_text,
     held_masks,
@@ -82,9 +81,7 @@ def recover(
     opened = open_pruned(model, options)
     opened.check_output(out)
     dense = open_teacher(opened, teacher, options)
-    check_sequences(options, processes.size)
-    if options.shard:
-        check_divisible(opened, dense, options, processes)
+    check_divisible(opened, dense, options, processes)
     check_same_run(processes, options, opened, {"out": str(out), "teacher": None if dense is None else dense.digest()})
     tell, place = progress or (lambda *_: None), None if out is None else Path(out)
     with ExitStack() as held:
