@@ -315,6 +315,16 @@ def test_a_plan_refuses_what_the_run_would(tmp_path: Path):
                 work(tmp_path / "pruned", **SETTINGS, **settings)
 
 
+def test_a_dense_model_that_moved_away_is_told_with_the_cure(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    tp.prune(base, tmp_path / "pruned", method="magnitude")
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(tp.CheckpointError, match=r"pruned names cannot be opened: .* or name it with --teacher"):
+        tp.recover(tmp_path / "pruned", tmp_path / "out", **SETTINGS)
+    with pytest.raises(tp.CheckpointError, match=r"^model folder .*base does not exist"):
+        tp.recover(tmp_path / "pruned", tmp_path / "out", teacher=base, **SETTINGS)
+
+
 def test_files_may_know_a_tied_matrix_by_its_other_name(tmp_path: Path):
     base = tiny.tiny_checkpoint(tmp_path / "base", tie_word_embeddings=True)
     stored = load_file(base / "model.safetensors")

@@ -11,6 +11,7 @@ stages:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -115,6 +116,12 @@ class Recipe:
                 )
         if not changing or self.steps[-1].stage.to_file:
             raise OptionError(f"{self.source} line {self.steps[-1].line}: the last stage must write a model")
+        for step, follower in itertools.pairwise(self.steps):
+            if step.stage.to_file and (follower.name != "prune" or follower.options.allocation is not None):
+                raise OptionError(
+                    f"{self.source} line {follower.line}: {follower.name} does not read what {step.name} before it finds: put "
+                    "a prune without an allocation of its own right behind it"
+                )
 
     def _check_teachers(self, *, pruned: bool) -> None:
         """Raise OptionError for a recovery that would learn from what the recipe starts from, if that is pruned itself."""

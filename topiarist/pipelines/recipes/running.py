@@ -96,7 +96,7 @@ def _run_stages(
     for number, step in enumerate(recipe.steps):
         place = _place(places, number, step.name, recipe.final)
         options = step.options
-        if step.name == "prune" and allocation is not None and options.allocation is None:
+        if step.name == "prune" and allocation is not None:
             options = replace(options, allocation=allocation)
         if step.name == "pack":  # it works in OUT itself: what a kill leaves is of these settings
             _note(places, said, number)
@@ -113,7 +113,7 @@ def _run_stages(
         if step.stage.to_file:
             allocation = place
         elif step.changes:
-            model = str(place)
+            model, allocation = str(place), None
 
 
 def _place(places: Path, number: int, name: str, final: int) -> Path:

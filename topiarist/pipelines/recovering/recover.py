@@ -227,6 +227,7 @@ def open_teacher(
         if teacher is not None:
             raise TopiaristError("loss lm asks no teacher: leave the teacher out, or use loss kl")
         return None
+    given = teacher
     if teacher is None:
         provenance = getattr(student.config, "pruning_config", None) or {}
         teacher = provenance.get("base_model")
@@ -235,7 +236,14 @@ def open_teacher(
             raise CheckpointError(
                 f"{student.name} does not say which model it was pruned from: name it with --teacher, or use --loss lm"
             )
-    opened = open_model(teacher, device=student.device, trust_remote_code=options.trust_remote_code)
+    try:
+        opened = open_model(teacher, device=student.device, trust_remote_code=options.trust_remote_code)
+    except CheckpointError as error:
+        if given is not None:
+            raise
+        raise CheckpointError(
+            f"the dense model that {student.name} names cannot be opened: {error}; or name it with --teacher, or use --loss lm"
+        ) from error
     check_teacher(student, opened, hidden=options.loss == "kl+hidden")
     return opened
 
