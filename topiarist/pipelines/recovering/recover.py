@@ -25,6 +25,7 @@ from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import given_or_made, plain, takes
 from topiarist.models.derive import check_has_text_loss
 from topiarist.models.opened import ObjectModel, OpenedModel, open_model
+from topiarist.pipelines.common.dense import left_by_training
 from topiarist.pipelines.common.finish import weights_of
 from topiarist.pipelines.common.reproduce import command, recipe
 from topiarist.pipelines.common.setup import open_for
@@ -156,6 +157,8 @@ def recover(
         report.weights = {**weights_of(opened), "trained": trainee.count, "held": zeros}
         report.warnings = [*trainee.notes, *_left_behind(opened)]
         report.note_if_useless()
+        if rows := report.pruned.get("dense"):
+            report.pruned = {**report.pruned, "dense": left_by_training(rows, opened, trainee.changed)}
         report.run = {**meter.run(student.device), "processes": processes.size}
         if output is not None:
             report.output, folder = str(out), output

@@ -15,6 +15,7 @@ from topiarist.core.losses import divergence
 from topiarist.core.options import options
 from topiarist.models.derive import family_of
 from topiarist.models.families import Matrix, matrices_of
+from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.learning.train_kept import Recover
 from topiarist.pipelines.training.batches import Batches, micro_batch_size
 from topiarist.pipelines.training.loop import RATE, Progress
@@ -54,6 +55,16 @@ def disk_bytes(model: Any, settings: Distill) -> int:
     if settings.kind == "full":
         return 2 * STATE_BYTES * sum(matrix.weight.numel() for matrix in matrices)
     return 2 * STATE_BYTES * settings.lora_rank * sum(sum(matrix.shape) for matrix in matrices if matrix.expert is None)
+
+
+def trained_names(source: OpenedModel, settings: Distill) -> set[str]:
+    """Full names of the parameters that `distill` changes."""
+    return {
+        f"{path}.{matrix.path}"
+        for index, path in enumerate(source.block_names)
+        for matrix in source.matrices(index)
+        if settings.kind == "full" or matrix.is_plain
+    }
 
 
 def _matrices(model: Any) -> list[Matrix]:
