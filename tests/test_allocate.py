@@ -336,6 +336,7 @@ def test_a_file_gives_the_same_run_and_a_broken_one_is_refused(tmp_path: Path):
     stored["patterns"]["model.layers.0.mlp.up_proj"] = "0.9"
     for change, message in (
         ({}, "it was edited"),
+        ({"skipped": None}, "says skipped None, which is no list of layers"),
         ({"patterns": {**stored["patterns"], "no.such": "0.5"}}, "names 'no.such'"),
         (
             {"patterns": {**stored["patterns"], "model.layers.1.mlp.down": "0.5"}},

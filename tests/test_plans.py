@@ -50,6 +50,8 @@ def test_allocate(folder: Path, command, words: tuple[str, ...], said: list[str]
         (("--rule", "owl"), "allocation owl looks at what flows through the model: give calibration text"),
         (("--rule", "sensitivity"), "allocation sensitivity looks at what flows through the model"),
         (("--rule", "search", *TEXT[:2], "--samples", "4"), "4 calibration windows, of which the search keeps 4"),
+        (("--rule", "linear:max_sparsity=0.5", "--pattern", "0.7"), "0.7 in all cannot be met; widen the bounds"),
+        (("--rule", "owl", *TEXT, "--pattern", "3:5"), "pattern 3:5 needs an input width divisible by 5"),
     ],
 )
 def test_what_allocate_refuses_its_plan_refuses(folder: Path, command, words: tuple[str, ...], said: str):
@@ -58,6 +60,23 @@ def test_what_allocate_refuses_its_plan_refuses(folder: Path, command, words: tu
     plan = command("allocate", "model", "out.json", *words, "--plan")
     assert plan[0] == run[0] == 2 and said in plan[2] and plan[2] == run[2]
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_rule_that_cannot_meet_the_pattern_is_refused_by_the_plan_of_prune(folder: Path, command):
+    words = (
+        "prune",
+        "model",
+        "out",
+        "--method",
+        "magnitude",
+        "--pattern",
+        "0.7",
+        "--allocation",
+        "linear:max_sparsity=0.5",
+    )
+    for plan in ((), ("--plan",)):
+        code, _, error = command(*words, *plan)
+        assert code == 2 and "0.7 in all cannot be met; widen the bounds" in error and not (folder / "out").exists()
 
 
 def test_linear_needs_no_text_and_a_plan_of_nothing_says_so(folder: Path, command):

@@ -353,7 +353,31 @@ def test_a_stage_that_does_not_fit_the_model_is_refused(folder: Path, command):
     (folder / "small.yaml").write_text(STAGES.partition("- prune")[0] + "- shrink: {keep: 0.8}\n")
     code, _, error = command("run", "small.yaml", "--model", "sparse")
     assert code == 2 and "line 6: shrink takes a model that is dense or shrunk, and it is sparse there" in error
+    for plan in ((), ("--plan",)):
+        code, _, error = command("run", "recipe.yaml", "--model", "sparse", *plan)
+        assert code == 2 and "line 11: recover learns from the model that the recipe starts from" in error, error
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("follower", ["shrink: {keep: 0.8}", "prune: {allocation: linear}", "allocate: {rule: linear}"])
+def test_an_allocation_that_nothing_would_read_is_refused(folder: Path, command, follower: str):
+    stages = f"- allocate: {{rule: linear, pattern: 0.7}}\n- {follower}\n- prune: {{method: magnitude}}\n"
+    (folder / "one.yaml").write_text(STAGES.partition("- prune")[0] + stages)
+    code, _, error = command("run", "one.yaml")
+    name = follower.partition(":")[0]
+    assert code == 2 and f"line 7: {name} does not read what allocate before it finds" in error, error
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["", "topiarist: 1", "stages: 3", "[1, 2]"])
+def test_an_edited_recipe_beside_a_result_is_told(folder: Path, command, text: str):
+    (folder / "one.yaml").write_text(
+        STAGES.partition("- prune")[0] + "- prune: {method: magnitude, num_windows: 4, window_tokens: 32}\n"
+    )
+    assert command("run", "one.yaml")[0] == 0
+    (folder / "out" / "recipe.yaml").write_text(text)
+    code, _, error = command("run", "one.yaml")
+    assert code == 2 and "out/recipe.yaml is no recipe any more: choose another output, or delete out" in error, error
 
 
 def test_a_plan_says_what_every_stage_will_need_and_writes_nothing(folder: Path, command):

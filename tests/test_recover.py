@@ -11,9 +11,9 @@ import pytest
 import tiny
 import torch
 from killing import Kept, Killed
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sweep.check import tokens
-from sweep.tiny_types import tiny_folder
+from sweep.tiny_types import tiny_folder, tiny_model
 from torch import nn
 
 import topiarist as tp
@@ -24,6 +24,7 @@ from topiarist.masklearn import Preset, Schedule
 from topiarist.pipelines.recovering.objective import Objective
 from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.recovering.plan import plan_recover
+from topiarist.pipelines.shrinking.distill import Distill, distill
 from topiarist.pipelines.training import loop
 from topiarist.pipelines.training.batches import Batches, micro_batch_size, split_held_out
 from topiarist.pipelines.training.loop import FineTuning
@@ -214,6 +215,8 @@ def test_a_broken_step_is_named_and_the_best_state_stays():
         tuning.run(module, TrainedWeights({"weight": module.weight}), lambda step: [step], loss, held_out)
     assert held_out() < float((x @ start.T - 1.0).square().mean())
     assert bool(torch.isfinite(module.weight).all()) and state.saved is None
+    with pytest.raises(tp.NumericalError, match="step 1 is not finite: nothing is trained yet"):
+        tuning.run(module, TrainedWeights({"weight": module.weight}), lambda _: [3], loss, held_out)
 
 
 def test_low_rank_updates_of_the_best_state_are_merged_though_an_error_ends_the_training(monkeypatch):
@@ -239,6 +242,34 @@ def test_gradients_from_before_play_no_part():
     used(TOKENS[:2], labels=TOKENS[:2]).loss.backward()
     first, second = (tp.recover(model, teacher=teacher, **SETTINGS) for model in (clean, used))
     assert first.evaluations == second.evaluations
+
+
+def test_layers_of_one_weight_take_one_low_rank_update():
+    pruned, teacher = (tiny.tiny_model() for _ in range(2))
+    for model in (pruned, teacher):
+        first, last = model.model.layers
+        last.mlp.up_proj.weight = first.mlp.up_proj.weight
+    tp.prune(pruned, method="magnitude")
+    text = {**SETTINGS, "data": TOKENS[:8], "tokens": 6 * 64, "sequences": 2, "evaluate_every": 1, "held_out": 1}
+    report = tp.recover(pruned, teacher=teacher, kind="lora", **text)
+    _, held_out = split_held_out(8, 1)
+    with torch.no_grad():
+        after = float(divergence(pruned(TOKENS[:8][held_out]).logits, teacher(TOKENS[:8][held_out]).logits))
+    assert report.best["loss"] < report.before and after == pytest.approx(report.best["loss"], rel=1e-5)
+
+
+def test_a_matrix_that_is_never_called_takes_no_low_rank_update():
+    pruned, dense = (tiny_model("falcon_mamba") for _ in range(2))
+    tp.prune(pruned, method="magnitude")
+    before = {name: p.detach().clone() for name, p in pruned.named_parameters() if "dt_proj.weight" in name}
+    text = {"data": tokens().repeat(5, 1), "tokens": 64, "sequences": 2, "held_out": 2}
+    with pytest.warns(UserWarning, match="2 matrices are multiplied in their modules' own way"):
+        tp.recover(pruned, teacher=dense, kind="lora", **text)
+    assert len(before) == 2 and all(torch.equal(pruned.get_parameter(name), p) for name, p in before.items())
+    notes: list[str] = []
+    small = copy.deepcopy(dense)
+    distill(small, dense, Distill(steps=1), tokens(), batch_size=2, seed=0, on_note=notes.append)
+    assert len(notes) == 1 and "2 matrices" in notes[0]
 
 
 def test_matrices_with_a_forward_of_their_own_take_no_low_rank_update(tmp_path: Path):
@@ -268,6 +299,48 @@ def test_a_plan_times_a_step_and_not_a_look(tmp_path: Path, monkeypatch):
     plan_recover(tmp_path / "pruned", **{**SETTINGS, "sequences": 1})
     asked = [call for call in calls if call != "clock"]
     assert asked == ["held_out_loss", "loss", "loss", "loss", "held_out_loss"]
+
+
+def test_a_plan_refuses_what_the_run_would(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    tp.prune(base, tmp_path / "pruned", method="magnitude")
+    unsaid = tp.load_pruned(tmp_path / "pruned")
+    del unsaid.config.pruning_config
+    for settings, message in (
+        ({"teacher": unsaid}, "is itself pruned: 50% of"),
+        ({"shard": True}, "shards need several processes"),
+    ):
+        for work in (plan_recover, lambda model, **given: tp.recover(model, tmp_path / "out", **given)):
+            with pytest.raises(tp.TopiaristError, match=message):
+                work(tmp_path / "pruned", **SETTINGS, **settings)
+
+
+def test_a_dense_model_that_moved_away_is_told_with_the_cure(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base")
+    tp.prune(base, tmp_path / "pruned", method="magnitude")
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(tp.CheckpointError, match=r"pruned names cannot be opened: .* or name it with --teacher"):
+        tp.recover(tmp_path / "pruned", tmp_path / "out", **SETTINGS)
+    with pytest.raises(tp.CheckpointError, match=r"^model folder .*base does not exist"):
+        tp.recover(tmp_path / "pruned", tmp_path / "out", teacher=base, **SETTINGS)
+
+
+def test_files_may_know_a_tied_matrix_by_its_other_name(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base", tie_word_embeddings=True)
+    stored = load_file(base / "model.safetensors")
+    stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    tp.prune(base, tmp_path / "pruned", method="magnitude")
+    tp.recover(tmp_path / "pruned", tmp_path / "out", **SETTINGS)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == stored.keys() and not torch.equal(found["lm_head.weight"], stored["lm_head.weight"])
+
+
+def test_claims_without_a_pattern_are_refused(tmp_path: Path):
+    pruned = pruned_model()
+    pruned.config.pruning_config = {"modules": {"model.layers.0.mlp.up_proj": {}}}
+    with pytest.raises(tp.CheckpointError, match="claims no pattern"):
+        tp.recover(pruned, teacher=tiny.tiny_model(), **SETTINGS)
 
 
 def test_out_may_be_the_folder_one_stands_in(tmp_path: Path, monkeypatch):
@@ -568,8 +641,8 @@ def test_few_tokens_make_small_steps():
 
 
 def test_a_budget_is_a_whole_number():
-    budgets = {text: RecoverOptions(tokens=text).tokens for text in ("1e6", "1.5M", "300k", "7000")}
-    assert budgets == {"1e6": 1_000_000, "1.5M": 1_500_000, "300k": 300_000, "7000": 7000}
+    budgets = {text: RecoverOptions(tokens=text).tokens for text in ("1e6", "1.5M", "1.001M", "300k", "7000")}
+    assert budgets == {"1e6": 1_000_000, "1.5M": 1_500_000, "1.001M": 1_001_000, "300k": 300_000, "7000": 7000}
     for wrong in ("2q", "many", "1000.5", "1e999", "nan", "k"):
         with pytest.raises(tp.TopiaristError, match="should be a whole number such as 5000, 300k"):
             RecoverOptions(tokens=wrong)

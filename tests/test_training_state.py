@@ -20,8 +20,8 @@ WHOLE = {"logits": torch.randn(8, 3), "bits": torch.arange(16, dtype=torch.uint8
 class Alone(Processes):
     """One of several processes, as the others would see it, in one process."""
 
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
 
     def on_main(self, work: Callable[[], Any]) -> Any:
         return work()
@@ -46,6 +46,16 @@ def test_any_number_of_processes_reads_what_another_wrote(written: int, read: in
         found = rows_of(rank, read, like=True)
         assert ShardedState(tmp_path, Alone(rank, read)).load(found) == {"step": "4"}
         assert all(torch.equal(found[key], value) for key, value in rows_of(rank, read).items())
+
+
+def test_every_process_tells_why_one_could_not_save(tmp_path: Path):
+    class WithAFullDisk(Alone):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, "No space left on device"]
+
+    with pytest.raises(tp.CheckpointError, match=r"No space left on device \(process 1\); the state before it is kept"):
+        ShardedState(tmp_path, WithAFullDisk(0, 2)).save(4, rows_of(0, 2), {})
+    assert not (tmp_path / LATEST).exists()
 
 
 def test_only_the_last_state_stays(tmp_path: Path):

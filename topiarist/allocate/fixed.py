@@ -53,7 +53,8 @@ def given(
 def from_file(shapes: Shapes, path: str | Path) -> dict[str, Pattern | None]:
     """`given`, from a JSON object of name -> pattern, or from a file that `topiarist allocate` wrote.
 
-    The latter states how many zeros it was made for; a PatternError says if an edit has broken that.
+    The latter states how many zeros it was made for, and which layers it skipped; a PatternError says if an edit has broken
+    that.
     """
     return read_file(shapes, path)[0]
 
@@ -70,6 +71,9 @@ def read_file(
         raise PatternError(f"allocation {path} must be a JSON object of layer name -> pattern")
     if not isinstance(stored.get("patterns"), dict):
         return given(shapes, stored, dense), []
+    skipped = stored.get("skipped", [])
+    if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
+        raise PatternError(f"allocation {path} says skipped {skipped!r}, which is no list of layers: allocate again")
     patterns = given(shapes, stored["patterns"], dense)
     zeros = sum(math.prod(shape) for shape in shapes.values()) - kept_by(shapes, patterns)
     if zeros != stored.get("zeros"):
@@ -77,7 +81,7 @@ def read_file(
             f"allocation {path} makes {zeros:,} zeros and says {stored.get('zeros')}: it was edited; allocate again, or "
             "keep only its `patterns` object to give up the check"
         )
-    return patterns, list(stored.get("skipped", []))
+    return patterns, skipped
 
 
 def kept_by(shapes: Shapes, patterns: Allocation) -> int:

@@ -181,14 +181,7 @@ class Checkpoint:
 
     def claims(self) -> dict[str, str]:
         """The pattern that `pruning_config` claims for every matrix; {} if there is none."""
-        refusal = CheckpointError(f"pruning_config in {self.folder}/config.json claims no pattern; copy it again")
-        try:
-            claims = claimed_patterns(self.config.get("pruning_config") or {})
-        except KeyError:
-            raise refusal from None
-        if not all(isinstance(pattern, str) for pattern in claims.values()):
-            raise refusal
-        return claims
+        return claimed_patterns(self.config.get("pruning_config") or {}, f"{self.folder}/config.json")
 
     def dtype(self) -> torch.dtype:
         """The dtype that the config states, else that of the first floating tensor."""
@@ -223,12 +216,17 @@ def _is_provenance(stated: Any) -> bool:
     )
 
 
-def claimed_patterns(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """The pattern that a `pruning_config` claims for every matrix, by the matrix' full name."""
+def claimed_patterns(provenance: Mapping[str, Any], file: str = "config.json") -> dict[str, str]:
+    """The pattern that a `pruning_config` claims for every matrix, by the matrix' full name.
+
+    file: that it stands in, for the message. Raises CheckpointError for a matrix without a pattern.
+    """
     claims: dict[str, str] = {}
     for name, about in (provenance.get("modules") or {}).items():
         own = about.get("pattern") if isinstance(about, dict) else None
-        claims[name] = own or (provenance.get("patterns") or {}).get(name, provenance["pattern"])
+        claims[name] = own or (provenance.get("patterns") or {}).get(name, provenance.get("pattern"))
+    if not all(isinstance(pattern, str) for pattern in claims.values()):
+        raise CheckpointError(f"pruning_config in {file} claims no pattern; copy it again")
     return claims
 
 

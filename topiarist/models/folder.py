@@ -115,7 +115,8 @@ class FolderModel(OpenedModel):
         wanted = {id(parameter) for parameter in changed.values()}
         values = dict(model.named_parameters(remove_duplicate=False))
         names = {name for name, parameter in values.items() if id(parameter) in wanted and name in self.names}
-        if lacking := sorted(set(changed) - names):
+        held = {id(values[name]) for name in names}  # files may know a tied parameter by its other name
+        if lacking := sorted(name for name, parameter in changed.items() if id(parameter) not in held):
             raise CheckpointError(
                 f"{self.checkpoint.folder} has no {lacking[0]}: it is not the folder that was trained"
             )

@@ -96,13 +96,33 @@ class FoundAllocation:
 def fixed_patterns(options: PruneOptions, source: OpenedModel) -> tuple[dict[str, Pattern | None], list[str]]:
     """The patterns that need no measurement, and expressions of `skip` that match nothing.
 
-    Of a rule they are those before it: `pattern` everywhere.
+    Of a rule they are those before it: `pattern` everywhere. Raises PatternError for a rule that cannot meet it.
     """
+    if options.rule is not None:
+        check_rule(options.rule, source, options.base_pattern, options.skip)
     said = None if options.rule is not None else options.allocation
     assert not isinstance(said, Rule)
     return resolve_patterns(
         source, options.base_pattern, said, options.skip, budgeted=said is not None and options.pattern is not None
     )
+
+
+def check_rule(rule: Rule, source: OpenedModel, pattern: Pattern, skip: Sequence[str]) -> None:
+    """Raise PatternError if bounds or choices cannot meet the budget, or a pattern does not fit, before the slow part."""
+    counted, depths = _counted(source, pattern, skip)
+    rule.patterns(counted, depths, pattern, dict.fromkeys(counted, 0.5))
+
+
+def _counted(
+    source: OpenedModel, pattern: Pattern, skip: Sequence[str], uncalled: Container[int] = ()
+) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
+    """(shapes of the layers that a budget counts, numbers of the blocks of all). uncalled: blocks that stay dense."""
+    shapes = source.shapes()
+    pruned, _ = allocate.without(dict.fromkeys(shapes, pattern), skip)
+    depths = {
+        f"{path}.{m.name}": index for index, path in enumerate(source.block_names) for m in source.matrices(index)
+    }
+    return {n: shapes[n] for n, p in pruned.items() if p is not None and depths[n] not in uncalled}, depths
 
 
 def allocated(
@@ -187,18 +207,11 @@ def apply_rule(
     Raises ProcessError for windows that so many processes cannot divide.
     """
     shapes, pattern, rule = source.shapes(), options.base_pattern, options.rule
-    pruned, _ = allocate.without(dict.fromkeys(shapes, pattern), options.skip)
-    depths = {
-        f"{path}.{m.name}": index for index, path in enumerate(source.block_names) for m in source.matrices(index)
-    }
-    uncalled = _uncalled(source, windows)
-    counted = {name: shapes[name] for name, p in pruned.items() if p is not None and depths[name] not in uncalled}
+    check_rule(rule, source, pattern, options.skip)
+    counted, depths = _counted(source, pattern, options.skip, _uncalled(source, windows))
     scores = Scores({}, {})
     if rule.measured_by and counted:
-        # Before the slow part: a budget that cannot be met, or a pattern that does not fit, is said at once.
-        rule.patterns(counted, depths, pattern, dict.fromkeys(counted, 0.5))
-        if processes.size > 1:
-            check_slots(_batches_of(options, windows), processes.size)
+        check_divides(options, windows, processes)
         with at_rest(source.model):
             scores = _scores(options, source, windows, counted, depths, progress, processes)
     if len(scores.unsure) > MOST_UNSURE * len(counted):
@@ -288,9 +301,9 @@ def _read(stored: Path) -> Scores | None:
     return None if (plain := read_sealed(stored)) is None else Scores(**plain)
 
 
-def _batches_of(options: AllocateOptions, windows: Windows) -> int:
-    """Forwards that the rule's measuring consists of, which processes divide."""
+def check_divides(options: AllocateOptions, windows: Windows, processes: Processes) -> None:
+    """Raise ProcessError unless so many processes can divide the forwards that the rule's measuring consists of."""
     rule, num = options.rule, len(windows.tokens)
-    if isinstance(rule, Sensitivity):
-        return min(rule.sequences, num)
-    return -(-(num - rule.sequences if isinstance(rule, Search) else num) // options.batch_size)
+    batches = -(-(num - rule.sequences if isinstance(rule, Search) else num) // options.batch_size)
+    if processes.size > 1:
+        check_slots(min(rule.sequences, num) if isinstance(rule, Sensitivity) else batches, processes.size)

@@ -11,6 +11,7 @@ from topiarist.core.meter import duration, resident_bytes
 from topiarist.core.patterns import Pattern
 from topiarist.data import Windows
 from topiarist.models.opened import OpenedModel
+from topiarist.pipelines.allocating.allocation import check_divides, check_rule
 from topiarist.pipelines.allocating.options import AllocateOptions
 from topiarist.pipelines.allocating.search import database_solver, divided, levels_of
 from topiarist.pipelines.common.probe import window_seconds
@@ -28,17 +29,21 @@ FP32_COPIES = 3
 def plan_allocate(model: str | Path, options: AllocateOptions) -> list[tuple[str, str]]:
     """Take a window through the first block, and say what the rule's measuring will need. Writes nothing.
 
-    Raises CalibrationError for a rule without the text that it needs.
+    Under `torchrun` every process does so by itself, and times are those of one. Raises what the run would before it
+    measures.
     """
     rule = options.rule
+    options.check_text()
+    processes = Processes.join()
+    source = open_for(options, model)
+    check_rule(rule, source, options.base_pattern, options.skip)
     if not rule.measured_by:
         return [("measuring", "none: the rule looks at shapes alone")]
-    options.check_text()
-    source = open_for(options, model)
     windows = windows_of(options, source)
     patterns, _ = without(dict.fromkeys(source.shapes(), options.base_pattern), options.skip)
     if all(pattern is None for pattern in patterns.values()):
         return [("measuring", "none: every layer is skipped")]
+    check_divides(options, windows, processes)
     num, one = len(windows.tokens), windows.tokens[:1]
     if isinstance(rule, Search):
         return _plan_search(source, rule, options, patterns, windows)
@@ -75,10 +80,15 @@ def _plan_search(
     judged += rule.generations * (rule.children + rule.finalists * (rule.sequences - 1))
     kept = sum(1 - level.sparsity_of((2**10, 2**10)) for level in levels)
     seconds = walk.forward_seconds + len(levels) * walk.solver_seconds
+    # The dense predictions of all windows, and those of a candidate on one, with a copy.
+    logits = (rule.sequences + 2) * windows.window * source.vocabulary * source.dtype.itemsize
     searching = min(judged * window_seconds(source, windows.tokens[:1]), rule.seconds or float("inf"))
     return [
         ("levels, candidates x windows", f"{len(levels)}, {judged} at most"),
-        ("peak memory, about", f"{max(walk.peak_memory_bytes, resident_bytes() + 2 * source.nbytes) / 1e9:.2f} GB"),
+        (
+            "peak memory, about",
+            f"{max(walk.peak_memory_bytes, resident_bytes() + 2 * source.nbytes + logits) / 1e9:.2f} GB",
+        ),
         ("disk, about", f"{kept * source.nbytes / 1e9:.2f} GB"),
         ("solving every level, about", duration(seconds)),
         ("searching, at most about", duration(searching)),

@@ -53,6 +53,17 @@ def left_dense(
     return [{"what": what, "matrices": n, "weights": size, "why": why} for (what, why), (n, size) in rows]
 
 
+def left_by_training(
+    rows: Sequence[dict[str, Any]], source: OpenedModel, trained: Collection[str]
+) -> list[dict[str, Any]]:
+    """What of the rows of `left_dense` a later training of some parameters did not change either.
+
+    trained: their full names; of a kind all or none are.
+    """
+    kinds = {_kind(source, name) for name in trained}
+    return [row for row in rows if row["what"] not in kinds]
+
+
 def why_dense(
     patterns: Mapping[str, Pattern | None], skip: Sequence[str], otherwise: str = ALLOCATED
 ) -> dict[str, str]:

@@ -51,7 +51,7 @@ def count(given: Any) -> Any:
         found = float(given[:-1] if factor > 1 else given) * factor
         if factor == 1 and not found.is_integer():
             raise ValueError
-        return int(found)
+        return round(found)  # 1.001M is a trifle below in floats
     except (ValueError, OverflowError):
         raise ValueError("should be a whole number such as 5000, 300k, 1.5M or 2B") from None
 

@@ -11,6 +11,7 @@ stages:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -89,7 +90,9 @@ class Recipe:
             missing = "model" if not self.model else "out"
             raise OptionError(f"{self.source} names no {missing}: write it there, or give --{missing}")
         check_place(Path(self.out))
-        self.check(state_of(Checkpoint(locate(self.model)).config))
+        model = Checkpoint(locate(self.model))
+        self.check(state_of(model.config))
+        self._check_teachers(pruned=bool(model.claims()))
         self._check_held_out()
 
     def _check_held_out(self) -> None:
@@ -132,6 +135,23 @@ class Recipe:
                 )
         if not changing or self.steps[-1].stage.to_file:
             raise OptionError(f"{self.source} line {self.steps[-1].line}: the last stage must write a model")
+        for step, follower in itertools.pairwise(self.steps):
+            if step.stage.to_file and (follower.name != "prune" or follower.options.allocation is not None):
+                raise OptionError(
+                    f"{self.source} line {follower.line}: {follower.name} does not read what {step.name} before it finds: put "
+                    "a prune without an allocation of its own right behind it"
+                )
+
+    def _check_teachers(self, *, pruned: bool) -> None:
+        """Raise OptionError for a recovery that would learn from what the recipe starts from, if that is pruned itself."""
+        changed = False
+        for step in self.steps:
+            if pruned and changed and step.name == "recover" and step.options.needs_teacher and not step.more:
+                raise OptionError(
+                    f"{self.source} line {step.line}: recover learns from the model that the recipe starts from, and "
+                    f"{self.model} is pruned itself: name the dense model as its teacher"
+                )
+            changed |= step.changes
 
     @contextmanager
     def telling(self, step: Step) -> Iterator[None]:

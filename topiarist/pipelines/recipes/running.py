@@ -62,8 +62,10 @@ def _check_ends(recipe: Recipe) -> None:
                 check_eval(open_model(recipe.model, device="cpu", trust_remote_code=trusted), step.options)
 
 
-def _check_same(out: Path, written: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+def _check_same(out: Path, written: Any, said: Mapping[str, Any]) -> None:
     """Raise TopiaristError, naming what differs, if `out` was made by another recipe than the one that is said."""
+    if not isinstance(written, Mapping) or not isinstance(written.get("stages"), list):
+        raise TopiaristError(f"{out / RECIPE} is no recipe any more: choose another output, or delete {out}")
     named = list(differences(_by_stage(written), _by_stage(said)))
     if named:
         raise TopiaristError(f"{out} holds another run: {listed(named)}. Choose another output, or delete it")
@@ -106,7 +108,7 @@ def _run_stages(
     for number, step in enumerate(recipe.steps):
         place = _place(places, number, step.name, recipe.final)
         options = step.options
-        if step.name == "prune" and allocation is not None and options.allocation is None:
+        if step.name == "prune" and allocation is not None:
             options = replace(options, allocation=allocation)
         if step.name == "pack":  # it works in OUT itself: what a kill leaves is of these settings
             _note(places, said, number)
@@ -123,7 +125,7 @@ def _run_stages(
         if step.stage.to_file:
             allocation = place
         elif step.changes:
-            model = str(place)
+            model, allocation = str(place), None
 
 
 def _place(places: Path, number: int, name: str, final: int) -> Path:

@@ -102,7 +102,18 @@ def check_tokenizers(student: OpenedModel, teacher: OpenedModel) -> None:
 def check_divisible(
     opened: OpenedModel, dense: OpenedModel | None, options: RecoverOptions, processes: Processes
 ) -> None:
-    """Raise TopiaristError unless the processes can divide the models, before any of their weights is read."""
+    """Raise TopiaristError unless the processes can divide the sequences of a step, and the models if they are to.
+
+    Neither text nor weights need be read for it.
+    """
+    if options.sequences is not None and options.sequences % processes.size:
+        fit = max(number for number in range(1, processes.size) if options.sequences % number == 0)
+        raise CalibrationError(
+            f"{options.sequences} sequences a step cannot be divided among {processes.size} processes: start {fit}, or change "
+            "--sequences"
+        )
+    if not options.shard:
+        return
     if processes.size == 1:
         raise TopiaristError(
             "shards need several processes: start with torchrun --nproc-per-node N -m topiarist recover"
@@ -111,12 +122,6 @@ def check_divisible(
         raise TopiaristError("a model object cannot be sharded and given back: pass its folder, or shard=False")
     if options.kind == "lora":
         raise TopiaristError("low-rank updates are cut by masks of whole matrices: use kind full, or leave --shard out")
-
-
-def check_sequences(options: RecoverOptions, processes: int) -> None:
-    """Raise CalibrationError unless the processes can divide the sequences of a step, before any text is read."""
-    if options.sequences is not None and options.sequences % processes:
-        raise CalibrationError(f"{options.sequences} sequences a step cannot be divided among {processes} processes")
 
 
 def tokenizer_of(model: OpenedModel) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from torch import nn
 from topiarist.checkpoints.writing import SavedState
 from topiarist.core.meter import peak_memory_bytes
 from topiarist.core.options import given_or_made, takes
-from topiarist.pipelines.recovering.inputs import cut_text, held_masks, text_of
+from topiarist.pipelines.recovering.inputs import check_dense, check_divisible, cut_text, held_masks, text_of
 from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.recovering.recover import make_objective, open_pruned, open_teacher
 from topiarist.pipelines.recovering.trainee import Trainee, computing_in
@@ -49,22 +48,26 @@ def plan_recover(
 ) -> RecoverPlan:
     """Load the models, take three micro-batches through them (the first warms up), and extrapolate. Writes nothing.
 
-    Without the looks at the held-out loss (about a tenth) and saved states (a twentieth). With `shard`, the memory is
-    that of one of the processes that torchrun started, as it will be; this call itself holds the whole models.
+    Without the looks at the held-out loss (about a tenth) and saved states (a twentieth). Under `torchrun` every process
+    does so by itself, and a step is one of them all. With `shard`, the memory is that of one of them, as it will be; this
+    call itself holds the whole models. Raises what `recover` raises before it trains.
     """
     options = given_or_made(RecoverOptions, options, settings)
     opened = open_pruned(model, replace(options, shard=False))
     dense = open_teacher(opened, teacher, options)
+    processes, alone = Processes.join(), Processes()
+    check_divisible(opened, dense, options, processes)
     student = opened.whole()
     masks, teacher_model = held_masks(student), None if dense is None else dense.whole()
-    alone = Processes()
+    if teacher_model is not None:
+        check_dense(teacher_model)
     with ExitStack() as held:
         text = held.enter_context(text_of(opened, options, alone))
         held.enter_context(computing_in(options.dtype, student, teacher_model))
         trainee = Trainee(student, masks, replace(options, evaluate_every=STEPS))
-        sequences = options.sequences_a_step(text.window, 1)
+        sequences = options.sequences_a_step(text.window, processes.size)
         tokens, held_out, steps = cut_text(text, options, sequences)
-        micro_batch = micro_batch_size(sequences, options.batch_size)
+        micro_batch = micro_batch_size(sequences // processes.size, options.batch_size)
         objective = make_objective(student, teacher_model, tokens, held_out[:1], options, alone)
         times: list[float] = []
         trainee.train(
@@ -80,7 +83,7 @@ def plan_recover(
     peak = peak_memory_bytes()
     if options.shard:  # divided: both models, and what is kept of trained weights
         divided = trainee.weights.resident_bytes * trainee.count + (dense.nbytes if dense is not None else 0)
-        peak -= round(divided * (1 - 1 / int(os.environ.get("WORLD_SIZE", "1"))))
+        peak -= round(divided * (1 - 1 / processes.size))
     return RecoverPlan(
         weights=trainee.count,
         step_tokens=step_tokens,
@@ -89,5 +92,5 @@ def plan_recover(
         bytes_per_weight=trainee.weights.resident_bytes,
         peak_memory_bytes=peak,
         disk_bytes=opened.nbytes + 2 * (STATE_BYTES + 2) * trainee.count,
-        step_seconds=(times[1] - times[0]) * sequences / micro_batch,
+        step_seconds=(times[1] - times[0]) * sequences / processes.size / micro_batch,
     )

@@ -25,6 +25,7 @@ from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import given_or_made, plain, takes
 from topiarist.models.derive import check_has_text_loss
 from topiarist.models.opened import ObjectModel, OpenedModel, open_model
+from topiarist.pipelines.common.dense import left_by_training
 from topiarist.pipelines.common.finish import weights_of
 from topiarist.pipelines.common.reproduce import command, recipe
 from topiarist.pipelines.common.setup import open_for
@@ -32,7 +33,6 @@ from topiarist.pipelines.recovering.files import write_recovered
 from topiarist.pipelines.recovering.inputs import (
     check_dense,
     check_divisible,
-    check_sequences,
     check_teacher,
     cut_text,
     held_masks,
@@ -82,9 +82,7 @@ def recover(
     opened = open_pruned(model, options)
     opened.check_output(out)
     dense = open_teacher(opened, teacher, options)
-    check_sequences(options, processes.size)
-    if options.shard:
-        check_divisible(opened, dense, options, processes)
+    check_divisible(opened, dense, options, processes)
     check_same_run(processes, options, opened, {"out": str(out), "teacher": None if dense is None else dense.digest()})
     tell, place = progress or (lambda *_: None), None if out is None else Path(out)
     with ExitStack() as held:
@@ -159,6 +157,8 @@ def recover(
         report.weights = {**weights_of(opened), "trained": trainee.count, "held": zeros}
         report.warnings = [*trainee.notes, *_left_behind(opened)]
         report.note_if_useless()
+        if rows := report.pruned.get("dense"):
+            report.pruned = {**report.pruned, "dense": left_by_training(rows, opened, trainee.changed)}
         report.run = {**meter.run(student.device), "processes": processes.size}
         if output is not None:
             report.output, folder = str(out), output
@@ -234,6 +234,7 @@ def open_teacher(
         if teacher is not None:
             raise TopiaristError("loss lm asks no teacher: leave the teacher out, or use loss kl")
         return None
+    given = teacher
     if teacher is None:
         provenance = getattr(student.config, "pruning_config", None) or {}
         teacher = provenance.get("base_model")
@@ -242,7 +243,14 @@ def open_teacher(
             raise CheckpointError(
                 f"{student.name} does not say which model it was pruned from: name it with --teacher, or use --loss lm"
             )
-    opened = open_model(teacher, device=student.device, trust_remote_code=options.trust_remote_code)
+    try:
+        opened = open_model(teacher, device=student.device, trust_remote_code=options.trust_remote_code)
+    except CheckpointError as error:
+        if given is not None:
+            raise
+        raise CheckpointError(
+            f"the dense model that {student.name} names cannot be opened: {error}; or name it with --teacher, or use --loss lm"
+        ) from error
     check_teacher(student, opened, hidden=options.loss == "kl+hidden")
     return opened
 

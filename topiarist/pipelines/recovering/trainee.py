@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from topiarist.checkpoints.writing import SavedState
 from topiarist.core.linalg import search_dtype
-from topiarist.models.hooks import hooked
 from topiarist.models.opened import ObjectModel, evaluated
 from topiarist.pipelines.recovering.inputs import trained_parameters
 from topiarist.pipelines.recovering.objective import Objective
 from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.training.batches import Batches, micro_batch_size
 from topiarist.pipelines.training.loop import RATE, FineTuning, History, Progress
-from topiarist.pipelines.training.low_rank import RANK, LowRankUpdate
+from topiarist.pipelines.training.low_rank import RANK, LowRankUpdate, adding, updatable
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.recompute import blocks_of, recomputing
 from topiarist.pipelines.training.sharded_state import ShardedState
@@ -53,30 +52,18 @@ class Trainee:
         named = {id(p): name for name, p in self.model.model.named_parameters()}
         generator = torch.Generator().manual_seed(self.options.seed)
         rank = self.options.rank or RANK
-        skipped = {True: 0, False: 0}
-        for index, path in enumerate(self.model.block_names):
-            for matrix in self.model.matrices(index):
-                if not matrix.is_plain:
-                    skipped[matrix.expert is not None] += 1
-                    continue
-                parameter = getattr(matrix.module, matrix.parameter)
-                name = named[id(parameter)]
-                mask = masks.get(name)
-                if mask is not None and matrix.transposed:
-                    mask = mask.T
-                update = LowRankUpdate.of(matrix, rank, generator, mask)
-                self.updates.append(update)
-                self.changed[name] = parameter
-                parameters |= {f"{path}.{matrix.name} A": update.A, f"{path}.{matrix.name} B": update.B}
-        if skipped[True]:
-            self.notes.append(
-                f"{skipped[True]} experts share parameters and take no low-rank update: use kind full for them"
-            )
-        if skipped[False]:
-            self.notes.append(
-                f"{skipped[False]} matrices are multiplied in their modules' own way and take no low-rank update: use kind "
-                "full for them"
-            )
+        places = {matrix: path for i, path in enumerate(self.model.block_names) for matrix in self.model.matrices(i)}
+        taking, self.notes = updatable(self.model.model, list(places))
+        for matrix in taking:
+            parameter = getattr(matrix.module, matrix.parameter)
+            name = named[id(parameter)]
+            mask = masks.get(name)
+            if mask is not None and matrix.transposed:
+                mask = mask.T
+            update = LowRankUpdate.of(matrix, rank, generator, mask)
+            self.updates.append(update)
+            self.changed[name] = parameter
+            parameters |= {f"{places[matrix]}.{matrix.name} {part}": getattr(update, part) for part in "AB"}
         cut = sum(len(update.A) < rank for update in self.updates)
         if self.options.rank and cut:
             self.notes.append(
@@ -124,10 +111,9 @@ class Trainee:
             processes=processes,
             state=state,
         )
-        hooks = (update.matrix.module.register_forward_hook(update.hook) for update in self.updates)
         with (
             evaluated(module, objective.teacher),
-            hooked(*hooks),
+            adding(module, self.updates),
             recomputing(blocks_of(self.model), options.activation_checkpointing),
         ):
             try:

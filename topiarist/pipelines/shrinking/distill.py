@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,11 +15,11 @@ from topiarist.core.losses import divergence
 from topiarist.core.options import options
 from topiarist.models.derive import family_of
 from topiarist.models.families import Matrix, matrices_of
-from topiarist.models.hooks import hooked
+from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.learning.train_kept import Recover
 from topiarist.pipelines.training.batches import Batches, micro_batch_size
 from topiarist.pipelines.training.loop import RATE, Progress
-from topiarist.pipelines.training.low_rank import RANK, LowRankUpdate, check_rank
+from topiarist.pipelines.training.low_rank import RANK, LowRankUpdate, adding, check_rank, updatable
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.weights import STATE_BYTES, TrainedWeights
 
@@ -56,6 +57,16 @@ def disk_bytes(model: Any, settings: Distill) -> int:
     return 2 * STATE_BYTES * settings.lora_rank * sum(sum(matrix.shape) for matrix in matrices if matrix.expert is None)
 
 
+def trained_names(source: OpenedModel, settings: Distill) -> set[str]:
+    """Full names of the parameters that `distill` changes."""
+    return {
+        f"{path}.{matrix.path}"
+        for index, path in enumerate(source.block_names)
+        for matrix in source.matrices(index)
+        if settings.kind == "full" or matrix.is_plain
+    }
+
+
 def _matrices(model: Any) -> list[Matrix]:
     family = family_of(model)
     return [matrix for block in model.get_submodule(family.blocks) for matrix in matrices_of(block, family)]
@@ -71,12 +82,13 @@ def distill(
     seed: int,
     progress: Progress = lambda *_: None,
     state: SavedState | None = None,
+    on_note: Callable[[str], None] = lambda _: None,
 ) -> list[float]:
     """Train the blocks of `student` in place towards the teacher's predictions; empty rows and columns stay empty.
 
     Loss: KL(teacher || student) in nats, the mean over all positions; that of every step is returned. batch_size:
-    sequences a forward. seed: of the text's order and the low-rank updates' start. Raises NumericalError for a loss
-    that is not finite.
+    sequences a forward. seed: of the text's order and the low-rank updates' start. on_note: is told which matrices take no
+    update. Raises NumericalError for a loss that is not finite.
     """
     matrices = _matrices(student)
     for matrix in matrices:  # the caller's model may share them
@@ -101,9 +113,12 @@ def distill(
         parameters = {name: p for name, p in sorted(student.named_parameters()) if id(p) in changed}
         return train(TrainedWeights(parameters, {name: p != 0 for name, p in parameters.items()}))
     generator = torch.Generator().manual_seed(seed)
-    updates = [LowRankUpdate.of(m, settings.lora_rank, generator) for m in matrices if m.expert is None]
+    taking, notes = updatable(student, matrices)
+    for note in notes:
+        on_note(note)
+    updates = [LowRankUpdate.of(m, settings.lora_rank, generator) for m in taking]
     parameters = {f"{i} {part}": getattr(update, part) for i, update in enumerate(updates) for part in "AB"}
-    with hooked(*(update.matrix.module.register_forward_hook(update.hook) for update in updates)):
+    with adding(student, updates):
         losses = train(TrainedWeights(parameters))
     for update in updates:
         update.merge()

@@ -255,6 +255,7 @@ class ShrinkRun:
             losses = distill(
                 small, teacher, settings, self.tokens,
                 batch_size=self.batch_size, seed=self.seed, progress=self.progress, state=self.state("recovery"),
+                on_note=lambda note: remember(self.notes, note),
             )  # fmt: skip
         every = max(1, len(losses) // LOGGED)
         shown = [step for step in range(1, len(losses) + 1) if step % every == 0 or step == len(losses)]

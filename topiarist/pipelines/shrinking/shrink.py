@@ -17,12 +17,12 @@ from topiarist.core.options import given_or_made, plain, takes
 from topiarist.core.registry import name_of
 from topiarist.data import Windows
 from topiarist.models.derive import has_row
-from topiarist.pipelines.common.dense import NO_UNIT, left_dense
+from topiarist.pipelines.common.dense import NO_UNIT, left_by_training, left_dense
 from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.reproduce import command, recipe
 from topiarist.pipelines.common.setup import open_for, windows_of
 from topiarist.pipelines.shrinking.decide import decide
-from topiarist.pipelines.shrinking.distill import disk_bytes
+from topiarist.pipelines.shrinking.distill import disk_bytes, trained_names
 from topiarist.pipelines.shrinking.files import write_shrunk
 from topiarist.pipelines.shrinking.latency import best_within
 from topiarist.pipelines.shrinking.options import Search, ShrinkOptions
@@ -144,6 +144,8 @@ def shrink(
         )  # fmt: skip
         cut = {part.parameter for one in done for group in one.groups for part in group.parts}
         report.dense = left_dense(opened, cut, {}, otherwise=NO_UNIT)
+        if recovery is not None:
+            report.dense = left_by_training(report.dense, opened, trained_names(opened, recovery))
         report.blocks, report.warnings = spec.by_block(), notes
         report.tensor_parallel = _tensor_parallel(opened.model, report.blocks)
         dtype = str(opened.dtype).removeprefix("torch.")

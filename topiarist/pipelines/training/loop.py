@@ -145,10 +145,12 @@ class _Run:
             norm = self._clip(settings.max_norm)
         if not (math.isfinite(total) and math.isfinite(norm)):
             what = "gradient" if math.isfinite(total) else "loss"
-            raise NumericalError(
-                f"the {what} of {settings.name} step {step + 1} is not finite: lower its learning rate, and give the "
-                "run another output"
+            cure = (
+                "lower its learning rate, and give the run another output"
+                if step
+                else "nothing is trained yet: what the model computes is too large for its dtype, so let it compute in float32"
             )
+            raise NumericalError(f"the {what} of {settings.name} step {step + 1} is not finite: {cure}")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.weights.write_back()

@@ -6,6 +6,8 @@ pruned units and pruned weights would come back, and it has no place where a mas
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 
 from topiarist.core.errors import TopiaristError
 from topiarist.models.families import Matrix
+from topiarist.models.hooks import hooked
+from topiarist.models.opened import evaluated
 
 RANK = 16
 """Of updates, if nothing is said."""
@@ -25,6 +29,57 @@ def check_rank(rank: int | None, kind: str) -> None:
     """Raise TopiaristError for a rank of a training that has no updates."""
     if rank is not None and kind != "lora":
         raise TopiaristError("rank is that of low-rank updates: leave it out, or use kind lora")
+
+
+@torch.no_grad()
+def updatable(model: Any, matrices: Sequence[Matrix]) -> tuple[list[Matrix], list[str]]:
+    """(matrices that take an update, each weight once; sentences on those that take none).
+
+    model: the causal language model whose they are, in memory. It is run on two tokens: an update is added to what linear
+    layers return, and some are never called, for their modules multiply by the weight themselves (Mamba's steps in time).
+    """
+    readers, own = _readers(model), dict[tuple[nn.Parameter, int | None], Matrix]()
+    for matrix in matrices:
+        own.setdefault((_parameter(matrix), matrix.expert), matrix)
+    plain = [matrix for matrix in own.values() if matrix.is_plain]
+    called: set[nn.Module] = set()
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    watched = (reader for matrix in plain for reader in readers[_parameter(matrix)])
+    hooks = (reader.register_forward_pre_hook(lambda module, *_: called.add(module)) for reader in watched)
+    with evaluated(model), hooked(*hooks):
+        model(input_ids=tokens, use_cache=False)
+    taking = [matrix for matrix in plain if called.issuperset(readers[_parameter(matrix)])]
+    experts = sum(matrix.expert is not None for matrix in own.values())
+    notes: list[str] = []
+    if experts:
+        notes.append(f"{experts} experts share parameters and take no low-rank update: use kind full for them")
+    if others := len(own) - experts - len(taking):
+        notes.append(
+            f"{others} matrices are multiplied in their modules' own way and take no low-rank update: use kind full for them"
+        )
+    return taking, notes
+
+
+def _parameter(matrix: Matrix) -> nn.Parameter:
+    return getattr(matrix.module, matrix.parameter)
+
+
+def _readers(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
+    """The modules that hold each parameter: layers of some models share their weights."""
+    found: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            found.setdefault(parameter, []).append(module)
+    return found
+
+
+@contextmanager
+def adding(model: nn.Module, updates: Sequence[LowRankUpdate]) -> Iterator[None]:
+    """Let the updates be added inside, in every module that holds their weights."""
+    readers = _readers(model) if updates else {}
+    hooks = (r.register_forward_hook(u.hook) for u in updates for r in readers[_parameter(u.matrix)])
+    with hooked(*hooks):
+        yield
 
 
 @dataclass

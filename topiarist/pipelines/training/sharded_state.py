@@ -106,15 +106,17 @@ class ShardedState:
                 tensor.copy_(_rows(slices, first, len(tensor)))
 
     def _together(self, work: Callable[[], None], what: str, cure: str) -> None:
-        """Do `work` in every process; raise CheckpointError in all of them if it fails in one."""
+        """Do `work` in every process; raise CheckpointError, with the reason, in all of them if it fails in one."""
         reason = ""
         try:
             work()
         except (OSError, SafetensorError, RuntimeError, CheckpointError) as error:
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        failed = self.processes.all_reduce(torch.tensor(float(bool(reason))))
-        if float(failed):
-            raise CheckpointError(f"cannot {what}: {reason or 'another process failed'}{cure}")
+        failed = [(rank, its) for rank, its in enumerate(self.processes.gather(reason)) if its]
+        if failed:
+            rank, reason = failed[0]
+            by = f" (process {rank})" if self.processes.size > 1 else ""
+            raise CheckpointError(f"cannot {what}: {reason}{by}{cure}")
 
 
 def _file(rank: int) -> str:
