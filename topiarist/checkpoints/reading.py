@@ -222,11 +222,13 @@ def claimed_patterns(provenance: Mapping[str, Any], file: str = "config.json") -
     file: that it stands in, for the message. Raises CheckpointError for a matrix without a pattern.
     """
     claims: dict[str, str] = {}
+    stated = provenance.get("patterns") or {}
     for name, about in (provenance.get("modules") or {}).items():
         own = about.get("pattern") if isinstance(about, dict) else None
-        claims[name] = own or (provenance.get("patterns") or {}).get(name, provenance.get("pattern"))
-    if not all(isinstance(pattern, str) for pattern in claims.values()):
-        raise CheckpointError(f"pruning_config in {file} claims no pattern; copy it again")
+        pattern = own or stated.get(name, provenance.get("pattern"))
+        if not isinstance(pattern, str):
+            raise CheckpointError(f"pruning_config in {file} claims no pattern; copy it again")
+        claims[name] = pattern
     return claims
 
 
