@@ -381,7 +381,7 @@ def test_an_edited_recipe_beside_a_result_is_told(folder: Path, command, text: s
 
 
 def test_a_plan_says_what_every_stage_will_need_and_writes_nothing(folder: Path, command):
-    (folder / "recipe.yaml").write_text(STAGES + "- eval: {text: [text.txt], window_tokens: 64}\n- pack\n")
+    (folder / "recipe.yaml").write_text(STAGES + "- eval: {text: [heldout.txt], window_tokens: 64}\n- pack\n")
     before = sorted(folder.rglob("*"))
     code, printed, error = command("run", "recipe.yaml", "--plan")
     assert code == 0 and sorted(folder.rglob("*")) == before, error
