@@ -145,9 +145,8 @@ class Flap(Method):
         matrices = consumers(task.model, task.groups)
         moments = input_moments(task, matrices)
         columns: dict[str, Tensor] = {}
-        layers: dict[
-            str, list[str]
-        ] = {}  # the KV groups of a layer are several groups of heads, its experts of channels
+        # The KV groups of a layer are several groups of heads, its experts of channels.
+        layers: dict[str, list[str]] = {}
         for group in task.groups:
             energy = matrices[group.consumer].weight.double().square().sum(0)
             columns[group.key] = by_unit(energy * moments[group.consumer].variance, group)

@@ -101,9 +101,8 @@ def _learn(
     job = prepare(source, options, processes, held, sharded=sharded, out=out, progress=progress)
     recipe, wanted, notes = job.recipe, job.targets, job.notes
     given: dict[str, Tensor] = {}
-    processes.on_main(
-        lambda: given.update(given_masks(prior, wanted))
-    )  # refused, if at all, before anything is written
+    # Refused, if at all, before anything is written.
+    processes.on_main(lambda: given.update(given_masks(prior, wanted)))
     every = options.evaluate_every or max(1, min(25, recipe.steps // 5))
     preset, seed = options.preset if isinstance(options.preset, str) else "own", options.seed
     asked = {
