@@ -9,8 +9,10 @@ import pytest
 import tiny
 
 import topiarist as tp
+from topiarist.models.opened import open_model
 from topiarist.pipelines.pruning.options import PruneOptions
 from topiarist.pipelines.pruning.plan import plan_prune
+from topiarist.pipelines.shrinking.distill import Distill, bytes_due
 from topiarist.pipelines.shrinking.options import ShrinkOptions
 from topiarist.pipelines.shrinking.plan import plan_shrink
 
@@ -83,6 +85,17 @@ def test_linear_needs_no_text_and_a_plan_of_nothing_says_so(folder: Path, comman
     assert command("allocate", "model", "out.json", "--rule", "linear")[0] == 0
     code, printed, _ = command("allocate", "model", "out.json", "--rule", "search", "--skip", ".", *TEXT)
     assert code == 0 and "none: every layer is skipped" in printed
+
+
+def test_the_disk_of_a_cut_counts_the_states_of_its_recovery(folder: Path):
+    source = open_model(folder / "model")
+    none, full, lora = (
+        bytes_due(source, recover) for recover in (None, Distill(kind="full"), Distill(kind="lora", rank=2))
+    )
+    matrices = [m for i in range(len(source.block_names)) for m in source.matrices(i)]
+    weights = sum(m.shape[0] * m.shape[1] for m in matrices)
+    assert full - none == 2 * 12 * weights  # fp32 weights and two moments, of an old and of a new state
+    assert lora - none == 2 * 12 * 2 * sum(sum(m.shape) for m in matrices)
 
 
 @pytest.mark.parametrize(

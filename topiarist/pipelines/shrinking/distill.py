@@ -49,12 +49,16 @@ class Distill(Recover):
         return self.rank or RANK
 
 
-def disk_bytes(model: Any, settings: Distill) -> int:
-    """Of the states of a run, at most: a new one is whole before the old one goes."""
-    matrices = _matrices(model)
-    if settings.kind == "full":
-        return 2 * STATE_BYTES * sum(matrix.weight.numel() for matrix in matrices)
-    return 2 * STATE_BYTES * settings.lora_rank * sum(sum(matrix.shape) for matrix in matrices if matrix.expert is None)
+def bytes_due(source: OpenedModel, settings: Distill | None) -> int:
+    """Bytes on disk that a run needs at most: the model with its side files, and states of a recovery, if there is one."""
+    total = int(1.1 * source.nbytes)
+    if settings is None:
+        return total
+    matrices = _matrices(source.model)
+    trained = sum(matrix.weight.numel() for matrix in matrices)
+    if settings.kind != "full":
+        trained = settings.lora_rank * sum(sum(matrix.shape) for matrix in matrices if matrix.expert is None)
+    return total + 2 * STATE_BYTES * trained  # a new state is whole before the old one goes
 
 
 def trained_names(source: OpenedModel, settings: Distill) -> set[str]:

@@ -14,7 +14,7 @@ from topiarist.pipelines.common.probe import timed, window_seconds
 from topiarist.pipelines.common.setup import open_for, windows_of
 from topiarist.pipelines.common.stream import BlockStream
 from topiarist.pipelines.shrinking.decide import decide
-from topiarist.pipelines.shrinking.distill import Distill
+from topiarist.pipelines.shrinking.distill import Distill, bytes_due
 from topiarist.pipelines.shrinking.options import Search, ShrinkOptions
 from topiarist.structured import METHODS
 from topiarist.structured.metrics import Flap
@@ -44,7 +44,7 @@ def plan_shrink(model: str | Path, options: ShrinkOptions) -> list[tuple[str, st
     decided = decide(source, options, [])
     name = name_of(METHODS, options.chosen_method)
     lines = [("peak memory, about", f"{(resident_bytes() + 2 * source.nbytes) / 1e9:.2f} GB")]
-    lines.append(("disk, at most", f"{1.1 * source.nbytes / 1e9:.2f} GB"))
+    lines.append(("disk, at most", f"{bytes_due(source, options.recover) / 1e9:.2f} GB"))
     if options.data is None:
         return [*lines, ("passes", "none: no text is looked at")]
     tokens = windows_of(options, source).tokens

@@ -22,7 +22,7 @@ from topiarist.pipelines.common.options import Progress
 from topiarist.pipelines.common.reproduce import command, recipe
 from topiarist.pipelines.common.setup import open_for, windows_of
 from topiarist.pipelines.shrinking.decide import decide
-from topiarist.pipelines.shrinking.distill import disk_bytes, trained_names
+from topiarist.pipelines.shrinking.distill import bytes_due, trained_names
 from topiarist.pipelines.shrinking.files import write_shrunk
 from topiarist.pipelines.shrinking.latency import best_within
 from topiarist.pipelines.shrinking.options import Search, ShrinkOptions
@@ -105,8 +105,7 @@ def shrink(
             held.enter_context(output)
             if output.complete:
                 return ShrinkReport.from_folder(output.folder)
-            states = 0 if recovery is None else disk_bytes(opened.model, recovery)
-            output.begin(int(1.1 * opened.nbytes) + states)
+            output.begin(bytes_due(opened, recovery))
         source = source or opened.whole()
         dense, dense_bytes, where = _numel(source.model), _nbytes(source.model), source.device
         run = ShrinkRun(
