@@ -109,7 +109,11 @@ def fixed_patterns(options: PruneOptions, source: OpenedModel) -> tuple[dict[str
 
 def check_rule(rule: Rule, source: OpenedModel, pattern: Pattern, skip: Sequence[str]) -> None:
     """Raise PatternError if bounds or choices cannot meet the budget, or a pattern does not fit, before the slow part."""
-    counted, depths = _counted(source, pattern, skip)
+    _check_met(rule, *_counted(source, pattern, skip), pattern)
+
+
+def _check_met(rule: Rule, counted: Mapping[str, tuple[int, int]], depths: Mapping[str, int], pattern: Pattern) -> None:
+    """As `check_rule`, of the layers that are known to count: with one score for all, a rule gives what it can give."""
     rule.patterns(counted, depths, pattern, dict.fromkeys(counted, 0.5))
 
 
@@ -207,10 +211,10 @@ def apply_rule(
     Raises ProcessError for windows that so many processes cannot divide.
     """
     shapes, pattern, rule = source.shapes(), options.base_pattern, options.rule
-    check_rule(rule, source, pattern, options.skip)
     counted, depths = _counted(source, pattern, options.skip, _uncalled(source, windows))
     scores = Scores({}, {})
     if rule.measured_by and counted:
+        _check_met(rule, counted, depths, pattern)
         check_divides(options, windows, processes)
         with at_rest(source.model):
             scores = _scores(options, source, windows, counted, depths, progress, processes)
