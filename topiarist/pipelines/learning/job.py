@@ -22,7 +22,7 @@ from topiarist.models.opened import ObjectModel, shell
 from topiarist.pipelines.common.setup import open_for, resolve_patterns
 from topiarist.pipelines.learning.masking import Target, targets
 from topiarist.pipelines.learning.options import LearnOptions
-from topiarist.pipelines.training.batches import micro_batch_size
+from topiarist.pipelines.training.batches import check_sequences, micro_batch_size
 from topiarist.pipelines.training.loop import Progress
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.text import Sequences, TrainingText, training_text
@@ -162,12 +162,7 @@ def _check_divisible(target: Target, relaxation: Relaxation, processes: int) -> 
 
 
 def _batch_size(asked: int | None, sequences: int, processes: int) -> int:
-    if sequences % processes:
-        fit = max(number for number in range(1, processes) if sequences % number == 0)
-        raise CalibrationError(
-            f"{sequences} sequences a step cannot be divided among {processes} processes: start {fit}, or take a preset with "
-            "more a step"
-        )
+    check_sequences(sequences, processes, "take a preset with more a step")
     share = sequences // processes
     if asked is None:
         return micro_batch_size(share, 2)

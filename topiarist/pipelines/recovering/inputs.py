@@ -18,6 +18,7 @@ from topiarist.masks import zeros_of
 from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.common.setup import check_window
 from topiarist.pipelines.recovering.options import WINDOW, RecoverOptions
+from topiarist.pipelines.training.batches import check_sequences
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.text import Sequences, TrainingText, training_text
 
@@ -106,12 +107,8 @@ def check_divisible(
 
     Neither text nor weights need be read for it.
     """
-    if options.sequences is not None and options.sequences % processes.size:
-        fit = max(number for number in range(1, processes.size) if options.sequences % number == 0)
-        raise CalibrationError(
-            f"{options.sequences} sequences a step cannot be divided among {processes.size} processes: start {fit}, or change "
-            "--sequences"
-        )
+    if options.sequences is not None:
+        check_sequences(options.sequences, processes.size, "change --sequences")
     if not options.shard:
         return
     if processes.size == 1:

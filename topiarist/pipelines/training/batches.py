@@ -44,6 +44,18 @@ class Batches:
         return int(self._order[place])
 
 
+def check_sequences(sequences: int, processes: int, cure: str) -> None:
+    """Raise CalibrationError, with a number that can, unless the processes can divide the sequences of a step.
+
+    cure: what else would help.
+    """
+    if sequences % processes:
+        fit = max(number for number in range(1, processes) if sequences % number == 0)
+        raise CalibrationError(
+            f"{sequences} sequences a step cannot be divided among {processes} processes: start {fit}, or {cure}"
+        )
+
+
 def micro_batch_size(sequences: int, most: int) -> int:
     """The largest micro-batch up to `most` that divides a step evenly: the mean of their losses is then the step's."""
     return next(size for size in range(min(sequences, most), 0, -1) if sequences % size == 0)
