@@ -165,18 +165,23 @@ def test_what_is_trained_is_what_was_asked_for():
         return {name.split(".")[-2] + "." + name.split(".")[-1] for name in moved}
 
     linears = {"c_attn.weight", "c_proj.weight", "c_fc.weight"}
-    assert changed(norms=False, embeddings=False) == linears
-    assert {"wte.weight", "ln_f.weight"} <= changed()
-    assert not {"wte.weight", "wpe.weight"} & changed(kind="lora")
+    assert changed(norms=False) == linears
+    assert "ln_f.weight" in changed() and not {"wte.weight", "wpe.weight"} & changed()
+    assert {"wte.weight", "ln_f.weight"} <= changed(embeddings=True)
     assert changed(kind="lora", norms=False) == linears
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", "lora", "scales"])
 def test_a_killed_recovery_resumes_to_the_same_bits(kind: Any, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(loop, "SAVED_AFTER", 0.0)
     monkeypatch.setattr(loop, "SHARE", 1e9)
     base = tiny.tiny_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
     prune(base, tmp_path / "pruned", "2:4")
+    if kind == "scales":
+        tp.quantize(tmp_path / "pruned", tmp_path / "quantised", data=TOKENS[:8], group=32)
+        (tmp_path / "pruned").rename(tmp_path / "unquantised")
+        (tmp_path / "quantised").rename(tmp_path / "pruned")
+        kind = "full"
     options = {**SETTINGS, "kind": kind, "evaluate_every": 2}
     tp.recover(tmp_path / "pruned", tmp_path / "whole", **options)
 
@@ -331,7 +336,7 @@ def test_files_may_know_a_tied_matrix_by_its_other_name(tmp_path: Path):
     stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
     save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
     tp.prune(base, tmp_path / "pruned", method="magnitude")
-    tp.recover(tmp_path / "pruned", tmp_path / "out", **SETTINGS)
+    tp.recover(tmp_path / "pruned", tmp_path / "out", embeddings=True, **SETTINGS)
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == stored.keys() and not torch.equal(found["lm_head.weight"], stored["lm_head.weight"])
 
@@ -442,10 +447,12 @@ def test_the_default_rate_goes_by_the_size_of_the_weights(kind):
     pruned = copy.deepcopy(dense)
     tp.prune(pruned, method="magnitude", pattern="2:4")
     settings = {key: value for key, value in SETTINGS.items() if key != "learning_rate"} | {"kind": kind, "tokens": 512}
-    trained = [p for name, p in pruned.named_parameters() if p.ndim == 2 and (kind == "full" or "layers" in name)]
+    trained = [p for name, p in pruned.named_parameters() if p.ndim == 2 and "layers" in name]
     sizes = [float(p.detach().double().square().mean().sqrt()) for p in trained]
     report = tp.recover(pruned, teacher=dense, **settings)
-    assert report.learning_rate == pytest.approx(1.6e-3 * sorted(sizes)[(len(sizes) - 1) // 2], rel=1e-5)
+    assert report.learning_rate == pytest.approx(
+        {"full": 8e-4, "lora": 1.6e-3}[kind] * sorted(sizes)[(len(sizes) - 1) // 2], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -513,10 +520,6 @@ def test_next_tokens_ask_no_teacher():
         tp.recover(pruned, teacher=tiny.tiny_model(), **SETTINGS, loss="lm")
 
 
-def test_options_give_the_defaults_of_their_kind():
-    assert RecoverOptions().trains_embeddings and not RecoverOptions(kind="lora").trains_embeddings
-
-
 def test_the_command_recovers_plans_and_refuses(tmp_path: Path, monkeypatch, capsys):
     base = tiny.tiny_checkpoint(tmp_path / "base")
     prune(base, tmp_path / "pruned", "2:4")
@@ -571,19 +574,58 @@ def test_trainer_with_held_masks_gives_the_same_model(tmp_path: Path):
         adam_beta1=0.9, adam_beta2=0.95, max_grad_norm=1.0, lr_scheduler_type="cosine", report_to="none", save_strategy="no",
         use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
+    for frozen in (own.get_input_embeddings(), own.get_output_embeddings()):
+        frozen.requires_grad_(False)
     with tp.masks.hold(own):
         Distiller(own, arguments, train_dataset=[{"input_ids": row} for row in rows]).train()
     for (name, a), b, start in zip(model.named_parameters(), own.parameters(), pruned, strict=True):
         torch.testing.assert_close(a, b, msg=name, rtol=1e-3, atol=2e-5)
-        assert not torch.equal(b, start), name
+        assert torch.equal(b, start) == (name in ("model.embed_tokens.weight", "lm_head.weight")), name
         assert torch.equal(a == 0, b == 0) or a.ndim == 1, name
 
 
-def test_a_quantised_folder_is_refused(tmp_path: Path):
+def quantised(tmp_path: Path, **more: Any) -> Path:
     base = tiny.tiny_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
-    tp.prune(base, tmp_path / "pruned", method="wanda", pattern="2:4", data=TOKENS[:8], bits=4)
-    with pytest.raises(tp.UnsupportedModel, match="is quantised, and trained weights would leave its grid"):
-        tp.recover(tmp_path / "pruned", tmp_path / "out", **SETTINGS)
+    tp.prune(base, tmp_path / "quantised", method="wanda", pattern="2:4", data=TOKENS[:8], bits=4, group=32, **more)
+    return tmp_path / "quantised"
+
+
+@pytest.mark.parametrize("dtype", ["stored", "float32"])
+def test_the_scales_of_a_quantised_folder_learn(dtype: Any, tmp_path: Path):
+    came = quantised(tmp_path)
+    report = tp.recover(came, tmp_path / "out", dtype=dtype, **SETTINGS)
+    assert report.best["loss"] < report.before
+    before, after = tensors(came), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        learned = name.endswith((".weight_scale", "norm.weight"))
+        assert torch.equal(tensor, after[name]) != learned and tensor.dtype == after[name].dtype, name
+        assert not name.endswith("scale") or bool((after[name] > 0).all())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"] == json.loads((came / "config.json").read_text())["quantization_config"]
+    assert json.loads((tmp_path / "out" / "pruning_report.json").read_text())["recovery"]["weights"]["after"] == sum(
+        tensor.nbytes for tensor in after.values()
+    )
+    # What is read back predicts what the state that was kept predicted.
+    back, teacher = tp.load_pruned(tmp_path / "out"), tp.load_pruned(tmp_path / "base")
+    held = TOKENS[~split_held_out(len(TOKENS), 2)[0]]
+    with torch.no_grad():
+        loss = float(divergence(back(held).logits, teacher(held).logits))
+    assert loss == pytest.approx(report.best["loss"], rel=1e-2 if dtype == "stored" else 3e-2)
+
+
+def test_what_a_quantised_folder_does_not_take_is_refused(tmp_path: Path):
+    came = quantised(tmp_path)
+    with pytest.raises(tp.TopiaristError, match=r"is quantised: its scales learn, .*; use kind full"):
+        tp.recover(came, tmp_path / "out", kind="lora", **SETTINGS)
+    stored = load_file(came / "model.safetensors")
+    stem = "model.layers.0.mlp.up_proj.weight"
+    shape = stored.pop(f"{stem}_shape").tolist()
+    del stored[f"{stem}_packed"]
+    stored[stem], stored[f"{stem}_scale"] = torch.ones(shape, dtype=torch.int8), torch.ones(shape[0], 1)
+    save_file(stored, came / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(tp.UnsupportedModel, match=r"up_proj\.weight has no symmetric packed integers"):
+        tp.recover(came, tmp_path / "out", **SETTINGS)
     assert not (tmp_path / "out").exists()
 
 

@@ -79,7 +79,7 @@ SHARDED: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "tied, hidden states": ("gpt2", torch.float32, {"loss": "kl+hidden", "activation_checkpointing": True}),
     "experts, norms as they are": ("mixtral", torch.bfloat16, {"dtype": "float32", "norms": False}),
     "the default rate": ("llama", torch.float32, {"learning_rate": None}),
-    "uneven rows, no teacher": ("llama", torch.float32, {"loss": "lm", "embeddings": False}),
+    "uneven rows, no teacher": ("llama", torch.float32, {"loss": "lm"}),
     "uneven looks": ("llama", torch.float32, {"held_out": 3}),
 }
 

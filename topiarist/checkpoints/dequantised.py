@@ -83,10 +83,19 @@ class DequantisedCheckpoint(Checkpoint):
         dense = stored.read({part: self._files.read(where) for part, where in stored.parts.items()})
         return dense.to(self.dtype())
 
+    @property
+    def as_stored(self) -> Checkpoint:
+        """The folder with its tensors and its config as they are."""
+        return self._files
+
+    def grids(self) -> dict[str, bool]:
+        """The weights that are quantised, and whether they are stored as symmetric packed integers."""
+        return {name: _is_symmetric(stored) for name, stored in self._stored.items()}
+
     def quantized(self, name: str) -> QuantizedWeight | None:
         """The weight on its grid where it is stored as symmetric packed integers; None otherwise."""
         stored = self._stored.get(name)
-        if stored is None or set(stored.parts) != {PACKED, SCALE, SHAPE}:
+        if stored is None or not _is_symmetric(stored):
             return None
         tensors = {part: self._files.read(where) for part, where in stored.parts.items()}
         return compressed_tensors.from_tensors(tensors, _bits(tensors[PACKED].shape[1], int(tensors[SHAPE][1])))
@@ -140,6 +149,10 @@ def readable(folder: str | Path, *, strict: bool = True) -> Checkpoint:
         if strict:
             raise
         return checkpoint
+
+
+def _is_symmetric(stored: Stored) -> bool:
+    return set(stored.parts) == {PACKED, SCALE, SHAPE}
 
 
 def _bits(words: int, columns: int) -> int:

@@ -62,6 +62,11 @@ class Checkpoint:
             raise CheckpointError(f"pruning_config in {folder}/config.json is damaged; copy it again")
         self.files = self._locate_tensors()
 
+    @property
+    def as_stored(self) -> Checkpoint:
+        """The folder with its tensors and its config as they are: itself, unless it answers for them in another way."""
+        return self
+
     @classmethod
     def of_shard(cls, path: Path) -> Checkpoint:
         """A single finished shard, read by the same names."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from topiarist.checkpoints.dequantised import DequantisedCheckpoint
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.side_files import side_files
 from topiarist.checkpoints.streaming import tensor_bytes
@@ -107,7 +108,27 @@ class FolderModel(OpenedModel):
         done = self.names_in_blocks()
         output.gather(self.checkpoint, [n for n in self.checkpoint.files if n not in done and n not in left_out])
 
-    def write_changed(self, output: OutputFolder, model: Any, changed: Mapping[str, Tensor]) -> None:
+    def grids(self) -> dict[str, str]:
+        """The parameters that the files hold as symmetric packed integers, and their names there; {} if none is quantised.
+
+        Raises UnsupportedModel if a parameter is quantised in another way, or made of several tensors.
+        """
+        if not isinstance(self.checkpoint, DequantisedCheckpoint):
+            return {}
+        single = {g.keys[0][0]: g.targets[0] for g in self.names.groups.values() if g.converter is None}
+        grids = self.checkpoint.grids()
+        for name, symmetric in grids.items():
+            if not symmetric or name not in single:
+                how = "is one of several that make a parameter" if symmetric else "has no symmetric packed integers"
+                raise UnsupportedModel(
+                    f"{self.name} is quantised, and {name} {how}: only the scales of such as have and are one can learn; "
+                    "recover the model that it was made from, then quantise the result"
+                )
+        return {single[name]: name for name in grids}
+
+    def write_changed(
+        self, output: OutputFolder, model: Any, changed: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+    ) -> None:
         """Write the files' tensors, changed parameters under their names, dtypes and ties.
 
         Raises CheckpointError for a parameter that the files lack.
@@ -121,11 +142,12 @@ class FolderModel(OpenedModel):
                 f"{self.checkpoint.folder} has no {lacking[0]}: it is not the folder that was trained"
             )
         whole = {target for name in names for target in self.names.group(name).targets}
-        stored = self.stored({name: values[name].detach() for name in sorted(whole)}, restored=True)
+        stored = self.stored({name: values[name].detach() for name in sorted(whole)}, restored=True) | dict(scales)
+        files = self.checkpoint.as_stored if scales else self.checkpoint
         output.done()
         output.write_files(
-            {name: self.checkpoint.stored(name) for name in self.checkpoint.files},
-            lambda name: [tensor_bytes(stored[name])] if name in stored else self.checkpoint.chunks(name),
+            {name: files.stored(name) for name in files.files},
+            lambda name: [tensor_bytes(stored[name])] if name in stored else files.chunks(name),
         )
 
     def check_packed(self, wanted: Container[str], out: str | Path | None) -> None:

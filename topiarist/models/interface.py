@@ -244,10 +244,13 @@ class OpenedModel(ABC):
         """
 
     @abstractmethod
-    def write_changed(self, output: OutputFolder, model: Any, changed: Mapping[str, Tensor]) -> Path | None:
+    def write_changed(
+        self, output: OutputFolder, model: Any, changed: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+    ) -> Path | None:
         """Write all weights, with changed ones in place of the old. Returns what `write_rest` returns.
 
-        model: this model whole, with the changes. changed: its changed parameters by name.
+        model: this model whole, with the changes. changed: its changed parameters by name. scales: changed ones of a
+        quantised folder, by their names in the files; it stays quantised if there are any.
         """
 
     @abstractmethod

@@ -99,7 +99,9 @@ class ObjectModel(OpenedModel):
         """Let transformers write the whole object."""
         return write_model(output, self.model, self.loaded_tokenizer)
 
-    def write_changed(self, output: OutputFolder, model: Any, changed: Mapping[str, Tensor]) -> Path | None:
+    def write_changed(
+        self, output: OutputFolder, model: Any, changed: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+    ) -> Path | None:
         """Let transformers, which knows the names, write the changed object whole."""
         return write_model(output, model, self.loaded_tokenizer)
 

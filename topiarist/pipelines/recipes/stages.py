@@ -107,7 +107,7 @@ STAGES: dict[str, Stage] = {
     ),
     "recover": Stage(
         RecoverOptions, lambda model, out, options, more, tell: recover(model, out, options=options, progress=tell, **more),
-        (DENSE, SPARSE, SMALL, UNEVEN), _recovered, RecoverReport,
+        ANY, _recovered, RecoverReport,
         plan=lambda model, options, more: plan_recover(model, options=options, **more).lines(), more=("teacher",),
     ),
     "quantize": Stage(

@@ -45,13 +45,16 @@ def held_masks(model: OpenedModel) -> dict[str, Bool[Tensor, "..."]]:
     return zeros_of(model.model)
 
 
-def refuse_quantised(student: OpenedModel) -> None:
-    """Raise UnsupportedModel for a quantised folder."""
-    if isinstance(student.checkpoint, DequantisedCheckpoint):
-        raise UnsupportedModel(
-            f"{student.name} is quantised, and trained weights would leave its grid: recover the model that it was made "
-            "from, then quantise the result"
-        )
+def check_quantised(student: OpenedModel, options: RecoverOptions) -> None:
+    """Raise UnsupportedModel for a quantised folder whose scales cannot learn, TopiaristError for options not made for them."""
+    if not isinstance(student.checkpoint, DequantisedCheckpoint):
+        return
+    student.as_folder().grids()
+    for asked, cure in ((options.kind == "lora", "use kind full"), (options.shard, "leave --shard out")):
+        if asked:
+            raise TopiaristError(
+                f"{student.name} is quantised: its scales learn, which low-rank updates and shards are not made for; {cure}"
+            )
 
 
 def check_teacher(student: OpenedModel, teacher: OpenedModel, *, hidden: bool) -> None:
@@ -181,7 +184,7 @@ def trained_parameters(model: Any, options: RecoverOptions) -> dict[str, nn.Para
 
     def wanted(parameter: nn.Parameter) -> bool:
         if id(parameter) in embedded:
-            return options.trains_embeddings
+            return options.embeddings
         return options.norms if parameter.ndim == 1 else options.kind == "full"
 
     return {name: p for name, p in model.named_parameters() if p.is_floating_point() and wanted(p)}

@@ -34,8 +34,8 @@ class RecoverOptions(DataOptions):
     """Of the low-rank updates of `lora`; default: 16."""
     norms: bool = True
     """Norms and biases are trained too."""
-    embeddings: bool | None = None
-    """Embeddings and head are trained too; by default they are in `full`, where alone they can be."""
+    embeddings: bool = False
+    """Embeddings and head are trained too, in `full`."""
     window_tokens: Annotated[int | None, About(flag="window"), Field(gt=1)] = None
     """Tokens a sequence; default: 512, or the model's limit where that is less."""
     sequences: Annotated[int | None, Field(gt=0)] = None
@@ -43,8 +43,8 @@ class RecoverOptions(DataOptions):
     batch_size: Annotated[int, Field(gt=0)] = 4
     """Sequences a forward, at most."""
     learning_rate: Annotated[float | None, Field(gt=0)] = None
-    """Peak; falls to zero along a cosine. Default: 0.0016 times the size of the model's weights (the median over its matrices
-    of their root mean square, zeros included)."""
+    """Peak; falls to zero along a cosine. Default: 0.0008 times the size of the model's weights (the median over its matrices
+    of their root mean square, zeros included), of `lora` 0.0016 times."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the learning rate climbs to its peak."""
     held_out: Annotated[int, Field(gt=0)] = 16
@@ -78,11 +78,6 @@ class RecoverOptions(DataOptions):
                 f"a budget of {self.tokens:,} tokens is below one step of {sequences} x {window} = "
                 f"{sequences * window:,}: raise --tokens, or lower --sequences"
             )
-
-    @property
-    def trains_embeddings(self) -> bool:
-        """Whether embeddings and head are trained."""
-        return self.kind == "full" if self.embeddings is None else self.embeddings
 
     def sequences_a_step(self, window: int, processes: int) -> int:
         """Sequences of `window` tokens that a step takes, at least one a process if nothing was said.

@@ -33,10 +33,10 @@ from topiarist.pipelines.recovering.files import write_recovered
 from topiarist.pipelines.recovering.inputs import (
     check_dense,
     check_divisible,
+    check_quantised,
     check_teacher,
     cut_text,
     held_masks,
-    refuse_quantised,
     text_of,
 )
 from topiarist.pipelines.recovering.objective import Objective
@@ -66,8 +66,9 @@ def recover(
     """Train a pruned model as a whole, its zeros held exactly at every step.
 
     model: a pruned folder or hub id (`out` is needed), or a model object (trained in place; written to `out` if given):
-    2:4, unstructured, learned, or shrunk in any layout. teacher: the dense model; by default the one that the pruned
-    model's config names. Without `out` nothing is written. options: instead of single settings.
+    2:4, unstructured, learned, or shrunk in any layout; or a quantised folder, whose integers stay and whose scales learn.
+    teacher: the dense model; by default the one that the pruned model's config names. Without `out` nothing is written.
+    options: instead of single settings.
 
     The state with the least loss on a held-out slice of the text is the result, the model as it came among them. The
     same call on the same `out` goes on where a killed run saved its state, to the same bits, and returns the report of a
@@ -158,14 +159,17 @@ def recover(
         report.warnings = [*trainee.notes, *_left_behind(opened)]
         report.note_if_useless()
         if rows := report.pruned.get("dense"):
-            report.pruned = {**report.pruned, "dense": left_by_training(rows, opened, trainee.changed)}
+            report.pruned = {
+                **report.pruned,
+                "dense": left_by_training(rows, opened, {*trainee.changed, *trainee.scales}),
+            }
         report.run = {**meter.run(student.device), "processes": processes.size}
         if output is not None:
             report.output, folder = str(out), output
             report.result_digest = opened.result_digest()
             model, changed = (student.model, trainee.changed) if divided is None else divided.result()
             processes.on_main(  # nobody returns before the folder is whole
-                lambda: write_recovered(folder, opened, model, changed, report, text)
+                lambda: write_recovered(folder, opened, model, changed, trainee.scales.values(), report, text)
             )
     return report
 
@@ -221,7 +225,7 @@ def open_pruned(model: str | Path | nn.Module, options: RecoverOptions) -> Opene
     local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     device = "cpu" if options.shard else options.device or local  # FSDP moves the shards to the accelerator
     opened = open_for(replace(options, device=device), model)
-    refuse_quantised(opened)
+    check_quantised(opened, options)
     check_has_text_loss(opened.model, "recovery")
     return opened
 

@@ -16,13 +16,17 @@ from topiarist.models.opened import ObjectModel, evaluated
 from topiarist.pipelines.recovering.inputs import trained_parameters
 from topiarist.pipelines.recovering.objective import Objective
 from topiarist.pipelines.recovering.options import RecoverOptions
+from topiarist.pipelines.recovering.scales import scales_of
 from topiarist.pipelines.training.batches import Batches, micro_batch_size
-from topiarist.pipelines.training.loop import RATE, FineTuning, History, Progress
+from topiarist.pipelines.training.loop import FineTuning, History, Progress
 from topiarist.pipelines.training.low_rank import RANK, LowRankUpdate, adding, updatable
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.recompute import blocks_of, recomputing
 from topiarist.pipelines.training.sharded_state import ShardedState
 from topiarist.pipelines.training.weights import TrainedWeights
+
+RATES = {"full": 8e-4, "lora": 1.6e-3}
+"""Peak learning rate by kind, if nothing is said: of the weights' typical size."""
 
 
 class Trainee:
@@ -40,10 +44,13 @@ class Trainee:
     ) -> None:
         self.model, self.masks, self.options = model, masks, options
         self.notes: list[str] = []
-        self.changed: dict[str, nn.Parameter] = trained_parameters(model.model, options)
+        wanted = trained_parameters(model.model, options)
+        self.scales = scales_of(model)
+        """Of the weights that are quantised, by the weights' names."""
+        self.changed: dict[str, nn.Parameter] = {n: p for n, p in wanted.items() if n not in self.scales}
         """Parameters of the model that are other ones at the end, by name."""
         self.updates: list[LowRankUpdate] = []
-        parameters = dict(self.changed)
+        parameters = self.changed | {scale.name: scale.log for name, scale in self.scales.items() if name in wanted}
         if options.kind == "lora":
             self._add_updates(masks, parameters)
         self.weights = weights(parameters, masks)
@@ -84,9 +91,20 @@ class Trainee:
 
     def learning_rate(self, processes: Processes) -> float:
         """The peak that was asked for, or what suits the size of the model's weights."""
-        if self.options.learning_rate is not None:
-            return self.options.learning_rate
-        return RATE * self.weights.typical_size(self.changed.values(), processes)
+        return self.options.learning_rate or RATES[self.options.kind] * self._typical_size(processes)
+
+    def _typical_size(self, processes: Processes) -> float:
+        if not self.scales:
+            return self.weights.typical_size(self.changed.values(), processes)
+        return float(torch.tensor([scale.size for scale in self.scales.values()]).median())
+
+    def _factors(self, processes: Processes) -> list[float] | None:
+        """Of the learning rate: scales move by as large a share of themselves as weights of the typical size."""
+        if not self.scales:
+            return None
+        logs = {scale.name for scale in self.scales.values()}
+        size = self._typical_size(processes)
+        return [1 / size if name in logs else 1.0 for name in self.weights.masters]
 
     def train(
         self,
@@ -105,6 +123,7 @@ class Trainee:
         tuning = FineTuning(
             steps=steps,
             learning_rate=rate,
+            scales=self._factors(processes),
             warmup=round(options.warmup * steps),
             evaluate_every=options.steps_between_looks(steps, sequences, len(objective.held_out)),
             progress=progress,

@@ -1,0 +1,95 @@
+"""Quantised weights in training: their integers stay, what their scales are multiplied by learns.
+
+Integers would begin in the middle of their cells, and a short training moves few of them out; a scale moves at every step.
+The result has the files' format, and zeros stay zero (EfficientQAT, arXiv 2407.11062, section 3.3, trains scales alone
+after its blocks).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int8
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from topiarist.checkpoints.dequantised import DequantisedCheckpoint
+from topiarist.core.errors import UnsupportedModel
+from topiarist.models.opened import ObjectModel
+from topiarist.quantization.compressed_tensors import SCALE
+from topiarist.quantization.grid import QuantizedWeight, dequantize
+
+
+class _Scaled(nn.Module):
+    """A weight as a function of the logarithm of what its scales are multiplied by: positive scales stay positive."""
+
+    q: Int8[Tensor, "out in"]
+    scale: Float[Tensor, "out groups"]
+
+    def __init__(self, weight: QuantizedWeight, like: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("q", weight.q.to(like.device), persistent=False)
+        self.register_buffer("scale", weight.scale.to(like.device), persistent=False)
+        self.dtype = like.dtype
+
+    def forward(self, log: Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
+        return dequantize(self.q, self.scaled(log).to(self.dtype))
+
+    def right_inverse(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out groups"]:
+        return torch.zeros_like(self.scale, dtype=weight.dtype)
+
+    def scaled(self, log: Float[Tensor, "out groups"]) -> Float[Tensor, "out groups"]:
+        """The scales, in the files' dtype."""
+        return (self.scale.float() * log.float().exp()).to(self.scale.dtype)
+
+
+@dataclass
+class TrainedScale:
+    """The scales of one quantised matrix while they learn."""
+
+    name: str
+    """Of the scales in the files."""
+    module: nn.Module
+    leaf: str
+    """The name of the weight in the module."""
+    size: float
+    """Root mean square of the weights as they came."""
+
+    @property
+    def log(self) -> nn.Parameter:
+        """What learns: (out, groups), zero at the start."""
+        return self.module.parametrizations[self.leaf].original  # pyright: ignore
+
+    @property
+    def scale(self) -> Float[Tensor, "out groups"]:
+        """The scales as they are now, in the files' dtype."""
+        return self.module.parametrizations[self.leaf][0].scaled(self.log.detach())  # pyright: ignore
+
+
+def scales_of(model: ObjectModel) -> dict[str, TrainedScale]:
+    """Let the quantised matrices of a folder's model be made of their scales from now on; {} if none is quantised.
+
+    By the parameters' names. Raises UnsupportedModel for a matrix that several modules share.
+    """
+    if not isinstance(model.checkpoint, DequantisedCheckpoint):
+        return {}
+    grids: dict[str, str] = model.as_folder().grids()
+    holding: dict[int, int] = {}
+    for module in model.model.modules():
+        for parameter in module.parameters(recurse=False):
+            holding[id(parameter)] = holding.get(id(parameter), 0) + 1
+    found: dict[str, TrainedScale] = {}
+    for name, stored in grids.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.model.get_submodule(path)
+        weight = getattr(module, leaf)
+        if holding[id(weight)] > 1:
+            raise UnsupportedModel(
+                f"{model.name}: {name} is quantised and several layers share it, whose scales are not trained: recover the "
+                "model that it was made from, then quantise the result"
+            )
+        size = float(weight.detach().float().square().mean().sqrt())
+        parametrize.register_parametrization(module, leaf, _Scaled(model.checkpoint.quantized(stored), weight))
+        found[name] = TrainedScale(stored.removesuffix("weight") + SCALE, module, leaf, size)
+    return found
