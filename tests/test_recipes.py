@@ -236,6 +236,7 @@ def test_a_given_text_stands_above_that_of_the_stages(folder: Path, command):
 TRAINED = ("--data", "text.txt", "--tokens", "256", "--window", "32", "--sequences", "2", "--held-out", "2")
 SECOND = {
     "recover a sparse model": (("recover", *TRAINED), "sparse"),
+    "recover a quantised model": (("recover", *TRAINED, "--teacher", "model"), "quantised"),
     "recover a dense model to its text": (("recover", *TRAINED, "--loss", "lm"), "model"),
     "recover a dense model towards another": (("recover", *TRAINED, "--teacher", "model"), "model"),
     "prune a sparse model": (("prune", "--method", "magnitude", "--pattern", "0.6"), "sparse"),

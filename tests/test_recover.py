@@ -593,7 +593,15 @@ def quantised(tmp_path: Path, **more: Any) -> Path:
 @pytest.mark.parametrize("dtype", ["stored", "float32"])
 def test_the_scales_of_a_quantised_folder_learn(dtype: Any, tmp_path: Path):
     came = quantised(tmp_path)
+    plan = plan_recover(came, dtype=dtype, **SETTINGS)
     report = tp.recover(came, tmp_path / "out", dtype=dtype, **SETTINGS)
+    assert (
+        plan.weights
+        == report.weights["trained"]
+        == sum(
+            tensor.numel() for name, tensor in tensors(came).items() if name.endswith((".weight_scale", "norm.weight"))
+        )
+    )
     assert report.best["loss"] < report.before
     before, after = tensors(came), tensors(tmp_path / "out")
     assert before.keys() == after.keys()
