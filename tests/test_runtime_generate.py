@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from sweep import tiny_types
 from tiny import tiny_model, tiny_tokens
 
 from topiarist import runtime
@@ -253,6 +254,13 @@ def test_sublayers_that_shrink_removed(family):
 def test_refusals(prompt, new, message):
     with pytest.raises(TopiaristError, match=message):
         Generator(tiny_model()).generate(tiny_tokens(1, prompt), new)
+
+
+def test_models_that_nothing_binds_go_beyond_the_length_in_their_config():
+    model = tiny_types.tiny_model("xglm")
+    model.config.max_position_embeddings = 16
+    ids = tiny_tokens(1, 12)
+    assert torch.equal(Generator(model).generate(ids, 10), by_transformers(model, ids, 10))
 
 
 @pytest.mark.parametrize(

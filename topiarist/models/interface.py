@@ -20,7 +20,7 @@ from topiarist.data import load_tokenizer
 from topiarist.models.calls import Flow
 from topiarist.models.derive import block_lists, family_of
 from topiarist.models.families import Family, Matrix, block_names, matrices_of
-from topiarist.models.positions import ends_there, has_table, stated_length
+from topiarist.models.positions import has_table, limit_of, stated_length
 
 if TYPE_CHECKING:
     from topiarist.models.opened import ObjectModel
@@ -137,7 +137,7 @@ class OpenedModel(ABC):
     @property
     def limit(self) -> int | None:
         """Tokens that a window may have at most; None where the config names no limit, or nothing ends there."""
-        return stated_length(self.text_config) if ends_there(self.text_config) else None
+        return limit_of(self.text_config)
 
     @property
     def window(self) -> int:

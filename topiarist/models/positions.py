@@ -17,7 +17,12 @@ def stated_length(config: Any) -> int | None:
     return next((value for value in found if isinstance(value, int) and value > 0), None)
 
 
-def ends_there(config: Any) -> bool:
+def limit_of(config: Any) -> int | None:
+    """Tokens that a text may have at most; None where the config names no limit, or nothing ends there."""
+    return stated_length(config) if _ends_there(config) else None
+
+
+def _ends_there(config: Any) -> bool:
     """Whether longer text is other text to the model than what it was made for, or none at all."""
     return getattr(config, "model_type", None) not in _UNBOUND and getattr(config, "alibi", None) is not True
 
@@ -27,4 +32,4 @@ def has_table(config: Any) -> bool:
 
     A type of which nothing is known counts as one: MPT's biases and the rotary positions of GPT-J are tables too.
     """
-    return ends_there(config) and not any(getattr(config, key, None) for key in _ROTARY)
+    return _ends_there(config) and not any(getattr(config, key, None) for key in _ROTARY)

@@ -13,6 +13,7 @@ from torch import Tensor
 from topiarist.core.compiled import NoKernels
 from topiarist.core.errors import TopiaristError, UnsupportedModel
 from topiarist.models.opened import evaluated
+from topiarist.models.positions import limit_of
 from topiarist.runtime.decoder import Decoder
 
 CACHE_STEP = 256
@@ -108,12 +109,12 @@ class Generator:
         return ends, torch.as_tensor(padding)
 
     def _check(self, ids: Tensor, max_new_tokens: int, temperature: float) -> None:
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        config = self.model.config.get_text_config()
+        limit, known = limit_of(config), getattr(config, "vocab_size", None)
         if ids.ndim != 2 or not ids.numel() or max_new_tokens < 1 or not temperature >= 0:
             raise TopiaristError(
                 "a prompt needs a token (ids are a row a prompt), max_new_tokens must be at least 1 and temperature at least 0"
             )
-        known = getattr(self.model.config.get_text_config(), "vocab_size", None)
         if known is not None and not 0 <= int(ids.min()) <= int(ids.max()) < known:
             raise TopiaristError(
                 f"the prompt has token {int(ids.max())}, the model knows 0 to {known - 1}: it is of another tokenizer"
