@@ -370,6 +370,20 @@ def test_an_allocation_that_nothing_would_read_is_refused(folder: Path, command,
     assert not (folder / "out").exists()
 
 
+def test_an_allocation_of_another_density_than_its_prune_asks_for_is_refused(folder: Path, command):
+    def run(pattern: str) -> tuple[int, str]:
+        text = "num_windows: 4, window_tokens: 32"
+        stages = f"- allocate: {{rule: linear, pattern: 0.5, {text}}}\n- prune: {{method: magnitude, pattern: {pattern}, {text}}}\n"
+        (folder / "one.yaml").write_text(STAGES.partition("- prune")[0] + stages)
+        code, _, error = command("run", "one.yaml", "--plan")
+        return code, error
+
+    code, error = run("0.7")
+    assert code == 2 and "line 7: prune asks for 0.7, allocate before it allocates for 0.5: leave the pattern" in error
+    assert not (folder / "out").exists()
+    assert run("0.5") == (0, "")
+
+
 @pytest.mark.parametrize("text", ["", "topiarist: 1", "stages: 3", "[1, 2]"])
 def test_an_edited_recipe_beside_a_result_is_told(folder: Path, command, text: str):
     (folder / "one.yaml").write_text(

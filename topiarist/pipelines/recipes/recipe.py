@@ -37,6 +37,8 @@ from topiarist.pipelines.recipes.stages import STAGES, Stage, state_of
 KEYS = ("topiarist", "model", "out", "data", "stages")
 DATA = ("data", *(word for word, meant in ALIASES.items() if meant == "data"))
 """The words for the text of a stage."""
+SHARES = (128, 128)
+"""A shape in which densities are compared, to a hundredth."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,13 @@ class Recipe:
                     f"{self.source} line {follower.line}: {follower.name} does not read what {step.name} before it finds: put "
                     "a prune without an allocation of its own right behind it"
                 )
+            if step.stage.to_file and (asked := follower.options.pattern) is not None:
+                found = step.options.base_pattern
+                if abs(asked.sparsity_of(SHARES) - found.sparsity_of(SHARES)) > 0.01:
+                    raise OptionError(
+                        f"{self.source} line {follower.line}: {follower.name} asks for {asked}, {step.name} before it "
+                        f"allocates for {found}: leave the pattern of {follower.name} out"
+                    )
 
     def _check_teachers(self, *, pruned: bool) -> None:
         """Raise OptionError for a recovery that would learn from what the recipe starts from, if that is pruned itself."""
