@@ -90,6 +90,8 @@ def scales_of(model: ObjectModel) -> dict[str, TrainedScale]:
                 "model that it was made from, then quantise the result"
             )
         size = float(weight.detach().float().square().mean().sqrt())
-        parametrize.register_parametrization(module, leaf, _Scaled(model.checkpoint.quantized(stored), weight))
+        on_grid = model.checkpoint.quantized(stored)
+        assert on_grid is not None  # or `grids` had refused it
+        parametrize.register_parametrization(module, leaf, _Scaled(on_grid, weight))
         found[name] = TrainedScale(stored.removesuffix("weight") + SCALE, module, leaf, size)
     return found
