@@ -24,6 +24,7 @@ from topiarist.masklearn import Preset, Schedule
 from topiarist.pipelines.recovering.objective import Objective
 from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.recovering.plan import plan_recover
+from topiarist.pipelines.recovering.trainee import Trainee
 from topiarist.pipelines.shrinking.distill import Distill, distill
 from topiarist.pipelines.training import loop
 from topiarist.pipelines.training.batches import Batches, micro_batch_size, split_held_out
@@ -620,6 +621,25 @@ def test_the_scales_of_a_quantised_folder_learn(dtype: Any, tmp_path: Path):
     with torch.no_grad():
         loss = float(divergence(back(held).logits, teacher(held).logits))
     assert loss == pytest.approx(report.best["loss"], rel=1e-2 if dtype == "stored" else 3e-2)
+
+
+@pytest.mark.parametrize("dtype", ["stored", "float32"])
+def test_the_scales_that_are_written_are_those_that_were_looked_at(dtype: Any, tmp_path: Path, monkeypatch):
+    found: dict[str, torch.Tensor] = {}
+    train, generator = Trainee.train, torch.Generator().manual_seed(0)
+
+    def trained(self: Trainee, *words: Any) -> Any:
+        history = train(self, *words)
+        for scale in self.scales.values():
+            scale.log.data.copy_(0.1 * torch.randn(scale.log.shape, generator=generator))
+            found[scale.name] = scale.scale.clone()
+        return history
+
+    monkeypatch.setattr(Trainee, "train", trained)
+    tp.recover(quantised(tmp_path), tmp_path / "out", dtype=dtype, **SETTINGS)
+    after = tensors(tmp_path / "out")
+    assert found.keys() == {name for name in after if name.endswith("_scale")}
+    assert all(torch.equal(scale, after[name]) for name, scale in found.items())
 
 
 def test_what_a_quantised_folder_does_not_take_is_refused(tmp_path: Path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +13,6 @@ from topiarist.checkpoints.writing import MASKS, OutputFolder
 from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.common.finish import finish
 from topiarist.pipelines.recovering.report import RecoverReport
-from topiarist.pipelines.recovering.scales import TrainedScale
 from topiarist.pipelines.training.text import TrainingText
 from topiarist.structured.spec import SPEC
 
@@ -23,23 +22,22 @@ def write_recovered(
     opened: OpenedModel,
     model: Any,
     trained: Mapping[str, Tensor],
-    scales: Iterable[TrainedScale],
+    scales: Mapping[str, Tensor],
     report: RecoverReport,
     text: TrainingText,
 ) -> None:
     """Write the whole checkpoint and its papers.
 
     opened: the pruned model as it was opened. model: the same in memory, trained. trained: its changed parameters, by
-    name. scales: those of a quantised folder, which stays quantised. Raises CheckpointError if the disk is full; the
-    trained state is then kept.
+    name. scales: those of a quantised folder, by their names there; it stays quantised. Raises CheckpointError if the disk
+    is full; the trained state is then kept.
     """
-    learned = {scale.name: scale.scale for scale in scales}
-    written = opened.write_changed(output, model, trained, learned)
+    written = opened.write_changed(output, model, trained, scales)
     for name in (MASKS, SPEC):
         if (path := opened.beside(name)) is not None:
             shutil.copyfile(path, output.folder / name)
     config = None
-    if learned:
+    if scales:
         assert opened.checkpoint is not None
         config = {**opened.stored_config, QUANTIZATION: opened.checkpoint.as_stored.config[QUANTIZATION]}
         size = sum(output.tensor_bytes().values())

@@ -150,6 +150,7 @@ def recover(
         rate = trainee.learning_rate(processes)
         with meter.timed("training"):
             history = trainee.train(objective, rate, steps, sequences, processes, tell, state)
+        scales = {scale.name: scale.scale for scale in trainee.scales.values()}  # before what they are made of is rounded
         computing.close()  # the weights are in their own dtypes again when they are written
         report.learning_rate = rate
         report.log(history.losses)
@@ -169,7 +170,7 @@ def recover(
             report.result_digest = opened.result_digest()
             model, changed = (student.model, trainee.changed) if divided is None else divided.result()
             processes.on_main(  # nobody returns before the folder is whole
-                lambda: write_recovered(folder, opened, model, changed, trainee.scales.values(), report, text)
+                lambda: write_recovered(folder, opened, model, changed, scales, report, text)
             )
     return report
 
