@@ -642,6 +642,44 @@ def test_the_scales_that_are_written_are_those_that_were_looked_at(dtype: Any, t
     assert all(torch.equal(scale, after[name]) for name, scale in found.items())
 
 
+def test_the_rate_of_a_quantised_folder_belongs_to_all_its_matrices(tmp_path: Path):
+    model = tiny.tiny_model(dtype=torch.bfloat16)
+    with torch.no_grad():
+        for block in model.model.layers:
+            for matrix in block.mlp.children():
+                if isinstance(matrix, nn.Linear):
+                    matrix.weight *= 4
+    model.save_pretrained(tmp_path / "base")
+    tp.quantize(tmp_path / "base", tmp_path / "came", data=TOKENS[:8], group=32, skip=["self_attn"], head=True)
+    report = tp.recover(tmp_path / "came", tmp_path / "out", **{**SETTINGS, "learning_rate": None})
+    blocks = tp.load_pruned(tmp_path / "came").model.layers
+    sizes = [p.detach().float().square().mean().sqrt() for p in blocks.parameters() if p.ndim > 1]
+    assert report.learning_rate == pytest.approx(8e-4 * float(torch.stack(sizes).median()), rel=1e-2)
+
+
+def test_matrices_that_quantising_left_learn_under_their_zeros(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    prune(base, tmp_path / "pruned", "2:4")
+    tp.quantize(tmp_path / "pruned", tmp_path / "came", data=TOKENS[:8], group=32, skip=["mlp"])
+    report = tp.recover(tmp_path / "came", tmp_path / "out", **SETTINGS)
+    before, after = tensors(tmp_path / "came"), tensors(tmp_path / "out")
+    assert report.best["loss"] < report.before and before.keys() == after.keys()
+    for name in (n for n in before if "_proj.weight" in n):
+        learned = name.endswith(("_proj.weight", "_scale"))
+        assert torch.equal(before[name], after[name]) != learned, name
+        assert not name.endswith("_proj.weight") or torch.equal(before[name] == 0, after[name] == 0), name
+
+
+def test_a_quantised_folder_whose_weights_are_all_zero_is_refused(tmp_path: Path):
+    came = quantised(tmp_path)
+    stored = load_file(came / "model.safetensors")
+    stored = {name: tensor * 0 if name.endswith("_scale") else tensor for name, tensor in stored.items()}
+    save_file(stored, came / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(tp.NumericalError, match="all weights of the model's matrices are zero"):
+        tp.recover(came, tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_a_quantised_folder_does_not_take_is_refused(tmp_path: Path):
     came = quantised(tmp_path)
     with pytest.raises(tp.TopiaristError, match=r"is quantised: its scales learn, .*; use kind full"):

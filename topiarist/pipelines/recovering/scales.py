@@ -53,13 +53,17 @@ class TrainedScale:
     module: nn.Module
     leaf: str
     """The name of the weight in the module."""
-    size: float
-    """Root mean square of the weights as they came."""
 
     @property
     def log(self) -> nn.Parameter:
         """What learns: (out, groups), zero at the start."""
         return self.module.parametrizations[self.leaf].original  # pyright: ignore
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The weights as the module reads them now."""
+        with torch.no_grad():
+            return getattr(self.module, self.leaf)
 
     @property
     def scale(self) -> Float[Tensor, "out groups"]:
@@ -89,9 +93,8 @@ def scales_of(model: ObjectModel) -> dict[str, TrainedScale]:
                 f"{model.name}: {name} is quantised and several layers share it, whose scales are not trained: recover the "
                 "model that it was made from, then quantise the result"
             )
-        size = float(weight.detach().float().square().mean().sqrt())
         on_grid = model.checkpoint.quantized(stored)
         assert on_grid is not None  # or `grids` had refused it
         parametrize.register_parametrization(module, leaf, _Scaled(on_grid, weight))
-        found[name] = TrainedScale(stored.removesuffix("weight") + SCALE, module, leaf, size)
+        found[name] = TrainedScale(stored.removesuffix("weight") + SCALE, module, leaf)
     return found
