@@ -695,6 +695,18 @@ def test_what_a_quantised_folder_does_not_take_is_refused(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [("mixtral", "is one of several that make a parameter"), ("zamba2", "is shared by several layers")],
+)
+def test_scales_that_cannot_learn_are_refused_before_text_is_read(family: str, message: str, tmp_path: Path):
+    tiny_folder(tmp_path / "base", family)
+    tp.quantize(tmp_path / "base", tmp_path / "came", bits=8, group="channel")
+    with pytest.raises(tp.UnsupportedModel, match=f"{message}, whose scales cannot learn: recover the model that"):
+        tp.recover(tmp_path / "came", tmp_path / "out", **{**SETTINGS, "data": TOKENS[:1]})
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_step_that_is_not_finite_keeps_the_last_good_state(tmp_path: Path):
     model = tiny.tiny_model()
     tp.prune(model, method="wanda", calibration=TOKENS[:8])

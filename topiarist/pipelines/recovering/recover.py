@@ -150,10 +150,8 @@ def recover(
         rate = trainee.learning_rate(processes)
         with meter.timed("training"):
             history = trainee.train(objective, rate, steps, sequences, processes, tell, state)
-        scales = {
-            scale.name: scale.scale for scale in trainee.scales.values()
-        }  # before what they are made of is rounded
-        computing.close()  # the weights are in their own dtypes again when they are written
+        scales = {scale.name: scale.scale for scale in trainee.scales.values()}
+        computing.close()  # the weights are in their own dtypes again when they are written, what scales are made of too
         report.learning_rate = rate
         report.log(history.losses)
         report.evaluations = [{"step": step, "loss": loss} for step, loss in history.evaluations]
