@@ -21,9 +21,11 @@ from topiarist.cli import main
 from topiarist.core.losses import divergence
 from topiarist.evaluation.verify import verify
 from topiarist.masklearn import Preset, Schedule
+from topiarist.models.opened import open_model
 from topiarist.pipelines.recovering.objective import Objective
 from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.recovering.plan import plan_recover
+from topiarist.pipelines.recovering.scales import scales_of
 from topiarist.pipelines.recovering.trainee import Trainee
 from topiarist.pipelines.shrinking.distill import Distill, distill
 from topiarist.pipelines.training import loop
@@ -595,6 +597,7 @@ def quantised(tmp_path: Path, **more: Any) -> Path:
 def test_the_scales_of_a_quantised_folder_learn(dtype: Any, tmp_path: Path):
     came = quantised(tmp_path)
     plan = plan_recover(came, dtype=dtype, **SETTINGS)
+    assert plan.disk_bytes - 28 * plan.weights == (came / "model.safetensors").stat().st_size
     report = tp.recover(came, tmp_path / "out", dtype=dtype, **SETTINGS)
     assert (
         plan.weights
@@ -640,6 +643,17 @@ def test_the_scales_that_are_written_are_those_that_were_looked_at(dtype: Any, t
     after = tensors(tmp_path / "out")
     assert found.keys() == {name for name in after if name.endswith("_scale")}
     assert all(torch.equal(scale, after[name]) for name, scale in found.items())
+
+
+def test_scales_of_a_wider_dtype_begin_with_the_weights_that_are_read(tmp_path: Path):
+    came = quantised(tmp_path)
+    stored = load_file(came / "model.safetensors")
+    stored = {name: t.float() * 1.001 if name.endswith("_scale") else t for name, t in stored.items()}
+    save_file(stored, came / "model.safetensors", metadata={"format": "pt"})
+    model = open_model(came).whole()
+    read = {name: parameter.detach().clone() for name, parameter in model.model.named_parameters()}
+    scales = scales_of(model)
+    assert len(scales) == 14 and all(torch.equal(scale.weight, read[name]) for name, scale in scales.items())
 
 
 def test_the_rate_of_a_quantised_folder_belongs_to_all_its_matrices(tmp_path: Path):

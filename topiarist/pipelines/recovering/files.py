@@ -17,6 +17,11 @@ from topiarist.pipelines.training.text import TrainingText
 from topiarist.structured.spec import SPEC
 
 
+def bytes_of(opened: OpenedModel) -> int:
+    """Bytes of the weights as they will be written, which are those of the files: a quantised folder stays quantised."""
+    return opened.nbytes if opened.checkpoint is None else opened.checkpoint.as_stored.weight_bytes()
+
+
 def write_recovered(
     output: OutputFolder,
     opened: OpenedModel,

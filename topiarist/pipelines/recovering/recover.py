@@ -29,7 +29,7 @@ from topiarist.pipelines.common.dense import left_by_training
 from topiarist.pipelines.common.finish import weights_of
 from topiarist.pipelines.common.reproduce import command, recipe
 from topiarist.pipelines.common.setup import open_for
-from topiarist.pipelines.recovering.files import write_recovered
+from topiarist.pipelines.recovering.files import bytes_of, write_recovered
 from topiarist.pipelines.recovering.inputs import (
     check_dense,
     check_divisible,
@@ -136,7 +136,7 @@ def recover(
             folder, name = output, "recovery"
             state = ShardedState(folder.states / name, processes) if options.shard else folder.state(name)
             # A new state is whole before the old one goes.
-            due = bytes_to_write(opened.nbytes) + 2 * (STATE_BYTES + 2) * trainee.count
+            due = bytes_to_write(bytes_of(opened)) + 2 * (STATE_BYTES + 2) * trainee.count
 
             def begin() -> bool:
                 held.enter_context(folder)

@@ -33,7 +33,8 @@ class _Scaled(nn.Module):
         self.dtype = like.dtype
 
     def forward(self, log: Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
-        return dequantize(self.q, self.scaled(log).to(self.dtype))
+        scale = self.scaled(log)
+        return dequantize(self.q, scale.to(torch.promote_types(scale.dtype, self.dtype))).to(self.dtype)
 
     def right_inverse(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out groups"]:
         return torch.zeros_like(self.scale, dtype=weight.dtype)
