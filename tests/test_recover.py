@@ -656,6 +656,25 @@ def test_scales_of_a_wider_dtype_begin_with_the_weights_that_are_read(tmp_path: 
     assert len(scales) == 14 and all(torch.equal(scale.weight, read[name]) for name, scale in scales.items())
 
 
+def test_papers_of_a_recovered_quantised_model_say_what_it_is(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    tp.quantize(base, tmp_path / "came", data=TOKENS[:8], bits=4, group=32)
+    tp.recover(tmp_path / "came", tmp_path / "out", **SETTINGS)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "scales and other weights were trained after quantising" in card and "zeros stayed zero" in card
+    assert "pruned ones" not in card
+    # Of another program there is nothing but the files.
+    config = json.loads((tmp_path / "came" / "config.json").read_text())
+    del config["pruning_config"]
+    (tmp_path / "came" / "config.json").write_text(json.dumps(config))
+    for name in ("pruning_report.json", "pruning_run.json"):
+        (tmp_path / "came" / name).unlink(missing_ok=True)
+    tp.recover(tmp_path / "came", tmp_path / "other", teacher=base, **SETTINGS)
+    for name in ("README.md", "pruning_report.html"):
+        text = (tmp_path / "other" / name).read_text()
+        assert "integers of 4 bits" in text and "ordinary dense tensors" not in text, name
+
+
 def test_the_rate_of_a_quantised_folder_belongs_to_all_its_matrices(tmp_path: Path):
     model = tiny.tiny_model(dtype=torch.bfloat16)
     with torch.no_grad():

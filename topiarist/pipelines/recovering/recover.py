@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from topiarist.checkpoints.dequantised import QUANTIZATION
 from topiarist.checkpoints.references import reference, resolved
 from topiarist.checkpoints.writing import ADAPTER, REPORT, OutputFolder, SavedState, bytes_to_write
 from topiarist.core.errors import CheckpointError, TopiaristError
@@ -207,9 +208,18 @@ def _report(
         command=[*words, *(word for name, value in said.items() for word in (f"--{name}", value))],
         not_in_command=unsaid,
         recipe=recipe("recover", opened.said, options, more=said),
-        pruned=renewed({"model": base, **({} if "pattern" in claims else DENSE), **claims, **pruned}),
+        pruned=renewed(
+            {"model": base, **({} if "pattern" in claims else {**DENSE, **_integers(opened)}), **claims, **pruned}
+        ),
         claims=claims,
     )
+
+
+def _integers(opened: OpenedModel) -> dict[str, Any]:
+    """Bits and group of a quantised folder that has no report to say them."""
+    about = {} if opened.checkpoint is None else opened.checkpoint.as_stored.config.get(QUANTIZATION, {})
+    weights = next((group["weights"] for group in about.get("config_groups", {}).values()), {})
+    return {"bits": weights["num_bits"], "group": weights.get("group_size")} if "num_bits" in weights else {}
 
 
 def _left_behind(opened: OpenedModel) -> list[str]:
