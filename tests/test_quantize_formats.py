@@ -57,6 +57,8 @@ def test_our_tensors_are_those_of_compressed_tensors(grid):
     assert torch.equal(pack_to_int32(weight.q, grid.bits), tensors["weight_packed"])
     dense = readers.from_packed_integers(tensors["weight_packed"], weight.scale, (6, 64))
     assert torch.equal(dense, weight.dequantized())
+    with pytest.raises(QuantizationError, match="do not make a matrix"):
+        readers.from_packed_integers(tensors["weight_packed"], weight.scale[:, :0], (6, 64))
 
 
 def test_asymmetric_and_sorted_groups_are_read():

@@ -293,6 +293,11 @@ WRONG_STAGES = [
         "- shrink: {keep: 0.8}\n- recover: {tokens: 512,",
         "line 11: shrink takes a model",
     ),
+    (
+        "- recover: {tokens: 512,",
+        "- quantize: {group: 32}\n- recover: {kind: lora, tokens: 512,",
+        "line 12: the model is quantised: its scales learn, which low-rank updates and shards are not made for; use kind full",
+    ),
     ("stages:", "stages: none\nmore:", "unknown key 'more'"),
     ("model: model", "model: [", "is no YAML"),
     ("data: [text.txt]", "data: [nowhere.txt]", "nowhere.txt does not exist"),

@@ -21,9 +21,12 @@ from topiarist.cli import main
 from topiarist.core.losses import divergence
 from topiarist.evaluation.verify import verify
 from topiarist.masklearn import Preset, Schedule
+from topiarist.models.opened import open_model
 from topiarist.pipelines.recovering.objective import Objective
 from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.recovering.plan import plan_recover
+from topiarist.pipelines.recovering.scales import scales_of
+from topiarist.pipelines.recovering.trainee import Trainee
 from topiarist.pipelines.shrinking.distill import Distill, distill
 from topiarist.pipelines.training import loop
 from topiarist.pipelines.training.batches import Batches, micro_batch_size, split_held_out
@@ -594,6 +597,7 @@ def quantised(tmp_path: Path, **more: Any) -> Path:
 def test_the_scales_of_a_quantised_folder_learn(dtype: Any, tmp_path: Path):
     came = quantised(tmp_path)
     plan = plan_recover(came, dtype=dtype, **SETTINGS)
+    assert plan.disk_bytes - 28 * plan.weights == (came / "model.safetensors").stat().st_size
     report = tp.recover(came, tmp_path / "out", dtype=dtype, **SETTINGS)
     assert (
         plan.weights
@@ -622,6 +626,93 @@ def test_the_scales_of_a_quantised_folder_learn(dtype: Any, tmp_path: Path):
     assert loss == pytest.approx(report.best["loss"], rel=1e-2 if dtype == "stored" else 3e-2)
 
 
+@pytest.mark.parametrize("dtype", ["stored", "float32"])
+def test_the_scales_that_are_written_are_those_that_were_looked_at(dtype: Any, tmp_path: Path, monkeypatch):
+    found: dict[str, torch.Tensor] = {}
+    train, generator = Trainee.train, torch.Generator().manual_seed(0)
+
+    def trained(self: Trainee, *words: Any) -> Any:
+        history = train(self, *words)
+        for scale in self.scales.values():
+            scale.log.data.copy_(0.1 * torch.randn(scale.log.shape, generator=generator))
+            found[scale.name] = scale.scale.clone()
+        return history
+
+    monkeypatch.setattr(Trainee, "train", trained)
+    tp.recover(quantised(tmp_path), tmp_path / "out", dtype=dtype, **SETTINGS)
+    after = tensors(tmp_path / "out")
+    assert found.keys() == {name for name in after if name.endswith("_scale")}
+    assert all(torch.equal(scale, after[name]) for name, scale in found.items())
+
+
+def test_scales_of_a_wider_dtype_begin_with_the_weights_that_are_read(tmp_path: Path):
+    came = quantised(tmp_path)
+    stored = load_file(came / "model.safetensors")
+    stored = {name: t.float() * 1.001 if name.endswith("_scale") else t for name, t in stored.items()}
+    save_file(stored, came / "model.safetensors", metadata={"format": "pt"})
+    model = open_model(came).whole()
+    read = {name: parameter.detach().clone() for name, parameter in model.model.named_parameters()}
+    scales = scales_of(model)
+    assert len(scales) == 14 and all(torch.equal(scale.weight, read[name]) for name, scale in scales.items())
+
+
+def test_papers_of_a_recovered_quantised_model_say_what_it_is(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    tp.quantize(base, tmp_path / "came", data=TOKENS[:8], bits=4, group=32)
+    tp.recover(tmp_path / "came", tmp_path / "out", **SETTINGS)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "scales and other weights were trained after quantising" in card and "zeros stayed zero" in card
+    assert "pruned ones" not in card
+    # Of another program there is nothing but the files.
+    config = json.loads((tmp_path / "came" / "config.json").read_text())
+    del config["pruning_config"]
+    (tmp_path / "came" / "config.json").write_text(json.dumps(config))
+    for name in ("pruning_report.json", "pruning_run.json"):
+        (tmp_path / "came" / name).unlink(missing_ok=True)
+    tp.recover(tmp_path / "came", tmp_path / "other", teacher=base, **SETTINGS)
+    for name in ("README.md", "pruning_report.html"):
+        text = (tmp_path / "other" / name).read_text()
+        assert "integers of 4 bits" in text and "ordinary dense tensors" not in text, name
+
+
+def test_the_rate_of_a_quantised_folder_belongs_to_all_its_matrices(tmp_path: Path):
+    model = tiny.tiny_model(dtype=torch.bfloat16)
+    with torch.no_grad():
+        for block in model.model.layers:
+            for matrix in block.mlp.children():
+                if isinstance(matrix, nn.Linear):
+                    matrix.weight *= 4
+    model.save_pretrained(tmp_path / "base")
+    tp.quantize(tmp_path / "base", tmp_path / "came", data=TOKENS[:8], group=32, skip=["self_attn"], head=True)
+    report = tp.recover(tmp_path / "came", tmp_path / "out", **{**SETTINGS, "learning_rate": None})
+    blocks = tp.load_pruned(tmp_path / "came").model.layers
+    sizes = [p.detach().float().square().mean().sqrt() for p in blocks.parameters() if p.ndim > 1]
+    assert report.learning_rate == pytest.approx(8e-4 * float(torch.stack(sizes).median()), rel=1e-2)
+
+
+def test_matrices_that_quantising_left_learn_under_their_zeros(tmp_path: Path):
+    base = tiny.tiny_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    prune(base, tmp_path / "pruned", "2:4")
+    tp.quantize(tmp_path / "pruned", tmp_path / "came", data=TOKENS[:8], group=32, skip=["mlp"])
+    report = tp.recover(tmp_path / "came", tmp_path / "out", **SETTINGS)
+    before, after = tensors(tmp_path / "came"), tensors(tmp_path / "out")
+    assert report.best["loss"] < report.before and before.keys() == after.keys()
+    for name in (n for n in before if "_proj.weight" in n):
+        learned = name.endswith(("_proj.weight", "_scale"))
+        assert torch.equal(before[name], after[name]) != learned, name
+        assert not name.endswith("_proj.weight") or torch.equal(before[name] == 0, after[name] == 0), name
+
+
+def test_a_quantised_folder_whose_weights_are_all_zero_is_refused(tmp_path: Path):
+    came = quantised(tmp_path)
+    stored = load_file(came / "model.safetensors")
+    stored = {name: tensor * 0 if name.endswith("_scale") else tensor for name, tensor in stored.items()}
+    save_file(stored, came / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(tp.NumericalError, match="all weights of the model's matrices are zero"):
+        tp.recover(came, tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_a_quantised_folder_does_not_take_is_refused(tmp_path: Path):
     came = quantised(tmp_path)
     with pytest.raises(tp.TopiaristError, match=r"is quantised: its scales learn, .*; use kind full"):
@@ -634,6 +725,18 @@ def test_what_a_quantised_folder_does_not_take_is_refused(tmp_path: Path):
     save_file(stored, came / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(tp.UnsupportedModel, match=r"up_proj\.weight has no symmetric packed integers"):
         tp.recover(came, tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [("mixtral", "is one of several that make a parameter"), ("zamba2", "is shared by several layers")],
+)
+def test_scales_that_cannot_learn_are_refused_before_text_is_read(family: str, message: str, tmp_path: Path):
+    tiny_folder(tmp_path / "base", family)
+    tp.quantize(tmp_path / "base", tmp_path / "came", bits=8, group="channel")
+    with pytest.raises(tp.UnsupportedModel, match=f"{message}, whose scales cannot learn: recover the model that"):
+        tp.recover(tmp_path / "came", tmp_path / "out", **{**SETTINGS, "data": TOKENS[:1]})
     assert not (tmp_path / "out").exists()
 
 

@@ -54,11 +54,16 @@ def two(folder: Path, out: str, kill: int | None = None, **options: Any) -> None
     assert kill is not None or all(worker.exitcode == 0 for worker in workers)
 
 
-def test_two_processes_recover_what_one_recovers(tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("quantised", [False, True])
+def test_two_processes_recover_what_one_recovers(quantised: bool, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(loop, "SAVED_AFTER", 0.0)
     monkeypatch.setattr(loop, "SHARE", 1e9)
     base = tiny.tiny_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
-    tp.prune(base, tmp_path / "pruned", method="magnitude")
+    if quantised:
+        tp.prune(base, tmp_path / "sparse", method="magnitude")
+        tp.quantize(tmp_path / "sparse", tmp_path / "pruned", bits=8, group=32, skip=["up_proj"])
+    else:
+        tp.prune(base, tmp_path / "pruned", method="magnitude")
     tiny.tiny_text(tmp_path)
     report = run(tmp_path, "one")
     two(tmp_path, "two")

@@ -111,19 +111,25 @@ class FolderModel(OpenedModel):
     def grids(self) -> dict[str, str]:
         """The parameters that the files hold as symmetric packed integers, and their names there; {} if none is quantised.
 
-        Raises UnsupportedModel if a parameter is quantised in another way, or made of several tensors.
+        Raises UnsupportedModel if a parameter is quantised in another way, made of several tensors, or of several modules.
         """
         if not isinstance(self.checkpoint, DequantisedCheckpoint):
             return {}
         single = {g.keys[0][0]: g.targets[0] for g in self.names.groups.values() if g.converter is None}
+        shared = {*self._tied, *self._tied.values()}
         grids = self.checkpoint.grids()
         for name, symmetric in grids.items():
-            if not symmetric or name not in single:
-                how = "is one of several that make a parameter" if symmetric else "has no symmetric packed integers"
-                raise UnsupportedModel(
-                    f"{self.name} is quantised, and {name} {how}: only the scales of such as have and are one can learn; "
-                    "recover the model that it was made from, then quantise the result"
-                )
+            if not symmetric:
+                how = "has no symmetric packed integers, whose scales alone can learn"
+            elif name not in single:
+                how = "is one of several that make a parameter, whose scales cannot learn"
+            elif single[name] in shared:
+                how = "is shared by several layers, whose scales cannot learn"
+            else:
+                continue
+            raise UnsupportedModel(
+                f"{self.name} is quantised, and {name} {how}: recover the model that it was made from, then quantise the result"
+            )
         return {single[name]: name for name in grids}
 
     def write_changed(

@@ -33,7 +33,7 @@ def from_packed_integers(
     rows, columns = shape
     bits = packed.shape[1] * 32 // columns if columns else 0
     q = unpack(packed, bits, columns)
-    if packed.shape[0] != rows or scale.shape[0] != rows:
+    if packed.shape[0] != rows or scale.ndim != 2 or scale.shape[0] != rows or not scale.shape[1]:
         raise QuantizationError(
             f"packed weights {tuple(packed.shape)} and scales {tuple(scale.shape)} do not make a matrix {tuple(shape)}: the "
             "file is damaged; download it again"

@@ -32,7 +32,8 @@ from topiarist.data.compressed import kind_of
 from topiarist.data.draw import SMALL
 from topiarist.pipelines.common.reproduce import RECIPE_VERSION
 from topiarist.pipelines.recipes.reading import parse, read_text
-from topiarist.pipelines.recipes.stages import STAGES, Stage, state_of
+from topiarist.pipelines.recipes.stages import QUANTISED, STAGES, Stage, state_of
+from topiarist.pipelines.recovering.inputs import check_scales_learn
 
 KEYS = ("topiarist", "model", "out", "data", "stages")
 DATA = ("data", *(word for word, meant in ALIASES.items() if meant == "data"))
@@ -119,6 +120,9 @@ class Recipe:
                 raise OptionError(
                     f"{self.source} line {step.line}: {step.name} takes a model that is {takes}, and it is {state} there"
                 )
+            if step.name == "recover" and state == QUANTISED:
+                with self.telling(step):
+                    check_scales_learn("the model", step.options)
             state = step.stage.gives(state, step.options)
         changing = [number for number, step in enumerate(self.steps) if step.changes]
         for number, step in enumerate(self.steps):

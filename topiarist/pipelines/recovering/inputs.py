@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from topiarist.checkpoints.dequantised import DequantisedCheckpoint
 from topiarist.checkpoints.reading import claimed_patterns
 from topiarist.core.errors import CalibrationError, CheckpointError, TopiaristError, UnsupportedModel
+from topiarist.core.grammar import OptionError
 from topiarist.core.patterns import parse_pattern
 from topiarist.masks import zeros_of
 from topiarist.models.opened import OpenedModel
@@ -46,14 +47,19 @@ def held_masks(model: OpenedModel) -> dict[str, Bool[Tensor, "..."]]:
 
 
 def check_quantised(student: OpenedModel, options: RecoverOptions) -> None:
-    """Raise UnsupportedModel for a quantised folder whose scales cannot learn, TopiaristError for options not made for them."""
+    """Raise UnsupportedModel for a quantised folder whose scales cannot learn, OptionError for options not made for them."""
     if not isinstance(student.checkpoint, DequantisedCheckpoint):
         return
     student.as_folder().grids()
+    check_scales_learn(student.name, options)
+
+
+def check_scales_learn(name: str, options: RecoverOptions) -> None:
+    """Raise OptionError for options not made for a quantised folder."""
     for asked, cure in ((options.kind == "lora", "use kind full"), (options.shard, "leave --shard out")):
         if asked:
-            raise TopiaristError(
-                f"{student.name} is quantised: its scales learn, which low-rank updates and shards are not made for; {cure}"
+            raise OptionError(
+                f"{name} is quantised: its scales learn, which low-rank updates and shards are not made for; {cure}"
             )
 
 

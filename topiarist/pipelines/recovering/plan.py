@@ -13,6 +13,7 @@ from torch import nn
 from topiarist.checkpoints.writing import SavedState
 from topiarist.core.meter import peak_memory_bytes
 from topiarist.core.options import given_or_made, takes
+from topiarist.pipelines.recovering.files import bytes_of
 from topiarist.pipelines.recovering.inputs import check_dense, check_divisible, cut_text, held_masks, text_of
 from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.recovering.recover import make_objective, open_pruned, open_teacher
@@ -91,6 +92,6 @@ def plan_recover(
         epochs=steps * sequences / len(tokens),
         bytes_per_weight=trainee.weights.resident_bytes,
         peak_memory_bytes=peak,
-        disk_bytes=opened.nbytes + 2 * (STATE_BYTES + 2) * trainee.count,
+        disk_bytes=bytes_of(opened) + 2 * (STATE_BYTES + 2) * trainee.count,
         step_seconds=(times[1] - times[0]) * sequences / processes.size / micro_batch,
     )

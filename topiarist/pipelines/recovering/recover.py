@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from topiarist.checkpoints.dequantised import QUANTIZATION
 from topiarist.checkpoints.references import reference, resolved
 from topiarist.checkpoints.writing import ADAPTER, REPORT, OutputFolder, SavedState, bytes_to_write
 from topiarist.core.errors import CheckpointError, TopiaristError
@@ -29,7 +30,7 @@ from topiarist.pipelines.common.dense import left_by_training
 from topiarist.pipelines.common.finish import weights_of
 from topiarist.pipelines.common.reproduce import command, recipe
 from topiarist.pipelines.common.setup import open_for
-from topiarist.pipelines.recovering.files import write_recovered
+from topiarist.pipelines.recovering.files import bytes_of, write_recovered
 from topiarist.pipelines.recovering.inputs import (
     check_dense,
     check_divisible,
@@ -136,7 +137,7 @@ def recover(
             folder, name = output, "recovery"
             state = ShardedState(folder.states / name, processes) if options.shard else folder.state(name)
             # A new state is whole before the old one goes.
-            due = bytes_to_write(opened.nbytes) + 2 * (STATE_BYTES + 2) * trainee.count
+            due = bytes_to_write(bytes_of(opened)) + 2 * (STATE_BYTES + 2) * trainee.count
 
             def begin() -> bool:
                 held.enter_context(folder)
@@ -150,7 +151,8 @@ def recover(
         rate = trainee.learning_rate(processes)
         with meter.timed("training"):
             history = trainee.train(objective, rate, steps, sequences, processes, tell, state)
-        computing.close()  # the weights are in their own dtypes again when they are written
+        scales = {scale.name: scale.scale for scale in trainee.scales.values()}
+        computing.close()  # the weights are in their own dtypes again when they are written, what scales are made of too
         report.learning_rate = rate
         report.log(history.losses)
         report.evaluations = [{"step": step, "loss": loss} for step, loss in history.evaluations]
@@ -169,7 +171,7 @@ def recover(
             report.result_digest = opened.result_digest()
             model, changed = (student.model, trainee.changed) if divided is None else divided.result()
             processes.on_main(  # nobody returns before the folder is whole
-                lambda: write_recovered(folder, opened, model, changed, trainee.scales.values(), report, text)
+                lambda: write_recovered(folder, opened, model, changed, scales, report, text)
             )
     return report
 
@@ -206,9 +208,18 @@ def _report(
         command=[*words, *(word for name, value in said.items() for word in (f"--{name}", value))],
         not_in_command=unsaid,
         recipe=recipe("recover", opened.said, options, more=said),
-        pruned=renewed({"model": base, **({} if "pattern" in claims else DENSE), **claims, **pruned}),
+        pruned=renewed(
+            {"model": base, **({} if "pattern" in claims else {**DENSE, **_integers(opened)}), **claims, **pruned}
+        ),
         claims=claims,
     )
+
+
+def _integers(opened: OpenedModel) -> dict[str, Any]:
+    """Bits and group of a quantised folder that has no report to say them."""
+    about = {} if opened.checkpoint is None else opened.checkpoint.as_stored.config.get(QUANTIZATION, {})
+    weights = next((group["weights"] for group in about.get("config_groups", {}).values()), {})
+    return {"bits": weights["num_bits"], "group": weights.get("group_size")} if "num_bits" in weights else {}
 
 
 def _left_behind(opened: OpenedModel) -> list[str]:

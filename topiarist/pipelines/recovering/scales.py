@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from topiarist.checkpoints.dequantised import DequantisedCheckpoint
-from topiarist.core.errors import UnsupportedModel
 from topiarist.models.opened import ObjectModel
 from topiarist.quantization.compressed_tensors import SCALE
 from topiarist.quantization.grid import QuantizedWeight, dequantize
@@ -34,7 +33,8 @@ class _Scaled(nn.Module):
         self.dtype = like.dtype
 
     def forward(self, log: Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
-        return dequantize(self.q, self.scaled(log).to(self.dtype))
+        scale = self.scaled(log)
+        return dequantize(self.q, scale.to(torch.promote_types(scale.dtype, self.dtype))).to(self.dtype)
 
     def right_inverse(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out groups"]:
         return torch.zeros_like(self.scale, dtype=weight.dtype)
@@ -53,13 +53,17 @@ class TrainedScale:
     module: nn.Module
     leaf: str
     """The name of the weight in the module."""
-    size: float
-    """Root mean square of the weights as they came."""
 
     @property
     def log(self) -> nn.Parameter:
         """What learns: (out, groups), zero at the start."""
         return self.module.parametrizations[self.leaf].original  # pyright: ignore
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The weights as the module reads them now."""
+        with torch.no_grad():
+            return getattr(self.module, self.leaf)
 
     @property
     def scale(self) -> Float[Tensor, "out groups"]:
@@ -70,28 +74,18 @@ class TrainedScale:
 def scales_of(model: ObjectModel) -> dict[str, TrainedScale]:
     """Let the quantised matrices of a folder's model be made of their scales from now on; {} if none is quantised.
 
-    By the parameters' names. Raises UnsupportedModel for a matrix that several modules share.
+    By the parameters' names. Raises UnsupportedModel for what `FolderModel.grids` refuses.
     """
     if not isinstance(model.checkpoint, DequantisedCheckpoint):
         return {}
     grids: dict[str, str] = model.as_folder().grids()
-    holding: dict[int, int] = {}
-    for module in model.model.modules():
-        for parameter in module.parameters(recurse=False):
-            holding[id(parameter)] = holding.get(id(parameter), 0) + 1
     found: dict[str, TrainedScale] = {}
     for name, stored in grids.items():
         path, _, leaf = name.rpartition(".")
         module = model.model.get_submodule(path)
         weight = getattr(module, leaf)
-        if holding[id(weight)] > 1:
-            raise UnsupportedModel(
-                f"{model.name}: {name} is quantised and several layers share it, whose scales are not trained: recover the "
-                "model that it was made from, then quantise the result"
-            )
-        size = float(weight.detach().float().square().mean().sqrt())
         on_grid = model.checkpoint.quantized(stored)
         assert on_grid is not None  # or `grids` had refused it
         parametrize.register_parametrization(module, leaf, _Scaled(on_grid, weight))
-        found[name] = TrainedScale(stored.removesuffix("weight") + SCALE, module, leaf, size)
+        found[name] = TrainedScale(stored.removesuffix("weight") + SCALE, module, leaf)
     return found

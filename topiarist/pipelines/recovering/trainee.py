@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -94,9 +95,8 @@ class Trainee:
         return self.options.learning_rate or RATES[self.options.kind] * self._typical_size(processes)
 
     def _typical_size(self, processes: Processes) -> float:
-        if not self.scales:
-            return self.weights.typical_size(self.changed.values(), processes)
-        return float(torch.tensor([scale.size for scale in self.scales.values()]).median())
+        on_grids = (scale.weight for scale in self.scales.values() if scale.name in self.weights.parameters)
+        return self.weights.typical_size(itertools.chain(self.changed.values(), on_grids), processes)
 
     def _factors(self, processes: Processes) -> list[float] | None:
         """Of the learning rate: scales move by as large a share of themselves as weights of the typical size."""

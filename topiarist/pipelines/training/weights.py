@@ -107,15 +107,12 @@ class TrainedWeights:
         ten times as large as another's (compare Adafactor's relative step: Shazeer and Stern 2018, section 8). Raises
         NumericalError if all are zero.
         """
-        matrices = [self.rows(parameter.detach()) for parameter in parameters if parameter.ndim > 1]
-        norms = [torch.linalg.vector_norm(m, dtype=torch.float32) for m in matrices]
-        sums = torch.stack(
-            [
-                torch.stack([n.square(), torch.tensor(float(m.numel()), device=n.device)])
-                for n, m in zip(norms, matrices, strict=True)
-            ]
-        )
-        squares, counts = self._over_rows(sums, processes).T
+        matrices = (self.rows(parameter.detach()) for parameter in parameters if parameter.ndim > 1)
+        sums = []
+        for matrix in matrices:  # one at a time, for they may be made when they are asked for
+            norm = torch.linalg.vector_norm(matrix, dtype=torch.float32)
+            sums.append(torch.stack([norm.square(), torch.tensor(float(matrix.numel()), device=norm.device)]))
+        squares, counts = self._over_rows(torch.stack(sums), processes).T
         if not squares.any():
             raise NumericalError("all weights of the model's matrices are zero, and training starts from what is there")
         return float((squares / counts)[squares > 0].sqrt().median())
