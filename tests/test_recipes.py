@@ -378,7 +378,8 @@ def test_an_allocation_that_nothing_would_read_is_refused(folder: Path, command,
 def test_an_allocation_of_another_density_than_its_prune_asks_for_is_refused(folder: Path, command):
     def run(pattern: str) -> tuple[int, str]:
         text = "num_windows: 4, window_tokens: 32"
-        stages = f"- allocate: {{rule: linear, pattern: 0.5, {text}}}\n- prune: {{method: magnitude, pattern: {pattern}, {text}}}\n"
+        stages = f"- allocate: {{rule: linear, pattern: 0.5, {text}}}\n"
+        stages += f"- prune: {{method: magnitude, pattern: {pattern}, {text}}}\n"
         (folder / "one.yaml").write_text(STAGES.partition("- prune")[0] + stages)
         code, _, error = command("run", "one.yaml", "--plan")
         return code, error
