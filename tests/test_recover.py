@@ -21,7 +21,7 @@ from topiarist.cli import main
 from topiarist.core.losses import divergence
 from topiarist.evaluation.verify import verify
 from topiarist.masklearn import Preset, Schedule
-from topiarist.models.opened import open_model
+from topiarist.models.opened import ObjectModel, open_model
 from topiarist.pipelines.recovering.objective import Objective
 from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.recovering.plan import plan_recover
@@ -31,6 +31,7 @@ from topiarist.pipelines.shrinking.distill import Distill, distill
 from topiarist.pipelines.training import loop
 from topiarist.pipelines.training.batches import Batches, micro_batch_size, split_held_out
 from topiarist.pipelines.training.loop import FineTuning
+from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.weights import TrainedWeights
 
 TOKENS = tiny.tiny_tokens(40, 32)
@@ -445,7 +446,7 @@ def test_a_teacher_may_come_from_four_bits():
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_the_default_rate_goes_by_the_size_of_the_weights(kind):
+def test_the_default_rate_goes_by_the_size_of_the_weights_and_the_budget(kind):
     dense = tiny.tiny_model()
     pruned = copy.deepcopy(dense)
     tp.prune(pruned, method="magnitude", pattern="2:4")
@@ -453,9 +454,13 @@ def test_the_default_rate_goes_by_the_size_of_the_weights(kind):
     trained = [p for name, p in pruned.named_parameters() if p.ndim == 2 and "layers" in name]
     sizes = [float(p.detach().double().square().mean().sqrt()) for p in trained]
     report = tp.recover(pruned, teacher=dense, **settings)
-    assert report.learning_rate == pytest.approx(
-        {"full": 8e-4, "lora": 1.6e-3}[kind] * sorted(sizes)[(len(sizes) - 1) // 2], rel=1e-5
-    )
+    typical = sorted(sizes)[(len(sizes) - 1) // 2]
+    assert report.learning_rate == pytest.approx({"full": 8e-4, "lora": 1.6e-3}[kind] * typical, rel=1e-5)
+    for budget, share in ((199_999, 8e-4 if kind == "full" else 1.6e-3), (200_000, 1.6e-3)):
+        trainee = Trainee(ObjectModel(copy.deepcopy(dense)), {}, RecoverOptions(kind=kind, tokens=budget))
+        sizes = [float(p.detach().double().square().mean().sqrt()) for p in trainee.changed.values() if p.ndim == 2]
+        typical = sorted(sizes)[(len(sizes) - 1) // 2]
+        assert trainee.learning_rate(Processes()) == pytest.approx(share * typical, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,8 @@ class RecoverOptions(DataOptions):
     batch_size: Annotated[int, Field(gt=0)] = 4
     """Sequences a forward, at most."""
     learning_rate: Annotated[float | None, Field(gt=0)] = None
-    """Peak; falls to zero along a cosine. Default: 0.0008 times the size of the model's weights (the median over its matrices
-    of their root mean square, zeros included), of `lora` 0.0016 times."""
+    """Peak; falls to zero along a cosine. Default: 0.0016 times the size of the model's weights (the median over its matrices
+    of their root mean square, zeros included), half of it in `full` below 200,000 tokens."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the learning rate climbs to its peak."""
     held_out: Annotated[int, Field(gt=0)] = 16

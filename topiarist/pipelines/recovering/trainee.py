@@ -26,8 +26,9 @@ from topiarist.pipelines.training.recompute import blocks_of, recomputing
 from topiarist.pipelines.training.sharded_state import ShardedState
 from topiarist.pipelines.training.weights import TrainedWeights
 
-RATES = {"full": 8e-4, "lora": 1.6e-3}
-"""Peak learning rate by kind, if nothing is said: of the weights' typical size."""
+RATE, SHORT, SHORT_RATE = 1.6e-3, 200_000, 8e-4
+"""Peak learning rate, if nothing is said, of the weights' typical size; tokens below which that of `full` is the other one:
+a short training ends before a high rate's noise has fallen, a long one goes further by it."""
 
 
 class Trainee:
@@ -92,7 +93,9 @@ class Trainee:
 
     def learning_rate(self, processes: Processes) -> float:
         """The peak that was asked for, or what suits the size of the model's weights."""
-        return self.options.learning_rate or RATES[self.options.kind] * self._typical_size(processes)
+        options = self.options
+        share = SHORT_RATE if options.kind == "full" and options.tokens < SHORT else RATE
+        return options.learning_rate or share * self._typical_size(processes)
 
     def _typical_size(self, processes: Processes) -> float:
         on_grids = (scale.weight for scale in self.scales.values() if scale.name in self.weights.parameters)
