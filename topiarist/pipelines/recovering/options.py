@@ -24,7 +24,8 @@ class RecoverOptions(DataOptions):
     tokens: Annotated[int, BeforeValidator(count), Field(gt=0)] = 1_000_000
     """Budget: tokens trained on, such as 300k or 1M. Text that is shorter is repeated, each time in another order."""
     kind: Literal["full", "lora"] = "full"
-    """`full`: every weight outside the embeddings, 18 bytes each in bf16; `lora`: low-rank updates of the blocks' matrices, merged at the end."""
+    """`full`: every weight outside the embeddings, 18 bytes each in bf16; `lora`: low-rank updates of the blocks'
+    matrices, merged at the end."""
     loss: Literal["kl", "kl+hidden", "lm"] = "kl"
     """`kl`: divergence from the teacher's predictions; `kl+hidden`: that and the normalised squared error of every
     block's output; `lm`: next tokens of the text, no teacher."""
