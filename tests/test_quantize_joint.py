@@ -144,7 +144,7 @@ def test_the_command_and_the_stage(tmp_path, command):
     assert recipe["stages"][0]["prune"]["bits"] == 4 and recipe["stages"][0]["prune"]["group"] == 32
     run_recipe(read_recipe(tmp_path / "out" / "recipe.yaml", out=tmp_path / "again"))
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
-    recipe["stages"].append({"recover": {"tokens": 100}})
+    recipe["stages"].append({"shrink": {"keep": 0.8}})
     (tmp_path / "more.yaml").write_text(yaml.safe_dump(recipe))
-    with pytest.raises(OptionError, match=r"recover takes a model that is .* quantised there"):
+    with pytest.raises(OptionError, match=r"shrink takes a model that is .* quantised there"):
         run_recipe(read_recipe(tmp_path / "more.yaml", out=tmp_path / "more"))

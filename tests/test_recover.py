@@ -124,7 +124,7 @@ def test_it_is_the_arithmetic_of_a_plain_loop_that_holds_the_zeros():
     model, own, teacher = tiny.tiny_model(), tiny.tiny_model(), tiny.tiny_model()
     for one in (model, own):
         tp.prune(one, method="wanda", calibration=TOKENS[:8])
-    tp.recover(model, teacher=teacher, **{**SETTINGS, "batch_size": 8, "evaluate_every": 6})
+    tp.recover(model, teacher=teacher, **{**SETTINGS, "batch_size": 8, "evaluate_every": 6, "embeddings": True})
     trained, _ = split_held_out(len(TOKENS), 2)
     tokens, batches = TOKENS[trained], Batches(int(trained.sum()), 8, 0)
     optimizer = torch.optim.AdamW(own.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
