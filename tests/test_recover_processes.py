@@ -81,7 +81,11 @@ def test_two_processes_recover_what_one_recovers(quantised: bool, tmp_path: Path
 
 SHARDED: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "bf16": ("llama", torch.bfloat16, {"dtype": "stored"}),
-    "tied, hidden states": ("gpt2", torch.float32, {"loss": "kl+hidden", "activation_checkpointing": True}),
+    "tied, hidden states": (
+        "gpt2",
+        torch.float32,
+        {"loss": "kl+hidden", "activation_checkpointing": True, "embeddings": True},
+    ),
     "experts, norms as they are": ("mixtral", torch.bfloat16, {"dtype": "float32", "norms": False}),
     "the default rate": ("llama", torch.float32, {"learning_rate": None}),
     "uneven rows, no teacher": ("llama", torch.float32, {"loss": "lm"}),

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from topiarist.checkpoints.dequantised import DequantisedCheckpoint
 from topiarist.checkpoints.reading import Checkpoint
 from topiarist.checkpoints.side_files import side_files
 from topiarist.checkpoints.streaming import tensor_bytes
@@ -107,30 +106,6 @@ class FolderModel(OpenedModel):
         """Gather the blocks and copy all other tensors of the files."""
         done = self.names_in_blocks()
         output.gather(self.checkpoint, [n for n in self.checkpoint.files if n not in done and n not in left_out])
-
-    def grids(self) -> dict[str, str]:
-        """The parameters that the files hold as symmetric packed integers, and their names there; {} if none is quantised.
-
-        Raises UnsupportedModel if a parameter is quantised in another way, made of several tensors, or of several modules.
-        """
-        if not isinstance(self.checkpoint, DequantisedCheckpoint):
-            return {}
-        single = {g.keys[0][0]: g.targets[0] for g in self.names.groups.values() if g.converter is None}
-        shared = {*self._tied, *self._tied.values()}
-        grids = self.checkpoint.grids()
-        for name, symmetric in grids.items():
-            if not symmetric:
-                how = "has no symmetric packed integers, whose scales alone can learn"
-            elif name not in single:
-                how = "is one of several that make a parameter, whose scales cannot learn"
-            elif single[name] in shared:
-                how = "is shared by several layers, whose scales cannot learn"
-            else:
-                continue
-            raise UnsupportedModel(
-                f"{self.name} is quantised, and {name} {how}: recover the model that it was made from, then quantise the result"
-            )
-        return {single[name]: name for name in grids}
 
     def write_changed(
         self, output: OutputFolder, model: Any, changed: Mapping[str, Tensor], scales: Mapping[str, Tensor]

@@ -142,18 +142,19 @@ class Recipe:
         if not changing or self.steps[-1].stage.to_file:
             raise OptionError(f"{self.source} line {self.steps[-1].line}: the last stage must write a model")
         for step, follower in itertools.pairwise(self.steps):
-            if step.stage.to_file and (follower.name != "prune" or follower.options.allocation is not None):
+            if not step.stage.to_file:
+                continue
+            if follower.name != "prune" or follower.options.allocation is not None:
                 raise OptionError(
                     f"{self.source} line {follower.line}: {follower.name} does not read what {step.name} before it finds: put "
                     "a prune without an allocation of its own right behind it"
                 )
-            if step.stage.to_file and (asked := follower.options.pattern) is not None:
-                found = step.options.base_pattern
-                if abs(asked.sparsity_of(SHARES) - found.sparsity_of(SHARES)) > 0.01:
-                    raise OptionError(
-                        f"{self.source} line {follower.line}: {follower.name} asks for {asked}, {step.name} before it "
-                        f"allocates for {found}: leave the pattern of {follower.name} out"
-                    )
+            asked, found = follower.options.pattern, step.options.base_pattern
+            if asked is not None and abs(asked.sparsity_of(SHARES) - found.sparsity_of(SHARES)) > 0.01:
+                raise OptionError(
+                    f"{self.source} line {follower.line}: {follower.name} asks for {asked}, {step.name} before it "
+                    f"allocates for {found}: leave the pattern of {follower.name} out"
+                )
 
     def _check_teachers(self, *, pruned: bool) -> None:
         """Raise OptionError for a recovery that would learn from what the recipe starts from, if that is pruned itself."""

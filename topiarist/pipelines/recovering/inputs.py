@@ -19,6 +19,7 @@ from topiarist.masks import zeros_of
 from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.common.setup import check_window
 from topiarist.pipelines.recovering.options import WINDOW, RecoverOptions
+from topiarist.pipelines.recovering.scales import grids_of
 from topiarist.pipelines.training.batches import check_sequences
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.text import Sequences, TrainingText, training_text
@@ -50,7 +51,7 @@ def check_quantised(student: OpenedModel, options: RecoverOptions) -> None:
     """Raise UnsupportedModel for a quantised folder whose scales cannot learn, OptionError for options not made for them."""
     if not isinstance(student.checkpoint, DequantisedCheckpoint):
         return
-    student.as_folder().grids()
+    grids_of(student)
     check_scales_learn(student.name, options)
 
 

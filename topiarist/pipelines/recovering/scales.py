@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from topiarist.checkpoints.dequantised import DequantisedCheckpoint
-from topiarist.models.opened import ObjectModel
+from topiarist.core.errors import UnsupportedModel
+from topiarist.models.folder import FolderModel
+from topiarist.models.opened import ObjectModel, OpenedModel
 from topiarist.quantization.compressed_tensors import SCALE
 from topiarist.quantization.grid import QuantizedWeight, dequantize
 
@@ -71,21 +73,46 @@ class TrainedScale:
         return self.module.parametrizations[self.leaf][0].scaled(self.log.detach())  # pyright: ignore
 
 
+def grids_of(source: OpenedModel) -> dict[str, str]:
+    """The parameters that the files hold as symmetric packed integers, and their names there; {} if none is quantised.
+
+    Raises UnsupportedModel if a parameter is quantised in another way, made of several tensors, or of several modules.
+    """
+    if not isinstance(source.checkpoint, DequantisedCheckpoint):
+        return {}
+    folder: FolderModel = source.as_folder()
+    single = {g.keys[0][0]: g.targets[0] for g in folder.names.groups.values() if g.converter is None}
+    shared = {name for pair in (getattr(folder.model, "all_tied_weights_keys", None) or {}).items() for name in pair}
+    grids = source.checkpoint.grids()
+    for name, symmetric in grids.items():
+        if not symmetric:
+            how = "has no symmetric packed integers, whose scales alone can learn"
+        elif name not in single:
+            how = "is one of several that make a parameter, whose scales cannot learn"
+        elif single[name] in shared:
+            how = "is shared by several layers, whose scales cannot learn"
+        else:
+            continue
+        raise UnsupportedModel(
+            f"{source.name} is quantised, and {name} {how}: recover the model that it was made from, then quantise the result"
+        )
+    return {single[name]: name for name in grids}
+
+
 def scales_of(model: ObjectModel) -> dict[str, TrainedScale]:
     """Let the quantised matrices of a folder's model be made of their scales from now on; {} if none is quantised.
 
-    By the parameters' names. Raises UnsupportedModel for what `FolderModel.grids` refuses.
+    By the parameters' names. Raises UnsupportedModel for what `grids_of` refuses.
     """
     if not isinstance(model.checkpoint, DequantisedCheckpoint):
         return {}
-    grids: dict[str, str] = model.as_folder().grids()
     found: dict[str, TrainedScale] = {}
-    for name, stored in grids.items():
+    for name, stored in grids_of(model).items():
         path, _, leaf = name.rpartition(".")
         module = model.model.get_submodule(path)
         weight = getattr(module, leaf)
         on_grid = model.checkpoint.quantized(stored)
-        assert on_grid is not None  # or `grids` had refused it
+        assert on_grid is not None  # or `grids_of` had refused it
         parametrize.register_parametrization(module, leaf, _Scaled(on_grid, weight))
         found[name] = TrainedScale(stored.removesuffix("weight") + SCALE, module, leaf)
     return found

@@ -19,16 +19,16 @@ from topiarist.pipelines.recovering.objective import Objective
 from topiarist.pipelines.recovering.options import RecoverOptions
 from topiarist.pipelines.recovering.scales import scales_of
 from topiarist.pipelines.training.batches import Batches, micro_batch_size
-from topiarist.pipelines.training.loop import FineTuning, History, Progress
+from topiarist.pipelines.training.loop import RATE, FineTuning, History, Progress
 from topiarist.pipelines.training.low_rank import RANK, LowRankUpdate, adding, updatable
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.recompute import blocks_of, recomputing
 from topiarist.pipelines.training.sharded_state import ShardedState
 from topiarist.pipelines.training.weights import TrainedWeights
 
-RATE, SHORT, SHORT_RATE = 1.6e-3, 200_000, 8e-4
-"""Peak learning rate, if nothing is said, of the weights' typical size; tokens below which that of `full` is the other one:
-a short training ends before a high rate's noise has fallen, a long one goes further by it."""
+SHORT, SHORT_RATE = 200_000, RATE / 2
+"""Tokens below which `full` has this rate instead: a short training ends before a high rate's noise has fallen, a long one
+goes further by it."""
 
 
 class Trainee:

@@ -18,7 +18,7 @@ from topiarist.models.families import Matrix, matrices_of
 from topiarist.models.opened import OpenedModel
 from topiarist.pipelines.learning.train_kept import Recover
 from topiarist.pipelines.training.batches import Batches, micro_batch_size
-from topiarist.pipelines.training.loop import Progress
+from topiarist.pipelines.training.loop import RATE, Progress
 from topiarist.pipelines.training.low_rank import RANK, LowRankUpdate, adding, check_rank, updatable
 from topiarist.pipelines.training.processes import Processes
 from topiarist.pipelines.training.weights import STATE_BYTES, TrainedWeights
@@ -38,7 +38,7 @@ class Distill(Recover):
     learning_rate: Annotated[float | None, Field(gt=0)] = None
     """Peak; falls to zero along a cosine. Default: 0.0016 times the size of the weights, their root mean square."""
 
-    default_rate = 1.6e-3
+    default_rate = RATE
 
     def __post_init__(self) -> None:
         check_rank(self.rank, self.kind)

@@ -25,6 +25,8 @@ from topiarist.pipelines.training.weights import TrainedWeights
 
 SAVED_AFTER, SHARE = 120.0, 0.05
 """A state is saved after so many seconds, or so many that saving takes no more than this share of them."""
+RATE = 1.6e-3
+"""Peak learning rate towards a dense model's predictions, if nothing is said: of the weights' typical size."""
 MicroBatch = TypeVar("MicroBatch")
 Progress = Callable[[str, int, int], None]
 """(what is going on, done, in all)"""
