@@ -1,6 +1,6 @@
 """Recovery of a pruned model: its kept weights trained as a whole towards the dense model's predictions, its zeros held.
 
-Differs from block refinement in that every weight sees the end of the model, and that norms and embeddings learn too.
+Differs from block refinement in that every weight sees the end of the model, and that norms learn too.
 KL to the dense logits at temperature 1 (Minitron, arXiv 2407.14679, section 3.3), hidden states by SquareHead (Kurtic et
 al., arXiv 2310.06927), AdamW without decay on fp32 masters.
 """
