@@ -759,13 +759,21 @@ def test_a_step_that_is_not_finite_keeps_the_last_good_state(tmp_path: Path):
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
 
 
+def test_a_held_out_loss_that_is_not_finite_ends_the_run(tmp_path: Path):
+    prune(tiny.tiny_checkpoint(tmp_path / "base"), tmp_path / "pruned", "2:4")
+    one_step = {**SETTINGS, "tokens": 8 * 32, "learning_rate": 1e30}
+    with pytest.raises(tp.NumericalError, match="held-out loss of recovery after step 1 is not finite: lower its"):
+        tp.recover(tmp_path / "pruned", tmp_path / "out", **one_step)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_run_that_broke_leaves_a_folder_if_a_state_is_in_it(saved: bool, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(loop, "SAVED_AFTER", 0.0 if saved else 1e9)
     base, out = tiny.tiny_checkpoint(tmp_path / "base"), tmp_path / "out"
     prune(base, tmp_path / "pruned", "2:4")
     with pytest.raises(tp.NumericalError, match="is not finite: lower its learning rate"):
-        tp.recover(tmp_path / "pruned", out, **{**SETTINGS, "learning_rate": 1e38})
+        tp.recover(tmp_path / "pruned", out, **{**SETTINGS, "learning_rate": 1e38, "evaluate_every": 6})
     assert out.exists() == saved
 
 

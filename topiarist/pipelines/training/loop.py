@@ -94,7 +94,7 @@ class FineTuning:
         chooses among the states before the first step and after every `evaluate_every`; the best one is what the module
         holds at the end, also when an error ends the training. Without it, that is the last.
 
-        Raises NumericalError, naming the step, for a loss or gradient that is not finite.
+        Raises NumericalError, naming the step, for a loss, held-out loss or gradient that is not finite.
         """
         run = _Run(self, weights)
         history = run.resume(held_out is not None)
@@ -143,18 +143,24 @@ class _Run:
         norm = 0.0
         if settings.max_norm is not None:
             norm = self._clip(settings.max_norm)
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            what = "gradient" if math.isfinite(total) else "loss"
-            cure = (
-                "lower its learning rate, and give the run another output"
-                if step
-                else "nothing is trained yet: what the model computes is too large for its dtype, so let it compute in float32"
-            )
-            raise NumericalError(f"the {what} of {settings.name} step {step + 1} is not finite: {cure}")
+        for what, value in (("loss", total), ("gradient", norm)):
+            self._check_finite(value, f"the {what} of {settings.name} step {step + 1}", trained=step > 0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.weights.write_back()
         return total
+
+    @staticmethod
+    def _check_finite(value: float, what: str, *, trained: bool) -> None:
+        """Raise NumericalError unless a loss or norm is finite. what: its name. trained: whether a step was taken before."""
+        if math.isfinite(value):
+            return
+        cure = (
+            "lower its learning rate, and give the run another output"
+            if trained
+            else "nothing is trained yet: what the model computes is too large for its dtype, so let it compute in float32"
+        )
+        raise NumericalError(f"{what} is not finite: {cure}")
 
     def _clip(self, most: float) -> float:
         """Scale the gradients so that their norm is `most` at most; what it was."""
@@ -191,6 +197,8 @@ class _Run:
         if held_out is None:
             return
         loss = held_out()
+        what = f"the held-out loss of {self.settings.name} " + (f"after step {steps}" if steps else "at the start")
+        self._check_finite(loss, what, trained=steps > 0)
         if not self.history.evaluations or loss < self.history.best[1]:
             self.best = self.weights.snapshot()
         self.history.evaluations.append((steps, loss))
