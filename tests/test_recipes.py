@@ -298,6 +298,7 @@ WRONG_STAGES = [
         "- quantize: {group: 32}\n- recover: {kind: lora, tokens: 512,",
         "line 12: the model is quantised: its scales learn, which low-rank updates and shards are not made for; use kind full",
     ),
+    ("- recover: {", "- shrink: {units: 7}\n- recover: {", "line 11: ShrinkOptions: units is 7, should be an instance"),
     ("stages:", "stages: none\nmore:", "unknown key 'more'"),
     ("model: model", "model: [", "is no YAML"),
     ("data: [text.txt]", "data: [nowhere.txt]", "nowhere.txt does not exist"),

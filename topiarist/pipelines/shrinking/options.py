@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Annotated, Any, Literal
 
 from jaxtyping import Int
@@ -26,7 +26,9 @@ KEEP = 0.8
 def _kinds(given: Any) -> Any:
     """Kinds of units, each by itself or several with commas."""
     words = [given] if isinstance(given, str) else given
-    return words if words is None else [kind.strip() for word in words for kind in str(word).split(",") if kind.strip()]
+    if not isinstance(words, Sequence | Set):  # refused as what it is
+        return words
+    return [kind.strip() for word in words for kind in str(word).split(",") if kind.strip()]
 
 
 @options
