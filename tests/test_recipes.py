@@ -299,6 +299,7 @@ WRONG_STAGES = [
         "line 12: the model is quantised: its scales learn, which low-rank updates and shards are not made for; use kind full",
     ),
     ("- recover: {", "- shrink: {units: 7}\n- recover: {", "line 11: ShrinkOptions: units is 7, should be an instance"),
+    ("    method: wanda", "    method: wanda\n    allocation: 7", "line 8: 7 is no allocation rule"),
     ("stages:", "stages: none\nmore:", "unknown key 'more'"),
     ("model: model", "model: [", "is no YAML"),
     ("data: [text.txt]", "data: [nowhere.txt]", "nowhere.txt does not exist"),

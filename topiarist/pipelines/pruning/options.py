@@ -26,6 +26,8 @@ def _no_rule(given: Any) -> bool:
     """Whether an allocation is a file or a mapping of patterns, not one of the rules."""
     if isinstance(given, Mapping):
         return given.get("name") not in ALLOCATIONS
+    if not isinstance(given, str | Path):
+        return given is None
     return str(given).partition(":")[0].strip() not in ALLOCATIONS
 
 
