@@ -300,6 +300,7 @@ WRONG_STAGES = [
     ),
     ("- recover: {", "- shrink: {units: 7}\n- recover: {", "line 11: ShrinkOptions: units is 7, should be an instance"),
     ("    method: wanda", "    method: wanda\n    allocation: 7", "line 8: 7 is no allocation rule"),
+    ("    method: wanda", "    method: wanda\n    tokenizer: 7", "a int is no tokenizer"),
     ("stages:", "stages: none\nmore:", "unknown key 'more'"),
     ("model: model", "model: [", "is no YAML"),
     ("data: [text.txt]", "data: [nowhere.txt]", "nowhere.txt does not exist"),

@@ -169,7 +169,7 @@ class OpenedModel(ABC):
         """The given tokenizer (an object or its folder), or the model's own. Raises CheckpointError if there is none."""
         if given is not None:
             self._tokenizer = given
-        if self._tokenizer is None or isinstance(self._tokenizer, str | Path):
+        if not callable(self._tokenizer):  # none yet, a folder, or what is no tokenizer
             self._tokenizer = load_tokenizer(self._tokenizer_folder(), self.trust_remote_code, self._tokenizer)
         return self._tokenizer
 
