@@ -157,9 +157,17 @@ class Recipe:
                 )
 
     def _check_teachers(self, *, pruned: bool) -> None:
-        """Raise OptionError for a recovery that would learn from what the recipe starts from, if that is pruned itself."""
+        """Raise OptionError for a teacher that is not there or not asked, and for a recovery that would learn from what the
+        recipe starts from, if that is pruned itself.
+        """
         changed = False
         for step in self.steps:
+            if teacher := step.more.get("teacher"):
+                try:
+                    step.options.check_asked(teacher)
+                    locate(teacher)
+                except TopiaristError as error:
+                    raise OptionError(f"{self.source} line {step.line}: {error}") from error
             if pruned and changed and step.name == "recover" and step.options.needs_teacher and not step.more:
                 raise OptionError(
                     f"{self.source} line {step.line}: recover learns from the model that the recipe starts from, and "
@@ -258,7 +266,10 @@ def _step(source: str, entry: Any, node: Any, whole: Mapping[str, Any]) -> Step:
         raise OptionError(f"{source} line {line}: the settings of {name} are {shown(settings)}; write field: value")
     stage, settings = STAGES[name], dict(settings or {})
     places = {} if isinstance(node.value, str) else _lines(node.value[0][1])
-    more = {key: settings.pop(key) for key in stage.more if key in settings}
+    more = {key: named for key in stage.more if (named := settings.pop(key, None)) is not None}
+    for key, named in more.items():
+        if not isinstance(named, str) or not named:
+            raise OptionError(f"{source} line {places.get(key, line)}: {key} is {shown(named)}; name one model")
     if _reads_text(stage):
         said = next((settings.pop(word) for word in DATA if word in settings), whole.get("data"))
         if said is not None:

@@ -100,6 +100,11 @@ class RecoverOptions(DataOptions):
         affordable = 2 * SHARE * steps * sequences / held_out
         return max(1, steps // max(1, min(LOOKS, int(affordable))))
 
+    def check_asked(self, teacher: object) -> None:
+        """Raise TopiaristError for a teacher that the loss does not ask."""
+        if teacher is not None and not self.needs_teacher:
+            raise TopiaristError("loss lm asks no teacher: leave the teacher out, or use loss kl")
+
     @property
     def needs_teacher(self) -> bool:
         """Whether the loss asks a dense model."""

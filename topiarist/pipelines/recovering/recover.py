@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from topiarist.checkpoints.dequantised import QUANTIZATION
 from topiarist.checkpoints.references import reference, resolved
 from topiarist.checkpoints.writing import ADAPTER, REPORT, OutputFolder, SavedState, bytes_to_write
-from topiarist.core.errors import CheckpointError, TopiaristError
+from topiarist.core.errors import CheckpointError
 from topiarist.core.meter import Meter, reset_peak_memory
 from topiarist.core.options import given_or_made, plain, takes
 from topiarist.models.derive import check_has_text_loss
@@ -245,9 +245,8 @@ def open_teacher(
     student: OpenedModel, teacher: str | Path | nn.Module | None, options: RecoverOptions
 ) -> OpenedModel | None:
     """Open the dense model that the loss asks; None if it asks none. Raises a TopiaristError for one that does not fit."""
+    options.check_asked(teacher)
     if not options.needs_teacher:
-        if teacher is not None:
-            raise TopiaristError("loss lm asks no teacher: leave the teacher out, or use loss kl")
         return None
     given = teacher
     if teacher is None:
