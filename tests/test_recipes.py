@@ -304,6 +304,7 @@ WRONG_STAGES = [
     ("- recover: {", "- recover: {teacher: [model], ", "line 11: teacher is ['model']; name one model"),
     ("- recover: {", "- recover: {teacher: nowhere/, ", "line 11: model folder nowhere/ does not exist"),
     ("- recover: {", "- recover: {teacher: model, loss: lm, ", "line 11: loss lm asks no teacher"),
+    ("out: out", "out: ~/out", "only a shell knows what ~ is"),
     ("stages:", "stages: none\nmore:", "unknown key 'more'"),
     ("model: model", "model: [", "is no YAML"),
     ("data: [text.txt]", "data: [nowhere.txt]", "nowhere.txt does not exist"),

@@ -60,6 +60,10 @@ def bytes_to_write(weights: int) -> int:
 def check_place(folder: Path) -> None:
     """Raise CheckpointError for an output folder that is no folder, or that holds something else than a run."""
     check_name(folder)
+    if folder.parts[:1] == ("~",):  # as in --out=~/OUT, and in a recipe
+        raise CheckpointError(
+            f"{folder}: only a shell knows what ~ is, and here it was not asked; write the whole path"
+        )
     if not folder.exists():
         if folder.is_symlink():
             raise CheckpointError(f"{folder} is a link that leads nowhere; remove it, or choose another output")
