@@ -402,6 +402,11 @@ def test_refused_before_any_work(tmp_path: Path):
         ({"teacher": tmp_path / "none"}, tp.CheckpointError, "none"),
         (few, tp.CalibrationError, "a step takes 8"),
         ({"tokens": 255}, tp.CalibrationError, "below one step of 8 x 32 = 256"),
+        (
+            {"tokens": 31, "sequences": 1},
+            tp.CalibrationError,
+            "below one step of 1 x 32 = 32: raise --tokens, or lower --window",
+        ),
         ({"data": None}, tp.CalibrationError, "--data"),
         ({"data": TOKENS + 250}, tp.CalibrationError, "outside the model's vocabulary"),
         ({"kind": "lora", "embeddings": True}, tp.TopiaristError, "cannot train embeddings"),

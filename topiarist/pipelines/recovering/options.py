@@ -77,7 +77,7 @@ class RecoverOptions(DataOptions):
         if self.tokens < sequences * window:
             raise CalibrationError(
                 f"a budget of {self.tokens:,} tokens is below one step of {sequences} x {window} = "
-                f"{sequences * window:,}: raise --tokens, or lower --sequences"
+                f"{sequences * window:,}: raise --tokens, or lower {'--sequences' if sequences > 1 else '--window'}"
             )
 
     def sequences_a_step(self, window: int, processes: int) -> int:
