@@ -97,3 +97,13 @@ def test_a_command_takes_its_settings_from_a_recipe(folder: Path, command):
     assert tp.Report.from_folder("three").pattern == "0.5"
     code, _, error = command("prune", "model", "four", "--recipe", "recipe.yaml")
     assert code == 2 and "takes one stage, prune" in error and not (folder / "four").exists()
+
+
+def test_a_low_rank_companion_stays_beside_packed_weights(folder: Path):
+    (folder / "recipe.yaml").write_text(
+        ENDS.partition("stages:")[0]
+        + "data: [text.txt]\nstages:\n- prune: {method: magnitude, low_rank: 2, num_windows: 4, window_tokens: 32}\n- pack\n"
+    )
+    run_recipe(read_recipe("recipe.yaml"))
+    assert (folder / "out" / "packed.json").is_file() and not (folder / "out" / "model.safetensors").exists()
+    assert load_file(folder / "out" / "adapter" / "adapter_model.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -151,7 +152,10 @@ def run_pack(model: Path | str, place: Path, options: PackOptions, _: Mapping[st
         if not (place / MANIFEST).is_file():
             pack_folder(folder, place, values=options.values, group=options.group, head=options.head)
         for path in sorted(place.iterdir(), key=lambda path: path.name == MANIFEST):
-            path.replace(folder / path.name)
+            if path.is_dir():  # the low-rank companion, which OUT has as it is
+                shutil.rmtree(path)
+            else:
+                path.replace(folder / path.name)
     for path in folder.glob("model*.safetensors"):
         path.unlink()
     (folder / INDEX).unlink(missing_ok=True)
