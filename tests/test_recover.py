@@ -772,6 +772,20 @@ def test_a_held_out_loss_that_is_not_finite_ends_the_run(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
+def test_sequences_longer_than_the_teachers_positions_are_refused(tmp_path: Path):
+    prune(tiny.tiny_checkpoint(tmp_path / "base", "gpt2"), tmp_path / "pruned", "0.6")
+    short = tiny.tiny_checkpoint(tmp_path / "short", "gpt2", n_positions=16)
+    for work in (
+        lambda **given: tp.recover(tmp_path / "pruned", tmp_path / "out", **given),
+        lambda **given: plan_recover(tmp_path / "pruned", **given),
+    ):
+        with pytest.raises(
+            tp.CalibrationError, match=r"a sequence of 32 tokens is longer than the 16 positions of .*short"
+        ):
+            work(teacher=short, **SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_run_that_broke_leaves_a_folder_if_a_state_is_in_it(saved: bool, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(loop, "SAVED_AFTER", 0.0 if saved else 1e9)

@@ -167,12 +167,15 @@ def text_of(
 
 
 def cut_text(
-    text: TrainingText, options: RecoverOptions, sequences: int
+    text: TrainingText, options: RecoverOptions, sequences: int, teacher: OpenedModel | None
 ) -> tuple[Sequences, Int[Tensor, "held window"], int]:
     """Return (training sequences, held-out sequences, steps).
 
-    sequences: a step. Raises CalibrationError for too little text or budget.
+    sequences: a step. Raises CalibrationError for too little text or budget, and for sequences with more tokens than the
+    teacher has positions.
     """
+    if teacher is not None:
+        teacher.check_length(text.window, f"a sequence of {text.window} tokens", f"--window {teacher.limit}")
     trained, held_out = text.split(options.held_out)
     if len(trained) < sequences:
         raise CalibrationError(

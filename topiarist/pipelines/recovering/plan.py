@@ -67,7 +67,7 @@ def plan_recover(
         held.enter_context(computing_in(options.dtype, student, teacher_model))
         trainee = Trainee(student, masks, replace(options, evaluate_every=STEPS))
         sequences = options.sequences_a_step(text.window, processes.size)
-        tokens, held_out, steps = cut_text(text, options, sequences)
+        tokens, held_out, steps = cut_text(text, options, sequences, dense)
         micro_batch = micro_batch_size(sequences // processes.size, options.batch_size)
         objective = make_objective(student, teacher_model, tokens, held_out[:1], options, alone)
         times: list[float] = []

@@ -91,7 +91,7 @@ def recover(
         text = held.enter_context(text_of(opened, options, processes, place, progress=tell))
         sequences = options.sequences_a_step(text.window, processes.size)
         options = replace(options, sequences=sequences)
-        tokens, held_out, steps = cut_text(text, options, sequences)
+        tokens, held_out, steps = cut_text(text, options, sequences, dense)
         report = _report(opened, dense, teacher, options, place)
         report.steps, report.tokens = steps, steps * sequences * text.window
         report.calibration = {
