@@ -226,6 +226,9 @@ def test_a_broken_step_is_named_and_the_best_state_stays():
     assert bool(torch.isfinite(module.weight).all()) and state.saved is None
     with pytest.raises(tp.NumericalError, match="step 1 is not finite: nothing is trained yet"):
         tuning.run(module, TrainedWeights({"weight": module.weight}), lambda _: [3], loss, held_out)
+    wild = FineTuning(steps=1, learning_rate=1e308)
+    with pytest.raises(tp.NumericalError, match="a weight after the last step of recovery is not finite: lower its"):
+        wild.run(module, TrainedWeights({"weight": module.weight}), lambda step: [step], loss)
 
 
 def test_low_rank_updates_of_the_best_state_are_merged_though_an_error_ends_the_training(monkeypatch):

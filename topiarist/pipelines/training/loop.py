@@ -112,6 +112,8 @@ class FineTuning:
                     run.save()
                     saved = time.monotonic()
                     pause = max(SAVED_AFTER, (saved - started) / SHARE)
+        if held_out is None:  # no later look would see what the last step did
+            run.check_weights()
         return history
 
 
@@ -161,6 +163,12 @@ class _Run:
             else "nothing is trained yet: what the model computes is too large for its dtype, so let it compute in float32"
         )
         raise NumericalError(f"{what} is not finite: {cure}")
+
+    def check_weights(self) -> None:
+        """Raise NumericalError unless all weights are finite."""
+        finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.weights.parameters.values())
+        what = f"a weight after the last step of {self.settings.name}"
+        self._check_finite(0.0 if finite else math.nan, what, trained=True)
 
     def _clip(self, most: float) -> float:
         """Scale the gradients so that their norm is `most` at most; what it was."""
