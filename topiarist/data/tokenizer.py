@@ -23,7 +23,7 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False, tokenize
     if tokenizer is not None and not isinstance(tokenizer, str | Path):
         if not callable(tokenizer):
             raise CheckpointError(
-                f"a {type(tokenizer).__name__} is no tokenizer: give one of transformers, or a folder"
+                f"an object of type {type(tokenizer).__name__} is no tokenizer: give one of transformers, or a folder"
             )
         return tokenizer
     where = folder if tokenizer is None else tokenizer

@@ -102,14 +102,19 @@ class UnitGroup:
     """Of a type without a row: the numbers of the config that count them."""
 
 
-def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
-    """Raises TopiaristError for unknown kinds and for those that hold each other."""
+def check_names(kinds: Sequence[str]) -> None:
+    """Raises TopiaristError for unknown kinds, and for none."""
     if "query_heads" in kinds:
         raise TopiaristError(f"units 'query_heads' are called {former.UNITS['query_heads']!r} now: use that name")
     if not kinds or (unknown := sorted(set(kinds) - set(KINDS))):
         raise TopiaristError(
             f"unknown units {(list(kinds) and unknown[0]) or 'none'!r}; choose from {', '.join(KINDS)}"
         )
+
+
+def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
+    """Raises TopiaristError for unknown kinds and for those that hold each other."""
+    check_names(kinds)
     held = next((sorted(pair) for pair in NESTED if pair <= set(kinds)), None)
     width = (*WIDTH_KINDS, HIDDEN)
     if held is None and set(kinds) & set(width) and set(kinds) & set(DEPTH_KINDS):

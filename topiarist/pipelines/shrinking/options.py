@@ -19,6 +19,7 @@ from topiarist.structured.layout import MAX_WASTE
 from topiarist.structured.reap import Reap
 from topiarist.structured.taylor import Taylor
 from topiarist.structured.trial import split
+from topiarist.structured.units import check_kinds, check_names, cut_order
 
 KEEP = 0.8
 
@@ -100,6 +101,11 @@ class ShrinkOptions(TextOptions):
                 "search says how splits are tried, and there is no target_params or target_latency: name one, or leave "
                 "search out"
             )
+        if self.units:
+            check_names(self.units)
+            # Of a search what is cut together: it tries the width and the depth one after the other.
+            for together in cut_order(self.units) if self.searches else [self.units]:
+                check_kinds(together)
         if self.rotate and self.searches:
             raise TopiaristError("splits are tried on the model as it is: leave rotate out, or name keep")
 

@@ -17,7 +17,7 @@ from topiarist.pipelines.shrinking.cuts import Cut, check_scope, check_scored
 from topiarist.pipelines.shrinking.options import ShrinkOptions
 from topiarist.structured import UnitGroup, default_kinds, holds, layer_counts, plan_layout, units_of
 from topiarist.structured.choose import kept_cost, step_of, total_cost
-from topiarist.structured.units import HEAD_KINDS, HIDDEN, KINDS, check_kinds, cut_order
+from topiarist.structured.units import HEAD_KINDS, HIDDEN
 from topiarist.structured.width import accepts, empty_model, parameter_count, width_config
 
 AXES = (HIDDEN, "block", *HEAD_KINDS)
@@ -151,12 +151,10 @@ def plan_splits(model: Any, options: ShrinkOptions) -> Splits:
         raise TopiaristError(f"a split over the axes is one for all layers: {flag} needs --layout uniform")
     check_scope(options.layout, options.scope)
     kinds = tuple(options.units or (*_wide(model), *default_kinds(model)))
-    if other := [kind for kind in kinds if kind in KINDS and kind not in (*AXES, "channels")]:
+    if other := [kind for kind in kinds if kind not in (*AXES, "channels")]:
         raise TopiaristError(
             f"a split is over {', '.join(AXES)} and channels: leave {other[0]} out of the units, or say --keep instead"
         )
-    for together in cut_order(kinds):
-        check_kinds(together)
     check_scored(options.chosen_method, [kind for kind in kinds if kind != "block"])
     return Splits(model, kinds, options.target_params or int(NEARLY * parameter_count(model)), options.round_to)
 
