@@ -16,7 +16,7 @@ from topiarist.checkpoints.reading import opened
 from topiarist.checkpoints.streaming import tensor_bytes
 from topiarist.core.errors import CheckpointError
 
-KEPT = "; finished blocks are kept: mend it and run the same command again"
+KEPT = "; what is finished is kept: mend it and run the same command again"
 """The cure of a full or read-only disk, for a run that resumes."""
 
 DIGEST = "state_sha256"
