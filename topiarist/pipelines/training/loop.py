@@ -146,16 +146,16 @@ class _Run:
         if settings.max_norm is not None:
             norm = self._clip(settings.max_norm)
         for what, value in (("loss", total), ("gradient", norm)):
-            self._check_finite(value, f"the {what} of {settings.name} step {step + 1}", trained=step > 0)
+            self._check_finite(math.isfinite(value), f"the {what} of {settings.name} step {step + 1}", trained=step > 0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.weights.write_back()
         return total
 
     @staticmethod
-    def _check_finite(value: float, what: str, *, trained: bool) -> None:
-        """Raise NumericalError unless a loss or norm is finite. what: its name. trained: whether a step was taken before."""
-        if math.isfinite(value):
+    def _check_finite(finite: bool, what: str, *, trained: bool) -> None:
+        """Raise NumericalError for what is not finite. what: its name. trained: whether a step was taken before."""
+        if finite:
             return
         cure = (
             "lower its learning rate, and give the run another output"
@@ -167,8 +167,7 @@ class _Run:
     def check_weights(self) -> None:
         """Raise NumericalError unless all weights are finite."""
         finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.weights.parameters.values())
-        what = f"a weight after the last step of {self.settings.name}"
-        self._check_finite(0.0 if finite else math.nan, what, trained=True)
+        self._check_finite(finite, f"a weight after the last step of {self.settings.name}", trained=True)
 
     def _clip(self, most: float) -> float:
         """Scale the gradients so that their norm is `most` at most; what it was."""
@@ -206,7 +205,7 @@ class _Run:
             return
         loss = held_out()
         what = f"the held-out loss of {self.settings.name} " + (f"after step {steps}" if steps else "at the start")
-        self._check_finite(loss, what, trained=steps > 0)
+        self._check_finite(math.isfinite(loss), what, trained=steps > 0)
         if not self.history.evaluations or loss < self.history.best[1]:
             self.best = self.weights.snapshot()
         self.history.evaluations.append((steps, loss))
